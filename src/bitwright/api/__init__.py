@@ -1,0 +1,20 @@
+"""What Bitwright does, as functions: the command line and Python call the same ones."""
+
+from bitwright.api.demonstrating import Demonstration, demo
+from bitwright.api.evaluating import Evaluation, evaluate
+from bitwright.api.inspecting import Inspection, inspect
+from bitwright.api.job import Plan, plan
+from bitwright.api.quantizing import Result, quantize
+
+__all__ = [
+    "Demonstration",
+    "Evaluation",
+    "Inspection",
+    "Plan",
+    "Result",
+    "demo",
+    "evaluate",
+    "inspect",
+    "plan",
+    "quantize",
+]

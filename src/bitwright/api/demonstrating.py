@@ -1,0 +1,85 @@
+"""demo(): the embedded model at 16, 4, 3 and 2 bits, each measured from its written folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+
+import torch
+from transformers import AutoTokenizer
+
+from bitwright.api.evaluating import evaluate
+from bitwright.api.inspecting import inspect
+from bitwright.api.quantizing import quantize
+from bitwright.core.progress import Listener, silent
+from bitwright.core.recipe import Recipe
+from bitwright.demo import MODEL_DIR
+from bitwright.evaluate.loading import load_model
+
+SCHEMES = ("W4A16g128", "W3A16g128", "W2A16g128")
+PROMPT = "    def __init__(self, "
+SEQLEN, WINDOWS, NEW_TOKENS = 512, 24, 40
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One model of the demonstration. ``bits_per_weight`` counts the linears with scales and zeros; ``seconds`` is
+    the time that quantizing took."""
+
+    method: str
+    scheme: str
+    bits_per_weight: float
+    weight_bytes: int
+    perplexity: float
+    kl_divergence: float
+    seconds: float | None
+    completion: str
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """The rows, the prompt that every model completes, and over how many windows of which length was measured."""
+
+    prompt: str
+    windows: int
+    seqlen: int
+    rows: tuple[DemoRow, ...]
+
+
+def demo(output: Path | str | None = None, *, listener: Listener = silent) -> Demonstration:
+    """Quantizes the embedded model, keeps the folders under ``output`` where one is named, and measures them."""
+    with TemporaryDirectory(prefix="bitwright-demo-") as temporary:
+        folder = Path(output or temporary)
+        rows = [_row("none", "16 bit", MODEL_DIR, None, listener)]
+        for scheme in SCHEMES:
+            recipe = Recipe(model=str(MODEL_DIR), scheme=scheme, method="rtn")
+            start = monotonic()
+            quantize(recipe, folder / scheme, overwrite=True, restart=True, listener=listener)
+            rows.append(_row(recipe.method, scheme, folder / scheme, monotonic() - start, listener))
+    return Demonstration(PROMPT, WINDOWS, SEQLEN, tuple(rows))
+
+
+def _row(method: str, scheme: str, folder: Path, seconds: float | None, listener: Listener) -> DemoRow:
+    numbers = evaluate(folder, "builtin", seqlen=SEQLEN, windows=WINDOWS, reference=MODEL_DIR, listener=listener)
+    measured = numbers.measurement
+    assert measured.kl_divergence is not None
+    return DemoRow(
+        method=method,
+        scheme=scheme,
+        bits_per_weight=inspect(folder).bits_per_weight,
+        weight_bytes=numbers.weight_bytes,
+        perplexity=measured.perplexity,
+        kl_divergence=measured.kl_divergence,
+        seconds=seconds,
+        completion=complete(folder, PROMPT),
+    )
+
+
+def complete(folder: Path, prompt: str) -> str:
+    """What a model writes after the prompt, greedily."""
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        written = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))

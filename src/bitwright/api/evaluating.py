@@ -1,0 +1,79 @@
+"""evaluate(): the numbers of a written folder, as its users load it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from bitwright.api.source import model_config, open_checkpoint, pick_device, pick_dtype, sequence_length, text_of, tokenize
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.errors import UserError
+from bitwright.core.progress import Listener, silent
+from bitwright.evaluate.loading import load_model
+from bitwright.evaluate.measure import Measurement, measure
+from bitwright.evaluate.windows import consecutive
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measurement, and what it was made of: the folder, the text, the dtype of the arithmetic, bytes on disk."""
+
+    folder: str
+    text: str
+    reference: str | None
+    dtype: str
+    device: str
+    weight_bytes: int
+    measurement: Measurement
+
+
+def evaluate(
+    folder: Path | str,
+    text: str = "builtin",
+    *,
+    seqlen: int | None = None,
+    windows: int | None = None,
+    reference: Path | str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    listener: Listener = silent,
+) -> Evaluation:
+    """Perplexity of a folder, original or quantized, by the papers' protocol; with a reference also its divergence.
+
+    Raises UserError. ``seqlen`` None is 2048 tokens or the model's own maximum; ``windows`` None is the whole text.
+    """
+    folder = Path(folder)
+    checkpoint = open_checkpoint(folder)
+    config = model_config(folder)
+    length = sequence_length(seqlen, config)
+    tokens = tokenize(folder, text_of(text, "evaluation"))
+    cut = consecutive(tokens, length, windows, text)
+    where = pick_device(device)
+    arithmetic = pick_dtype(dtype, where, _weights_dtype(checkpoint))
+    original = None if reference is None else _reference(Path(reference), config.vocab_size, arithmetic, where)
+    measured = measure(load_model(folder, arithmetic, where), cut, original, listener=listener)
+    return Evaluation(
+        folder=str(folder),
+        text=text,
+        reference=None if reference is None else str(reference),
+        dtype=str(arithmetic).removeprefix("torch."),
+        device=str(where),
+        weight_bytes=checkpoint.total_bytes,
+        measurement=measured,
+    )
+
+
+def _reference(folder: Path, vocabulary: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    open_checkpoint(folder)
+    found = model_config(folder).vocab_size
+    if found != vocabulary:
+        raise UserError(
+            f"the reference {folder} has a vocabulary of {found}, the model one of {vocabulary}; "
+            "the reference must be the model that was quantized"
+        )
+    return load_model(folder, dtype, device)
+
+
+def _weights_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return checkpoint.dtype_of_weights

@@ -1,0 +1,118 @@
+"""inspect(): what a model or a quantized folder holds, read from its headers alone."""
+
+import json
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from bitwright.api.source import open_checkpoint
+from bitwright.checkpoint.reader import Checkpoint
+
+PARTS_OF_A_WEIGHT = ("weight", "weight_packed", "weight_scale", "weight_zero_point")
+NOT_LINEAR = ("embed", "wte", "wpe", "norm")
+REPORT = "bitwright.json"
+
+
+@dataclass(frozen=True)
+class LinearSize:
+    """A linear as it is on disk; ``bits_per_weight`` counts everything stored for it, scales and zeros too."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a folder holds. ``linears`` are the two-dimensional weights that are neither embedding nor norm.
+
+    ``bits_per_weight`` is over the quantized linears (all linears where none is), ``model_bits_per_weight`` over
+    every parameter of the folder. ``scheme`` is what bitwright.json says, where there is one.
+    """
+
+    path: str
+    architecture: str
+    model_type: str
+    blocks: int | None
+    parameters: int
+    weight_bytes: int
+    quantization: str | None
+    scheme: str | None
+    bits_per_weight: float
+    model_bits_per_weight: float
+    linears: tuple[LinearSize, ...]
+
+
+def inspect(path: Path | str) -> Inspection:
+    """Reads the headers of a model folder; raises CheckpointError for one that is none or is damaged."""
+    folder = Path(path)
+    checkpoint = open_checkpoint(folder)
+    linears = _linears(checkpoint)
+    quantized = [row for row in linears if row.dtype == "packed"] or linears
+    parameters = _parameters(checkpoint, linears)
+    architectures = checkpoint.config.get("architectures") or ["?"]
+    return Inspection(
+        path=str(folder),
+        architecture=str(architectures[0]),
+        model_type=str(checkpoint.config.get("model_type", "?")),
+        blocks=checkpoint.config.get("num_hidden_layers"),
+        parameters=parameters,
+        weight_bytes=checkpoint.total_bytes,
+        quantization=_quantization(checkpoint.config),
+        scheme=_scheme(folder),
+        bits_per_weight=_mean_bits(quantized),
+        model_bits_per_weight=checkpoint.total_bytes * 8 / parameters if parameters else 0.0,
+        linears=tuple(linears),
+    )
+
+
+def _linears(checkpoint: Checkpoint) -> list[LinearSize]:
+    """Every linear, a packed one by its weight_packed."""
+    names = {re.sub(r"\.weight(_packed)?$", "", n) for n in checkpoint.names if re.search(r"\.weight(_packed)?$", n)}
+    rows = [row for name in names if (row := _linear(checkpoint, name))]
+    return sorted(rows, key=lambda row: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", row.name)])
+
+
+def _linear(checkpoint: Checkpoint, name: str) -> LinearSize | None:
+    packed = f"{name}.weight_packed" in checkpoint
+    if packed:
+        shape = tuple(checkpoint.read(f"{name}.weight_shape").tolist())
+    else:
+        shape = checkpoint.entry(f"{name}.weight").shape
+    if len(shape) != 2 or any(part in name.lower() for part in NOT_LINEAR):
+        return None
+    stored = [f"{name}.{part}" for part in PARTS_OF_A_WEIGHT if f"{name}.{part}" in checkpoint]
+    bits = 8 * sum(checkpoint.nbytes(part) for part in stored) / prod(shape)
+    dtype = "packed" if packed else str(checkpoint.entry(f"{name}.weight").dtype).removeprefix("torch.")
+    return LinearSize(name, (shape[0], shape[1]), dtype, bits)
+
+
+def _parameters(checkpoint: Checkpoint, linears: list[LinearSize]) -> int:
+    """Weights of packed linears by their shape; of everything else floating by its elements."""
+    packed = {row.name for row in linears if row.dtype == "packed"}
+    others = [n for n in checkpoint.names if n.rpartition(".")[0] not in packed]
+    counted = sum(checkpoint.entry(n).elements for n in others if checkpoint.entry(n).dtype.is_floating_point)
+    return counted + sum(prod(row.shape) for row in linears if row.name in packed)
+
+
+def _mean_bits(rows: list[LinearSize]) -> float:
+    weights = sum(prod(row.shape) for row in rows)
+    return sum(row.bits_per_weight * prod(row.shape) for row in rows) / weights if weights else 0.0
+
+
+def _quantization(config: dict[str, Any]) -> str | None:
+    found = config.get("quantization_config")
+    if not isinstance(found, dict):
+        return None
+    return " ".join(str(found[key]) for key in ("quant_method", "format") if key in found)
+
+
+def _scheme(folder: Path) -> str | None:
+    try:
+        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(found["scheme"]) if isinstance(found, dict) and "scheme" in found else None

@@ -1,0 +1,182 @@
+"""A recipe made ready to run, and the plan of what running it will do."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from bitwright.api.source import Source, pick_device, pick_dtype, sequence_length, text_of, tokenize
+from bitwright.calibration.segments import segments
+from bitwright.core.errors import RecipeError, SchemeError, UserError
+from bitwright.core.method import Method
+from bitwright.core.recipe import Recipe
+from bitwright.core.registry import find
+from bitwright.core.scheme import Scheme
+from bitwright.methods import compose
+from bitwright.stream.budget import Budget, estimate
+from bitwright.stream.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs, checked. ``tokens`` is None where no calibration text was named."""
+
+    recipe: Recipe
+    scheme: Scheme
+    methods: tuple[Method, ...]
+    format: ModuleType
+    source: Source
+    skeleton: Skeleton
+    tokens: Int[Tensor, "N T"] | None
+    quantization_config: dict[str, Any] | None
+
+    def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Name and shape [O, I] of every linear that will be quantized."""
+        for index in range(len(self.skeleton.block_names)):
+            block = self.skeleton.meta_block(index)
+            for name in block.topology.linears:
+                rows, columns = block.weight(name).shape
+                yield block.path(name), (rows, columns)
+        if self.recipe.quantize_lm_head:
+            rows, columns = self.skeleton.model.get_submodule(self.source.family.head).weight.shape
+            yield self.source.family.head, (rows, columns)
+
+
+    def outside(self) -> tuple[str, ...]:
+        """The checkpoint's tensors that are in no block and are passed through: embedding, final norm, output layer."""
+        blocks = tuple(f"{name}." for name in self.skeleton.block_names)
+        head = {f"{self.source.family.head}.weight"} if self.recipe.quantize_lm_head else set()
+        return tuple(n for n in self.source.checkpoint.names if not n.startswith(blocks) and n not in head)
+
+    def units(self) -> tuple[str, ...]:
+        """What is written one by one: tensors outside of the blocks, the blocks, and an output layer of its own."""
+        head = (self.source.family.head,) if self.recipe.quantize_lm_head else ()
+        return self.outside() + self.skeleton.block_names + head
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: sizes in bytes, tokens as counted."""
+
+    model: str
+    architecture: str
+    method: str
+    scheme: str
+    format: str
+    blocks: int
+    linears: int
+    quantized_weights: int
+    bits_per_weight: float
+    bytes_in: int
+    bytes_out: int
+    memory: Budget
+    memory_bytes: int
+    calibration_tokens: int
+    notes: tuple[str, ...]
+
+
+def prepare(recipe: Recipe, device: str = "auto") -> Job:
+    """Checks a recipe against the model without reading any weight. Raises UserError."""
+    scheme = Scheme.parse(recipe.scheme)
+    methods = compose(recipe.method)
+    chosen_format = find("formats", recipe.format)
+    source = Source.open(Path(recipe.model))
+    head_dim = getattr(source.config, "head_dim", None)
+    width = head_dim or source.config.hidden_size // source.config.num_attention_heads
+    config = chosen_format.quantization_config(scheme, source.family, width, recipe.quantize_lm_head)
+    where = pick_device(device)
+    dtype = pick_dtype("auto", where, source.checkpoint.dtype_of_weights)
+    skeleton = Skeleton(source.checkpoint, source.config, source.family, dtype, where)
+    job = Job(recipe, scheme, methods, chosen_format, source, skeleton, _calibration(recipe, source, methods), config)
+    _check_tiles(job)
+    return job
+
+
+def plan(recipe: Recipe, device: str = "auto") -> Plan:
+    """What ``quantize`` would do with this recipe; reads no weight and writes nothing."""
+    return plan_of(prepare(recipe, device))
+
+
+def plan_of(job: Job) -> Plan:
+    """The plan of a job that is ready."""
+    checkpoint, dtype = job.source.checkpoint, job.source.checkpoint.dtype_of_weights
+    shapes = dict(job.linears())
+    replaced = {job.skeleton.source(f"{name}.weight") for name in shapes} - _still_needed(job)
+    kept = sum(checkpoint.nbytes(name) for name in checkpoint.names if name not in replaced)
+    quantized = sum(job.format.stored_bytes(shape, job.scheme, dtype) for shape in shapes.values())
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    bits = sum(_weight_bits(shape, job.scheme, dtype) for shape in shapes.values())
+    tokens = 0 if job.tokens is None else job.tokens.numel()
+    budget = estimate(job.skeleton, tokens)
+    return Plan(
+        model=job.recipe.model,
+        architecture=str(job.source.checkpoint.config.get("architectures", ["?"])[0]),
+        method=job.recipe.method,
+        scheme=str(job.scheme),
+        format=job.recipe.format,
+        blocks=len(job.skeleton.block_names),
+        linears=len(shapes),
+        quantized_weights=weights,
+        bits_per_weight=bits / weights,
+        bytes_in=checkpoint.total_bytes,
+        bytes_out=kept + quantized,
+        memory=budget,
+        memory_bytes=budget.total,
+        calibration_tokens=tokens,
+        notes=tuple(_notes(job)),
+    )
+
+
+def _still_needed(job: Job) -> set[str]:
+    """A tied output layer that is quantized leaves the embedding where it is."""
+    return {f"{job.source.family.embedding}.weight"}
+
+
+def _weight_bits(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
+    p, q = scheme.tile.counts(shape)
+    zero = 0 if scheme.weight.symmetric else scheme.weight.bits
+    return shape[0] * shape[1] * scheme.weight.bits + p * q * (dtype.itemsize * 8 + zero)
+
+
+def _notes(job: Job) -> Iterator[str]:
+    if job.recipe.quantize_lm_head and job.skeleton.tied:
+        yield "the output layer is tied to the embedding: it is quantized as a copy of its own, the embedding stays"
+    if job.tokens is not None and not any(method.needs_text for method in job.methods):
+        yield f"{job.recipe.method} needs no calibration text; it is used to report output errors"
+
+
+def _calibration(recipe: Recipe, source: Source, methods: tuple[Method, ...]) -> Int[Tensor, "N T"] | None:
+    seqlen = sequence_length(recipe.seqlen, source.config)
+    if recipe.calibration is None:
+        if any(method.needs_text for method in methods):
+            raise RecipeError(
+                f"{recipe.method} learns from text and none was named; "
+                "give --calibration FILE.txt, or --calibration builtin"
+            )
+        return None
+    text = text_of(recipe.calibration, "calibration")
+    tokens = tokenize(source.checkpoint.folder, text)
+    _check_vocabulary(tokens, source)
+    return segments(tokens, recipe.samples, seqlen, recipe.seed, recipe.calibration)
+
+
+def _check_vocabulary(tokens: Tensor, source: Source) -> None:
+    size = source.config.vocab_size
+    if int(tokens.max()) >= size:
+        raise UserError(
+            f"the tokenizer in {source.checkpoint.folder} gives token {int(tokens.max())}, but the model's embedding "
+            f"has {size} rows; the tokenizer belongs to another model"
+        )
+
+
+def _check_tiles(job: Job) -> None:
+    for name, shape in job.linears():
+        try:
+            job.scheme.tile.counts(shape)
+        except SchemeError as error:
+            raise SchemeError(f"{name} {list(shape)} under scheme {job.scheme}: {error}") from None

@@ -1,0 +1,194 @@
+"""quantize(): a model folder in, a smaller model folder out."""
+
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from bitwright.api.job import Job, plan_of, prepare
+from bitwright.api.sink import FolderSink
+from bitwright.calibration.segments import fingerprint
+from bitwright.checkpoint.journal import Journal
+from bitwright.checkpoint.merge import merge_begun, merge_shards
+from bitwright.checkpoint.output import OutputFolder, refuse_existing, refuse_overlap, require_free
+from bitwright.checkpoint.writer import copy_file, write_json
+from bitwright.core.progress import Listener, Progress, silent
+from bitwright.core.recipe import Recipe
+from bitwright.stream.budget import peak_memory
+from bitwright.stream.runner import run
+
+REPORT, TIMINGS, JOURNAL, CONFIG = "bitwright.json", "bitwright-timings.json", "journal.jsonl", "config.json"
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "USE_POLICY*",
+    "NOTICE*",
+)
+"""What goes along besides the weights, as file name patterns."""
+LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``quantize`` made. Sizes in bytes; ``bits_per_weight`` is over the quantized linears, all counted."""
+
+    output: str
+    scheme: str
+    method: str
+    format: str
+    linears: int
+    bits_per_weight: float
+    bytes_in: int
+    bytes_out: int
+    output_error: float | None
+    seconds: float
+    peak_bytes: int
+    resumed: int
+    fallbacks: tuple[str, ...]
+
+
+def quantize(
+    recipe: Recipe,
+    output: Path | str,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    device: str = "auto",
+    listener: Listener = silent,
+) -> Result:
+    """Runs a recipe and writes a folder that its format's clients load. Raises UserError.
+
+    Works in ``OUTPUT.partial`` and renames it at the end, so an output that exists is complete. Killed at any
+    moment, the same call continues; a changed recipe is refused unless ``restart``.
+    """
+    start, output = monotonic(), Path(output)
+    refuse_overlap(Path(recipe.model), output)
+    refuse_existing(output, overwrite)
+    job = prepare(recipe, device)
+    checkpoint = job.source.checkpoint
+    checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
+    require_free(output, plan_of(job).bytes_out)
+    work = OutputFolder.claim(output, overwrite=overwrite, restart=restart)
+    with work:
+        journal = Journal.open(work.work / JOURNAL, _identity(job), restart=restart)
+        resumed = len(journal.recorded)
+        sink = FolderSink(work.work, journal, job)
+        if not merge_begun(work.work):
+            _write_tensors(job, sink, listener)
+        merge_shards(sink.parts(), work.path, recipe.shard_bytes)
+        _write_companions(job, work.path)
+        reports = sink.reports()
+        account = _account(job, reports, work.path)
+        write_json(work.path / REPORT, account)
+        seconds = monotonic() - start
+        write_json(work.path / TIMINGS, {"seconds": seconds, "peak_bytes": peak_memory(), "resumed_units": resumed})
+        work.publish()
+    totals = account["totals"]
+    return Result(
+        output=str(output),
+        scheme=str(job.scheme),
+        method=recipe.method,
+        format=recipe.format,
+        linears=totals["linears"],
+        bits_per_weight=totals["bits_per_weight"],
+        bytes_in=totals["bytes_in"],
+        bytes_out=totals["bytes_out"],
+        output_error=reports[-1]["output_error"],
+        seconds=seconds,
+        peak_bytes=peak_memory(),
+        resumed=resumed,
+        fallbacks=tuple(account["fallbacks"]),
+    )
+
+
+def _write_tensors(job: Job, sink: FolderSink, listener: Listener) -> None:
+    for name in job.outside():
+        sink.pass_through(name)
+    run(
+        job.skeleton,
+        job.scheme,
+        job.methods,
+        sink,
+        tokens=job.tokens,
+        with_head=job.recipe.quantize_lm_head,
+        listener=listener,
+    )
+
+
+def _write_companions(job: Job, folder: Path) -> None:
+    """config.json with its quantization_config, and the files that go along."""
+    source, config = job.source.checkpoint.folder, dict(job.source.checkpoint.config)
+    if job.recipe.quantize_lm_head:
+        config["tie_word_embeddings"] = False
+    if job.quantization_config is not None:
+        config["quantization_config"] = job.quantization_config
+    write_json(folder / CONFIG, config)
+    for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        copy_file(path, target)
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What decides the bytes of the result; a run is continued only where all of it is the same."""
+    recipe = job.recipe.as_dict()
+    # The model and the text are identified by what they hold, not by where they lie.
+    for place in ("model", "calibration"):
+        del recipe[place]
+    return {
+        "recipe": recipe,
+        "model": job.source.checkpoint.fingerprint(),
+        "calibration": _calibration_account(job),
+        "versions": _versions(),
+    }
+
+
+def _account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """bitwright.json: the same recipe, seed and machine give the same bytes of it too."""
+    rows = [row for report in reports for row in report["linears"]]
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    return {
+        "bitwright": version("bitwright"),
+        "recipe": job.recipe.as_dict(),
+        "scheme": str(job.scheme),
+        "seed": job.recipe.seed,
+        "versions": _versions(),
+        "model": job.source.checkpoint.fingerprint(),
+        "calibration": _calibration_account(job),
+        "totals": {
+            "linears": len(rows),
+            "quantized_weights": weights,
+            "bits_per_weight": sum(row["storage_bits"] for row in rows) / weights,
+            "bytes_in": job.source.checkpoint.total_bytes,
+            "bytes_out": sum(path.stat().st_size for path in folder.glob("model*.safetensors")),
+        },
+        "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
+        "blocks": reports,
+    }
+
+
+def _calibration_account(job: Job) -> dict[str, Any] | None:
+    if job.tokens is None:
+        return None
+    samples, seqlen = job.tokens.shape
+    return {"segments": samples, "seqlen": seqlen, "tokens_sha256": fingerprint(job.tokens)}
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def _unique(texts: Iterable[str]) -> Iterable[str]:
+    return dict.fromkeys(texts)

@@ -1,0 +1,58 @@
+"""Finished blocks, made durable one by one: encoded by the format, written as a part, noted in the journal."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bitwright.api.job import Job
+from bitwright.checkpoint.journal import Journal
+from bitwright.checkpoint.writer import write_tensors
+from bitwright.core.block import Block
+from bitwright.core.quantized import QuantizedBlock
+
+
+class FolderSink:
+    """Parts in a work folder, numbered in the order of the model, whatever order they are written in."""
+
+    def __init__(self, folder: Path, journal: Journal, job: Job) -> None:
+        self.folder, self.journal, self.job = folder, journal, job
+        self.files = {unit: f"part-{n:05d}.safetensors" for n, unit in enumerate(job.units())}
+
+    def parts(self) -> list[Path]:
+        """Every unit's part, in the order of the model; some may have been merged away."""
+        return [self.folder / file for file in self.files.values()]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """The reports of the blocks, in their order."""
+        found = [self.journal.recorded[unit]["report"] for unit in self.files]
+        return [report for report in found if report]
+
+    def finished(self, unit: str) -> bool:
+        """Whether the journal has this unit, and its part is there."""
+        return unit in self.journal.done
+
+    def weights(self, unit: str, block: Block) -> Mapping[str, Tensor]:
+        """The dequantized weights of a finished unit, read back from its part."""
+        tensors = load_file(self.folder / self.files[unit])
+        decode, scheme = self.job.format.decode, self.job.scheme
+        return {name: decode(tensors, block.path(name), scheme) for name in block.topology.linears}
+
+    def write(self, unit: str, result: QuantizedBlock) -> None:
+        """Writes a unit's part and notes it, with its report, in the journal."""
+        tensors = dict(result.passed)
+        for name, weight in result.linears.items():
+            tensors |= self.job.format.encode(name, weight)
+        self._record(unit, tensors, asdict(result.report))
+
+    def pass_through(self, name: str) -> None:
+        """Copies a tensor that is in no block as it is, unless an earlier run has."""
+        if not self.finished(name):
+            self._record(name, {name: self.job.source.checkpoint.read(name)}, {})
+
+    def _record(self, unit: str, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
+        write_tensors(self.folder / self.files[unit], tensors)
+        self.journal.record(unit, self.files[unit], report)

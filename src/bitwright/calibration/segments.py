@@ -1,0 +1,31 @@
+"""Tokens to calibration segments."""
+
+import hashlib
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from bitwright.core.errors import CalibrationError
+
+
+def segments(tokens: Int[Tensor, " M"], samples: int, seqlen: int, seed: int, source: str) -> Int[Tensor, "N T"]:
+    """``samples`` segments of ``seqlen`` tokens, drawn without repetition from consecutive windows of the text.
+
+    The same tokens and seed give the same segments. Raises CalibrationError where the text is too short.
+    """
+    needed = samples * seqlen
+    if len(tokens) < needed:
+        raise CalibrationError(
+            f"{samples} segments of {seqlen} tokens need {needed} tokens, but '{source}' has {len(tokens)}; "
+            f"take a longer text, or --samples {max(1, len(tokens) // seqlen)}"
+            + (f" or --seqlen {len(tokens) // samples}" if len(tokens) >= samples else "")
+        )
+    windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:samples]]
+
+
+def fingerprint(tokens: Int[Tensor, "N T"]) -> str:
+    """SHA-256 of the segments, as little-endian int64 in row-major order."""
+    return hashlib.sha256(tokens.to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()

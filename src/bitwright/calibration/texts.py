@@ -1,0 +1,101 @@
+"""Where calibration and evaluation text comes from: a file, a folder, or a dataset of the Hugging Face hub."""
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from bitwright.core.errors import CalibrationError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+TEXT_FIELD = "text"
+BETWEEN_DOCUMENTS = "\n\n"
+
+
+def read_text(source: str) -> str:
+    """The text behind ``source``: a .txt, .jsonl or .parquet file, a folder of them, or ``name[:config[:split]]``
+    of a dataset.
+
+    Documents of .jsonl, .parquet and datasets are their field ``text``, joined by an empty line.
+    Raises CalibrationError.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise CalibrationError(f"folder {path} holds no text: no {', '.join(SUFFIXES)} file was found in it")
+        return BETWEEN_DOCUMENTS.join(_read_file(file) for file in files)
+    if path.is_file():
+        return _read_file(path)
+    if path.suffix in SUFFIXES or path.is_absolute() or source.startswith("."):
+        raise CalibrationError(f"there is no text file or folder {path}; name one, 'builtin', or a dataset of the hub")
+    return BETWEEN_DOCUMENTS.join(_dataset(source))
+
+
+def _read_file(path: Path) -> str:
+    if path.suffix == ".parquet":
+        return BETWEEN_DOCUMENTS.join(_parquet(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix == ".jsonl":
+        return BETWEEN_DOCUMENTS.join(_json_lines(path, text))
+    return text
+
+
+def _json_lines(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{path}, line {number} is not JSON: {error}") from None
+        yield _text_of(record, f"{path}, line {number}")
+
+
+def _text_of(record: object, where: str) -> str:
+    if isinstance(record, dict) and isinstance(record.get(TEXT_FIELD), str):
+        return str(record[TEXT_FIELD])
+    found = f"the fields {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
+    raise CalibrationError(f"{where} has no string field '{TEXT_FIELD}'; found {found}")
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    if find_spec("pyarrow") is None:
+        raise CalibrationError(f"reading {path} needs pyarrow: pip install 'bitwright[data]', or use a .txt file")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+        if TEXT_FIELD not in schema.names:
+            raise CalibrationError(f"{path} has no column '{TEXT_FIELD}'; it has {', '.join(schema.names)}")
+        column = pyarrow.parquet.read_table(path, columns=[TEXT_FIELD])[TEXT_FIELD]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CalibrationError(f"{path} cannot be read as Parquet: {error}") from None
+    return (str(value) for value in column.to_pylist() if value is not None)
+
+
+def _dataset(source: str) -> Iterator[str]:
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    use_a_file = "use a local file instead: --calibration FILE.txt, .jsonl or .parquet, or --calibration builtin"
+    if find_spec("datasets") is None:
+        raise CalibrationError(
+            f"'{source}' is no local file or folder, and reading a dataset of that name needs the datasets library: "
+            f"pip install 'bitwright[data]', or {use_a_file}"
+        )
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the library raises many kinds: offline, unknown name, gated, broken
+        raise CalibrationError(
+            f"'{source}' is no local file or folder, and the dataset of that name could not be loaded "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); {use_a_file}"
+        ) from None
+    return (_text_of(dict(row), f"dataset {source}") for row in rows)

@@ -1,0 +1,160 @@
+"""What a run has finished, line by line, so that a run which was killed goes on where it stopped.
+
+A JSON-lines file in the work folder. The first line is the identity of the run; each other line is a unit whose file
+is durable: {"unit": "block.3", "file": "part-00003.safetensors", "bytes": n, "sha256": ..., "report": {...}}.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bitwright.checkpoint import fingerprint
+from bitwright.checkpoint.strict_json import shown
+from bitwright.checkpoint.writer import write_text
+from bitwright.core.errors import OutputError
+
+SHOWN_DIFFERENCES = 8
+ABSENT = "(absent)"
+UNIT_KEYS = {"unit": str, "file": str, "bytes": int, "sha256": str, "report": dict}
+
+
+class Journal:
+    """An append-only record; every line is on the disk before `record` returns.
+
+    `recorded` has the last line of each unit ever finished. `done` has those whose file is still there at its size:
+    what need not be done again. (Parts that a merge has consumed are recorded, not done: ask `merge_begun` first.)
+    """
+
+    def __init__(self, path: Path, recorded: dict[str, dict[str, Any]]) -> None:
+        """`path` exists and ends with a whole line. Made by `Journal.open`."""
+        self.path = path
+        self.recorded = recorded
+        self.done = {unit: line for unit, line in recorded.items() if _file_is_there(path.parent, line)}
+
+    @classmethod
+    def open(cls, path: Path, identity: Mapping[str, Any], restart: bool = False) -> "Journal":
+        """The journal at `path`, begun if there is none or on `restart`.
+
+        `identity` is nested and JSON-able. OutputError when the journal was begun with another one, or is damaged other
+        than by a last line torn when the run was killed, which is cut off.
+        """
+        asked = json.loads(json.dumps(identity))  # as it will be read again: tuples are lists, keys are text
+        try:
+            lines = [] if restart or not path.exists() else _whole_lines(path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be read: {error}; check its permissions") from error
+        if not lines:
+            write_text(path, _line({"identity": asked}))
+            return cls(path, {})
+        begun = lines[0].get("identity")
+        if not isinstance(begun, dict) or not all(_is_unit(line) for line in lines[1:]):
+            raise _damaged(path)
+        if begun != asked:
+            raise OutputError(_other_run(path, begun, asked))
+        return cls(path, {line["unit"]: line for line in lines[1:]})
+
+    def record(self, unit: str, file: str | Path, report: Mapping[str, Any]) -> None:
+        """Notes that `unit` is finished and stands in `file` (durable, in the journal's folder), with its report.
+
+        The file is read once for its sha256. OutputError when the line cannot be written, or there is no such file.
+        """
+        name = Path(file).name
+        try:
+            size, sha256 = fingerprint.of_file(self.path.parent / name)
+            line = {"unit": unit, "file": name, "bytes": size, "sha256": sha256, "report": dict(report)}
+            text = _line(line)
+            _append(self.path, text)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: {unit} in {name} could not be recorded: {error}; make room or check the permissions, "
+                "then repeat the command: what is recorded is kept"
+            ) from error
+        self.recorded[unit] = self.done[unit] = json.loads(text)
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    """One line of the journal."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _append(path: Path, text: str) -> None:
+    """Adds `text` durably and whole: what a full disk took only in part is cut off again."""
+    before = path.stat().st_size
+    try:
+        with path.open("ab") as journal:
+            journal.write(text.encode("utf-8"))
+            journal.flush()
+            os.fsync(journal.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.truncate(path, before)
+        raise
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines that were written whole; a torn last one is cut from the file, so that the next begins on its own."""
+    raw = path.read_bytes()
+    pieces = raw.splitlines(keepends=True)
+    lines: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces, start=1):
+        line = _parsed(piece)
+        if line is not None:
+            lines.append(line)
+        elif number < len(pieces):
+            raise _damaged(path)
+        else:
+            os.truncate(path, len(raw) - len(piece))
+    return lines
+
+
+def _parsed(piece: bytes) -> dict[str, Any] | None:
+    """A line's object, or None for a line that was not written to its end."""
+    try:
+        line = json.loads(piece.decode("utf-8")) if piece.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _is_unit(line: Mapping[str, Any]) -> bool:
+    """Whether a line is one that `record` writes."""
+    return all(isinstance(line.get(key), kind) for key, kind in UNIT_KEYS.items())
+
+
+def _damaged(path: Path) -> OutputError:
+    """The error for a journal that says what no run writes."""
+    return OutputError(f"{path}: not the journal of a run; begin anew with --restart")
+
+
+def _file_is_there(folder: Path, line: Mapping[str, Any]) -> bool:
+    """Whether a unit's file has the size it was recorded with."""
+    path = folder / str(line["file"])
+    return path.is_file() and path.stat().st_size == int(line["bytes"])
+
+
+def _other_run(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What differs between two identities, at most eight lines of it, and what to do."""
+    old, new = dict(_dotted(begun)), dict(_dotted(asked))
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, ABSENT) != new.get(key, ABSENT)]
+    lines = [f"  {key}: {old.get(key, ABSENT)} -> {new.get(key, ABSENT)}" for key in keys[:SHOWN_DIFFERENCES]]
+    if len(keys) > SHOWN_DIFFERENCES:
+        lines.append(f"  and {len(keys) - SHOWN_DIFFERENCES} more")
+    return "\n".join(
+        [
+            f"{path}: this result was begun with other settings:",
+            *lines,
+            "repeat the command with the old settings to go on, or with --restart to begin anew",
+        ]
+    )
+
+
+def _dotted(identity: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of a nested dict: (keys joined with dots, value as shown)."""
+    for key, value in identity.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", shown(value)

@@ -1,0 +1,127 @@
+"""Which files of a model folder hold which tensor: one file, an index of shards, or shards without an index."""
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from bitwright.checkpoint.header import Header, read_header
+from bitwright.checkpoint.strict_json import parse_object, shown
+from bitwright.core.errors import CheckpointError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
+SHOWN_NAMES = 8
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder as a dict; CheckpointError when `folder` is no model folder."""
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: there is no such folder; is the path spelled right, is the disk mounted?")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: a file, no model folder; give the folder that contains {CONFIG}")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: is no model folder: it has no {CONFIG}; give the folder that `save_pretrained` or "
+            "`huggingface-cli download` wrote"
+        )
+    return parse_object(read_bytes(path), str(path))
+
+
+def find_weights(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
+    """(checked header of each weight file by file name, file name of each tensor by tensor name).
+
+    As transformers does: `model.safetensors` before an index before whatever *.safetensors there are.
+    """
+    if (folder / SINGLE).exists():
+        return _by_agreement(folder, [SINGLE])
+    if (folder / INDEX).exists():
+        return _by_index(folder)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(_no_weights(folder))
+    return _by_agreement(folder, files)
+
+
+def read_bytes(path: Path) -> bytes:
+    """All bytes of a small file; CheckpointError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _by_agreement(folder: Path, files: list[str]) -> tuple[dict[str, Header], dict[str, str]]:
+    """Files without an index: fine as long as no tensor stands in two of them."""
+    headers = {file: read_header(folder / file) for file in files}
+    homes: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.entries:
+            if name in homes:
+                raise CheckpointError(
+                    f"{folder}: tensor {shown(name)} stands both in {homes[name]} and in {file}, and there is no "
+                    f"{INDEX} to say which one counts; remove the file that does not belong to this model"
+                )
+            homes[name] = file
+    return headers, homes
+
+
+def _by_index(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
+    """Files as the index lists them. The index decides: what else stands in a shard is not part of the model."""
+    homes = _weight_map(folder)
+    files = sorted(set(homes.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of the {len(files)} shards that {INDEX} names are missing: {_some(missing)}; "
+            "an interrupted download? Download the model again, finished files are kept"
+        )
+    headers = {file: read_header(folder / file) for file in files}
+    for name, file in homes.items():
+        if name not in headers[file].entries:
+            raise CheckpointError(
+                f"{folder}: {INDEX} says that tensor {shown(name)} is in {file}, but it is not; index and shards come "
+                "from different versions of the model, download it again"
+            )
+    return headers, homes
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index's weight_map, tensor name -> file name, no file outside of the folder."""
+    path = folder / INDEX
+    homes = parse_object(read_bytes(path), str(path)).get("weight_map")
+    if not isinstance(homes, dict) or not homes or not all(isinstance(file, str) for file in homes.values()):
+        raise CheckpointError(f"{path}: no weight_map of tensor names to file names; download the index again")
+    for name, file in homes.items():
+        if not _stays_inside(file):
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)} is said to be in {shown(file)}, which is outside of the model folder; "
+                "such an index is refused"
+            )
+    return homes
+
+
+def _stays_inside(file: str) -> bool:
+    """A relative path that climbs nowhere. Links are followed: Hugging Face's cache is made of them."""
+    plain = PurePosixPath(file)
+    return bool(plain.name) and file.isprintable() and not ("\\" in file or plain.is_absolute() or ".." in plain.parts)
+
+
+def _no_weights(folder: Path) -> str:
+    """What to say when no *.safetensors is there."""
+    pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)})
+    if not pickles:
+        return f"{folder}: has a {CONFIG} but no *.safetensors; an interrupted download? Download the model again"
+    return (
+        f"{folder}: only pickled weights ({_some(pickles)}), which can run code when they are loaded, so Bitwright "
+        "does not read them; convert them once, if you trust where they come from:\n"
+        f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}, use_safetensors=False)\n"
+        f"  model.save_pretrained({str(folder) + '-safetensors'!r})"
+    )
+
+
+def _some(names: list[str]) -> str:
+    """At most eight names, and how many more there are."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more

@@ -1,0 +1,170 @@
+"""Part files -> the shards of a model folder, by copying byte ranges; a merge that is killed is simply run again.
+
+What makes that safe, in this order:
+1. The plan (which tensors of which parts make up which shard) is written beside the parts before anything else is.
+   From then on the plan is followed, whatever is left of the parts.
+2. Each shard is written atomically, so a shard that is there is whole, and is skipped.
+3. A part is removed once the shard with its last tensor is durable, so the disk holds the parts and one shard, never
+   the model twice, and whatever shard is missing still has all of its parts.
+4. The index comes last. The plan stays until the work folder goes: it tells that the parts are gone because they have
+   been merged, not because they never were.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bitwright.checkpoint.header import Header, TensorEntry, build_header, file_order, read_header
+from bitwright.checkpoint.layout import INDEX, SINGLE
+from bitwright.checkpoint.ranges import pieces
+from bitwright.checkpoint.strict_json import shown
+from bitwright.checkpoint.writer import COPY_BYTES, atomic, sync_folder, write_json
+from bitwright.core.errors import CheckpointError, OutputError
+
+PLAN = "merge.json"
+METADATA = {"format": "pt"}  # transformers refuses a safetensors file that does not say so
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One final file: its name, header (by its sha256), tensor data (bytes), and the part each tensor comes from."""
+
+    file: str
+    header_sha256: str
+    data_bytes: int
+    parts: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the merge will do: the part files' names in order, the limit asked for (bytes), the shards in order."""
+
+    parts: list[str]
+    shard_bytes: int
+    shards: list[Shard]
+
+
+def merge_begun(work: Path) -> bool:
+    """Whether a merge of the parts in `work` has begun, so that parts which are not there have been merged."""
+    return (work / PLAN).exists()
+
+
+def merge_shards(parts: list[Path], folder: Path, shard_bytes: int) -> None:
+    """Makes `parts`, safetensors files of one folder with no tensor in two of them, a model in `folder`; removes them.
+
+    `model.safetensors` when all tensors together have at most `shard_bytes` bytes, else an index and shards, the first
+    called model-00001-of-000NN.safetensors; a tensor larger than that has a shard of its own. At most 4 MiB are in
+    memory. Killed at any moment, the same call on what is left gives the same bytes. OutputError and CheckpointError
+    for what disk and parts do not allow, ValueError for a call that cannot be meant.
+    """
+    if not parts or shard_bytes < 1 or len({part.parent for part in parts}) != 1:
+        raise ValueError(
+            f"{len(parts)} parts, expected some, of one folder; shards of {shard_bytes} bytes, expected > 0"
+        )
+    work = parts[0].parent
+    plan = _settled_plan(work, [part.name for part in parts], shard_bytes)
+    if work.resolve() == folder.resolve() and {shard.file for shard in plan.shards} & set(plan.parts):
+        raise ValueError(f"a part in {work} is called as a shard will be; keep parts elsewhere or name them otherwise")
+    last_use = {part: number for number, shard in enumerate(plan.shards) for part in shard.parts.values()}
+    for number, shard in enumerate(plan.shards):
+        if not _is_finished(folder / shard.file, shard):
+            _write_shard(work, folder, shard)
+        _remove_parts(work, [part for part in plan.parts if last_use.get(part, 0) == number])
+    if len(plan.shards) > 1:
+        homes = {name: shard.file for shard in plan.shards for name in shard.parts}
+        total = sum(shard.data_bytes for shard in plan.shards)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))})
+
+
+def _settled_plan(work: Path, parts: list[str], shard_bytes: int) -> Plan:
+    """The plan that a killed merge left, or else a new one, on disk before it is followed."""
+    path = work / PLAN
+    if not path.exists():
+        plan = _new_plan([read_header(work / part) for part in parts], shard_bytes)
+        write_json(path, asdict(plan))
+        return plan
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        plan = Plan(raw["parts"], raw["shard_bytes"], [Shard(**shard) for shard in raw["shards"]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{path}: not the plan of a merge ({error}); begin anew with --restart") from error
+    if (plan.parts, plan.shard_bytes) != (parts, shard_bytes):
+        raise OutputError(
+            f"{path}: a merge of {len(plan.parts)} parts into shards of {plan.shard_bytes} bytes has begun, now "
+            f"{len(parts)} parts and {shard_bytes} bytes are asked; repeat the former settings, or add --restart"
+        )
+    return plan
+
+
+def _new_plan(headers: list[Header], shard_bytes: int) -> Plan:
+    """Shards filled in the order of the parts and of the tensors in them, each as far as `shard_bytes` allows."""
+    sources = _sources(headers)
+    groups: list[list[TensorEntry]] = [[]]
+    room = shard_bytes
+    for header in headers:
+        for entry in sorted(header.entries.values(), key=lambda entry: (entry.start, entry.name)):
+            if entry.nbytes > room and groups[-1]:
+                groups.append([])
+                room = shard_bytes
+            groups[-1].append(entry)
+            room -= entry.nbytes
+    shards = []
+    for number, group in enumerate(groups, start=1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        sha256 = hashlib.sha256(build_header(group, METADATA)).hexdigest()
+        data_bytes = sum(entry.nbytes for entry in group)
+        shards.append(Shard(file, sha256, data_bytes, {entry.name: sources[entry.name] for entry in group}))
+    return Plan([header.path.name for header in headers], shard_bytes, shards)
+
+
+def _sources(headers: list[Header]) -> dict[str, str]:
+    """The part each tensor stands in; CheckpointError for a tensor that stands in two."""
+    sources: dict[str, str] = {}
+    for header in headers:
+        for name in header.entries:
+            if name in sources:
+                raise CheckpointError(
+                    f"{header.path}: tensor {shown(name)} stands in {sources[name]} too; parts that share a tensor "
+                    "cannot be merged; begin anew with --restart"
+                )
+            sources[name] = header.path.name
+    return sources
+
+
+def _is_finished(path: Path, shard: Shard) -> bool:
+    """Whether `path` is this shard. It was written atomically: with the right header and length it is whole."""
+    try:
+        header = read_header(path)
+        with path.open("rb") as file:
+            found = hashlib.sha256(file.read(header.data_start)).hexdigest()
+    except (CheckpointError, OSError):
+        return False
+    return found == shard.header_sha256
+
+
+def _write_shard(work: Path, folder: Path, shard: Shard) -> None:
+    """One shard from the parts it comes from, all of which are still there."""
+    headers = {part: read_header(work / part) for part in sorted(set(shard.parts.values()))}
+    missing = [name for name, part in shard.parts.items() if name not in headers[part].entries]
+    entries = [headers[part].entries[name] for name, part in shard.parts.items() if name not in missing]
+    start = build_header(entries, METADATA)
+    if missing or hashlib.sha256(start).hexdigest() != shard.header_sha256:
+        raise OutputError(f"{work}: the parts of {shard.file} changed since the merge began; begin anew with --restart")
+    buffer = memoryview(bytearray(COPY_BYTES))
+    with atomic(folder / shard.file, len(start) + shard.data_bytes) as file:
+        file.write(start)
+        for entry in file_order(entries):
+            for piece in pieces(headers[shard.parts[entry.name]], entry.start, entry.end, buffer):
+                file.write(piece)
+
+
+def _remove_parts(work: Path, parts: list[str]) -> None:
+    """Removes parts that are merged."""
+    try:
+        for part in parts:
+            (work / part).unlink(missing_ok=True)
+        if parts:
+            sync_folder(work)
+    except OSError as error:
+        raise OutputError(f"{work}: a merged part cannot be removed: {error}; check its permissions") from error

@@ -1,0 +1,225 @@
+"""The folder where a result comes into being: beside its final place, under a lock, moved there when it is whole.
+
+    OUTPUT.partial/         the work folder: lock, journal, parts, plan of the merge
+    OUTPUT.partial/result/  what becomes OUTPUT
+    OUTPUT.old-bitwright/   the former OUTPUT while --overwrite replaces it
+
+The result stands apart from what it was made with, so that publishing is one rename: whatever moment a run is killed
+at, either OUTPUT is there, whole and with nothing of the work in it, or everything needed to go on is.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from bitwright.checkpoint.writer import free_bytes, sync_folder
+from bitwright.core.errors import OutputError
+
+LOCK = ".lock"
+RESULT = "result"
+
+
+class OutputFolder:
+    """An output that this run, and no other, is making. `path` takes the result's files, `work` everything else.
+
+    A context manager: leaving it lets go of the lock, and keeps the work for a run that goes on.
+    """
+
+    def __init__(self, output: Path, overwrite: bool, lock: FileLock) -> None:
+        """`lock` is held. Made by `OutputFolder.claim`."""
+        self.output = output
+        self.work = work_folder(output)
+        self.path = self.work / RESULT
+        self._overwrite = overwrite
+        self._lock = lock
+
+    @classmethod
+    def claim(cls, output: Path, overwrite: bool = False, restart: bool = False) -> "OutputFolder":
+        """Takes possession of `output`, goes on with what a killed run left of it, or with nothing on `restart`.
+
+        OutputError when it exists (unless `overwrite`, which replaces it only once the new one is whole), is a file,
+        cannot be written, or another run holds it. Nothing that exists is changed then.
+        """
+        try:
+            output = Path(output).resolve()
+            refuse_existing(output, overwrite)
+            lock = _locked(output)
+        except (OSError, RuntimeError) as error:  # RuntimeError: links that go round in a circle
+            raise _refused(output, error) from error
+        try:
+            _restore(output)
+            refuse_existing(output, overwrite)
+            _prepare(work_folder(output), restart)
+        except BaseException as error:
+            lock.release()
+            if isinstance(error, OSError):
+                raise _refused(output, error) from error
+            raise
+        return cls(output, overwrite, lock)
+
+    def publish(self) -> None:
+        """Makes the result durable and moves it to OUTPUT; the work folder is gone afterwards, and so is the lock.
+
+        OutputError when that cannot be done; a former OUTPUT is then back in its place, and the work is kept.
+        """
+        try:
+            _remove_temporaries(self.path)
+            _sync_tree(self.path)
+            refuse_existing(self.output, self._overwrite)
+            self._move_into_place()
+        except OSError as error:
+            raise _refused(self.output, error) from error
+        _remove_tree(_old(self.output))
+        _remove_work(self.work)
+        self._lock.release()
+
+    def release(self) -> None:
+        """Lets go of the lock; the work stays for a run that goes on."""
+        self._lock.release()
+
+    def __enter__(self) -> "OutputFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _move_into_place(self) -> None:
+        """The result's rename, with a former OUTPUT out of the way, and back if it fails."""
+        old = _old(self.output)
+        if self.output.exists():
+            os.rename(self.output, old)
+            sync_folder(self.output.parent)
+        try:
+            os.rename(self.path, self.output)
+        except BaseException:
+            _restore(self.output)
+            raise
+        sync_folder(self.output.parent)
+
+
+def work_folder(output: Path) -> Path:
+    """Where the work on `output` is done: beside it, because only there a rename is atomic."""
+    return output.with_name(output.name + ".partial")
+
+
+def refuse_overlap(model: Path, output: Path) -> None:
+    """OutputError when writing `output` would write over `model`: the same folder, one around it, the work folder."""
+    source = model.resolve()
+    for target in (output.resolve(), work_folder(output.resolve()), _old(output.resolve())):
+        if target == source or target in source.parents:
+            raise OutputError(
+                f"{output}: the model that is read, {model}, is there, and would be replaced by the result; choose "
+                "another output"
+            )
+
+
+def require_free(path: Path, nbytes: int) -> None:
+    """OutputError when the file system that `path` is, or will be, on has fewer than `nbytes` bytes free."""
+    try:
+        free = free_bytes(path)
+    except OSError as error:
+        raise _refused(path, error) from error
+    if free < nbytes:
+        raise OutputError(
+            f"{path}: {nbytes} bytes are needed, {free} are free on its file system; make room for {nbytes - free} "
+            "more, or choose another output"
+        )
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """OutputError when something is at OUTPUT that may not, or should not, be replaced."""
+    if not output.name:
+        raise OutputError(f"{output}: is the root of the file system; name a folder for the result")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file; the result is a folder, choose another name for it")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise OutputError(f"{output}: exists and is kept as it is; choose another output, or add --overwrite")
+    home = Path(os.path.expanduser("~"))
+    precious = next((place for place in (Path.cwd(), home.resolve()) if output in (place, *place.parents)), None)
+    if precious is not None:
+        raise OutputError(f"{output}: --overwrite would remove {precious} with it; name a folder for the result alone")
+
+
+def _locked(output: Path) -> FileLock:
+    """The lock of OUTPUT's work folder, which is made if need be."""
+    work = work_folder(output)
+    try:
+        if work.exists() and not (work / LOCK).exists() and any(work.iterdir()):
+            raise OutputError(f"{work}: is in the way and was not made by a run of Bitwright; move it, or remove it")
+        work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"{output}: another run is working on it (it holds {work / LOCK}); wait for it, or choose another output"
+        ) from None
+    return lock
+
+
+def _restore(output: Path) -> None:
+    """Puts a former OUTPUT back whose replacement never arrived, or removes it if it did. Under the lock only."""
+    old = _old(output)
+    if old.is_dir() and not output.exists():
+        os.rename(old, output)
+        sync_folder(output.parent)
+    elif old.is_dir():
+        _remove_tree(old)
+
+
+def _prepare(work: Path, restart: bool) -> None:
+    """Makes the work folder ready; work without a result folder is what is left of a run that was published."""
+    if restart or not (work / RESULT).is_dir():
+        _empty(work)
+    (work / RESULT).mkdir(exist_ok=True)
+    sync_folder(work)
+
+
+def _empty(work: Path) -> None:
+    """Removes everything but the lock, the result first: without it the rest counts for nothing."""
+    for path in sorted(work.iterdir(), key=lambda path: path.name != RESULT):
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove_work(work: Path) -> None:
+    """Removes a work folder, the lock last: a folder with a lock in it is known as ours if this is interrupted."""
+    try:
+        _empty(work)
+        (work / LOCK).unlink(missing_ok=True)
+        work.rmdir()
+    except OSError:
+        return  # the result is in place; the next claim clears this up
+
+
+def _remove_temporaries(result: Path) -> None:
+    """Removes files that a killed run did not finish writing."""
+    for path in result.rglob(".*.tmp"):
+        path.unlink()
+
+
+def _remove_tree(folder: Path) -> None:
+    """Removes a former OUTPUT as far as that can be done; the next claim tries again."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Makes all files and folders of a tree durable."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with open(Path(place, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(place))
+
+
+def _old(output: Path) -> Path:
+    """Where a former OUTPUT stands while it is replaced; a name nobody else gives a folder."""
+    return output.with_name(output.name + ".old-bitwright")
+
+
+def _refused(output: Path, error: BaseException) -> OutputError:
+    """The error for what the file system did not allow."""
+    return OutputError(f"{output}: cannot be written: {error}; check the permissions, or choose another output")

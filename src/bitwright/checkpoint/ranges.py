@@ -1,0 +1,55 @@
+"""Byte ranges of files whose headers have been checked, refused when the file is no longer the one that was checked."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from bitwright.checkpoint.header import Header
+from bitwright.core.errors import CheckpointError
+
+
+def read_into(header: Header, start: int, target: memoryview) -> None:
+    """Fills `target` with the bytes of the file from `start` on."""
+    for _ in pieces(header, start, start + target.nbytes, target):
+        pass
+
+
+def pieces(header: Header, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
+    """Bytes [start, stop) of the file, a buffer's length at a time: each piece is gone when the next one comes.
+
+    CheckpointError if the file cannot be read, or changed since its header was checked or while it is read.
+    """
+    try:
+        with header.path.open("rb") as file:
+            _check_unchanged(header, file)
+            file.seek(start)
+            for at in range(start, stop, max(buffer.nbytes, 1)):
+                piece = buffer[: min(buffer.nbytes, stop - at)]
+                if file.readinto(piece) != piece.nbytes:
+                    raise changed(header.path, f"it ends before byte {at + piece.nbytes}")
+                yield piece
+            _check_unchanged(header, file)
+    except OSError as error:
+        raise CheckpointError(f"{header.path}: cannot be read any more: {error}") from error
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, [nbytes], not a copy; writing to them writes to the tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def changed(path: Path, how: str) -> CheckpointError:
+    """The error for a file that is no longer what it was when its header was checked."""
+    return CheckpointError(f"{path}: changed under the run: {how}; start again from an unchanged checkpoint")
+
+
+def _check_unchanged(header: Header, file: BinaryIO) -> None:
+    """Size and modification time are what they were when the header was checked."""
+    now = os.fstat(file.fileno())
+    if now.st_size != header.size:
+        raise changed(header.path, f"{header.size} bytes when it was opened, {now.st_size} now")
+    if now.st_mtime_ns != header.mtime_ns:
+        raise changed(header.path, "it was written to since it was opened")

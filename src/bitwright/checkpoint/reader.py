@@ -1,0 +1,116 @@
+"""A model folder as it is on disk: what tensors there are is known at once, their data is read when asked for."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitwright.checkpoint import fingerprint, finite
+from bitwright.checkpoint.header import Header, TensorEntry
+from bitwright.checkpoint.layout import CONFIG, INDEX, find_weights, read_bytes, read_config
+from bitwright.checkpoint.ranges import memory_of, read_into
+from bitwright.core.errors import CheckpointError, nearest
+
+
+class Checkpoint:
+    """A lazy view of a model folder; every header has been checked, no tensor has been read.
+
+    `folder`, `config` (config.json) and `names` (sorted) are there at once.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], headers: dict[str, Header], homes: dict[str, str]) -> None:
+        """`headers` by file name, `homes` tensor name -> file name. Made by `Checkpoint.open`."""
+        self.folder = folder
+        self.config = config
+        self.names = tuple(sorted(homes))
+        self._headers = headers
+        self._homes = homes
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """The checkpoint in `folder`; CheckpointError when it is none, is incomplete, or lies about itself."""
+        folder = Path(folder)
+        try:
+            return cls(folder, read_config(folder), *find_weights(folder))
+        except OSError as error:  # a folder that may not be listed, a disk that fails
+            raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    def entry(self, name: str) -> TensorEntry:
+        """Dtype, shape and place of a tensor; CheckpointError when there is none of that name."""
+        return self._header(name).entries[name]
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._header(name).path
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor's data."""
+        return self.entry(name).nbytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors' data."""
+        return sum(self.nbytes(name) for name in self.names)
+
+    @property
+    def dtype_of_weights(self) -> torch.dtype:
+        """The floating dtype that most elements have; CheckpointError when no tensor is floating."""
+        elements: Counter[torch.dtype] = Counter()
+        for name in self.names:
+            entry = self.entry(name)
+            if entry.dtype.is_floating_point:
+                elements[entry.dtype] += entry.elements
+        if not elements:
+            raise CheckpointError(f"{self.folder}: no tensor is floating point; is this model quantized already?")
+        return elements.most_common(1)[0][0]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU in its stored dtype and shape: the exact bytes, a copy of one's own."""
+        return self._read(name, self.entry(name).shape, 0)
+
+    def read_slice(self, name: str, start_row: int, stop_row: int) -> torch.Tensor:
+        """Rows [start_row, stop_row) of a tensor [rows, ...], nothing else being read; ValueError outside of it."""
+        shape = self.entry(name).shape
+        if not shape or not 0 <= start_row <= stop_row <= shape[0]:
+            raise ValueError(f"{name} of shape {list(shape)} has no rows {start_row} to {stop_row}")
+        return self._read(name, (stop_row - start_row, *shape[1:]), start_row)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies the checkpoint, file name -> digest, without reading all of its data."""
+        small = [name for name in (CONFIG, INDEX) if (self.folder / name).is_file()]
+        found = {name: fingerprint.of_small_file(read_bytes(self.folder / name)) for name in small}
+        return found | {file: fingerprint.of_weights(header) for file, header in sorted(self._headers.items())}
+
+    def check_finite(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Reads every floating tensor, 64 MiB at a time; CheckpointError for the first with a NaN or infinity.
+
+        `progress` is told (bytes looked at, bytes in all) after each tensor.
+        """
+        done, total = 0, self.total_bytes
+        for name in sorted(self.names, key=lambda name: (self._homes[name], self.entry(name).start)):
+            entry = self.entry(name)
+            if entry.dtype.is_floating_point:
+                finite.check_tensor(self._header(name), entry)
+            done += entry.nbytes
+            if progress is not None:
+                progress(done, total)
+
+    def _read(self, name: str, shape: tuple[int, ...], skipped_rows: int) -> torch.Tensor:
+        """`shape` of the tensor, after as many of its rows."""
+        header, entry = self._header(name), self.entry(name)
+        row_bytes = entry.nbytes // entry.shape[0] if skipped_rows else 0
+        tensor = torch.empty(shape, dtype=entry.dtype, device="cpu")  # also inside of `torch.device("meta")`
+        read_into(header, entry.start + skipped_rows * row_bytes, memory_of(tensor))
+        return tensor
+
+    def _header(self, name: str) -> Header:
+        """The header of the file that holds a tensor."""
+        if name not in self._homes:
+            close = nearest(name, self.names) if len(self.names) < 20 else f"it has {len(self.names)} others"
+            raise CheckpointError(f"{self.folder}: no tensor {name!r} in this checkpoint; {close}")
+        return self._headers[self._homes[name]]

@@ -1,0 +1,1 @@
+"""The vocabulary: plain data and arithmetic. No files, no models."""

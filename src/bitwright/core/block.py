@@ -1,0 +1,100 @@
+"""What a decoder block is made of: its linears, who shares an input, and where equivalent transformations go.
+
+Names are relative to the block, as transformers names them: "self_attn.q_proj".
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears that read the same input, and the module whose output shows their joint error.
+
+    ``enclosing`` is the attention for q, k and v, the MLP for gate and up, and the linear itself elsewhere
+    (AWQ, arXiv 2306.00978, and AdaDim, arXiv 2309.15531, judge a choice there).
+    """
+
+    linears: tuple[str, ...]
+    enclosing: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """One module at a site, and which of the site's parameters each of its channels uses.
+
+    ``index[c]`` is the parameter of channel ``c``; None is one to one. A ``reciprocal`` producer is
+    multiplied by the scale where the others are divided (the keys of q.k).
+    """
+
+    module: str
+    index: tuple[int, ...] | None = None
+    reciprocal: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where channels can be scaled (and shifted) without changing the block's output.
+
+    Output channels of every producer are divided by the scale, input channels of every consumer multiplied.
+    ``channels`` is the number of free parameters: channels that must share one (rotary pairs, the query
+    heads of one key-value head) are tied through ``Side.index``. ``shift`` says whether both ends can
+    absorb a shift. One table serves SmoothQuant, AWQ, Outlier Suppression+, LET and AdaDim.
+    """
+
+    name: str
+    producers: tuple[Side, ...]
+    consumers: tuple[Side, ...]
+    channels: int
+    shift: bool = False
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The linears of a block, in the order data flows through them, and its sites."""
+
+    groups: tuple[LinearGroup, ...]
+    sites: tuple[Site, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear that is quantized."""
+        return tuple(name for group in self.groups for name in group.linears)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where things sit in one architecture: what a file in ``families/`` describes."""
+
+    model_type: str
+    blocks: str
+    embedding: str
+    final_norm: str
+    head: str
+    attention_class: str
+    topology: Topology
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block in memory: the real transformers module and its topology.
+
+    ``name`` is its path in the model ("model.layers.3"), and with a linear's name gives a tensor's name.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    topology: Topology
+
+    def weight(self, linear: str) -> Float[Tensor, "O I"]:
+        """The weight of one of the block's linears."""
+        weight = self.module.get_submodule(linear).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    def path(self, linear: str) -> str:
+        """The linear's name in the whole model."""
+        return f"{self.name}.{linear}" if self.name else linear

@@ -1,0 +1,60 @@
+"""What has been decided about a block so far. Methods take decisions and return new ones; nothing is changed in place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bitwright.core.scheme import Tile
+
+
+class Decision(StrEnum):
+    """The five decisions, in the order in which ``steps`` applies them."""
+
+    TRANSFORM = "transform"
+    OUTLIERS = "outliers"
+    AXIS = "axis"
+    RANGE = "range"
+    ROUNDING = "rounding"
+
+
+@dataclass(frozen=True)
+class SiteDecision:
+    """Scale, and where the site can absorb it shift, of each free channel C of a site."""
+
+    scale: Float[Tensor, " C"]
+    shift: Float[Tensor, " C"] | None = None
+
+
+@dataclass(frozen=True)
+class LinearDecision:
+    """What is decided about one linear; None is not decided yet.
+
+    ``tile`` replaces the scheme's tile (the axis decision). ``low`` and ``high`` are the range of each tile.
+    ``outliers`` marks the weights kept exactly. ``codes`` are on the scheme's grid.
+    """
+
+    tile: Tile | None = None
+    low: Float[Tensor, "P Q"] | None = None
+    high: Float[Tensor, "P Q"] | None = None
+    outliers: Bool[Tensor, "O I"] | None = None
+    codes: Int[Tensor, "O I"] | None = None
+
+
+@dataclass(frozen=True)
+class BlockDecisions:
+    """Decisions per site and per linear, and every fallback that was taken on the way."""
+
+    sites: Mapping[str, SiteDecision] = field(default_factory=dict)
+    linears: Mapping[str, LinearDecision] = field(default_factory=dict)
+    fallbacks: tuple[str, ...] = ()
+
+    def linear(self, name: str) -> LinearDecision:
+        """What is decided about a linear, nothing if nothing is."""
+        return self.linears.get(name, LinearDecision())
+
+    def with_linears(self, decided: Mapping[str, LinearDecision]) -> "BlockDecisions":
+        """These decisions with some linears' replaced."""
+        return replace(self, linears={**self.linears, **decided})

@@ -1,0 +1,43 @@
+"""Errors a user can cause: one message each, no traceback, exit code 2.
+
+Every message says what was asked, what was found, where, and what to try.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Something the user can mend. Its message is all the command line prints."""
+
+
+class SchemeError(UserError):
+    """A scheme's text, or a scheme that does not fit a linear."""
+
+
+class RecipeError(UserError):
+    """A recipe key or value that is not known, or does not go with the others."""
+
+
+class CheckpointError(UserError):
+    """A model folder or a file in it that cannot be read as it claims to be."""
+
+
+class OutputError(UserError):
+    """A place that cannot be written to: it exists, it is full, another run holds it."""
+
+
+class CalibrationError(UserError):
+    """Calibration or evaluation text that is missing, unreadable or too short."""
+
+
+def nearest(asked: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known value, then all of them.
+
+    >>> nearest("rtm", ["rtn", "gptq"])
+    'did you mean rtn? Known: gptq, rtn'
+    """
+    names = sorted(known)
+    close = get_close_matches(asked.lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}Known: {', '.join(names)}"

@@ -1,0 +1,125 @@
+"""QTensor: a quantized weight, and the only place where the affine formula stands.
+
+    h = (high - low) / (2**bits - 1)        rounded to the dtype it is stored in
+    z = round(-low / h)                     an integer of the weight's own bits (asymmetric)
+    code = clamp(round(W / h) + z, qmin, qmax)
+    W ~ (code - z) * h
+
+(OmniQuant, arXiv 2308.13137, eq. 2, with low = beta*min(W), high = gamma*max(W).) A range always contains
+zero, so that z fits in the weight's own bits. A symmetric grid takes the range [-r, r], r = max(-low, high),
+and z = 0. Letters: O output features, I input features, P and Q the tiles along each, K outliers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from bitwright.core.scheme import Grid, Tile
+
+OUTLIER_INDEX_BITS = 32
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A weight as codes, scales and zero points; exact at its outliers.
+
+    ``codes`` are uint8 on an asymmetric grid and int8 on a symmetric one; ``scale`` is in the dtype it is
+    stored in; ``zero`` is uint8 like the codes, and None on a symmetric grid. ``outlier_index`` counts
+    positions in row-major order.
+    """
+
+    codes: Int[Tensor, "O I"]
+    scale: Float[Tensor, "P Q"]
+    zero: Int[Tensor, "P Q"] | None
+    grid: Grid
+    tile: Tile
+    outlier_index: Int[Tensor, " K"] | None = None
+    outlier_value: Float[Tensor, " K"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Output and input features."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def storage_bits(self) -> int:
+        """Bits that this weight needs: codes, scales, zero points and outliers, without file headers."""
+        bits = self.codes.numel() * self.grid.bits + self.scale.numel() * self.scale.element_size() * 8
+        if self.zero is not None:
+            bits += self.zero.numel() * self.grid.bits
+        if self.outlier_value is not None:
+            bits += self.outlier_value.numel() * (OUTLIER_INDEX_BITS + self.outlier_value.element_size() * 8)
+        return bits
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight: everything stored, over the number of weights."""
+        return self.storage_bits / self.codes.numel()
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "O I"]:
+        """The weight [O, I] that these codes stand for, computed in ``dtype`` (default: the scales' own)."""
+        dtype = dtype or self.scale.dtype
+        weight = dequantize(self.codes, self.scale.to(dtype), self.zero, self.tile)
+        if self.outlier_index is not None and self.outlier_value is not None:
+            weight.view(-1)[self.outlier_index.long()] = self.outlier_value.to(dtype)
+        return weight
+
+
+def tiled(weight: Shaped[Tensor, "O I"], tile: Tile) -> Shaped[Tensor, "P To Q Ti"]:
+    """A view of the weight in which dimensions 1 and 3 run inside one tile."""
+    shape = (weight.shape[0], weight.shape[1])
+    (p, q), (t_o, t_i) = tile.counts(shape), tile.size(shape)
+    return weight.reshape(p, t_o, q, t_i)
+
+
+def affine(
+    low: Float[Tensor, "P Q"], high: Float[Tensor, "P Q"], grid: Grid, dtype: torch.dtype
+) -> tuple[Float[Tensor, "P Q"], Int[Tensor, "P Q"] | None]:
+    """Scale (in ``dtype``) and zero point of each tile for the range [low, high] of its weights.
+
+    The scale is rounded to the dtype it is stored in before the zero point (and any code) is computed.
+    A tile whose range is empty, all zeros, gets the scale 1.
+    """
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    if grid.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    # Divide first: high - low can overflow where both ends are near the largest float32.
+    step = high / grid.steps - low / grid.steps
+    finfo = torch.finfo(dtype)
+    stored = step.clamp(min=finfo.tiny, max=finfo.max).to(dtype)
+    scale = torch.where(step > 0, stored, torch.ones_like(stored))
+    if grid.symmetric:
+        return scale, None
+    return scale, (-low / scale.float()).round().clamp(grid.qmin, grid.qmax).to(torch.uint8)
+
+
+def quantize(
+    weight: Float[Tensor, "O I"],
+    scale: Float[Tensor, "P Q"],
+    zero: Int[Tensor, "P Q"] | None,
+    grid: Grid,
+    tile: Tile,
+) -> Int[Tensor, "O I"]:
+    """Codes of a weight, rounded to nearest (ties to even) in float32."""
+    codes = (tiled(weight.float(), tile) / _spread(scale.float())).round_()
+    if zero is not None:
+        codes += _spread(zero.float())
+    codes.clamp_(grid.qmin, grid.qmax)
+    return codes.to(torch.int8 if grid.symmetric else torch.uint8).reshape(weight.shape)
+
+
+def dequantize(
+    codes: Int[Tensor, "O I"], scale: Float[Tensor, "P Q"], zero: Int[Tensor, "P Q"] | None, tile: Tile
+) -> Float[Tensor, "O I"]:
+    """``(codes - zero) * scale`` in the dtype of ``scale``."""
+    values = tiled(codes, tile).to(scale.dtype)
+    if zero is not None:
+        values -= _spread(zero.to(scale.dtype))
+    return (values * _spread(scale)).reshape(codes.shape)
+
+
+def _spread(per_tile: Shaped[Tensor, "P Q"]) -> Shaped[Tensor, "P 1 Q 1"]:
+    return per_tile[:, None, :, None]

@@ -1,0 +1,81 @@
+"""What the user asked for: the same keys as flags, in Python, and in a YAML file."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from bitwright.core.errors import RecipeError, nearest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the bytes of the result. Keys that are not known are refused.
+
+    ``seqlen`` None is 2048 tokens, or the model's own maximum where that is shorter.
+    """
+
+    model: str
+    scheme: str
+    method: str = "rtn"
+    format: str = "compressed-tensors"
+    calibration: str | None = None
+    samples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+    quantize_lm_head: bool = False
+    shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        for key, kinds in _KINDS.items():
+            value = getattr(self, key)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+                raise RecipeError(f"recipe key '{key}' is {value!r}; it takes {wanted}")
+        _ = self.shard_bytes
+        for key, least in (("samples", 1), ("seqlen", 1), ("seed", 0)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise RecipeError(f"{key} is {value}; it must be at least {least}")
+
+    @property
+    def shard_bytes(self) -> int:
+        """The size in bytes above which the result is split. Raises RecipeError for a text that is no size."""
+        match = _SIZE.fullmatch(self.shard_size.strip())
+        if match is None or not float(match[1]):
+            raise RecipeError(f"shard size '{self.shard_size}' is no size; write a number and a unit: 500MB, 5GB")
+        return int(float(match[1]) * _FACTORS[match[2].upper()])
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "Recipe":
+        """A recipe from parsed YAML or JSON. Raises RecipeError for a key that is unknown or missing."""
+        keys = {field.name for field in fields(cls)}
+        written = {str(key).replace("-", "_"): value for key, value in mapping.items()}
+        for key in written:
+            if key not in keys:
+                raise RecipeError(f"a recipe has no key '{key}'; {nearest(key, keys)}")
+        for key in ("model", "scheme"):
+            if written.get(key) is None:
+                raise RecipeError(f"the recipe does not say which {key}: give --{key} or the key '{key}' in the recipe")
+        return cls(**written)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as written into bitwright.json."""
+        return asdict(self)
+
+
+_STR, _INT, _BOOL, _NONE = str, int, bool, type(None)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": (_STR,),
+    "scheme": (_STR,),
+    "method": (_STR,),
+    "format": (_STR,),
+    "calibration": (_STR, _NONE),
+    "samples": (_INT,),
+    "seqlen": (_INT, _NONE),
+    "seed": (_INT,),
+    "quantize_lm_head": (_BOOL,),
+    "shard_size": (_STR,),
+}
+_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) *(KB|MB|GB|TB)", re.IGNORECASE)
+_FACTORS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -1,0 +1,23 @@
+"""A file's name is its registration: ``methods/rtn.py`` is the method ``rtn``.
+
+A user writes hyphens where the file has underscores: ``compressed-tensors``.
+"""
+
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+
+from bitwright.core.errors import RecipeError, nearest
+
+
+def names(room: str) -> tuple[str, ...]:
+    """What is registered in a room ("methods", "formats", "families"), as a user writes it."""
+    package = import_module(f"bitwright.{room}")
+    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__)))
+
+
+def find(room: str, name: str) -> ModuleType:
+    """The module registered under a name. Raises RecipeError with the nearest known name."""
+    if name not in names(room):
+        raise RecipeError(f"there is no {room.rstrip('s')} '{name}'; {nearest(name, names(room))}")
+    return import_module(f"bitwright.{room}.{name.replace('-', '_')}")

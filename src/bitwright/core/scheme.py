@@ -1,0 +1,185 @@
+"""Schemes: what is quantized, to how many bits, and which weights share a scale.
+
+A scheme is written ``W<bits>A<bits>[KV<bits>][g<size>][sym|asym]``:
+
+    W4A16g128     4-bit weights in groups of 128 along the input, 16-bit activations
+    W3A16         3-bit weights, one scale per output channel
+    W4A4KV4       4-bit weights, activations, queries, and KV cache
+    W8A16g64sym   symmetric weights (asymmetric is the default, as in the papers)
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import product
+from typing import Final
+
+from bitwright.core.errors import SchemeError
+
+FULL: Final = -1
+"""In a Tile: the whole dimension."""
+
+MIN_BITS, MAX_BITS, UNQUANTIZED_BITS = 2, 8, 16
+MIN_GROUP = 2
+
+GRAMMAR = (
+    "W<2-8>A<2-8 or 16>[KV<2-8 or 16>][g<group size>][sym|asym], "
+    "for example W4A16g128, W3A16, W2A16g64, W8A8, W4A4KV4, W4A16g128sym"
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers that codes are drawn from.
+
+    Asymmetric codes are ``0 .. 2**bits - 1`` and come with a zero point in the same range;
+    symmetric codes are ``-2**(bits-1) .. 2**(bits-1) - 1`` and their zero point is 0.
+    """
+
+    bits: int
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise SchemeError(f"{self.bits} bits asked for; a grid has {MIN_BITS} to {MAX_BITS} bits")
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return self.qmin + self.steps
+
+    @property
+    def steps(self) -> int:
+        """The number of steps between the smallest and the largest code, ``2**bits - 1``."""
+        return int(2**self.bits) - 1
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The patch of a weight [O, I] that shares one scale: ``out`` rows by ``in_`` columns.
+
+    Per output channel ``(1, FULL)``, groups along the input ``(1, 128)``, AdaDim's groups of
+    one input channel ``(128, 1)``, per tensor ``(FULL, FULL)``.
+    """
+
+    out: int
+    in_: int
+
+    def size(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of one tile of a weight of this shape [O, I]."""
+        return (shape[0] if self.out == FULL else self.out, shape[1] if self.in_ == FULL else self.in_)
+
+    def counts(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Number of tiles along each dimension of a weight of this shape [O, I].
+
+        Raises SchemeError where a tile does not divide the weight.
+        """
+        (rows, columns), (t_o, t_i) = shape, self.size(shape)
+        for extent, tile, which in ((rows, t_o, "output"), (columns, t_i, "input")):
+            if extent % tile:
+                sizes = ", ".join(str(s) for s in _dividing_groups(extent, tile)) or "per channel, without a group"
+                raise SchemeError(
+                    f"{extent} {which} features do not divide into groups of {tile}; what divides them: {sizes}"
+                )
+        return rows // t_o, columns // t_i
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a user asked for: grids for weights, activations, KV cache, and the weights' tile.
+
+    ``activation_bits`` None leaves activations in 16 bits. ``kv_bits`` None means that keys and
+    values follow the activations; 16 leaves them alone.
+    """
+
+    weight: Grid
+    tile: Tile = Tile(1, FULL)
+    activation_bits: int | None = None
+    kv_bits: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Scheme":
+        """The scheme that a text names. Raises SchemeError with the grammar and the nearest valid scheme."""
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise SchemeError(f"'{text}' is no scheme. A scheme reads {GRAMMAR}. {_nearest(text)}")
+        weight, activation, group = (_number(match[k]) for k in ("w", "a", "g"))
+        cache = None if match["kv"] is None else _number(match["kv"])
+        _check_numbers(text, weight, activation, cache, group if match["g"] else None)
+        return cls(
+            weight=Grid(weight, (match["sym"] or "asym").lower() == "sym"),
+            tile=Tile(1, group if match["g"] else FULL),
+            activation_bits=None if activation == UNQUANTIZED_BITS else activation,
+            kv_bits=cache,
+        )
+
+    @property
+    def activations(self) -> Grid | None:
+        """Grid of the linears' inputs and of the queries (dynamic, per token, asymmetric)."""
+        return None if self.activation_bits is None else Grid(self.activation_bits)
+
+    @property
+    def kv(self) -> Grid | None:
+        """Grid of keys and values (dynamic, per token and head, asymmetric)."""
+        bits = self.activation_bits if self.kv_bits is None else self.kv_bits
+        return None if bits is None or bits == UNQUANTIZED_BITS else Grid(bits)
+
+    def __str__(self) -> str:
+        cache = "" if self.kv_bits is None else f"KV{self.kv_bits}"
+        group = "" if self.tile.in_ == FULL else f"g{self.tile.in_}"
+        symmetry = "sym" if self.weight.symmetric else ""
+        return f"W{self.weight.bits}A{self.activation_bits or UNQUANTIZED_BITS}{cache}{group}{symmetry}"
+
+
+# [0-9] and not \d, which also matches digits of other scripts.
+_PATTERN = re.compile(r"W(?P<w>[0-9]+)A(?P<a>[0-9]+)(KV(?P<kv>[0-9]+))?(g(?P<g>[0-9]+))?(?P<sym>sym|asym)?", re.I)
+_MAX_DIGITS = 9
+
+
+def _number(digits: str | None) -> int:
+    return 0 if digits is None else int(digits[-_MAX_DIGITS:]) if len(digits) <= _MAX_DIGITS else 10**_MAX_DIGITS
+
+
+def _check_numbers(text: str, weight: int, activation: int, cache: int | None, group: int | None) -> None:
+    wrong = None
+    if not MIN_BITS <= weight <= MAX_BITS:
+        wrong = f"weights of {weight} bits: weights take {MIN_BITS} to {MAX_BITS} bits"
+    elif not _activation_bits_known(activation):
+        wrong = f"activations of {activation} bits: they take {MIN_BITS} to {MAX_BITS} bits, or 16 to stay as they are"
+    elif cache is not None and not _activation_bits_known(cache):
+        wrong = f"a KV cache of {cache} bits: it takes {MIN_BITS} to {MAX_BITS} bits, or 16 to stay as it is"
+    elif group is not None and not MIN_GROUP <= group < 10**_MAX_DIGITS:
+        wrong = f"groups of {group}: a group has at least {MIN_GROUP} weights"
+    if wrong:
+        raise SchemeError(f"scheme '{text}' asks for {wrong}. A scheme reads {GRAMMAR}. {_nearest(text)}")
+
+
+def _activation_bits_known(bits: int) -> bool:
+    return MIN_BITS <= bits <= MAX_BITS or bits == UNQUANTIZED_BITS
+
+
+def _nearest(text: str) -> str:
+    by_lower = {name.lower(): name for name in _common_schemes()}
+    close = get_close_matches(text.strip().lower()[:40], list(by_lower), n=1, cutoff=0.0)
+    return f"The nearest valid scheme is {by_lower[close[0]]}." if close else "A good start is W4A16g128."
+
+
+def _common_schemes() -> Iterator[str]:
+    weights = range(MIN_BITS, MAX_BITS + 1)
+    for bits, group, symmetry in product(weights, ("", "g128", "g64", "g32"), ("", "sym")):
+        yield f"W{bits}A16{group}{symmetry}"
+    for bits, activation, cache in product(weights, (8, 6, 4), ("", "KV4", "KV8", "KV16")):
+        yield f"W{bits}A{activation}{cache}"
+
+
+def _dividing_groups(extent: int, wanted: int) -> list[int]:
+    """Up to three group sizes that divide the extent, nearest to the one wanted, multiples of 8 first."""
+    divisors = [d for d in range(MIN_GROUP, extent + 1) if extent % d == 0] if extent < 10**6 else []
+    rounded = [d for d in divisors if d % 8 == 0] or divisors
+    return sorted(sorted(rounded, key=lambda d: abs(d - wanted))[:3])

@@ -1,0 +1,41 @@
+"""The weights as the codes stand for them, in the checkpoint's own dtype: any engine loads it, nothing is smaller.
+
+For engines that know no quantized format, and to measure a scheme anywhere.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.core.block import Family
+from bitwright.core.errors import RecipeError
+from bitwright.core.qtensor import QTensor
+from bitwright.core.scheme import Scheme
+
+
+def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
+    """The tensors to write for one linear."""
+    return {f"{name}.weight": weight.dequantize()}
+
+
+def decode(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) -> Float[Tensor, "O I"]:
+    """The weight [O, I] of one linear as written."""
+    return tensors[f"{name}.weight"]
+
+
+def stored_bytes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
+    """Bytes of one linear's tensors."""
+    return shape[0] * shape[1] * dtype.itemsize
+
+
+def quantization_config(scheme: Scheme, family: Family, head_dim: int, quantize_lm_head: bool) -> dict[str, Any] | None:
+    """None: a dense folder is an ordinary model."""
+    if scheme.activations is not None or scheme.kv is not None:
+        raise RecipeError(
+            f"format dense cannot hold the activations or KV cache of scheme {scheme}, an ordinary model has no place "
+            "for them; use format compressed-tensors, or a scheme with A16"
+        )
+    return None

@@ -1,0 +1,1 @@
+"""The five decisions, each with how it is applied: transform, outliers, axis, range, rounding."""

@@ -1,0 +1,1 @@
+"""One block in memory at a time."""

@@ -1,0 +1,51 @@
+"""Memory: what a run will need, and what it has needed so far."""
+
+import sys
+from dataclasses import dataclass
+
+import psutil
+
+from bitwright.stream.skeleton import Skeleton
+
+RUNTIME_BYTES = 450 * 2**20
+"""Python, torch and transformers themselves, before any weight (measured on Linux with a CPU build)."""
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of memory that a run needs at its largest moment, by what they are for."""
+
+    block: int
+    activations: int
+    outside: int
+
+    @property
+    def total(self) -> int:
+        """All of it, with the runtime."""
+        return RUNTIME_BYTES + self.block + self.activations + self.outside
+
+
+def estimate(skeleton: Skeleton, tokens: int) -> Budget:
+    """The memory that a run over so many calibration tokens (0: no forward passes) needs.
+
+    A block is there as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its
+    largest linear; the two streams hold their inputs and outputs at once.
+    """
+    numel = [sum(p.numel() for p in skeleton.meta_block(i).module.parameters()) for i in range(len(skeleton.block_names))]
+    largest = max(p.numel() for p in skeleton.meta_block(0).module.parameters())
+    compute = skeleton.dtype.itemsize
+    stored = skeleton.checkpoint.dtype_of_weights.itemsize
+    block = max(numel) * (compute + stored + 1 + stored + (2 * compute if tokens else 0)) + largest * 12
+    hidden = skeleton.model.config.hidden_size
+    outside = max(skeleton.checkpoint.nbytes(name) for name in skeleton.checkpoint.names)
+    return Budget(block, 4 * tokens * hidden * compute, outside * (compute // stored + 1 if tokens else 1))

@@ -1,0 +1,144 @@
+"""The model without its weights: built on the meta device, one block at a time given its tensors and stripped again."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.block import Block, Family, LinearGroup, Topology
+from bitwright.core.errors import CheckpointError
+
+
+class Skeleton:
+    """A transformers model on the meta device, filled part by part from a checkpoint.
+
+    ``dtype`` is what the forward passes run in; ``device`` where they run.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: PretrainedConfig, family: Family, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.checkpoint, self.family, self.dtype, self.device = checkpoint, family, dtype, device
+        with torch.device("meta"):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self._check_tensors()
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """The blocks' paths in the model."""
+        layers = self.model.get_submodule(self.family.blocks)
+        return tuple(f"{self.family.blocks}.{name}" for name, _ in layers.named_children())
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return bool(self.model.config.tie_word_embeddings)
+
+    def meta_block(self, index: int) -> Block:
+        """A block without weights: its shapes and topology."""
+        name = self.block_names[index]
+        return Block(index, name, self.model.get_submodule(name), self.family.topology)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """A block with its weights, which are freed at the end."""
+        block = self.meta_block(index)
+        with self.materialised(block.name):
+            yield block
+
+    @contextmanager
+    def head(self) -> Iterator[Block]:
+        """The output layer as a block of its own, after the last one."""
+        family = self.family
+        with self.materialised(family.final_norm) as norm, self.materialised(family.head) as head:
+            topology = Topology((LinearGroup((family.head,), enclosing=family.head),))
+            yield Block(len(self.block_names), "", Head(norm, head, family.head), topology)
+
+    @contextmanager
+    def materialised(self, name: str) -> Iterator[nn.Module]:
+        """A part of the model with its weights (in the compute dtype), which are freed at the end."""
+        module = self.model.get_submodule(name)
+        self.fill(module, {key: self._read(f"{name}.{key}") for key, _ in module.named_parameters()})
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    def fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Gives a module these tensors, in the compute dtype, and its computed buffers."""
+        for key, tensor in tensors.items():
+            owner, _, leaf = key.rpartition(".")
+            parameter = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+            setattr(module.get_submodule(owner), leaf, parameter)
+        self._compute_buffers(module)
+
+    def source(self, name: str) -> str:
+        """The checkpoint's tensor behind a parameter: a tied output layer is stored as the embedding."""
+        if name == f"{self.family.head}.weight" and self.tied:
+            return f"{self.family.embedding}.weight"
+        return name
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.read(self.source(name))
+
+    def _compute_buffers(self, part: nn.Module) -> None:
+        """Buffers that are in no checkpoint (rotary frequencies) are computed by transformers itself."""
+        for module in part.modules():
+            missing = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+            for name, buffer in missing.items():
+                module.register_buffer(name, torch.empty_like(buffer, device=self.device), persistent=False)
+            if missing:
+                self.model._init_weights(module)
+
+    def _check_tensors(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            stored = self.source(name)
+            if stored not in self.checkpoint:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder} has no tensor '{stored}', which its config.json calls for; "
+                    "the checkpoint is incomplete or belongs to another configuration: download it again"
+                )
+            found, wanted = self.checkpoint.entry(stored).shape, tuple(parameter.shape)
+            if found != wanted:
+                raise CheckpointError(
+                    f"tensor '{stored}' in {self.checkpoint.folder} has shape {list(found)}, but its config.json "
+                    f"calls for {list(wanted)}; the weights belong to another configuration"
+                )
+
+
+class Recorder(nn.Module):
+    """Stands in for a block: notes what it is called with, and returns its input unchanged."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+        # Some models choose a layer's mask by an attribute of the layer.
+        if hasattr(block, "attention_type"):
+            self.attention_type = block.attention_type
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        """The hidden states, as they came."""
+        self.hidden, self.kwargs = hidden, kwargs
+        return hidden
+
+
+class Head(nn.Module):
+    """The final norm and the output layer, as one more block."""
+
+    def __init__(self, norm: nn.Module, head: nn.Module, head_name: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self.head_name = head_name
+        self.add_module(head_name, head)
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        """Logits [N, T, V] of hidden states [N, T, D]."""
+        logits: Tensor = self.get_submodule(self.head_name)(self.norm(hidden))
+        return logits

@@ -81,5 +81,7 @@ def complete(folder: Path, prompt: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.inference_mode():
-        written = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+        written = model.generate(  # type: ignore[operator]  # transformers types it as a tensor
+            ids, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
     return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))

@@ -6,7 +6,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from bitwright.api.source import model_config, open_checkpoint, pick_device, pick_dtype, sequence_length, text_of, tokenize
+from bitwright.api.source import (
+    model_config,
+    open_checkpoint,
+    pick_device,
+    pick_dtype,
+    sequence_length,
+    text_of,
+    tokenize,
+)
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, silent

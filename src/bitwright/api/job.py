@@ -43,9 +43,8 @@ class Job:
                 rows, columns = block.weight(name).shape
                 yield block.path(name), (rows, columns)
         if self.recipe.quantize_lm_head:
-            rows, columns = self.skeleton.model.get_submodule(self.source.family.head).weight.shape
+            rows, columns = self.skeleton.model.get_parameter(f"{self.source.family.head}.weight").shape
             yield self.source.family.head, (rows, columns)
-
 
     def outside(self) -> tuple[str, ...]:
         """The checkpoint's tensors that are in no block and are passed through: embedding, final norm, output layer."""

@@ -63,9 +63,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def model_config(folder: Path) -> PretrainedConfig:
     """The configuration as transformers reads it, offline and without remote code."""
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers validates with several libraries, each with its own exceptions
         raise CheckpointError(f"{folder}/config.json: transformers cannot read it: {error}") from error
+    return config
 
 
 def require_tokenizer(folder: Path) -> None:

@@ -19,6 +19,7 @@ from bitwright.core.errors import OutputError
 
 LOCK = ".lock"
 RESULT = "result"
+REMOVED = "removed"
 
 
 class OutputFolder:
@@ -130,7 +131,8 @@ def require_free(path: Path, nbytes: int) -> None:
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
     """OutputError when something is at OUTPUT that may not, or should not, be replaced."""
-    if not output.name:
+    place = output.resolve()
+    if not place.name:
         raise OutputError(f"{output}: is the root of the file system; name a folder for the result")
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; the result is a folder, choose another name for it")
@@ -139,7 +141,7 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{output}: exists and is kept as it is; choose another output, or add --overwrite")
     home = Path(os.path.expanduser("~"))
-    precious = next((place for place in (Path.cwd(), home.resolve()) if output in (place, *place.parents)), None)
+    precious = next((kept for kept in (Path.cwd(), home.resolve()) if place in (kept, *kept.parents)), None)
     if precious is not None:
         raise OutputError(f"{output}: --overwrite would remove {precious} with it; name a folder for the result alone")
 
@@ -179,8 +181,11 @@ def _prepare(work: Path, restart: bool) -> None:
 
 
 def _empty(work: Path) -> None:
-    """Removes everything but the lock, the result first: without it the rest counts for nothing."""
-    for path in sorted(work.iterdir(), key=lambda path: path.name != RESULT):
+    """Removes everything but the lock; the result by a rename first, because without it the rest counts for nothing."""
+    if (work / RESULT).is_dir():
+        shutil.rmtree(work / REMOVED, ignore_errors=True)
+        os.rename(work / RESULT, work / REMOVED)
+    for path in work.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -89,11 +89,15 @@ class Block:
     module: nn.Module
     topology: Topology
 
+    def linear(self, name: str) -> nn.Linear:
+        """One of the block's linears."""
+        linear = self.module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
     def weight(self, linear: str) -> Float[Tensor, "O I"]:
         """The weight of one of the block's linears."""
-        weight = self.module.get_submodule(linear).weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
+        return self.linear(linear).weight.detach()
 
     def path(self, linear: str) -> str:
         """The linear's name in the whole model."""

@@ -1,6 +1,5 @@
 """A written folder, as its users load it: plain transformers, offline, no remote code."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -14,10 +13,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     """The model in a folder, ready to run, its weights (and scales) in ``dtype``."""
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
-    loaded: PreTrainedModel = model.to(device).eval()
-    return loaded
+    model.eval()
+    torch.nn.Module.to(model, device)
+    return model

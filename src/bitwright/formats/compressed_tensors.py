@@ -21,7 +21,6 @@ from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor
 from bitwright.core.scheme import FULL, UNQUANTIZED_BITS, Grid, Scheme, Tile
 
-
 WORD_BITS = 32
 SHAPE_BYTES = 2 * 8
 
@@ -121,10 +120,10 @@ def _dynamic(grid: Grid, group: int | None) -> QuantizationArgs:
 def _signed(codes: Int[Tensor, "O I"], grid: Grid) -> Int[Tensor, "O I"]:
     if grid.symmetric:
         return codes
-    return (codes.to(torch.int16) - 2 ** (grid.bits - 1)).to(torch.int8)
+    return torch.sub(codes.to(torch.int16), 2 ** (grid.bits - 1)).to(torch.int8)
 
 
 def _own(codes: Int[Tensor, "O I"], grid: Grid) -> Int[Tensor, "O I"]:
     if grid.symmetric:
         return codes
-    return (codes.to(torch.int16) + 2 ** (grid.bits - 1)).to(torch.uint8)
+    return torch.add(codes.to(torch.int16), 2 ** (grid.bits - 1)).to(torch.uint8)

@@ -18,7 +18,7 @@ TOKENS_PER_PASS = 2048
 
 @dataclass(frozen=True)
 class Stream:
-    """Activations on their way through the blocks, and the keyword arguments (masks, rotary positions) of each block."""
+    """Activations on their way through the blocks, and each block's keyword arguments (masks, rotary positions)."""
 
     activations: Activations
     kwargs: list[dict[str, Any]]
@@ -85,16 +85,13 @@ def _measured(block: Block, quantized: Mapping[str, Tensor]) -> Iterator[dict[st
     sums = dict.fromkeys(quantized, (0.0, 0.0))
     hooks = []
     for name, weight in quantized.items():
-        linear = block.module.get_submodule(name)
+        linear = block.linear(name)
         difference = weight.to(linear.weight) - block.weight(name)
 
-        def add(module: nn.Module, args: tuple[Tensor], _: Tensor, name: str = name, d: Tensor = difference) -> None:
+        def add(module: nn.Linear, args: tuple[Tensor], y: Tensor, name: str = name, d: Tensor = difference) -> None:
             error, signal = sums[name]
-            x = args[0]
-            sums[name] = (
-                error + _squares(nn.functional.linear(x, d)),
-                signal + _squares(nn.functional.linear(x, block.weight(name))),
-            )
+            product = y if module.bias is None else y - module.bias
+            sums[name] = error + _squares(nn.functional.linear(args[0], d)), signal + _squares(product)
 
         hooks.append(linear.register_forward_hook(add))
     try:
@@ -106,22 +103,20 @@ def _measured(block: Block, quantized: Mapping[str, Tensor]) -> Iterator[dict[st
 
 @contextmanager
 def _substituted(block: Block, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    originals = {name: block.module.get_submodule(name).weight for name in weights}
+    originals = {name: block.linear(name).weight for name in weights}
     for name, weight in weights.items():
-        _set_weight(block, name, nn.Parameter(weight.to(originals[name]), requires_grad=False))
+        block.linear(name).weight = nn.Parameter(weight.to(originals[name]), requires_grad=False)
     try:
         yield
     finally:
         for name, original in originals.items():
-            _set_weight(block, name, original)
-
-
-def _set_weight(block: Block, name: str, weight: Any) -> None:
-    block.module.get_submodule(name).weight = weight
+            block.linear(name).weight = original
 
 
 def _squares(values: Tensor) -> float:
-    return float(values.double().square().sum()) if values.numel() < 2**16 else float(values.float().norm().double() ** 2)
+    return (
+        float(values.double().square().sum()) if values.numel() < 2**16 else float(values.float().norm().double() ** 2)
+    )
 
 
 def _ratio(error: float, signal: float) -> float:

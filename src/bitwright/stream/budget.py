@@ -41,7 +41,9 @@ def estimate(skeleton: Skeleton, tokens: int) -> Budget:
     A block is there as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its
     largest linear; the two streams hold their inputs and outputs at once.
     """
-    numel = [sum(p.numel() for p in skeleton.meta_block(i).module.parameters()) for i in range(len(skeleton.block_names))]
+    numel = [
+        sum(p.numel() for p in skeleton.meta_block(i).module.parameters()) for i in range(len(skeleton.block_names))
+    ]
     largest = max(p.numel() for p in skeleton.meta_block(0).module.parameters())
     compute = skeleton.dtype.itemsize
     stored = skeleton.checkpoint.dtype_of_weights.itemsize

@@ -5,6 +5,7 @@ The runner names no method and no format: it is handed callables.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -68,7 +69,7 @@ def run(
 
 def _units(skeleton: Skeleton, with_head: bool) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Block]]]]:
     for index, name in enumerate(skeleton.block_names):
-        yield name, lambda index=index: skeleton.block(index)
+        yield name, partial(skeleton.block, index)
     if with_head:
         yield skeleton.family.head, skeleton.head
 

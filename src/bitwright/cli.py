@@ -1,0 +1,217 @@
+"""The command line: parses, calls ``api``, shows progress. Results go to standard output, everything else to error."""
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+from rich.console import Console
+
+from bitwright.core.errors import RecipeError, UserError
+from bitwright.core.recipe import Recipe
+from bitwright.core.scheme import GRAMMAR
+from bitwright.report import screens
+from bitwright.report.progress import ProgressReport
+
+MENDABLE, BUG, INTERRUPTED = 2, 1, 130
+ISSUES = "Please report it with the lines above."
+
+app = typer.Typer(
+    help="Makes large language models small: 2 to 8 bits a weight, in formats that transformers and vLLM load.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out, err = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    show: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if show:
+        out.print(f"bitwright {version('bitwright')}", highlight=False)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path | None, typer.Argument(help="Folder of the full-precision model.")] = None,
+    scheme: Annotated[str | None, typer.Option(help=GRAMMAR)] = None,
+    method: Annotated[str | None, typer.Option(help="How it is done: rtn. [default: rtn]")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="compressed-tensors, or dense. [default: compressed-tensors]")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text: a .txt, .jsonl or .parquet file, a folder, builtin, or a dataset of the hub."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration segments. [default: 128]")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per segment. [default: 2048, or the model's maximum if shorter]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn. [default: 0]")] = None,
+    quantize_lm_head: Annotated[
+        bool | None, typer.Option("--quantize-lm-head", help="Quantize the output layer too.")
+    ] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB]")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with the same keys as these flags; flags win.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of continuing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Quantize a model folder. Interrupted, the same command continues."""
+    from bitwright import api
+
+    flags = {
+        "model": None if model is None else str(model),
+        "scheme": scheme,
+        "method": method,
+        "output": None if output is None else str(output),
+        "format": format,
+        "calibration": calibration,
+        "samples": samples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "quantize_lm_head": quantize_lm_head,
+        "shard_size": shard_size,
+    }
+    asked = _read_recipe(recipe) | {key: value for key, value in flags.items() if value is not None}
+    target = asked.pop("output", None)
+    wanted = Recipe.from_mapping(asked)
+    if dry_run:
+        _show(api.plan(wanted, device), screens.plan, as_json)
+        return
+    if target is None:
+        raise RecipeError("where should the result go? Give --output DIR, or the key 'output' in the recipe")
+    with ProgressReport(err) as listener:
+        result = api.quantize(
+            wanted, Path(str(target)), overwrite=overwrite, restart=restart, device=device, listener=listener
+        )
+    _show(result, screens.result, as_json)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized.")],
+    text: Annotated[str, typer.Option(help="Text to measure on: a file, a folder, or builtin.")] = "builtin",
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per window. [default: 2048, or the model's maximum if shorter]")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows. [default: the whole text]")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The original model: adds KL divergence and top-1 agreement.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Arithmetic: float32, bfloat16, float16; auto is float32 on a CPU.")
+    ] = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, and divergence from the original, of a written folder as transformers loads it."""
+    from bitwright import api
+
+    with ProgressReport(err) as listener:
+        numbers = api.evaluate(
+            folder,
+            text,
+            seqlen=seqlen,
+            windows=windows,
+            reference=reference,
+            device=device,
+            dtype=dtype,
+            listener=listener,
+        )
+    _show(numbers, screens.evaluation, as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized.")],
+    linears: Annotated[bool, typer.Option("--linears", help="List every linear.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a folder holds: architecture, blocks, linears, sizes, true bits per weight."""
+    from bitwright import api
+
+    _show(api.inspect(path), lambda console, found: screens.inspection(console, found, linears), as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the folders here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize the embedded model at 4, 3 and 2 bits and show what it cost. Needs no download."""
+    from bitwright import api
+
+    with ProgressReport(err) as listener:
+        shown = api.demo(output, listener=listener)
+    _show(shown, screens.demonstration, as_json)
+
+
+def _read_recipe(path: Path | None) -> dict[str, Any]:
+    """A YAML recipe's keys, with underscores; an output beside them."""
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise RecipeError(f"recipe {path} holds no keys; it reads like: 'scheme: W4A16g128'")
+    return {str(key).replace("-", "_"): value for key, value in found.items()}
+
+
+def _show(found: Any, screen: Callable[[Console, Any], None], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+    else:
+        screen(out, found)
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, past the libraries that would make something else of a KeyboardInterrupt."""
+
+
+def main() -> NoReturn:
+    """Runs the command line: exit code 0, 2 for what a user can mend, 1 for a bug, 130 when interrupted."""
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), MENDABLE)
+    except Interrupted:
+        _fail("interrupted; the same command continues where it stopped", INTERRUPTED)
+    except MemoryError:
+        _fail("out of memory; bitwright quantize --dry-run says how much a run needs", MENDABLE)
+    except Exception:  # whatever is left is ours to mend
+        traceback.print_exc()
+        _fail(f"this is a bug in Bitwright {version('bitwright')}. {ISSUES}", BUG)
+    sys.exit(0)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise Interrupted
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)

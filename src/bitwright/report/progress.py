@@ -1,0 +1,80 @@
+"""Progress of a long operation: a bar with the time left on a terminal, plain lines elsewhere."""
+
+from time import monotonic
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from bitwright.core.progress import Progress
+from bitwright.report.tables import duration, size
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class ProgressReport:
+    """A listener to Progress that writes to a console; a context manager that tidies the bar away."""
+
+    def __init__(self, console: Console) -> None:
+        """On a terminal a live bar; otherwise a line per block, or every few seconds for faster stages."""
+        self._console = console
+        self._bars = _bars(console) if console.is_terminal else None
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> "ProgressReport":
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Shows one step."""
+        if progress.done == 0 or progress.stage not in self._started:
+            self._started[progress.stage] = monotonic()
+        if self._bars is None:
+            self._line(progress)
+        else:
+            self._bar(progress, self._bars)
+
+    def _bar(self, progress: Progress, bars: Bars) -> None:
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total)
+        memory = f"peak {size(progress.peak_bytes)}" if progress.peak_bytes else ""
+        bars.update(
+            self._tasks[progress.stage],
+            completed=progress.done,
+            total=progress.total,
+            description=f"{progress.stage} {progress.unit if progress.unit not in _COUNTED else ''} {memory}".strip(),
+        )
+
+    def _line(self, progress: Progress) -> None:
+        now = monotonic()
+        due = progress.unit not in _COUNTED or now - self._last_line > SECONDS_BETWEEN_LINES
+        if not due or progress.done == 0:
+            return
+        self._last_line = now
+        spent = now - self._started[progress.stage]
+        left = spent / progress.done * (progress.total - progress.done)
+        memory = f", peak memory {size(progress.peak_bytes)}" if progress.peak_bytes else ""
+        share = f"{progress.done}/{progress.total}" if progress.unit != "bytes" else _percent(progress)
+        self._console.print(
+            f"{progress.stage} {share}, {duration(spent)} so far, about {duration(left)} left{memory}", highlight=False
+        )
+
+
+_COUNTED = ("bytes", "windows")
+
+
+def _percent(progress: Progress) -> str:
+    return f"{100 * progress.done / max(1, progress.total):.0f}% of {size(progress.total)}"
+
+
+def _bars(console: Console) -> Bars:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Bars(*columns, console=console, transient=True)

@@ -16,7 +16,7 @@ from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.errors import CheckpointError
 
 quick = settings(
-    max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 F32_4 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 

@@ -51,7 +51,7 @@ def test_everything_in_one_file_is_what_the_library_would_write(tmp_path: Path) 
     assert merge_begun(tmp_path / "work")
 
 
-@pytest.mark.parametrize(("shard_bytes", "shards"), [(1599, 2), (640, 3), (600, 5), (320, 5), (100, 10), (1, 10)])
+@pytest.mark.parametrize(("shard_bytes", "shards"), [(1599, 2), (640, 3), (600, 4), (320, 5), (100, 10), (1, 10)])
 def test_shards(tmp_path: Path, shard_bytes: int, shards: int) -> None:
     parts, folder = make(tmp_path)
     merge_shards(parts, folder, shard_bytes)

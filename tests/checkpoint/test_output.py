@@ -93,23 +93,27 @@ def test_a_restart_that_is_killed_leaves_work_that_counts_or_none(tmp_path: Path
 
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    with OutputFolder.claim(tmp_path / "out"):
-        with pytest.raises(OutputError, match="another run is working on it"):
-            OutputFolder.claim(tmp_path / "out")
-        code = (
-            "import sys; from pathlib import Path; from bitwright.checkpoint.output import OutputFolder\n"
-            "try: OutputFolder.claim(Path(sys.argv[1]), restart=True)\n"
-            "except Exception as error: print(type(error).__name__)"
-        )
-        command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "out")]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=child_environment())
-        assert run.stdout.strip() == "OutputError"
+    with OutputFolder.claim(tmp_path / "out") as claimed:
+        fill(claimed, "begun")
+        for restart in (False, True):
+            with pytest.raises(OutputError, match=r"another run is working on it \(it holds .*\.lock\)"):
+                OutputFolder.claim(tmp_path / "out", restart=restart)
+        assert contents(claimed.path) == whole("begun")
     OutputFolder.claim(tmp_path / "out").release()
 
 
-def child_environment() -> dict[str, str]:
-    """This process's, with the package found where this process found it."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+def test_the_lock_of_a_killed_process_falls(tmp_path: Path) -> None:
+    OutputFolder.claim(tmp_path / "out").release()
+    lock = tmp_path / "out.partial" / ".lock"
+    code = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    command = [sys.executable, "-I", "-c", code, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(OutputError, match="another run is working on it"):
+            OutputFolder.claim(tmp_path / "out")
+        holder.kill()
+    OutputFolder.claim(tmp_path / "out").release()
 
 
 def test_outputs_that_cannot_be(tmp_path: Path) -> None:

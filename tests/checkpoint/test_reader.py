@@ -220,12 +220,9 @@ def test_nan_and_infinity_are_counted(model: Path, dtype: torch.dtype, monkeypat
     monkeypatch.setattr(finite, "NARROW_CHUNK_BYTES", 16)
     values = torch.ones(7, 19)
     values[0, 0], values[6, 18], values[3, 3] = float("nan"), float("nan"), float("-inf")
-    infinite = int(values.to(dtype).float().isinf().sum())  # float8_e4m3fn has none
+    infinite = 0 if dtype == torch.float8_e4m3fn else 1  # that one has no infinity
     save_file({"fine": torch.ones(2), "spoilt": values.to(dtype)}, model / "model.safetensors")
-    nans = 3 - infinite
-    with pytest.raises(
-        CheckpointError, match=rf"model\.safetensors: tensor 'spoilt' .* has {nans} NaN and {infinite} inf"
-    ):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor 'spoilt' .* 2 NaN and {infinite} infinite"):
         Checkpoint.open(model).check_finite()
 
 

@@ -1,4 +1,4 @@
-"""What has been decided about a block so far. Methods take decisions and return new ones; nothing is changed in place."""
+"""What has been decided about a block so far. Methods take decisions and return new ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -90,7 +90,8 @@ def _measured(block: Block, quantized: Mapping[str, Tensor]) -> Iterator[dict[st
 
         def add(module: nn.Linear, args: tuple[Tensor], y: Tensor, name: str = name, d: Tensor = difference) -> None:
             error, signal = sums[name]
-            product = y if module.bias is None else y - module.bias
+            bias: Tensor | None = module.bias
+            product = y if bias is None else y - bias
             sums[name] = error + _squares(nn.functional.linear(args[0], d)), signal + _squares(product)
 
         hooks.append(linear.register_forward_hook(add))

@@ -1,12 +1,25 @@
 """Bitwright makes large language models small.
 
-import bitwright
-bitwright.quantize(bitwright.Recipe(model="MODEL", scheme="W4A16g128", method="rtn"), "OUTPUT")
-print(bitwright.evaluate("OUTPUT", "text.txt", reference="MODEL").measurement)
+    import bitwright
+    bitwright.quantize(bitwright.Recipe(model="MODEL", scheme="W4A16g128", method="rtn"), "OUTPUT")
+    print(bitwright.evaluate("OUTPUT", "text.txt", reference="MODEL").measurement)
 """
 
-from bitwright.api import demo, evaluate, inspect, plan, quantize
+from typing import TYPE_CHECKING, Any
+
 from bitwright.core.errors import UserError
 from bitwright.core.recipe import Recipe
 
+if TYPE_CHECKING:
+    from bitwright.api import demo, evaluate, inspect, plan, quantize
+
 __all__ = ["Recipe", "UserError", "demo", "evaluate", "inspect", "plan", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of ``api``, loaded when first used: torch and transformers take seconds to import."""
+    if name in __all__:
+        from bitwright import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'bitwright' has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """The command line: parses, calls ``api``, shows progress. Results go to standard output, everything else to error."""
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -194,6 +195,8 @@ class Interrupted(BaseException):
 def main() -> NoReturn:
     """Runs the command line: exit code 0, 2 for what a user can mend, 1 for a bug, 130 when interrupted."""
     signal.signal(signal.SIGINT, _interrupt)
+    # compressed-tensors draws a bar per loaded model with tqdm, which reads this when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except UserError as error:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save
 
 from bitwright.checkpoint import merge
 from bitwright.checkpoint.merge import merge_begun, merge_shards
+from bitwright.checkpoint.ranges import pieces
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.errors import CheckpointError, OutputError
@@ -78,9 +80,9 @@ def test_killed_at_every_step_the_merge_goes_on_to_the_same_bytes(
     expected, step = contents(folder), 0
     while True:
         parts, folder = make(tmp_path / f"{step}")
-        if not killed_at(step, lambda parts=parts, folder=folder: merge_shards(parts, folder, shard_bytes)):
+        if not killed_at(step, partial(merge_shards, parts, folder, shard_bytes)):
             break
-        killed_at(2 * step % 7, lambda parts=parts, folder=folder: merge_shards(parts, folder, shard_bytes))
+        killed_at(2 * step % 7, partial(merge_shards, parts, folder, shard_bytes))
         merge_shards(parts, folder, shard_bytes)
         assert contents(folder) == expected
         assert not any(part.exists() for part in parts)
@@ -93,14 +95,13 @@ def test_killed_at_every_step_the_merge_goes_on_to_the_same_bytes(
 def test_killed_while_data_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, expected = make(tmp_path / "whole")
     merge_shards(whole, expected, 640)
-    real = merge.pieces
     for copied in range(10):
         parts, folder = make(tmp_path / str(copied))
         left = copied
 
         def stopping(*arguments: Any) -> Iterator[memoryview]:
             nonlocal left
-            for piece in real(*arguments):
+            for piece in pieces(*arguments):
                 left -= 1
                 if left < 0:
                     raise KeyboardInterrupt
@@ -119,7 +120,7 @@ def test_no_part_goes_before_its_shard_is_there(tmp_path: Path, killed_at: Kille
     step = 0
     while True:
         parts, folder = make(tmp_path / f"{step}")
-        killed = killed_at(step, lambda parts=parts, folder=folder: merge_shards(parts, folder, 400))
+        killed = killed_at(step, partial(merge_shards, parts, folder, 400))
         left = [path for place in (parts[0].parent, folder) for path in place.glob("[!.]*.safetensors")]
         found = {name: tensor for path in left for name, tensor in load_file(path).items()}
         assert found.keys() == ALL.keys()
@@ -135,13 +136,13 @@ def test_a_full_disk_is_reported_and_the_merge_goes_on(tmp_path: Path, monkeypat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    real, merged = merge.pieces, []
+    merged = []
 
     def second_shard_fails(*arguments: Any) -> Iterator[memoryview]:
         merged.append(arguments)
         if len(merged) > 4:
             monkeypatch.setattr("os.fsync", full)
-        return real(*arguments)
+        return pieces(*arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(merge, "pieces", second_shard_fails)

@@ -3,6 +3,7 @@ import json
 import os
 import resource
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_copies(tmp_path: Path) -> None:
 def test_a_kernel_that_takes_no_more(tmp_path: Path, small_disk: None) -> None:
     path = tmp_path / "x"
     write_text(path, "old")
-    for write in (lambda: write_tensors(path, {"w": torch.ones(5000)}), lambda: write_text(path, "x" * 5000)):
+    for write in (partial(write_tensors, path, {"w": torch.ones(5000)}), partial(write_text, path, "x" * 5000)):
         with pytest.raises(OutputError, match=r"writing \d{4,5} bytes failed: .*; \d+ bytes are free there"):
             write()
     assert list(tmp_path.iterdir()) == [path]

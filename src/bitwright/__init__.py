@@ -1,8 +1,8 @@
 """Bitwright makes large language models small.
 
-    import bitwright
-    bitwright.quantize(bitwright.Recipe(model="MODEL", scheme="W4A16g128", method="rtn"), "OUTPUT")
-    print(bitwright.evaluate("OUTPUT", "text.txt", reference="MODEL").measurement)
+import bitwright
+bitwright.quantize(bitwright.Recipe(model="MODEL", scheme="W4A16g128", method="rtn"), "OUTPUT")
+print(bitwright.evaluate("OUTPUT", "text.txt", reference="MODEL").measurement)
 """
 
 from typing import TYPE_CHECKING, Any

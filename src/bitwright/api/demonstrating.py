@@ -17,8 +17,8 @@ from bitwright.demo import MODEL_DIR
 from bitwright.evaluate.loading import load_model
 
 SCHEMES = ("W4A16g128", "W3A16g128", "W2A16g128")
-PROMPT = "    def __init__(self, "
-SEQLEN, WINDOWS, NEW_TOKENS = 512, 24, 40
+PROMPT = 'def read_file(path):\n    """Read'
+SEQLEN, WINDOWS, NEW_TOKENS = 512, 24, 48
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """A written folder, as its users load it: plain transformers, offline, no remote code."""
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -10,14 +12,31 @@ from bitwright.core.errors import CheckpointError
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model in a folder, ready to run, its weights (and scales) in ``dtype``."""
+    """The model in a folder, ready to run, its weights (and scales) in ``dtype``.
+
+    Raises CheckpointError where transformers refuses it, and where weights are missing: transformers would go on with
+    random ones.
+    """
     logging.disable_progress_bar()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        with redirect_stderr(StringIO()):  # bars of compressed-tensors, one per model, that cannot be switched off
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
-    model.eval()
-    torch.nn.Module.to(model, device)
-    return model
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder} has no weights for {missing[0]} and {len(missing) - 1} others; transformers would make them up. "
+            "Quantize the model again, or download the folder again"
+        )
+    loaded: PreTrainedModel = model
+    loaded.eval()
+    torch.nn.Module.to(loaded, device)
+    return loaded

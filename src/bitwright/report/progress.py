@@ -22,6 +22,7 @@ class ProgressReport:
         self._bars = _bars(console) if console.is_terminal else None
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
+        self._done: dict[str, int] = {}
         self._last_line = 0.0
 
     def __enter__(self) -> "ProgressReport":
@@ -35,8 +36,9 @@ class ProgressReport:
 
     def __call__(self, progress: Progress) -> None:
         """Shows one step."""
-        if progress.done == 0 or progress.stage not in self._started:
+        if progress.done <= self._done.get(progress.stage, progress.done):  # a stage begins, perhaps once more
             self._started[progress.stage] = monotonic()
+        self._done[progress.stage] = progress.done
         if self._bars is None:
             self._line(progress)
         else:

@@ -111,7 +111,7 @@ def demonstration(console: Console, found: Any) -> None:
         ("method", "bits per weight", "MB on disk", "perplexity", "KL from original", "seconds"),
         rows,
     )
-    console.print(f"\nWhat each writes after {found.prompt!r}:", highlight=False)
+    console.print("\nHow each completes the same beginning:", highlight=False)
     for row in found.rows:
         console.print(f"\n[bold]{row.scheme}[/bold]", highlight=False)
         console.print(found.prompt + row.completion, markup=False, highlight=False)

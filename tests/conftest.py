@@ -1,0 +1,89 @@
+"""What all tests share: tiny random Llama checkpoints, as transformers itself writes them, and a place for the rest."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# The same examples every time, and no limit per example: tests are to fail for what the code does, not by chance or
+# because the machine is busy.
+settings.register_profile("repeatable", derandomize=False, deadline=None, max_examples=6000)
+settings.load_profile("repeatable")
+
+VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 256, 64, 192, 2, 4, 2, 16
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """``tiny(dtype="bfloat16", tied=False, shards=False, **config)``: a model folder, made once; nobody writes to it.
+
+    Llama with two layers, grouped heads 4/2 and one token per byte; weights large enough for logits to differ.
+    """
+    made: dict[str, Path] = {}
+
+    def checkpoint(dtype: str = "bfloat16", tied: bool = False, shards: bool = False, **config: Any) -> Path:
+        key = repr((dtype, tied, shards, sorted(config.items())))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("tiny") / "model"
+            _save_model(made[key], dtype, tied, shards, config)
+            _save_tokenizer(made[key])
+        return made[key]
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of larger models and texts beside the repository, where there is one."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED.name}/ beside the repository")
+    return SHARED
+
+
+def _save_model(folder: Path, dtype: str, tied: bool, shards: bool, changes: dict[str, Any]) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "use_cache": True,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    generator = torch.Generator().manual_seed(2024)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * drawn)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.3 * drawn)
+            else:
+                parameter.copy_(drawn * (0.5 if "embed" in name else 1.4 / parameter.shape[1] ** 0.5))
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="100KB" if shards else "5GB")
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """One token per byte: no merges, so that a text's tokens can be counted by hand."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

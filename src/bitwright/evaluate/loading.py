@@ -3,6 +3,7 @@
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -20,7 +21,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     logging.disable_progress_bar()
     try:
         with redirect_stderr(StringIO()):  # bars of compressed-tensors, one per model, that cannot be switched off
-            model, info = AutoModelForCausalLM.from_pretrained(
+            found: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 local_files_only=True,
@@ -30,13 +31,13 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
-    missing = sorted(info["missing_keys"])
+    loaded: PreTrainedModel = found[0]
+    missing = sorted(found[1]["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{folder} has no weights for {missing[0]} and {len(missing) - 1} others; transformers would make them up. "
             "Quantize the model again, or download the folder again"
         )
-    loaded: PreTrainedModel = model
     loaded.eval()
     torch.nn.Module.to(loaded, device)
     return loaded

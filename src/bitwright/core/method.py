@@ -1,7 +1,7 @@
-"""The contract of a method: which decisions it takes, whether it needs text, and the callable that takes them."""
+"""The contract of a method: which decisions it takes, and how: in closed form, or by training."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,11 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Scheme, Tile
+
+Parameters = Mapping[str, Tensor]
+"""A block's parameters by their names in the block."""
+Range = tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]
 
 
 @dataclass(frozen=True)
@@ -21,18 +25,98 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class LinearStats:
+    """Statistics of a linear's input over the calibration tokens of the full-precision path.
+
+    Linears that share an input share them. ``square`` is the mean square.
+    """
+
+    tokens: int
+    min: Float[Tensor, " I"]
+    max: Float[Tensor, " I"]
+    square: Float[Tensor, " I"]
+
+    @property
+    def absmax(self) -> Float[Tensor, " I"]:
+        """The largest magnitude of each channel."""
+        return torch.maximum(-self.min, self.max)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How learned methods are trained; learning rates are those of AdamW, without weight decay.
+
+    ``schedule`` is "cosine" (to zero) or "constant". ``sites`` are names of sites, "paper" or "all".
+    ``start`` of a learned range is "search" (least squares over shrink factors) or "paper" (sigmoid(4)).
+    """
+
+    epochs: int = 20
+    batch_size: int = 1
+    lwc_lr: float = 1e-2
+    let_lr: float = 5e-3
+    aug_loss: bool = False
+    alpha: float = 0.5
+    schedule: str = "cosine"
+    start: str = "search"
+    sites: str = "paper"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Context:
-    """What a method sees besides the block: the scheme, the dtype scales are stored in, and the activations."""
+    """What a method sees besides the block: the scheme, the dtype scales are stored in, and the calibration data."""
 
     scheme: Scheme
     scale_dtype: torch.dtype
     activations: Activations | None = None
+    stats: Mapping[str, LinearStats] = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
+
+
+class Learnable:
+    """What a learned method brings to the trainer: parameters, and how they stand in for the block's weights.
+
+    The parameters are float32 leaves; each group has its learning rate. The defaults change nothing.
+    """
+
+    def __init__(self, groups: Mapping[str, tuple[Mapping[str, Tensor], float]]) -> None:
+        """``groups``: name -> (parameters by name, learning rate)."""
+        self.groups = groups
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """All parameters, by ``group/name``."""
+        return {f"{group}/{name}": p for group, (tensors, _) in self.groups.items() for name, p in tensors.items()}
+
+    def transform(self, parameters: Parameters) -> Parameters:
+        """The block's parameters as this method transforms them; differentiable."""
+        return parameters
+
+    def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range | None:
+        """The range of each tile of a (transformed) weight, or None where this method decides none."""
+        return None
+
+    def decide(self, parameters: Parameters, decisions: BlockDecisions) -> BlockDecisions:
+        """The decisions that the learned values are; ``parameters`` are the block's, transformed."""
+        return decisions
 
 
 @dataclass(frozen=True)
-class Method:
-    """A closed method: a function from a block and what is decided so far to new decisions."""
+class Closed:
+    """A method in closed form: from a block and what is decided so far to new decisions."""
 
     decides: frozenset[Decision]
     decide: Callable[[Block, Context, BlockDecisions], BlockDecisions]
     needs_text: bool = False
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A method that is trained, jointly with the learned methods beside it in a recipe."""
+
+    decides: frozenset[Decision]
+    learn: Callable[[Block, Context, BlockDecisions], Learnable]
+    needs_text: bool = True
+
+
+Method = Closed | Learned

@@ -37,7 +37,7 @@ def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
         _query_key(heads, kv_heads, width),
         _value_output(heads, kv_heads, width, shift=bool(config.attention_bias)),
         Site("norm->gate,up", (Side("post_attention_layernorm"),), tuple(map(Side, GATE_UP)), hidden),
-        Site("up->down", (Side("mlp.up_proj"),), (Side(DOWN),), mlp),
+        Site("up->down", (Side("mlp.up_proj"),), (Side(DOWN),), mlp, paper=False),
     )
 
 

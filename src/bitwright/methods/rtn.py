@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
-from bitwright.core.method import Context, Method
+from bitwright.core.method import Closed, Context
 from bitwright.steps.ranges import minmax
 
 
@@ -27,4 +27,4 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
     return decisions.with_linears(decided)
 
 
-METHOD = Method(decides=frozenset({Decision.RANGE, Decision.ROUNDING}), decide=decide)
+METHOD = Closed(decides=frozenset({Decision.RANGE, Decision.ROUNDING}), decide=decide)

@@ -1,22 +1,73 @@
 """Decisions applied in one fixed order: transform, outliers, axis, range, rounding.
 
-What a recipe leaves undecided has a default: the scheme's tile, the min-max range, rounding to nearest.
+What a recipe leaves undecided has a default: no transform, the scheme's tile, the min-max range, rounding to nearest.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.decisions import LinearDecision
+from bitwright.core.block import Topology
+from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.qtensor import QTensor, affine, quantize
 from bitwright.core.scheme import Scheme
 from bitwright.steps.ranges import minmax
+from bitwright.steps.transform import apply_site
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A block after its decisions, by the names in the block.
+
+    ``full`` are all parameters transformed but not quantized, in float32; ``linears`` the quantized weights;
+    ``moved`` the other parameters that the transform changed, in the dtype they are stored in.
+    """
+
+    full: Mapping[str, Tensor]
+    linears: Mapping[str, QTensor]
+    moved: Mapping[str, Tensor]
+    transformed: bool
+
+    def written(self) -> dict[str, Tensor]:
+        """The parameters that the written block has in the place of the original's."""
+        return {f"{name}.weight": q.dequantize() for name, q in self.linears.items()} | dict(self.moved)
+
+
+def transform(parameters: Mapping[str, Tensor], topology: Topology, decisions: BlockDecisions) -> Mapping[str, Tensor]:
+    """The parameters with every decided site's scale and shift moved in."""
+    for site in topology.sites:
+        if site.name in decisions.sites:
+            decided = decisions.sites[site.name]
+            parameters = apply_site(parameters, site, decided.scale, decided.shift)
+    return parameters
+
+
+def fold(
+    parameters: Mapping[str, Tensor],
+    topology: Topology,
+    decisions: BlockDecisions,
+    scheme: Scheme,
+    stored: torch.dtype,
+) -> Folded:
+    """Everything decided, in the block's ordinary weights, biases and norms and in codes: nothing else remains."""
+    full = transform({name: p.float() for name, p in parameters.items()}, topology, decisions)
+    linears = {
+        name: quantize_linear(full[f"{name}.weight"], decisions.linear(name), scheme, stored)
+        for name in topology.linears
+    }
+    weights = {f"{name}.weight" for name in topology.linears}
+    touched = {s.module for site in topology.sites if site.name in decisions.sites for s in site.producers + site.consumers}
+    moved = {name: p.to(stored) for name, p in full.items() if name not in weights and name.rpartition(".")[0] in touched}
+    return Folded(full, linears, moved, bool(decisions.sites))
 
 
 def quantize_linear(
     weight: Float[Tensor, "O I"], decision: LinearDecision, scheme: Scheme, scale_dtype: torch.dtype
 ) -> QTensor:
-    """The QTensor that a linear's decisions make of its weight."""
+    """The QTensor that a linear's decisions make of its (transformed) weight."""
     tile = decision.tile or scheme.tile
     low, high = decision.low, decision.high
     if low is None or high is None:

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from bitwright.core.block import Block
-from bitwright.core.method import Activations
+from bitwright.core.method import Activations, LinearStats
+from bitwright.core.scheme import Scheme
+from bitwright.steps.apply import Folded
+from bitwright.stream.forward import forward_all, quantized_activations
 from bitwright.stream.skeleton import Recorder, Skeleton
-
-TOKENS_PER_PASS = 2048
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Stream:
 
     activations: Activations
     kwargs: list[dict[str, Any]]
+
+    def kwargs_of(self, block: Block) -> dict[str, Any]:
+        """What the block is called with beside the hidden states; nothing for the output layer."""
+        return self.kwargs[block.index] if block.index < len(self.kwargs) else {}
 
 
 @dataclass(frozen=True)
@@ -57,36 +62,73 @@ def enter(skeleton: Skeleton, tokens: Int[Tensor, "N T"]) -> Stream:
     return Stream(Activations(inputs, inputs), [r.kwargs for r in recorders])
 
 
-@torch.no_grad()
-def advance(block: Block, quantized: Mapping[str, Float[Tensor, "O I"]], stream: Stream) -> tuple[Stream, StreamErrors]:
-    """Both streams after a block, and the errors that its quantized weights make."""
-    kwargs = stream.kwargs[block.index] if block.index < len(stream.kwargs) else {}
-    with _measured(block, quantized) as sums:
-        reference = _forward(block.module, stream.activations.reference, kwargs)
-    with _substituted(block, quantized):
-        outputs = _forward(block.module, stream.activations.quantized, kwargs)
+def statistics(block: Block, stream: Stream) -> tuple[dict[str, LinearStats], Tensor]:
+    """Statistics of every linear's input on the full-precision path, and the block's full-precision outputs."""
+    sums: dict[str, _Sums] = {group.linears[0]: _Sums() for group in block.topology.groups}
+    hooks = [block.linear(name).register_forward_pre_hook(found.add) for name, found in sums.items()]
+    try:
+        outputs = forward_all(block, {}, stream.activations.reference, stream.kwargs_of(block))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {name: sums[group.linears[0]].result() for group in block.topology.groups for name in group.linears}
+    return found, outputs
+
+
+class _Sums:
+    """Running statistics of a linear's input."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.least = self.most = self.square = torch.zeros(())
+
+    def add(self, _: nn.Module, args: tuple[Tensor]) -> None:
+        """Takes in one batch; a forward pre-hook."""
+        x = args[0].detach().flatten(0, -2).float()
+        low, high = x.aminmax(dim=0)
+        self.least = torch.minimum(low, self.least) if self.tokens else low
+        self.most = torch.maximum(high, self.most) if self.tokens else high
+        self.square = self.square + x.square().sum(0)
+        self.tokens += len(x)
+
+    def result(self) -> LinearStats:
+        """The statistics of everything taken in."""
+        return LinearStats(self.tokens, self.least, self.most, self.square / self.tokens)
+
+
+def advance(
+    block: Block, folded: Folded, written: Mapping[str, Tensor], scheme: Scheme, stream: Stream
+) -> tuple[Stream, StreamErrors]:
+    """Both streams after a block, and the errors that its quantized weights (and activations) make."""
+    kwargs = stream.kwargs_of(block)
+    with _measured(block, folded, written) as sums:
+        reference = forward_all(block, folded.full, stream.activations.reference, kwargs)
+    if folded.transformed:  # the original's own rounding, so that a run which is continued sees the same stream
+        reference = forward_all(block, {}, stream.activations.reference, kwargs)
+    with quantized_activations(block, scheme):
+        outputs = forward_all(block, written, stream.activations.quantized, kwargs)
     linears = {name: _ratio(error, signal) for name, (error, signal) in sums.items()}
     errors = StreamErrors(linears, _ratio(_squares(outputs - reference), _squares(reference)))
     return Stream(Activations(reference, outputs), stream.kwargs), errors
 
 
-def _forward(module: nn.Module, inputs: Float[Tensor, "N T D"], kwargs: dict[str, Any]) -> Float[Tensor, "N T D"]:
-    device = next(module.parameters()).device
-    outputs = []
-    for batch in inputs.split(max(1, TOKENS_PER_PASS // inputs.shape[1])):
-        result = module(batch.to(device), **kwargs)
-        outputs.append((result[0] if isinstance(result, tuple) else result).cpu())
-    return torch.cat(outputs)
+def replay(block: Block, written: Mapping[str, Tensor], scheme: Scheme, stream: Stream) -> Stream:
+    """Both streams after a block that an earlier run finished."""
+    kwargs = stream.kwargs_of(block)
+    reference = forward_all(block, {}, stream.activations.reference, kwargs)
+    with quantized_activations(block, scheme):
+        outputs = forward_all(block, written, stream.activations.quantized, kwargs)
+    return Stream(Activations(reference, outputs), stream.kwargs)
 
 
 @contextmanager
-def _measured(block: Block, quantized: Mapping[str, Tensor]) -> Iterator[dict[str, tuple[float, float]]]:
+def _measured(block: Block, folded: Folded, written: Mapping[str, Tensor]) -> Iterator[dict[str, tuple[float, float]]]:
     """While it lasts, every linear adds up the squares of its output's error and of its output, biases left out."""
-    sums = dict.fromkeys(quantized, (0.0, 0.0))
+    sums = dict.fromkeys(folded.linears, (0.0, 0.0))
     hooks = []
-    for name, weight in quantized.items():
-        linear = block.linear(name)
-        difference = weight.to(linear.weight) - block.weight(name)
+    for name in folded.linears:
+        full = folded.full[f"{name}.weight"]
+        difference = written[f"{name}.weight"].to(full) - full
 
         def add(module: nn.Linear, args: tuple[Tensor], y: Tensor, name: str = name, d: Tensor = difference) -> None:
             error, signal = sums[name]
@@ -94,7 +136,7 @@ def _measured(block: Block, quantized: Mapping[str, Tensor]) -> Iterator[dict[st
             product = y if bias is None else y - bias
             sums[name] = error + _squares(nn.functional.linear(args[0], d)), signal + _squares(product)
 
-        hooks.append(linear.register_forward_hook(add))
+        hooks.append(block.linear(name).register_forward_hook(add))
     try:
         yield sums
     finally:
@@ -102,22 +144,8 @@ def _measured(block: Block, quantized: Mapping[str, Tensor]) -> Iterator[dict[st
             hook.remove()
 
 
-@contextmanager
-def _substituted(block: Block, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    originals = {name: block.linear(name).weight for name in weights}
-    for name, weight in weights.items():
-        block.linear(name).weight = nn.Parameter(weight.to(originals[name]), requires_grad=False)
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            block.linear(name).weight = original
-
-
 def _squares(values: Tensor) -> float:
-    return (
-        float(values.double().square().sum()) if values.numel() < 2**16 else float(values.float().norm().double() ** 2)
-    )
+    return float(torch.linalg.vector_norm(values.float()).double() ** 2)
 
 
 def _ratio(error: float, signal: float) -> float:

@@ -5,7 +5,9 @@ The runner names no method and no format: it is handed callables.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -14,15 +16,16 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
-from bitwright.core.method import Context, Method
+from bitwright.core.method import Closed, Context, Learned, Method, Training
 from bitwright.core.progress import Listener, Progress
-from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import BlockReport, LinearReport, QuantizedBlock
 from bitwright.core.scheme import Scheme
-from bitwright.steps.apply import quantize_linear
-from bitwright.stream.activations import Stream, StreamErrors, advance, enter
+from bitwright.steps.apply import Folded, fold
+from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
 from bitwright.stream.budget import peak_memory
+from bitwright.stream.forward import forward_all
 from bitwright.stream.skeleton import Skeleton
+from bitwright.stream.train import Objective, Trainer
 
 
 class Sink(Protocol):
@@ -31,39 +34,42 @@ class Sink(Protocol):
     def finished(self, unit: str) -> bool:
         """Whether this unit was finished before."""
 
-    def weights(self, unit: str, block: Block) -> Mapping[str, Tensor]:
-        """The dequantized weights of a finished unit, by the linears' names in the block."""
+    def written(self, unit: str, block: Block) -> Mapping[str, Tensor]:
+        """The parameters of a finished block, dequantized, by their names in the block."""
 
     def write(self, unit: str, result: QuantizedBlock) -> None:
         """Makes a unit durable."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What to do with every block."""
+
+    scheme: Scheme
+    methods: Sequence[Method]
+    training: Training
+    with_head: bool
+
+
 def run(
-    skeleton: Skeleton,
-    scheme: Scheme,
-    methods: Sequence[Method],
-    sink: Sink,
-    *,
-    tokens: Int[Tensor, "N T"] | None,
-    with_head: bool,
-    listener: Listener,
+    skeleton: Skeleton, plan: Plan, sink: Sink, *, tokens: Int[Tensor, "N T"] | None, listener: Listener
 ) -> None:
     """Quantizes every block that the sink has not finished, and the output layer where that is asked for.
 
     With calibration tokens both streams run along, and the reports carry output errors; without them no forward
     pass is made at all.
     """
-    units = list(_units(skeleton, with_head))
+    units = list(_units(skeleton, plan.with_head))
     stream = None if tokens is None else enter(skeleton, tokens)
     for done, (unit, load) in enumerate(units):
         listener(Progress("quantize", done, len(units), unit, peak_memory()))
         if sink.finished(unit) and stream is None:
             continue
         with load() as block:
-            if sink.finished(unit):
-                stream = _replay(block, sink.weights(unit, block), stream)
-            else:
-                stream = _quantize(block, skeleton, scheme, methods, stream, sink, unit)
+            if not sink.finished(unit):
+                stream = _quantize(block, unit, skeleton, plan, sink, stream)
+            elif stream is not None:
+                stream = replay(block, sink.written(unit, block), plan.scheme, stream)
     listener(Progress("quantize", len(units), len(units), "all blocks", peak_memory()))
 
 
@@ -74,57 +80,65 @@ def _units(skeleton: Skeleton, with_head: bool) -> Iterator[tuple[str, Callable[
         yield skeleton.family.head, skeleton.head
 
 
-def _replay(block: Block, weights: Mapping[str, Tensor], stream: Stream | None) -> Stream | None:
-    return None if stream is None else advance(block, weights, stream)[0]
-
-
 def _quantize(
-    block: Block,
-    skeleton: Skeleton,
-    scheme: Scheme,
-    methods: Sequence[Method],
-    stream: Stream | None,
-    sink: Sink,
-    unit: str,
+    block: Block, unit: str, skeleton: Skeleton, plan: Plan, sink: Sink, stream: Stream | None
 ) -> Stream | None:
     dtype = skeleton.checkpoint.dtype_of_weights
-    context = Context(scheme, dtype, stream.activations if stream else None)
-    decisions = BlockDecisions()
-    for method in methods:
-        decisions = method.decide(block, context, decisions)
-    linears = {
-        name: quantize_linear(block.weight(name), decisions.linear(name), scheme, dtype)
-        for name in block.topology.linears
-    }
+    decisions = _decide(block, plan, dtype, stream)
+    parameters = dict(block.module.named_parameters())
+    folded = fold(parameters, block.topology, decisions, plan.scheme, dtype)
     after, errors = stream, None
     if stream is not None:
-        after, errors = advance(block, {name: q.dequantize() for name, q in linears.items()}, stream)
-    report = _report(block, unit, linears, decisions, errors)
-    by_path = {block.path(name): q for name, q in linears.items()}
-    sink.write(unit, QuantizedBlock(by_path, _passed(skeleton, block), report))
+        after, errors = advance(block, folded, folded.written(), plan.scheme, stream)
+    report = _report(block, unit, folded, decisions, errors)
+    by_path = {block.path(name): q for name, q in folded.linears.items()}
+    sink.write(unit, QuantizedBlock(by_path, _passed(skeleton, block, folded), report))
     return after
 
 
-def _passed(skeleton: Skeleton, block: Block) -> dict[str, Tensor]:
-    """The other tensors under the block's name, as the checkpoint stores them."""
+def _decide(block: Block, plan: Plan, dtype: torch.dtype, stream: Stream | None) -> BlockDecisions:
+    """All methods in order; neighbouring learned ones are trained together."""
+    learned = any(isinstance(method, Learned) for method in plan.methods)
+    stats, targets = statistics(block, stream) if learned and stream is not None else ({}, None)
+    activations = stream.activations if stream else None
+    context = Context(plan.scheme, dtype, activations, stats, plan.training)
+    decisions = BlockDecisions()
+    for is_learned, methods in groupby(plan.methods, lambda method: isinstance(method, Learned)):
+        if is_learned and stream is not None and targets is not None:
+            learnables = [m.learn(block, context, decisions) for m in methods if isinstance(m, Learned)]
+            decisions = Trainer(block, learnables, context, decisions, _objective(block, plan, stream, targets)).run()
+        else:
+            for method in methods:
+                assert isinstance(method, Closed)
+                decisions = method.decide(block, context, decisions)
+    return decisions
+
+
+def _objective(block: Block, plan: Plan, stream: Stream, targets: Tensor) -> Objective:
+    inputs, kwargs = stream.activations.quantized, stream.kwargs_of(block)
+    also = forward_all(block, {}, inputs, kwargs) if plan.training.aug_loss else None
+    return Objective(inputs, targets, also, kwargs)
+
+
+def _passed(skeleton: Skeleton, block: Block, folded: Folded) -> dict[str, Tensor]:
+    """The other tensors under the block's name: as the checkpoint stores them, or as the transform left them."""
     if not block.name:
         return {}
     quantized = {f"{block.path(name)}.weight" for name in block.topology.linears}
     names = [n for n in skeleton.checkpoint.names if n.startswith(f"{block.name}.") and n not in quantized]
-    return {name: skeleton.checkpoint.read(name) for name in names}
+    stored = {name: skeleton.checkpoint.read(name) for name in names}
+    return stored | {block.path(name): tensor for name, tensor in folded.moved.items()}
 
 
 def _report(
-    block: Block, unit: str, linears: Mapping[str, QTensor], decisions: BlockDecisions, errors: StreamErrors | None
+    block: Block, unit: str, folded: Folded, decisions: BlockDecisions, errors: StreamErrors | None
 ) -> BlockReport:
-    rows = tuple(
-        _linear_report(block, name, q, errors.linears[name] if errors else None) for name, q in linears.items()
-    )
+    rows = tuple(_linear_report(block, name, folded, errors.linears[name] if errors else None) for name in folded.linears)
     return BlockReport(unit, rows, errors.block if errors else None, decisions.fallbacks)
 
 
-def _linear_report(block: Block, name: str, q: QTensor, output_error: float | None) -> LinearReport:
-    weight = block.weight(name).float()
+def _linear_report(block: Block, name: str, folded: Folded, output_error: float | None) -> LinearReport:
+    weight, q = folded.full[f"{name}.weight"], folded.linears[name]
     error = torch.linalg.vector_norm(q.dequantize().to(weight) - weight) / torch.linalg.vector_norm(weight)
     return LinearReport(
         name=block.path(name),

@@ -1,0 +1,94 @@
+"""Quantize and dequantize in one differentiable step, for training through rounding.
+
+The forward pass is the formula of ``core/qtensor.py``; the backward pass is written out, so that a step keeps one
+float and one byte per weight instead of a chain of temporaries. Rounding counts as the identity (straight-through),
+also for the zero point and for the scale's own rounding. With ``n = 2**bits - 1`` and ``r = (code - z) - W / h``:
+
+    asymmetric            dWq/dW   dWq/dlow   dWq/dhigh
+    inside the range         1      -r / n      r / n
+    clipped from below       0        1           0
+    clipped from above       0        0           1
+
+A symmetric grid has one range, h = 2 max(-low, high) / n: dWq/dh is r inside and the code where clipped, and the
+gradient goes to the end of the range that is the larger.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.core.qtensor import affine, tiled
+from bitwright.core.scheme import Grid, Tile
+
+
+def fake_quantize(
+    weight: Float[Tensor, "O I"],
+    low: Float[Tensor, "P Q"],
+    high: Float[Tensor, "P Q"],
+    grid: Grid,
+    tile: Tile,
+    scale_dtype: torch.dtype,
+) -> Float[Tensor, "O I"]:
+    """The weight that its codes stand for, in float32; differentiable in the weight and in its range."""
+    quantized: Tensor = _FakeQuantize.apply(weight, low, high, grid, tile, scale_dtype)
+    return quantized
+
+
+def fake_quantize_tokens(x: Float[Tensor, "*B D"], grid: Grid) -> Float[Tensor, "*B D"]:
+    """Activations quantized dynamically, one scale and zero point per row of the last dimension.
+
+    Nothing is ever clipped, so the straight-through gradient is the identity.
+    """
+    quantized: Tensor = _FakeQuantizeTokens.apply(x, grid)
+    return quantized
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, low: Tensor, high: Tensor, grid: Grid, tile: Tile, scale_dtype: torch.dtype
+    ) -> Tensor:
+        scale, zero = affine(low, high, grid, scale_dtype)
+        h = scale.float()[:, None, :, None]
+        z = 0.0 if zero is None else zero.float()[:, None, :, None]
+        ratio = tiled(weight, tile) / h
+        level = ratio.round().clamp_(grid.qmin - z, grid.qmax - z)
+        residual = ratio.neg_().add_(level)
+        # The rounded weight is clipped where the level is more than half a step away from it.
+        clipped = residual.abs() > 0.5
+        slope = residual.where(~clipped, level) if grid.symmetric else (residual / grid.steps).where(
+            ~clipped, (residual < 0).float()
+        )
+        ctx.save_for_backward(slope, clipped, low, high)
+        ctx.grid = grid
+        return level.mul_(h).view(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        slope, clipped, low, high = ctx.saved_tensors
+        g = gradients[0].reshape(slope.shape)
+        along = (g * slope).sum((1, 3))
+        outside = g * clipped
+        if ctx.grid.symmetric:
+            along *= 2 / ctx.grid.steps
+            dlow, dhigh = -along * (-low > high), along * (-low <= high)
+        else:
+            dhigh = along
+            dlow = outside.sum((1, 3)) - dhigh
+        dweight = (g - outside).view(gradients[0].shape) if ctx.needs_input_grad[0] else None
+        return dweight, dlow, dhigh, None, None, None
+
+
+class _FakeQuantizeTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        scale, zero = affine(low, high, grid, x.dtype)
+        z = torch.zeros_like(scale) if zero is None else zero.to(x.dtype)
+        return (x / scale).round_().add_(z).clamp_(grid.qmin, grid.qmax).sub_(z).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

@@ -1,0 +1,58 @@
+"""LSQ: Learned Step Size Quantization (arXiv 1902.08153), on the weights of a trained model.
+
+For OmniQuant's ablation (arXiv 2308.13137, table A3): the step h of each tile is learned directly, its zero point
+stays where min-max put it.
+
+    h = theta h_0        (theta starts at 1, h_0 is the min-max step)
+    low, high = -z h, (2^N - 1 - z) h
+
+Where we differ: the step is learned in units of its starting value, which stands for the paper's gradient scale.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.core.block import Block
+from bitwright.core.decisions import BlockDecisions, Decision
+from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
+from bitwright.core.qtensor import affine
+from bitwright.core.scheme import Tile
+from bitwright.steps.ranges import minmax
+
+SMALLEST = 1e-3
+
+
+class Steps(Learnable):
+    """theta of every tile of every linear."""
+
+    def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
+        """Starts at the min-max step of the untransformed weights."""
+        self.ends = {}
+        grid = context.scheme.weight
+        for name in block.topology.linears:
+            low, high = minmax(block.weight(name), decisions.linear(name).tile or context.scheme.tile)
+            scale, zero = affine(low, high, grid, torch.float32)
+            below = scale * (zero.float() if zero is not None else -grid.qmin)
+            self.ends[name] = (-below, scale * grid.steps - below)
+        self.theta = {name: torch.ones_like(low).requires_grad_() for name, (low, _) in self.ends.items()}
+        super().__init__({"lsq.step": (self.theta, context.training.lwc_lr)})
+
+    def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
+        """The range that the step spans."""
+        low, high = self.ends[linear]
+        theta = self.theta[linear].clamp(min=SMALLEST)
+        return theta * low, theta * high
+
+    def decide(self, parameters: Parameters, decisions: BlockDecisions) -> BlockDecisions:
+        """The ranges of the learned steps."""
+        decided = {}
+        for name, (low, high) in self.ends.items():
+            theta = self.theta[name].detach().clamp(min=SMALLEST)
+            decided[name] = replace(decisions.linear(name), low=theta * low, high=theta * high)
+        return decisions.with_linears(decided)
+
+
+METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Steps)

@@ -1,0 +1,68 @@
+"""Learnable weight clipping, of OmniQuant: Omnidirectionally Calibrated Quantization for LLMs (arXiv 2308.13137).
+
+Eq. 2, for each tile of a weight W at N bits, with gamma = sigmoid(a), beta = sigmoid(b):
+
+    h = (gamma max(W) - beta min(W)) / (2^N - 1),   z = -round(beta min(W) / h)
+    W_q = clamp(round(W / h) + z, 0, 2^N - 1)
+
+gamma and beta are relative strengths: they keep their meaning while LET changes W, where PACT and LSQ, which learn
+the threshold and the step themselves, do not follow.
+
+Where we differ: the paper starts at sigmoid(4) = 0.982; by default we start at the shrink factor in a grid that has
+the smallest squared error of the tile, every input channel weighted by its mean square on the calibration tokens
+(``start="paper"`` gives the paper's). The gradient also passes through the rounding of the zero point.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.core.block import Block
+from bitwright.core.decisions import BlockDecisions, Decision
+from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
+from bitwright.core.scheme import Tile
+from bitwright.steps.ranges import minmax, search_shrink
+
+START = 4.0
+LARGEST = 0.999
+
+
+class Clipping(Learnable):
+    """a and b of every tile of every linear; gamma and beta are their sigmoids."""
+
+    def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
+        """Starts where ``context.training.start`` says."""
+        self.tiles = {n: decisions.linear(n).tile or context.scheme.tile for n in block.topology.linears}
+        start = {n: _start(block, n, tile, context) for n, tile in self.tiles.items()}
+        self.a = {n: v.clone().requires_grad_() for n, v in start.items()}
+        self.b = {n: v.clone().requires_grad_() for n, v in start.items()}
+        self._constant = {n: minmax(block.weight(n), tile) for n, tile in self.tiles.items()}
+        rate = context.training.lwc_lr
+        super().__init__({"lwc.a": (self.a, rate), "lwc.b": (self.b, rate)})
+
+    def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
+        """low = beta min(W), high = gamma max(W)."""
+        low, high = minmax(weight, tile) if weight.requires_grad else self._constant[linear]
+        return self.b[linear].sigmoid() * low, self.a[linear].sigmoid() * high
+
+    def decide(self, parameters: Parameters, decisions: BlockDecisions) -> BlockDecisions:
+        """The ranges on the transformed weights."""
+        decided = {}
+        for name, tile in self.tiles.items():
+            low, high = minmax(parameters[f"{name}.weight"], tile)
+            low, high = self.b[name].detach().sigmoid() * low, self.a[name].detach().sigmoid() * high
+            decided[name] = replace(decisions.linear(name), low=low, high=high)
+        return decisions.with_linears(decided)
+
+
+def _start(block: Block, name: str, tile: Tile, context: Context) -> Float[Tensor, "P Q"]:
+    weight = block.weight(name).float()
+    if context.training.start == "paper" or name not in context.stats:
+        return torch.full_like(minmax(weight, tile)[0], START)
+    shrink = search_shrink(weight, tile, context.scheme.weight, context.scale_dtype, context.stats[name].square)
+    return shrink.clamp(max=LARGEST).logit()
+
+
+METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Clipping)

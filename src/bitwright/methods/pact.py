@@ -1,0 +1,51 @@
+"""PACT: Parameterized Clipping Activation (arXiv 1805.06085), its learned threshold on weights.
+
+For OmniQuant's ablation (arXiv 2308.13137, table A3): the two ends of each tile's range are learned directly, as
+thresholds, starting at the min-max. Unlike LWC's strengths they do not follow a weight that LET changes.
+
+    low, high = theta_low low_0, theta_high high_0        (theta starts at 1)
+
+Where we differ: the thresholds are learned in units of their starting value, so that one learning rate fits weights of
+any magnitude.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.core.block import Block
+from bitwright.core.decisions import BlockDecisions, Decision
+from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
+from bitwright.core.scheme import Tile
+from bitwright.steps.ranges import minmax
+
+
+class Thresholds(Learnable):
+    """theta_low and theta_high of every tile of every linear."""
+
+    def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
+        """Starts at the min-max of the untransformed weights."""
+        tiles = {n: decisions.linear(n).tile or context.scheme.tile for n in block.topology.linears}
+        self.ends = {name: minmax(block.weight(name), tile) for name, tile in tiles.items()}
+        self.low = {name: torch.ones_like(low).requires_grad_() for name, (low, _) in self.ends.items()}
+        self.high = {name: torch.ones_like(high).requires_grad_() for name, (_, high) in self.ends.items()}
+        rate = context.training.lwc_lr
+        super().__init__({"pact.low": (self.low, rate), "pact.high": (self.high, rate)})
+
+    def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
+        """The thresholds; a range contains zero."""
+        low, high = self.ends[linear]
+        return self.low[linear].clamp(min=0) * low, self.high[linear].clamp(min=0) * high
+
+    def decide(self, parameters: Parameters, decisions: BlockDecisions) -> BlockDecisions:
+        """The thresholds as learned."""
+        decided = {}
+        for name, (low, high) in self.ends.items():
+            factors = self.low[name].detach().clamp(min=0), self.high[name].detach().clamp(min=0)
+            decided[name] = replace(decisions.linear(name), low=factors[0] * low, high=factors[1] * high)
+        return decisions.with_linears(decided)
+
+
+METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Thresholds)

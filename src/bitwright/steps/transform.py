@@ -1,0 +1,60 @@
+"""The transform decision: scales and shifts at a site, moved into the weights on both sides (OmniQuant, eq. 3 to 5).
+
+    producers (norm weights, or the rows of a linear):  W <- W / s,   b <- (b - delta) / s
+    consumers (the columns of a linear):                W <- W * s,   b <- b + W delta
+
+The block's output stays what it was. The same function serves training (differentiable in scale and shift) and
+folding.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.core.block import Side, Site
+
+Parameters = Mapping[str, Tensor]
+
+
+def apply_site(
+    parameters: Parameters, site: Site, scale: Float[Tensor, " C"], shift: Float[Tensor, " C"] | None = None
+) -> dict[str, Tensor]:
+    """The block's parameters (by their names in the block) with a site's scale and shift moved in.
+
+    ``scale`` and ``shift`` hold one value for each free channel of the site. Raises ValueError for a shift where
+    the site cannot absorb one.
+    """
+    if shift is not None and not site.shift:
+        raise ValueError(f"site {site.name} cannot absorb a shift")
+    moved = dict(parameters)
+    for side in site.producers:
+        moved |= _produce(moved, side, _spread(scale, side), None if shift is None else _spread(shift, side))
+    for side in site.consumers:
+        moved |= _consume(moved, side, _spread(scale, side), None if shift is None else _spread(shift, side))
+    return moved
+
+
+def _produce(parameters: Parameters, side: Side, scale: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+    weight, bias = parameters[f"{side.module}.weight"], parameters.get(f"{side.module}.bias")
+    factor = scale if side.reciprocal else 1 / scale
+    moved = {f"{side.module}.weight": weight * (factor if weight.ndim == 1 else factor[:, None])}
+    if bias is not None:
+        moved[f"{side.module}.bias"] = (bias if shift is None else bias - shift) * factor
+    elif shift is not None:
+        raise ValueError(f"{side.module} has no bias to take a shift")
+    return moved
+
+
+def _consume(parameters: Parameters, side: Side, scale: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+    weight = parameters[f"{side.module}.weight"]
+    moved = {f"{side.module}.weight": weight * scale}
+    if shift is not None:
+        moved[f"{side.module}.bias"] = parameters[f"{side.module}.bias"] + weight @ shift
+    return moved
+
+
+def _spread(values: Float[Tensor, " C"], side: Side) -> Tensor:
+    """One value per channel of the side, from one per free channel of the site."""
+    return values if side.index is None else values[torch.tensor(side.index, device=values.device)]

@@ -1,0 +1,176 @@
+"""Learned methods, trained on one block: the block-wise error minimisation of OmniQuant (arXiv 2308.13137, eq. 1).
+
+    minimise || F(W, X) - F(Q(W), Q(X')) ||^2        X the full-precision stream, X' the quantized one
+
+The trainer names no method: learnables say how their parameters stand in for the block's. It heals itself: the block
+as it would be without training is candidate zero; a loss that is not finite, or rises, goes back to the best
+parameters seen with a lower learning rate; what is returned is never worse than candidate zero on the objective, which
+is measured on the folded block, as it will be written.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitwright.core.block import Block
+from bitwright.core.decisions import BlockDecisions
+from bitwright.core.fake_quant import fake_quantize
+from bitwright.core.method import Context, Learnable
+from bitwright.steps.apply import fold
+from bitwright.steps.ranges import minmax
+from bitwright.stream.forward import forward, forward_all, quantized_activations
+
+RETRIES = 3
+SLOWER = 0.3
+RISE = 1.5
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Inputs of the quantized stream [N, T, D] and what the block should make of them, kept on the CPU.
+
+    ``also`` is the full-precision block's output on the same inputs: the second target of the augmented loss.
+    """
+
+    inputs: Float[Tensor, "N T D"]
+    target: Float[Tensor, "N T D"]
+    also: Float[Tensor, "N T D"] | None
+    kwargs: Mapping[str, Any]
+
+    def loss(self, outputs: Tensor, rows: Tensor | slice) -> Tensor:
+        """Mean squared error of the outputs for some segments."""
+        outputs = outputs.float()
+        loss = F.mse_loss(outputs, self.target[rows].to(outputs))
+        return loss if self.also is None else loss + F.mse_loss(outputs, self.also[rows].to(outputs))
+
+
+class Trainer:
+    """Trains the learnables of one block."""
+
+    def __init__(
+        self,
+        block: Block,
+        learnables: Sequence[Learnable],
+        context: Context,
+        decided: BlockDecisions,
+        objective: Objective,
+    ) -> None:
+        """``decided`` is what methods before these have decided."""
+        self.block, self.learnables, self.context = block, learnables, context
+        self.decided, self.objective = decided, objective
+        self.base = {name: p.detach().float() for name, p in block.module.named_parameters()}
+        self.fallbacks: list[str] = []
+
+    def run(self) -> BlockDecisions:
+        """The best decisions found; what was there before training where nothing better was."""
+        zero = self.measure(self.decided)
+        with quantized_activations(self.block, self.context.scheme):
+            self._train()
+        found = self.decisions()
+        loss = self.measure(found)
+        if not loss < zero:
+            self.fallbacks.append(f"training did not improve on the start ({loss:.4g}, start {zero:.4g}): start kept")
+            found = self.decided
+        return replace(found, fallbacks=(*found.fallbacks, *self.fallbacks))
+
+    def decisions(self) -> BlockDecisions:
+        """What the parameters as they are now decide."""
+        decisions, parameters = self.decided, self.base
+        with torch.no_grad():
+            for learnable in self.learnables:
+                parameters = learnable.transform(parameters)
+                decisions = learnable.decide(parameters, decisions)
+        return decisions
+
+    def measure(self, decisions: BlockDecisions) -> float:
+        """The objective of the folded block, over all segments."""
+        scheme, dtype = self.context.scheme, self.context.scale_dtype
+        written = fold(self.base, self.block.topology, decisions, scheme, dtype).written()
+        with quantized_activations(self.block, scheme):
+            outputs = forward_all(self.block, written, self.objective.inputs, self.objective.kwargs)
+        return float(self.objective.loss(outputs, slice(None)))
+
+    def substituted(self) -> dict[str, Tensor]:
+        """The block's parameters, transformed and fake-quantized; differentiable in every learnable."""
+        scheme, dtype = self.context.scheme, self.context.scale_dtype
+        parameters: Mapping[str, Tensor] = self.base
+        for learnable in self.learnables:
+            parameters = learnable.transform(parameters)
+        quantized = dict(parameters)
+        for name in self.block.topology.linears:
+            weight, tile = parameters[f"{name}.weight"], self.decided.linear(name).tile or scheme.tile
+            ranges = [r for learnable in self.learnables if (r := learnable.range(name, weight, tile)) is not None]
+            low, high = ranges[0] if ranges else minmax(weight, tile)
+            quantized[f"{name}.weight"] = fake_quantize(weight, low, high, scheme.weight, tile, dtype)
+        return quantized
+
+    def _train(self) -> None:
+        """Epochs until they are done, or too many ended badly; the parameters end at the best seen."""
+        best, best_loss, rate = self._snapshot(), math.inf, 1.0
+        for attempt in range(RETRIES + 1):
+            epoch_losses, best, best_loss = self._attempt(rate, best, best_loss)
+            if epoch_losses[-1] <= RISE * best_loss:
+                break
+            rate *= SLOWER
+            what = "not finite" if not math.isfinite(epoch_losses[-1]) else "rising"
+            self.fallbacks.append(f"loss {what} in attempt {attempt + 1}: back to the best, learning rate x {rate:.3g}")
+            self._restore(best)
+        self._restore(best)
+
+    def _attempt(self, rate: float, best: list[Tensor], best_loss: float) -> tuple[list[float], list[Tensor], float]:
+        training = self.context.training
+        generator = torch.Generator().manual_seed(training.seed + 1000 * self.block.index)
+        count = len(self.objective.inputs)
+        total = training.epochs * math.ceil(count / training.batch_size)
+        optimizer, scheduler = self._optimizer(rate, total)
+        losses: list[float] = []
+        for _ in range(training.epochs):
+            sums = torch.zeros(())
+            order = torch.randperm(count, generator=generator)
+            for rows in order.split(training.batch_size):
+                sums += self._step(rows, optimizer) * len(rows)
+                scheduler.step()
+            losses.append(float(sums) / count)
+            if losses[-1] < best_loss:
+                best, best_loss = self._snapshot(), losses[-1]
+            if not losses[-1] <= RISE * best_loss:
+                break
+        return losses, best, best_loss
+
+    def _step(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        objective, place = self.objective, next(iter(self.base.values())).device
+        outputs = forward(self.block, self.substituted(), objective.inputs[rows].to(place), objective.kwargs)
+        loss = objective.loss(outputs, rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach().cpu()
+
+    def _optimizer(self, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+        groups = [
+            {"params": list(tensors.values()), "lr": lr * rate}
+            for learnable in self.learnables
+            for tensors, lr in learnable.groups.values()
+            if tensors
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        if self.context.training.schedule == "constant":
+            return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for learnable in self.learnables for p in learnable.parameters.values()]
+
+    def _snapshot(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self._parameters()]
+
+    @torch.no_grad()
+    def _restore(self, snapshot: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters(), snapshot, strict=True):
+            parameter.copy_(value)

@@ -40,7 +40,7 @@ DEFAULT_STEPS, TOKENS_PER_STEP, LOG_EVERY = 2400, 2048, 100
 SHORT_WINDOW, LONG_WINDOW, LONG_FROM = 256, 512, 2 / 3
 ADAM_RATE, MUON_RATE, WARMUP_STEPS, FINAL_SHARE = 3e-3, 6e-3, 80, 0.01
 EVALUATION_WINDOW, EVALUATION_WINDOWS = 512, 60
-PROMPTS, NEW_TOKENS = ("def __init__(self", "import os\n\n\ndef ", "    for key, value in "), 70
+PROMPTS, NEW_TOKENS = ("    def __init__(self, name", "import os\n\n\ndef ", "        if not isinstance("), 70
 SMOKE_STEPS, SMOKE_FILES, SMOKE_WINDOWS, SMOKE_NEW_TOKENS = 3, 40, 2, 4
 
 

@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bitwright.core.progress import silent
 from bitwright.demo import MODEL_DIR, texts
-from bitwright.evaluate.measure import measure
-from bitwright.evaluate.windows import consecutive
+from bitwright.evaluation.measure import measure
+from bitwright.evaluation.windows import consecutive
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 # The vocabulary begins with the special tokens, in this order.
@@ -253,7 +253,7 @@ negative log-likelihood per predicted token.
 
 
 def completions(model: Any, tokenizer: Any, run: Run) -> str:
-    """Each prompt with what the model makes of it, in code blocks."""
+    """Each prompt with what the model makes of it; as text, because formatters rewrite what is marked as Python."""
     length = SMOKE_NEW_TOKENS if run.smoke else NEW_TOKENS
     blocks: list[str] = []
     for prompt in PROMPTS:
@@ -261,7 +261,7 @@ def completions(model: Any, tokenizer: Any, run: Run) -> str:
             torch.manual_seed(run.seed)
             extra = {"temperature": 0.8, "top_k": 0} if options["do_sample"] else {}
             output = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=length, **options, **extra)
-            blocks.append(f"{title}:\n\n```python\n{tokenizer.decode(output[0], skip_special_tokens=True)}\n```")
+            blocks.append(f"{title}:\n\n```text\n{tokenizer.decode(output[0], skip_special_tokens=True)}\n```")
     return "\n\n".join(blocks)
 
 

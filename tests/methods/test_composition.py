@@ -51,10 +51,10 @@ def test_two_writers_of_one_decision_are_refused(three: dict[str, Method]) -> No
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("axis+turn", "turn decides the transform, which comes before the axis that axis .*; write turn[+]axis"),
+        ("axis+turn", "turn decides the transform, which comes before the axis that .*; write turn[+]axis"),
         (
             "round+axis",
-            "axis decides the axis, which comes before the (range|rounding) that round .*; write axis[+]round",
+            "axis decides the axis, which comes before the (range|rounding) that .*; write axis[+]round",
         ),
         ("round+turn", "turn decides the transform, which comes before the (range|rounding) that round"),
     ],

@@ -122,6 +122,7 @@ def refuse_output(model: Path, output: Path, overwrite: bool) -> None:
     try:
         refuse_existing(output, overwrite)
         refuse_overlap(model, output)
+        work_folder(output.resolve()).exists()  # its name is longer: perhaps too long
         around = next(folder for folder in output.resolve().parents if folder.exists())
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
         raise OutputError(f"{output}: cannot be written: {error}; choose another output") from None

@@ -1,1 +1,1 @@
-"""Perplexity and divergence from the original; reads only exported folders. (``bitwright.evaluate`` is the function.)"""
+"""Perplexity and divergence from the original; reads only exported folders. The function is ``bitwright.evaluate``."""

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"core", "steps"},
     "stream": {"core", "checkpoint", "calibration", "steps"},
     "formats": {"core", "checkpoint", "kernels"},
-    "evaluate": {"core", "kernels"},
+    "evaluation": {"core", "kernels"},
     "report": {"core", "kernels"},
     "demo": {"core"},
     "cli": {"api", "core", "report"},

@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bitwright.core.progress import silent
 from bitwright.demo import MODEL_DIR, texts
-from bitwright.evaluate.measure import measure
-from bitwright.evaluate.windows import consecutive
+from bitwright.evaluation.measure import measure
+from bitwright.evaluation.windows import consecutive
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 # The vocabulary begins with the special tokens, in this order.
@@ -40,7 +40,7 @@ DEFAULT_STEPS, TOKENS_PER_STEP, LOG_EVERY = 2400, 2048, 100
 SHORT_WINDOW, LONG_WINDOW, LONG_FROM = 256, 512, 2 / 3
 ADAM_RATE, MUON_RATE, WARMUP_STEPS, FINAL_SHARE = 3e-3, 6e-3, 80, 0.01
 EVALUATION_WINDOW, EVALUATION_WINDOWS = 512, 60
-PROMPTS, NEW_TOKENS = ("def __init__(self", "import os\n\n\ndef ", "    for key, value in "), 70
+PROMPTS, NEW_TOKENS = ("    def __init__(self, name", "import os\n\n\ndef ", "        if not isinstance("), 70
 SMOKE_STEPS, SMOKE_FILES, SMOKE_WINDOWS, SMOKE_NEW_TOKENS = 3, 40, 2, 4
 
 
@@ -253,7 +253,7 @@ negative log-likelihood per predicted token.
 
 
 def completions(model: Any, tokenizer: Any, run: Run) -> str:
-    """Each prompt with what the model makes of it, in code blocks."""
+    """Each prompt with what the model makes of it; as text, because formatters rewrite what is marked as Python."""
     length = SMOKE_NEW_TOKENS if run.smoke else NEW_TOKENS
     blocks: list[str] = []
     for prompt in PROMPTS:
@@ -261,7 +261,7 @@ def completions(model: Any, tokenizer: Any, run: Run) -> str:
             torch.manual_seed(run.seed)
             extra = {"temperature": 0.8, "top_k": 0} if options["do_sample"] else {}
             output = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=length, **options, **extra)
-            blocks.append(f"{title}:\n\n```python\n{tokenizer.decode(output[0], skip_special_tokens=True)}\n```")
+            blocks.append(f"{title}:\n\n```text\n{tokenizer.decode(output[0], skip_special_tokens=True)}\n```")
     return "\n\n".join(blocks)
 
 

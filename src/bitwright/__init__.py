@@ -11,9 +11,9 @@ from bitwright.core.errors import UserError
 from bitwright.core.recipe import Recipe
 
 if TYPE_CHECKING:
-    from bitwright.api import demo, evaluate, inspect, plan, quantize
+    from bitwright.api import evaluate, inspect, plan, quantize
 
-__all__ = ["Recipe", "UserError", "demo", "evaluate", "inspect", "plan", "quantize"]
+__all__ = ["Recipe", "UserError", "evaluate", "inspect", "plan", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-import yaml
 from rich.console import Console
 
 from bitwright.core.errors import RecipeError, UserError
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import GRAMMAR
 from bitwright.report import screens
+from bitwright.report.plain import plain
 from bitwright.report.progress import ProgressReport
 
 MENDABLE, BUG, INTERRUPTED = 2, 1, 130
@@ -30,7 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out, err = Console(), Console(stderr=True)
+WIDE = 1000  # characters; in a pipe or a file no path is to be broken into lines
+out, err = Console(width=None if sys.stdout.isatty() else WIDE), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -66,7 +67,8 @@ def quantize(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn. [default: 0]")] = None,
     quantize_lm_head: Annotated[
-        bool | None, typer.Option("--quantize-lm-head", help="Quantize the output layer too.")
+        bool | None,
+        typer.Option("--quantize-lm-head/--no-quantize-lm-head", help="Quantize the output layer too. [default: no]"),
     ] = None,
     shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB]")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with the same keys as these flags; flags win.")] = None,
@@ -78,6 +80,7 @@ def quantize(
 ) -> None:
     """Quantize a model folder. Interrupted, the same command continues."""
     from bitwright import api
+    from bitwright.api.recipe_file import read_recipe
 
     flags = {
         "model": None if model is None else str(model),
@@ -92,8 +95,10 @@ def quantize(
         "quantize_lm_head": quantize_lm_head,
         "shard_size": shard_size,
     }
-    asked = _read_recipe(recipe) | {key: value for key, value in flags.items() if value is not None}
+    asked = (read_recipe(recipe) if recipe else {}) | {key: value for key, value in flags.items() if value is not None}
     target = asked.pop("output", None)
+    if asked.get("model") is None:
+        raise RecipeError("which model? Name its folder: bitwright quantize MODEL, or the key 'model' in the recipe")
     wanted = Recipe.from_mapping(asked)
     if dry_run:
         _show(api.plan(wanted, device), screens.plan, as_json)
@@ -102,7 +107,7 @@ def quantize(
         raise RecipeError("where should the result go? Give --output DIR, or the key 'output' in the recipe")
     with ProgressReport(err) as listener:
         result = api.quantize(
-            wanted, Path(str(target)), overwrite=overwrite, restart=restart, device=device, listener=listener
+            wanted, Path(target), overwrite=overwrite, restart=restart, device=device, listener=listener
         )
     _show(result, screens.result, as_json)
 
@@ -166,24 +171,9 @@ def demo(
     _show(shown, screens.demonstration, as_json)
 
 
-def _read_recipe(path: Path | None) -> dict[str, Any]:
-    """A YAML recipe's keys, with underscores; an output beside them."""
-    if path is None:
-        return {}
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not YAML: {error}") from None
-    if not isinstance(found, dict):
-        raise RecipeError(f"recipe {path} holds no keys; it reads like: 'scheme: W4A16g128'")
-    return {str(key).replace("-", "_"): value for key, value in found.items()}
-
-
 def _show(found: Any, screen: Callable[[Console, Any], None], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+        print(json.dumps(plain(asdict(found)), indent=2))  # ASCII: a path of any bytes can be printed anywhere
     else:
         screen(out, found)
 
@@ -202,13 +192,20 @@ def main() -> NoReturn:
     except UserError as error:
         _fail(str(error), MENDABLE)
     except Interrupted:
-        _fail("interrupted; the same command continues where it stopped", INTERRUPTED)
-    except MemoryError:
-        _fail("out of memory; bitwright quantize --dry-run says how much a run needs", MENDABLE)
-    except Exception:  # whatever is left is ours to mend
+        _fail("interrupted; a quantize command that is repeated continues where it stopped", INTERRUPTED)
+    except Exception as error:  # whatever is no lack of memory is ours to mend
+        if _out_of_memory(error):
+            _fail("out of memory; bitwright quantize --dry-run says how much a run needs", MENDABLE)
         traceback.print_exc()
         _fail(f"this is a bug in Bitwright {version('bitwright')}. {ISSUES}", BUG)
     sys.exit(0)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch says it with a RuntimeError of its own on a GPU, and with a plain one on a CPU."""
+    return isinstance(error, MemoryError) or any(
+        sign in f"{type(error).__name__}: {error}" for sign in ("OutOfMemoryError", "can't allocate memory")
+    )
 
 
 def _interrupt(*_: object) -> NoReturn:

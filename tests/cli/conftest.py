@@ -1,11 +1,8 @@
 """What the tests of the command line share: a tiny random Llama folder, and the command line called in this process."""
 
 import json
-import os
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from bitwright import cli
 
 TEXT = "The quick brown fox jumps over the lazy dog. "
 """One byte is one token."""

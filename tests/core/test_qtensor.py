@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import SchemeError
@@ -20,6 +22,9 @@ GRIDS = st.builds(Grid, st.integers(2, 8), st.booleans())
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 
 
+few = settings(max_examples=50)
+
+
 def numbers(largest: float) -> st.SearchStrategy[float]:
     """Ordinary numbers, and the ones that hurt: zeros, both ends, denormal numbers of every dtype."""
     ordinary = st.floats(-4, 4, width=32)
@@ -28,8 +33,9 @@ def numbers(largest: float) -> st.SearchStrategy[float]:
 
 
 def weights(largest: float) -> st.SearchStrategy[torch.Tensor]:
-    cells = st.lists(numbers(largest), min_size=ROWS * COLUMNS, max_size=ROWS * COLUMNS)
-    return cells.map(lambda each: torch.tensor(each).view(ROWS, COLUMNS))
+    """Arrays with a number that most cells share, and others in some places."""
+    cells = arrays(np.float32, (ROWS, COLUMNS), elements=numbers(largest), fill=numbers(largest))
+    return cells.map(lambda each: torch.from_numpy(each.copy()))
 
 
 def rounded(weight: torch.Tensor, grid: Grid, tile: Tile, dtype: torch.dtype, **decided: Any) -> QTensor:
@@ -41,6 +47,7 @@ def spread(per_tile: torch.Tensor, tile: Tile) -> torch.Tensor:
     return per_tile.double().repeat_interleave(t_o, 0).repeat_interleave(t_i, 1)
 
 
+@few
 @given(weights(2.0**14), GRIDS, TILES, DTYPES)
 def test_error_is_at_most_half_a_step_and_what_rounding_the_scale_cuts_off(
     weight: torch.Tensor, grid: Grid, tile: Tile, dtype: torch.dtype
@@ -65,6 +72,7 @@ def test_error_is_at_most_half_a_step_and_what_rounding_the_scale_cuts_off(
     assert (error <= bound).all(), (error - bound).max()
 
 
+@few
 @given(weights(2.0**14), GRIDS, TILES, DTYPES)
 def test_codes_and_zero_points_stay_on_the_grid(
     weight: torch.Tensor, grid: Grid, tile: Tile, dtype: torch.dtype
@@ -78,6 +86,7 @@ def test_codes_and_zero_points_stay_on_the_grid(
         assert int(q.zero.min()) >= 0 and int(q.zero.max()) <= grid.qmax
 
 
+@few
 @given(weights(2.0**14), GRIDS, TILES, DTYPES, st.lists(st.integers(0, ROWS * COLUMNS - 1), max_size=8))
 def test_zero_stays_zero(weight: torch.Tensor, grid: Grid, tile: Tile, dtype: torch.dtype, places: list[int]) -> None:
     weight.view(-1)[places] = 0
@@ -85,6 +94,7 @@ def test_zero_stays_zero(weight: torch.Tensor, grid: Grid, tile: Tile, dtype: to
     assert (values[weight == 0] == 0).all()
 
 
+@few
 @given(GRIDS, TILES, DTYPES)
 def test_zeros_are_exact(grid: Grid, tile: Tile, dtype: torch.dtype) -> None:
     q = rounded(torch.zeros(ROWS, COLUMNS), grid, tile, dtype)
@@ -92,6 +102,7 @@ def test_zeros_are_exact(grid: Grid, tile: Tile, dtype: torch.dtype) -> None:
     assert (q.scale == 1).all()
 
 
+@few
 @given(st.floats(-(2.0**10), 2.0**10, width=16), st.integers(2, 8), TILES, DTYPES)
 def test_one_value_everywhere(value: float, bits: int, tile: Tile, dtype: torch.dtype) -> None:
     """The range is [0, c] and c has the last code: off by what rounding c/n to the scale's dtype makes of it, no more,
@@ -106,7 +117,7 @@ def test_one_value_everywhere(value: float, bits: int, tile: Tile, dtype: torch.
     assert (exact.dequantize() == steps).all()
 
 
-@settings(max_examples=10000)
+@few
 @given(st.data(), GRIDS, TILES, DTYPES)
 def test_no_weight_gives_nan_or_infinity(data: st.DataObject, grid: Grid, tile: Tile, dtype: torch.dtype) -> None:
     # Half of the largest number: a code beyond the range stands for up to 4/3 of it (see the next test).
@@ -133,6 +144,7 @@ def test_the_largest_numbers_stay_finite(grid: Grid, dtype: torch.dtype, largest
     assert rounded(weight, grid, Tile(1, FULL), dtype).dequantize().isfinite().all()
 
 
+@few
 @given(weights(2.0**14), GRIDS, TILES, DTYPES, st.sets(st.integers(0, ROWS * COLUMNS - 1)))
 def test_outliers_are_exact_and_nothing_else_changes(
     weight: torch.Tensor, grid: Grid, tile: Tile, dtype: torch.dtype, places: set[int]
@@ -147,6 +159,7 @@ def test_outliers_are_exact_and_nothing_else_changes(
     assert kept.outlier_value is not None and kept.outlier_value.dtype == dtype
 
 
+@few
 @given(GRIDS, TILES, DTYPES, st.integers(0, ROWS * COLUMNS))
 @example(Grid(4), Tile(1, 2), torch.float32, 3)
 def test_storage_counts_everything(grid: Grid, tile: Tile, dtype: torch.dtype, outliers: int) -> None:
@@ -160,6 +173,7 @@ def test_storage_counts_everything(grid: Grid, tile: Tile, dtype: torch.dtype, o
     assert q.bits_per_weight == bits / (ROWS * COLUMNS)
 
 
+@few
 @given(weights(4.0), GRIDS, TILES, DTYPES)
 def test_quantizing_again_changes_nothing(weight: torch.Tensor, grid: Grid, tile: Tile, dtype: torch.dtype) -> None:
     """Codes of what the codes stand for are the same codes: with the same scale and zero point nothing wanders."""
@@ -168,6 +182,7 @@ def test_quantizing_again_changes_nothing(weight: torch.Tensor, grid: Grid, tile
     assert torch.equal(quantize(values, q.scale, q.zero, grid, tile), q.codes)
 
 
+@few
 @given(weights(4.0), TILES)
 def test_tiles_are_views_that_hold_every_weight_once(weight: torch.Tensor, tile: Tile) -> None:
     view = tiled(weight, tile)
@@ -178,6 +193,7 @@ def test_tiles_are_views_that_hold_every_weight_once(weight: torch.Tensor, tile:
     assert torch.equal(view[p, :, q, :], weight[p * t_o :, q * t_i :])
 
 
+@few
 @given(weights(4.0), GRIDS, TILES)
 def test_nothing_that_is_given_is_changed(weight: torch.Tensor, grid: Grid, tile: Tile) -> None:
     before = weight.clone()

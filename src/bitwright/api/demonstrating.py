@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from bitwright.api.evaluating import evaluate
 from bitwright.api.inspecting import inspect
-from bitwright.api.quantizing import quantize
+from bitwright.api.quantizing import quantize, refuse_output
 from bitwright.core.progress import Listener, silent
 from bitwright.core.recipe import Recipe
 from bitwright.demo import MODEL_DIR
-from bitwright.evaluate.loading import load_model
+from bitwright.evaluation.loading import load_model
 
 SCHEMES = ("W4A16g128", "W3A16g128", "W2A16g128")
 PROMPT = 'def read_file(path):\n    """Read'
@@ -50,11 +50,13 @@ def demo(output: Path | str | None = None, *, listener: Listener = silent) -> De
     """Quantizes the embedded model, keeps the folders under ``output`` where one is named, and measures them."""
     with TemporaryDirectory(prefix="bitwright-demo-") as temporary:
         folder = Path(output or temporary)
+        for scheme in SCHEMES:
+            refuse_output(MODEL_DIR, folder / scheme, overwrite=False)
         rows = [_row("none", "16 bit", MODEL_DIR, None, listener)]
         for scheme in SCHEMES:
             recipe = Recipe(model=str(MODEL_DIR), scheme=scheme, method="rtn")
             start = monotonic()
-            quantize(recipe, folder / scheme, overwrite=True, restart=True, listener=listener)
+            quantize(recipe, folder / scheme, restart=True, listener=listener)
             rows.append(_row(recipe.method, scheme, folder / scheme, monotonic() - start, listener))
     return Demonstration(PROMPT, WINDOWS, SEQLEN, tuple(rows))
 

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-
 from bitwright.api.source import (
+    check_vocabulary,
     model_config,
     open_checkpoint,
     pick_device,
@@ -15,12 +13,11 @@ from bitwright.api.source import (
     text_of,
     tokenize,
 )
-from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, silent
-from bitwright.evaluate.loading import load_model
-from bitwright.evaluate.measure import Measurement, measure
-from bitwright.evaluate.windows import consecutive
+from bitwright.evaluation.loading import load_model
+from bitwright.evaluation.measure import Measurement, measure
+from bitwright.evaluation.windows import consecutive
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,16 @@ def evaluate(
     checkpoint = open_checkpoint(folder)
     config = model_config(folder)
     length = sequence_length(seqlen, config)
-    tokens = tokenize(folder, text_of(text, "evaluation"))
-    cut = consecutive(tokens, length, windows, text)
     where = pick_device(device)
-    arithmetic = pick_dtype(dtype, where, _weights_dtype(checkpoint))
-    original = None if reference is None else _reference(Path(reference), config.vocab_size, arithmetic, where)
-    measured = measure(load_model(folder, arithmetic, where), cut, original, listener=listener)
+    arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)
+    if reference is not None:
+        _check_reference(Path(reference), config.vocab_size)
+    tokens = tokenize(folder, text_of(text, "evaluation"))
+    check_vocabulary(tokens, config, folder)
+    cut = consecutive(tokens, length, windows, text)
+    model = load_model(folder, arithmetic, where)
+    original = None if reference is None else load_model(Path(reference), arithmetic, where)
+    measured = measure(model, cut, original, listener=listener)
     return Evaluation(
         folder=str(folder),
         text=text,
@@ -72,7 +73,8 @@ def evaluate(
     )
 
 
-def _reference(folder: Path, vocabulary: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _check_reference(folder: Path, vocabulary: int) -> None:
+    """Refuses a reference that cannot be the original before the text is read and anything is loaded."""
     open_checkpoint(folder)
     found = model_config(folder).vocab_size
     if found != vocabulary:
@@ -80,8 +82,3 @@ def _reference(folder: Path, vocabulary: int, dtype: torch.dtype, device: torch.
             f"the reference {folder} has a vocabulary of {found}, the model one of {vocabulary}; "
             "the reference must be the model that was quantized"
         )
-    return load_model(folder, dtype, device)
-
-
-def _weights_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return checkpoint.dtype_of_weights

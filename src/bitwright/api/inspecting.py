@@ -7,8 +7,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bitwright.api.source import open_checkpoint
+from bitwright.api.source import architecture, open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.errors import CheckpointError
 
 PARTS_OF_A_WEIGHT = ("weight", "weight_packed", "weight_scale", "weight_zero_point")
 NOT_LINEAR = ("embed", "wte", "wpe", "norm")
@@ -53,10 +54,9 @@ def inspect(path: Path | str) -> Inspection:
     linears = _linears(checkpoint)
     quantized = [row for row in linears if row.dtype == "packed"] or linears
     parameters = _parameters(checkpoint, linears)
-    architectures = checkpoint.config.get("architectures") or ["?"]
     return Inspection(
         path=str(folder),
-        architecture=str(architectures[0]),
+        architecture=architecture(checkpoint.config),
         model_type=str(checkpoint.config.get("model_type", "?")),
         blocks=checkpoint.config.get("num_hidden_layers"),
         parameters=parameters,
@@ -73,21 +73,32 @@ def _linears(checkpoint: Checkpoint) -> list[LinearSize]:
     """Every linear, a packed one by its weight_packed."""
     names = {re.sub(r"\.weight(_packed)?$", "", n) for n in checkpoint.names if re.search(r"\.weight(_packed)?$", n)}
     rows = [row for name in names if (row := _linear(checkpoint, name))]
-    return sorted(rows, key=lambda row: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", row.name)])
+    return sorted(rows, key=lambda row: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", row.name)])
 
 
 def _linear(checkpoint: Checkpoint, name: str) -> LinearSize | None:
     packed = f"{name}.weight_packed" in checkpoint
-    if packed:
-        shape = tuple(checkpoint.read(f"{name}.weight_shape").tolist())
-    else:
-        shape = checkpoint.entry(f"{name}.weight").shape
+    shape = _packed_shape(checkpoint, name) if packed else checkpoint.entry(f"{name}.weight").shape
     if len(shape) != 2 or any(part in name.lower() for part in NOT_LINEAR):
         return None
     stored = [f"{name}.{part}" for part in PARTS_OF_A_WEIGHT if f"{name}.{part}" in checkpoint]
-    bits = 8 * sum(checkpoint.nbytes(part) for part in stored) / prod(shape)
+    bits = 8 * sum(checkpoint.nbytes(part) for part in stored) / max(1, prod(shape))
     dtype = "packed" if packed else str(checkpoint.entry(f"{name}.weight").dtype).removeprefix("torch.")
     return LinearSize(name, (shape[0], shape[1]), dtype, bits)
+
+
+def _packed_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    """What weight_shape says [O, I]. Raises CheckpointError where the packed words cannot be a weight of that shape."""
+    rows, *_ = checkpoint.entry(f"{name}.weight_packed").shape or (0,)
+    said = checkpoint.entry(f"{name}.weight_shape")
+    if not said.dtype.is_floating_point and said.shape == (2,):
+        shape = checkpoint.read(f"{name}.weight_shape").tolist()
+        if shape[0] == rows and shape[1] > 0:
+            return (shape[0], shape[1])
+    raise CheckpointError(
+        f"{checkpoint.folder}: {name}.weight_shape does not say the shape of {name}.weight_packed, which has {rows} "
+        "rows; the folder is damaged, quantize the model again"
+    )
 
 
 def _parameters(checkpoint: Checkpoint, linears: list[LinearSize]) -> int:
@@ -113,6 +124,6 @@ def _quantization(config: dict[str, Any]) -> str | None:
 def _scheme(folder: Path) -> str | None:
     try:
         found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # not ours, or damaged: the tensors are what counts
         return None
     return str(found["scheme"]) if isinstance(found, dict) and "scheme" in found else None

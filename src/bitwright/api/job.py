@@ -1,7 +1,7 @@
 """A recipe made ready to run, and the plan of what running it will do."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,9 +10,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bitwright.api.source import Source, pick_device, pick_dtype, sequence_length, text_of, tokenize
+from bitwright.api.source import (
+    DTYPES,
+    Source,
+    architecture,
+    blaming_the_config,
+    check_vocabulary,
+    pick_device,
+    pick_dtype,
+    sequence_length,
+    text_of,
+    tokenize,
+)
 from bitwright.calibration.segments import segments
-from bitwright.core.errors import RecipeError, SchemeError, UserError
+from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.method import Method
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find
@@ -90,10 +101,12 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     config = chosen_format.quantization_config(scheme, source.family, width, recipe.quantize_lm_head)
     where = pick_device(device)
     dtype = pick_dtype("auto", where, source.checkpoint.dtype_of_weights)
-    skeleton = Skeleton(source.checkpoint, source.config, source.family, dtype, where)
-    job = Job(recipe, scheme, methods, chosen_format, source, skeleton, _calibration(recipe, source, methods), config)
+    with blaming_the_config(source.checkpoint.folder):
+        skeleton = Skeleton(source.checkpoint, source.config, source.family, dtype, where)
+    job = Job(recipe, scheme, methods, chosen_format, source, skeleton, None, config)
+    _check_dtypes(job)
     _check_tiles(job)
-    return job
+    return replace(job, tokens=_calibration(recipe, source, methods))
 
 
 def plan(recipe: Recipe, device: str = "auto") -> Plan:
@@ -114,7 +127,7 @@ def plan_of(job: Job) -> Plan:
     budget = estimate(job.skeleton, tokens)
     return Plan(
         model=job.recipe.model,
-        architecture=str(job.source.checkpoint.config.get("architectures", ["?"])[0]),
+        architecture=architecture(checkpoint.config),
         method=job.recipe.method,
         scheme=str(job.scheme),
         format=job.recipe.format,
@@ -160,17 +173,20 @@ def _calibration(recipe: Recipe, source: Source, methods: tuple[Method, ...]) ->
         return None
     text = text_of(recipe.calibration, "calibration")
     tokens = tokenize(source.checkpoint.folder, text)
-    _check_vocabulary(tokens, source)
+    check_vocabulary(tokens, source.config, source.checkpoint.folder)
     return segments(tokens, recipe.samples, seqlen, recipe.seed, recipe.calibration)
 
 
-def _check_vocabulary(tokens: Tensor, source: Source) -> None:
-    size = source.config.vocab_size
-    if int(tokens.max()) >= size:
-        raise UserError(
-            f"the tokenizer in {source.checkpoint.folder} gives token {int(tokens.max())}, but the model's embedding "
-            f"has {size} rows; the tokenizer belongs to another model"
-        )
+def _check_dtypes(job: Job) -> None:
+    """Refuses weights that are no ordinary floating-point numbers, such as the float8 of models quantized already."""
+    checkpoint, known = job.source.checkpoint, set(DTYPES.values())
+    for name in [f"{job.source.family.embedding}.weight", *(f"{name}.weight" for name, _ in job.linears())]:
+        found = checkpoint.entry(job.skeleton.source(name)).dtype
+        if found not in known:
+            raise CheckpointError(
+                f"{name} in {checkpoint.folder} is stored as {str(found).removeprefix('torch.')}; Bitwright quantizes "
+                f"{', '.join(DTYPES)}. Start from the original, or convert the model with transformers"
+            )
 
 
 def _check_tiles(job: Job) -> None:

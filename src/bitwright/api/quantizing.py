@@ -1,5 +1,6 @@
 """quantize(): a model folder in, a smaller model folder out."""
 
+import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,13 +11,16 @@ from typing import Any
 
 from bitwright.api.job import Job, plan_of, prepare
 from bitwright.api.sink import FolderSink
+from bitwright.api.source import require_folder
 from bitwright.calibration.segments import fingerprint
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
-from bitwright.checkpoint.output import OutputFolder, refuse_existing, refuse_overlap, require_free
+from bitwright.checkpoint.output import OutputFolder, refuse_existing, refuse_overlap, require_free, work_folder
 from bitwright.checkpoint.writer import copy_file, write_json
+from bitwright.core.errors import OutputError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
+from bitwright.report.plain import plain
 from bitwright.stream.budget import peak_memory
 from bitwright.stream.runner import run
 
@@ -74,12 +78,11 @@ def quantize(
     moment, the same call continues; a changed recipe is refused unless ``restart``.
     """
     start, output = monotonic(), Path(output)
-    refuse_overlap(Path(recipe.model), output)
-    refuse_existing(output, overwrite)
+    refuse_output(Path(recipe.model), output, overwrite)
     job = prepare(recipe, device)
+    _require_free(job, output)
     checkpoint = job.source.checkpoint
     checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
-    require_free(output, plan_of(job).bytes_out)
     work = OutputFolder.claim(output, overwrite=overwrite, restart=restart)
     with work:
         journal = Journal.open(work.work / JOURNAL, _identity(job), restart=restart)
@@ -90,7 +93,7 @@ def quantize(
         merge_shards(sink.parts(), work.path, recipe.shard_bytes)
         _write_companions(job, work.path)
         reports = sink.reports()
-        account = _account(job, reports, work.path)
+        account = plain(_account(job, reports, work.path))
         write_json(work.path / REPORT, account)
         seconds = monotonic() - start
         write_json(work.path / TIMINGS, {"seconds": seconds, "peak_bytes": peak_memory(), "resumed_units": resumed})
@@ -111,6 +114,28 @@ def quantize(
         resumed=resumed,
         fallbacks=tuple(account["fallbacks"]),
     )
+
+
+def refuse_output(model: Path, output: Path, overwrite: bool) -> None:
+    """Refuses what can be told of an output from its path alone, before anything is read. Raises OutputError."""
+    require_folder(model)
+    try:
+        refuse_existing(output, overwrite)
+        refuse_overlap(model, output)
+        work_folder(output.resolve()).exists()  # its name is longer: perhaps too long
+        around = next(folder for folder in output.resolve().parents if folder.exists())
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
+        raise OutputError(f"{output}: cannot be written: {error}; choose another output") from None
+    if not (around.is_dir() and os.access(around, os.W_OK | os.X_OK)):
+        found = "may not be written to" if around.is_dir() else "is a file"
+        raise OutputError(f"{output}: cannot be made: {around} {found}; check permissions, or choose another output")
+
+
+def _require_free(job: Job, output: Path) -> None:
+    """Refuses a disk too small for all parts and one shard beside them, less what an earlier run has written."""
+    total = plan_of(job).bytes_out
+    written = sum(path.stat().st_size for path in work_folder(output.resolve()).rglob("*.safetensors"))
+    require_free(output, max(0, total + min(total, job.recipe.shard_bytes) - written))
 
 
 def _write_tensors(job: Job, sink: FolderSink, listener: Listener) -> None:

@@ -1,5 +1,8 @@
 """The model to work on, opened and checked: everything that can be refused is refused here, before any long work."""
 
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,30 +37,83 @@ class Source:
     def open(cls, folder: Path) -> "Source":
         """Raises CheckpointError or RecipeError for what cannot be quantized."""
         checkpoint = open_checkpoint(folder)
-        if "quantization_config" in checkpoint.config:
-            how = checkpoint.config["quantization_config"]
+        how = checkpoint.config.get("quantization_config")
+        if how is not None:
             method = how.get("quant_method", "an unknown method") if isinstance(how, dict) else "an unknown method"
             raise CheckpointError(f"{folder} is quantized already ({method}); start from the full-precision model")
-        model_type = str(checkpoint.config.get("model_type", ""))
-        if model_type not in names("families"):
-            raise RecipeError(
-                f"{folder}: nobody has described the architecture '{model_type}' to Bitwright yet; "
-                f"{nearest(model_type, names('families'))}. One short file in families/ describes a new one"
-            )
+        model_type = _known_model_type(checkpoint)
         config = model_config(folder)
-        family: Family = find("families", model_type).describe(config)
+        _check_blocks(checkpoint, config)
+        with blaming_the_config(folder):
+            family: Family = find("families", model_type).describe(config)
         require_tokenizer(folder)
         return cls(checkpoint, config, family)
 
 
+@contextmanager
+def blaming_the_config(folder: Path) -> Iterator[None]:
+    """Turns what transformers makes of numbers that cannot be, in many kinds of exceptions, into CheckpointError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}/config.json describes no model that can be built: {type(error).__name__}: {error}. Compare it "
+            "with the original repository's, or download it again"
+        ) from error
+
+
+def _known_model_type(checkpoint: Checkpoint) -> str:
+    """The architecture; RecipeError for one that no file in ``families/`` describes."""
+    found = checkpoint.config.get("model_type")
+    if not isinstance(found, str) or not found:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json does not say which architecture this is: its model_type is {found!r}; "
+            "is it the config.json of a transformers model?"
+        )
+    if found not in names("families"):
+        raise RecipeError(
+            f"{checkpoint.folder}: nobody has described the architecture '{found}' to Bitwright yet; "
+            f"{nearest(found, names('families'))}. One short file in families/ describes a new one"
+        )
+    return found
+
+
+def _check_blocks(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
+    """Refuses a number of blocks that cannot be before transformers builds them all."""
+    asked, tensors = getattr(config, "num_hidden_layers", 1), len(checkpoint.names)
+    if not 1 <= asked <= tensors:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json asks for {asked} blocks (num_hidden_layers), and the weight files hold "
+            f"{tensors} tensors in all; the weights belong to another configuration, download both again"
+        )
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a local folder; a name of the hub is told how to become one."""
-    if not folder.exists() and len(folder.parts) <= 2 and not folder.is_absolute():
+    """The checkpoint in a local folder, its headers checked. Raises CheckpointError."""
+    require_folder(folder)
+    return Checkpoint.open(folder)
+
+
+def require_folder(folder: Path) -> None:
+    """Raises CheckpointError for a path that cannot be; a name of the hub is told how to become a folder."""
+    try:
+        missing = not folder.exists()
+        folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
+        raise CheckpointError(f"{folder}: cannot be the folder of a model: {error}; check the path") from None
+    if missing and len(folder.parts) <= 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..", "~"):
         raise CheckpointError(
             f"there is no folder {folder}; Bitwright reads local folders. If that is a model of the Hugging Face hub, "
             f"download it first: hf download {folder} --local-dir {folder.name}"
         )
-    return Checkpoint.open(folder)
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The class that config.json names, ``?`` where it names none."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else "?"
 
 
 def model_config(folder: Path) -> PretrainedConfig:
@@ -65,7 +121,9 @@ def model_config(folder: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers validates with several libraries, each with its own exceptions
-        raise CheckpointError(f"{folder}/config.json: transformers cannot read it: {error}") from error
+        raise CheckpointError(
+            f"{folder}/config.json: transformers cannot read it: {error}. Compare it with the original repository's"
+        ) from error
     return config
 
 
@@ -76,6 +134,20 @@ def require_tokenizer(folder: Path) -> None:
             f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the tokenizer's files "
             "from the original repository into the folder; a model is of no use without them"
         )
+    for path, keys in ((folder / "tokenizer.json", {"model"}), (folder / "tokenizer_config.json", set[str]())):
+        if path.is_file():
+            _check_tokenizer_file(path, keys)
+
+
+def _check_tokenizer_file(path: Path, keys: set[str]) -> None:
+    """Refuses a file that is no JSON object with these keys: copied along, it would fail the users of the result."""
+    again = "copy it from the original repository again"
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}; {again}") from None
+    if not isinstance(found, dict) or not keys <= set(found):
+        raise CheckpointError(f"{path}: no tokenizer's file: not an object with the keys {sorted(keys)}; {again}")
 
 
 def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
@@ -84,13 +156,28 @@ def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read by transformers: {type(error).__name__}: {error}; copy the "
+            "tokenizer's files from the original repository again"
+        ) from error
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return torch.as_tensor(ids, dtype=torch.int64)
 
 
+def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> None:
+    """Raises UserError for tokens that the model's embedding has no row for."""
+    size, largest = config.vocab_size, int(tokens.max()) if len(tokens) else 0
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer in {folder} gives token {largest}, but the model's embedding has {size} rows; the "
+            "tokenizer belongs to another model, copy the right one into the folder"
+        )
+
+
 def text_of(source: str, purpose: str) -> str:
     """The text behind ``--calibration`` or ``--text``; ``builtin`` is the embedded model's."""
+    if not source:
+        raise CalibrationError(f"an empty name was given for the {purpose} text; name a file or a folder, or 'builtin'")
     if source == BUILTIN:
         return texts.calibration_text() if purpose == "calibration" else texts.evaluation_text()
     text = read_text(source)
@@ -101,11 +188,12 @@ def text_of(source: str, purpose: str) -> str:
 
 def sequence_length(asked: int | None, config: Any, default: int = DEFAULT_SEQLEN) -> int:
     """The length asked for, or the default where the model allows it. Raises RecipeError past the model's maximum."""
-    longest = getattr(config, "max_position_embeddings", None)
+    named = getattr(config, "max_position_embeddings", None)
+    longest = named if named is not None and named > 0 else None  # 0 and -1 stand for "no maximum" in some configs
     if asked is None:
         return min(default, longest) if longest else default
     if longest is not None and asked > longest:
-        raise RecipeError(f"--seqlen {asked} is longer than the model's own maximum of {longest} tokens")
+        raise RecipeError(f"--seqlen {asked} is longer than the model's own maximum of {longest} tokens; ask for less")
     return asked
 
 
@@ -117,7 +205,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' cannot be used ({error}); use auto, cpu, or cuda:0") from None
+        reason = str(error).splitlines()[0]  # the rest is a list of torch's kernels
+        raise UserError(f"device '{name}' cannot be used ({reason}); use auto, cpu, or cuda:0") from None
+    if device.type == "meta":
+        raise UserError("device 'meta' computes nothing; use auto, cpu, or cuda:0")
     return device
 
 

@@ -8,12 +8,16 @@ from torch import Tensor
 
 from bitwright.core.errors import CalibrationError
 
+SEEDS = 2**63
+
 
 def segments(tokens: Int[Tensor, " M"], samples: int, seqlen: int, seed: int, source: str) -> Int[Tensor, "N T"]:
     """``samples`` segments of ``seqlen`` tokens, drawn without repetition from consecutive windows of the text.
 
     The same tokens and seed give the same segments. Raises CalibrationError where the text is too short.
     """
+    if seed >= SEEDS:
+        raise CalibrationError(f"seed {seed} is more than torch's generator takes; it must be below {SEEDS}")
     needed = samples * seqlen
     if len(tokens) < needed:
         raise CalibrationError(

@@ -38,7 +38,10 @@ def _read_file(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise CalibrationError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}; convert it, for example with "
+            f"iconv -f ISO-8859-1 -t UTF-8"
+        ) from None
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix == ".jsonl":
@@ -52,16 +55,19 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path}, line {number} is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{path}, line {number} is not JSON: {error}; mend or remove the line") from None
         yield _text_of(record, f"{path}, line {number}")
 
 
 def _text_of(record: object, where: str) -> str:
     if isinstance(record, dict) and isinstance(record.get(TEXT_FIELD), str):
         return str(record[TEXT_FIELD])
-    found = f"the fields {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
-    raise CalibrationError(f"{where} has no string field '{TEXT_FIELD}'; found {found}")
+    if isinstance(record, dict) and TEXT_FIELD in record:
+        found = f"'{TEXT_FIELD}' is of type {type(record[TEXT_FIELD]).__name__}"
+    else:
+        found = f"the fields are {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
+    raise CalibrationError(f"{where} has no text in the field '{TEXT_FIELD}'; found: {found}")
 
 
 def _parquet(path: Path) -> Iterator[str]:

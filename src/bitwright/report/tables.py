@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 KIB = 1024.0
 
@@ -28,20 +29,22 @@ def duration(seconds: float) -> str:
 
 def pairs(console: Console, title: str, rows: Iterable[tuple[str, object]]) -> None:
     """Prints a table of names and values; a value of None is left out."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(
+        title=Text(title, style="table.title"), title_justify="left", show_header=False, box=None, pad_edge=False
+    )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         if value is not None:
-            table.add_row(name, str(value))
+            table.add_row(name, Text(str(value)))  # Text: brackets in a path are no markup
     console.print(table)
 
 
 def grid(console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table with a header; the first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    table = Table(title=Text(title, style="table.title"), title_justify="left", pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)

@@ -1,0 +1,50 @@
+"""A recipe written down as YAML: the keys of ``quantize``'s flags, and where the result goes."""
+
+from collections.abc import Hashable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.recipe import Recipe
+
+OUTPUT = "output"
+KNOWN = {field.name for field in fields(Recipe)} | {OUTPUT}
+
+
+class OnceEach(yaml.SafeLoader):
+    """YAML as everybody writes it, except that a key which stands twice is refused: which one holds is a guess."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping of this node; ConstructorError for a key that stands twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value).replace("-", "_")
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a YAML recipe, hyphens made underscores. Raises RecipeError, with the nearest known key."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), OnceEach)
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; --recipe takes a YAML file") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a number or a date that is none
+        raise RecipeError(f"recipe {path} cannot be read as YAML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"recipe {path} is nested too deeply to be a recipe") from None
+    if not isinstance(found, dict) or not found:
+        raise RecipeError(f"recipe {path} holds no keys; it reads like: 'scheme: W4A16g128'")
+    written = {str(key).replace("-", "_"): value for key, value in found.items()}
+    for key in written:
+        if key not in KNOWN:
+            raise RecipeError(f"recipe {path}: there is no key '{key}'; {nearest(key, KNOWN)}")
+    output = written.get(OUTPUT)
+    if output is not None and not isinstance(output, str):
+        raise RecipeError(f"recipe {path}: key '{OUTPUT}' is {output!r}; it takes the path of a folder")
+    return written

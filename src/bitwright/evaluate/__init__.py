@@ -1,1 +1,0 @@
-"""Perplexity and divergence from the original; reads only exported folders."""

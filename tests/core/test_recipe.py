@@ -1,0 +1,116 @@
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitwright.core.errors import RecipeError
+from bitwright.core.recipe import Recipe
+
+LEAST: dict[str, Any] = {"model": "m", "scheme": "W4A16"}
+
+
+def test_the_least_a_recipe_says() -> None:
+    recipe = Recipe.from_mapping(LEAST)
+    assert recipe == Recipe(model="m", scheme="W4A16")
+    assert (recipe.method, recipe.format, recipe.calibration) == ("rtn", "compressed-tensors", None)
+    assert (recipe.samples, recipe.seqlen, recipe.seed, recipe.quantize_lm_head) == (128, None, 0, False)
+
+
+def test_keys_may_be_written_with_hyphens() -> None:
+    written = LEAST | {"quantize-lm-head": True, "shard-size": "1GB"}
+    assert Recipe.from_mapping(written) == Recipe(model="m", scheme="W4A16", quantize_lm_head=True, shard_size="1GB")
+
+
+def test_a_recipe_survives_as_plain_values() -> None:
+    recipe = Recipe("m", "W2A16g64", "rtn", "dense", "t.txt", 3, 64, 7, True, "12MB")
+    assert Recipe.from_mapping(recipe.as_dict()) == recipe
+    assert set(recipe.as_dict()) == {field.name for field in fields(Recipe)}
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("sheme", "scheme"), ("bits", None), ("Model", "model"), ("seq-len", "seqlen"), ("seeds", "seed")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(key: str, nearest: str | None) -> None:
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_mapping(LEAST | {key: 1})
+    assert f"a recipe has no key '{key.replace('-', '_')}'; " in str(error.value)
+    assert nearest is None or f"did you mean {nearest}?" in str(error.value)
+    assert "Known: calibration, format, method, model," in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["model", "scheme"])
+@pytest.mark.parametrize("missing", [{}, None])
+def test_model_and_scheme_must_be_said(key: str, missing: Any) -> None:
+    mapping = {k: v for k, v in LEAST.items() if k != key} | ({key: None} if missing is None else {})
+    with pytest.raises(RecipeError, match=f"does not say which {key}: give --{key}"):
+        Recipe.from_mapping(mapping)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "takes"),
+    [
+        ("model", 3, "str"),
+        ("scheme", 4, "str"),
+        ("method", ["rtn"], "str"),
+        ("samples", "128", "int"),
+        ("samples", True, "int"),
+        ("samples", 1.5, "int"),
+        ("seqlen", "2048", "int or nothing"),
+        ("seqlen", False, "int or nothing"),
+        ("seed", None, "int"),
+        ("quantize_lm_head", 1, "bool"),
+        ("quantize_lm_head", "yes", "bool"),
+        ("shard_size", 5_000_000, "str"),
+        ("calibration", 1, "str or nothing"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(key: str, value: Any, takes: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_mapping(LEAST | {key: value})
+    assert str(error.value) == f"recipe key '{key}' is {value!r}; it takes {takes}"
+
+
+@pytest.mark.parametrize(("key", "value", "least"), [("samples", 0, 1), ("seqlen", 0, 1), ("seed", -1, 0)])
+def test_a_number_below_its_least_is_refused(key: str, value: int, least: int) -> None:
+    with pytest.raises(RecipeError, match=f"{key} is {value}; it must be at least {least}"):
+        Recipe.from_mapping(LEAST | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500mb", 500 * 10**6),
+        (" 1.5 GB ", 1_500_000_000),
+        ("100kb", 100_000),
+        ("0.001KB", 1),
+        ("2tb", 2 * 10**12),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert Recipe(model="m", scheme="W4A16", shard_size=text).shard_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "5", "GB", "5GiB", "-5GB", "0GB", "0.0MB", "5 G B", "5,5GB", "1e9KB", "\u0665GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(RecipeError, match="is no size; write a number and a unit"):
+        Recipe(model="m", scheme="W4A16", shard_size=text)
+
+
+@given(st.text())
+def test_any_size_is_read_or_refused(text: str) -> None:
+    try:
+        assert Recipe(model="m", scheme="W4A16", shard_size=text).shard_bytes > 0
+    except RecipeError as error:
+        assert "is no size" in str(error)
+
+
+@given(
+    st.dictionaries(st.text() | st.sampled_from([field.name for field in fields(Recipe)]), st.none() | st.integers())
+)
+def test_any_mapping_is_read_or_refused(mapping: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError):  # no integer is a model
+        Recipe.from_mapping(mapping)

@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -33,6 +33,9 @@ app = typer.Typer(
 WIDE = 1000  # characters; in a pipe or a file no path is to be broken into lines
 out, err = Console(width=None if sys.stdout.isatty() else WIDE), Console(stderr=True)
 
+METHODS = "rtn, omniquant, lwc, let+lwc, pact, lsq. [default: omniquant with text, else rtn]"
+KEYS = {field.name for field in fields(Recipe)} | {"output"}
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 
@@ -50,9 +53,13 @@ def _root(
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Annotated[Path | None, typer.Argument(help="Folder of the full-precision model.")] = None,
     scheme: Annotated[str | None, typer.Option(help=GRAMMAR)] = None,
-    method: Annotated[str | None, typer.Option(help="How it is done: rtn. [default: rtn]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help=METHODS),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
     format: Annotated[
         str | None, typer.Option(help="compressed-tensors, or dense. [default: compressed-tensors]")
@@ -76,25 +83,36 @@ def quantize(
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of continuing.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     device: Device = "auto",
+    training: Annotated[
+        str | None, typer.Option(help="bitwright, or paper: OmniQuant's plain settings. [default: bitwright]")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training. [default: 20; paper: 40 at 2 bits]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Segments per step. [default: 1]")] = None,
+    lwc_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of clipping (lwc, pact, lsq). [default: 0.05; paper: 0.01]")
+    ] = None,
+    let_lr: Annotated[float | None, typer.Option(help="Learning rate of let. [default: 0.01; paper: 0.005]")] = None,
+    aug_loss: Annotated[
+        bool | None, typer.Option("--aug-loss/--no-aug-loss", help="Augmented loss. [default: at 2 bits]")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Migration strength let starts at. [default: 0.5]")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="cosine, or constant. [default: cosine; paper: constant]")
+    ] = None,
+    sites: Annotated[str | None, typer.Option(help="Where let acts: paper, or all. [default: paper]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize a model folder. Interrupted, the same command continues."""
+    """Quantize a model folder. Interrupted, the same command continues.
+
+    Without --method, omniquant where --calibration names text and rtn where it does not. The preset omniquant is
+    let+lwc with quantized activations or LayerNorms, and lwc alone for 16-bit activations on RMSNorm architectures.
+    """
     from bitwright import api
     from bitwright.api.recipe_file import read_recipe
 
-    flags = {
-        "model": None if model is None else str(model),
-        "scheme": scheme,
-        "method": method,
-        "output": None if output is None else str(output),
-        "format": format,
-        "calibration": calibration,
-        "samples": samples,
-        "seqlen": seqlen,
-        "seed": seed,
-        "quantize_lm_head": quantize_lm_head,
-        "shard_size": shard_size,
-    }
+    # The parameters of this command that are keys of a recipe, as they were given.
+    flags = {key: value for key, value in context.params.items() if key in KEYS}
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
     asked = (read_recipe(recipe) if recipe else {}) | {key: value for key, value in flags.items() if value is not None}
     target = asked.pop("output", None)
     if asked.get("model") is None:

@@ -57,7 +57,7 @@ def demo(output: Path | str | None = None, *, listener: Listener = silent) -> De
             recipe = Recipe(model=str(MODEL_DIR), scheme=scheme, method="rtn")
             start = monotonic()
             quantize(recipe, folder / scheme, restart=True, listener=listener)
-            rows.append(_row(recipe.method, scheme, folder / scheme, monotonic() - start, listener))
+            rows.append(_row("rtn", scheme, folder / scheme, monotonic() - start, listener))
     return Demonstration(PROMPT, WINDOWS, SEQLEN, tuple(rows))
 
 

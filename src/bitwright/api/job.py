@@ -28,7 +28,8 @@ from bitwright.core.method import Method
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find
 from bitwright.core.scheme import Scheme
-from bitwright.methods import compose
+from bitwright.core.training import Training, settle
+from bitwright.methods import compose, fit, learned
 from bitwright.stream.budget import Budget, estimate
 from bitwright.stream.skeleton import Skeleton
 
@@ -39,12 +40,15 @@ class Job:
 
     recipe: Recipe
     scheme: Scheme
+    method: str
     methods: tuple[Method, ...]
+    training: Training
     format: ModuleType
     source: Source
     skeleton: Skeleton
     tokens: Int[Tensor, "N T"] | None
     quantization_config: dict[str, Any] | None
+    note: str | None
 
     def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Name and shape [O, I] of every linear that will be quantized."""
@@ -93,7 +97,8 @@ class Plan:
 def prepare(recipe: Recipe, device: str = "auto") -> Job:
     """Checks a recipe against the model without reading any weight. Raises UserError."""
     scheme = Scheme.parse(recipe.scheme)
-    methods = compose(recipe.method)
+    compose(recipe.settled_method)
+    training = settle(recipe.training, scheme, recipe.seed, recipe.training_settings)
     chosen_format = find("formats", recipe.format)
     source = Source.open(Path(recipe.model))
     head_dim = getattr(source.config, "head_dim", None)
@@ -103,7 +108,9 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     dtype = pick_dtype("auto", where, source.checkpoint.dtype_of_weights)
     with blaming_the_config(source.checkpoint.folder):
         skeleton = Skeleton(source.checkpoint, source.config, source.family, dtype, where)
-    job = Job(recipe, scheme, methods, chosen_format, source, skeleton, None, config)
+    method, note = fit(recipe.settled_method, scheme, source.family.topology)
+    methods = compose(method)
+    job = Job(recipe, scheme, method, methods, training, chosen_format, source, skeleton, None, config, note)
     _check_dtypes(job)
     _check_tiles(job)
     return replace(job, tokens=_calibration(recipe, source, methods))
@@ -128,7 +135,7 @@ def plan_of(job: Job) -> Plan:
     return Plan(
         model=job.recipe.model,
         architecture=architecture(checkpoint.config),
-        method=job.recipe.method,
+        method=job.method,
         scheme=str(job.scheme),
         format=job.recipe.format,
         blocks=len(job.skeleton.block_names),
@@ -156,10 +163,14 @@ def _weight_bits(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> 
 
 
 def _notes(job: Job) -> Iterator[str]:
+    if job.note is not None:
+        yield job.note
+    if job.recipe.quantize_lm_head and learned(job.methods):
+        yield f"the output layer is not trained: {job.method} gives it min-max ranges, rounded to nearest"
     if job.recipe.quantize_lm_head and job.skeleton.tied:
         yield "the output layer is tied to the embedding: it is quantized as a copy of its own, the embedding stays"
     if job.tokens is not None and not any(method.needs_text for method in job.methods):
-        yield f"{job.recipe.method} needs no calibration text; it is used to report output errors"
+        yield f"{job.method} needs no calibration text; it is used to report output errors"
 
 
 def _calibration(recipe: Recipe, source: Source, methods: tuple[Method, ...]) -> Int[Tensor, "N T"] | None:
@@ -167,7 +178,7 @@ def _calibration(recipe: Recipe, source: Source, methods: tuple[Method, ...]) ->
     if recipe.calibration is None:
         if any(method.needs_text for method in methods):
             raise RecipeError(
-                f"{recipe.method} learns from text and none was named; "
+                f"{recipe.settled_method} learns from text and none was named; "
                 "give --calibration FILE.txt, or --calibration builtin"
             )
         return None

@@ -20,9 +20,10 @@ from bitwright.checkpoint.writer import copy_file, write_json
 from bitwright.core.errors import OutputError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
+from bitwright.methods import learned
 from bitwright.report.plain import plain
 from bitwright.stream.budget import peak_memory
-from bitwright.stream.runner import run
+from bitwright.stream.runner import RunPlan, run
 
 REPORT, TIMINGS, JOURNAL, CONFIG = "bitwright.json", "bitwright-timings.json", "journal.jsonl", "config.json"
 COPIED = (
@@ -102,7 +103,7 @@ def quantize(
     return Result(
         output=str(output),
         scheme=str(job.scheme),
-        method=recipe.method,
+        method=job.method,
         format=recipe.format,
         linears=totals["linears"],
         bits_per_weight=totals["bits_per_weight"],
@@ -141,15 +142,8 @@ def _require_free(job: Job, output: Path) -> None:
 def _write_tensors(job: Job, sink: FolderSink, listener: Listener) -> None:
     for name in job.outside():
         sink.pass_through(name)
-    run(
-        job.skeleton,
-        job.scheme,
-        job.methods,
-        sink,
-        tokens=job.tokens,
-        with_head=job.recipe.quantize_lm_head,
-        listener=listener,
-    )
+    plan = RunPlan(job.scheme, job.methods, job.training, job.recipe.quantize_lm_head)
+    run(job.skeleton, plan, sink, tokens=job.tokens, listener=listener)
 
 
 def _write_companions(job: Job, folder: Path) -> None:
@@ -188,6 +182,8 @@ def _account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str,
         "bitwright": version("bitwright"),
         "recipe": job.recipe.as_dict(),
         "scheme": str(job.scheme),
+        "method": job.method,
+        "training": asdict(job.training) if learned(job.methods) else None,
         "seed": job.recipe.seed,
         "versions": _versions(),
         "model": job.source.checkpoint.fingerprint(),
@@ -199,6 +195,7 @@ def _account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str,
             "bytes_in": job.source.checkpoint.total_bytes,
             "bytes_out": sum(path.stat().st_size for path in folder.glob("model*.safetensors")),
         },
+        "notes": [job.note] if job.note else [],
         "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
         "blocks": reports,
     }

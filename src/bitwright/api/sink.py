@@ -35,11 +35,13 @@ class FolderSink:
         """Whether the journal has this unit, and its part is there."""
         return unit in self.journal.done
 
-    def weights(self, unit: str, block: Block) -> Mapping[str, Tensor]:
-        """The dequantized weights of a finished unit, read back from its part."""
+    def written(self, unit: str, block: Block) -> Mapping[str, Tensor]:
+        """The parameters of a finished block read back from its part, weights dequantized."""
         tensors = load_file(self.folder / self.files[unit])
         decode, scheme = self.job.format.decode, self.job.scheme
-        return {name: decode(tensors, block.path(name), scheme) for name in block.topology.linears}
+        weights = {f"{name}.weight": decode(tensors, block.path(name), scheme) for name in block.topology.linears}
+        names = [name for name, _ in block.module.named_parameters() if name not in weights]
+        return weights | {name: tensors[block.path(name)] for name in names}
 
     def write(self, unit: str, result: QuantizedBlock) -> None:
         """Writes a unit's part and notes it, with its report, in the journal."""

@@ -41,7 +41,8 @@ class Site:
     Output channels of every producer are divided by the scale, input channels of every consumer multiplied.
     ``channels`` is the number of free parameters: channels that must share one (rotary pairs, the query
     heads of one key-value head) are tied through ``Side.index``. ``shift`` says whether both ends can
-    absorb a shift, ``paper`` whether OmniQuant's authors transform it. One table serves SmoothQuant, AWQ, Outlier Suppression+, LET and AdaDim.
+    absorb a shift, ``paper`` whether OmniQuant's authors transform it. One table serves SmoothQuant, AWQ, Outlier
+    Suppression+, LET and AdaDim.
     """
 
     name: str

@@ -58,8 +58,10 @@ class _FakeQuantize(torch.autograd.Function):
         residual = ratio.neg_().add_(level)
         # The rounded weight is clipped where the level is more than half a step away from it.
         clipped = residual.abs() > 0.5
-        slope = residual.where(~clipped, level) if grid.symmetric else (residual / grid.steps).where(
-            ~clipped, (residual < 0).float()
+        slope = (
+            residual.where(~clipped, level)
+            if grid.symmetric
+            else (residual / grid.steps).where(~clipped, (residual < 0).float())
         )
         ctx.save_for_backward(slope, clipped, low, high)
         ctx.grid = grid

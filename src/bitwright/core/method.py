@@ -10,6 +10,7 @@ from torch import Tensor
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.training import Training
 
 Parameters = Mapping[str, Tensor]
 """A block's parameters by their names in the block."""
@@ -26,40 +27,17 @@ class Activations:
 
 @dataclass(frozen=True)
 class LinearStats:
-    """Statistics of a linear's input over the calibration tokens of the full-precision path.
-
-    Linears that share an input share them. ``square`` is the mean square.
-    """
+    """Smallest and largest value of each channel of a linear's input, over the calibration tokens of the
+    full-precision path. Linears that share an input share them."""
 
     tokens: int
     min: Float[Tensor, " I"]
     max: Float[Tensor, " I"]
-    square: Float[Tensor, " I"]
 
     @property
     def absmax(self) -> Float[Tensor, " I"]:
         """The largest magnitude of each channel."""
         return torch.maximum(-self.min, self.max)
-
-
-@dataclass(frozen=True)
-class Training:
-    """How learned methods are trained; learning rates are those of AdamW, without weight decay.
-
-    ``schedule`` is "cosine" (to zero) or "constant". ``sites`` are names of sites, "paper" or "all".
-    ``start`` of a learned range is "search" (least squares over shrink factors) or "paper" (sigmoid(4)).
-    """
-
-    epochs: int = 20
-    batch_size: int = 1
-    lwc_lr: float = 1e-2
-    let_lr: float = 5e-3
-    aug_loss: bool = False
-    alpha: float = 0.5
-    schedule: str = "cosine"
-    start: str = "search"
-    sites: str = "paper"
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from bitwright.core.errors import RecipeError, nearest
 
@@ -12,12 +12,14 @@ from bitwright.core.errors import RecipeError, nearest
 class Recipe:
     """Everything that decides the bytes of the result. Keys that are not known are refused.
 
-    ``seqlen`` None is 2048 tokens, or the model's own maximum where that is shorter.
+    ``seqlen`` None is 2048 tokens, or the model's own maximum where that is shorter. ``method`` None is ``omniquant``
+    where calibration text is named and ``rtn`` where none is. From ``training`` on the keys set how learned methods
+    are trained (``core/training.py``); None is what the training preset says for the scheme.
     """
 
     model: str
     scheme: str
-    method: str = "rtn"
+    method: str | None = None
     format: str = "compressed-tensors"
     calibration: str | None = None
     samples: int = 128
@@ -25,11 +27,21 @@ class Recipe:
     seed: int = 0
     quantize_lm_head: bool = False
     shard_size: str = "5GB"
+    training: str = "bitwright"
+    epochs: int | None = None
+    batch_size: int | None = None
+    lwc_lr: float | None = None
+    let_lr: float | None = None
+    aug_loss: bool | None = None
+    alpha: float | None = None
+    schedule: str | None = None
+    sites: str | None = None
 
     def __post_init__(self) -> None:
-        for key, kinds in _KINDS.items():
-            value = getattr(self, key)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        for key, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, key), get_args(hint) or (hint,)
+            fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+            if not fits or (isinstance(value, bool) and bool not in kinds):
                 wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
                 raise RecipeError(f"recipe key '{key}' is {value!r}; it takes {wanted}")
         _ = self.shard_bytes
@@ -37,6 +49,17 @@ class Recipe:
             value = getattr(self, key)
             if value is not None and value < least:
                 raise RecipeError(f"{key} is {value}; it must be at least {least}")
+
+    @property
+    def settled_method(self) -> str:
+        """The method named, or the default."""
+        return self.method or ("rtn" if self.calibration is None else "omniquant")
+
+    @property
+    def training_settings(self) -> dict[str, Any]:
+        """The training settings that were asked for; None where the preset decides."""
+        keys = ("epochs", "batch_size", "lwc_lr", "let_lr", "aug_loss", "alpha", "schedule", "sites")
+        return {key: getattr(self, key) for key in keys}
 
     @property
     def shard_bytes(self) -> int:
@@ -64,18 +87,5 @@ class Recipe:
         return asdict(self)
 
 
-_STR, _INT, _BOOL, _NONE = str, int, bool, type(None)
-_KINDS: dict[str, tuple[type, ...]] = {
-    "model": (_STR,),
-    "scheme": (_STR,),
-    "method": (_STR,),
-    "format": (_STR,),
-    "calibration": (_STR, _NONE),
-    "samples": (_INT,),
-    "seqlen": (_INT, _NONE),
-    "seed": (_INT,),
-    "quantize_lm_head": (_BOOL,),
-    "shard_size": (_STR,),
-}
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) *(KB|MB|GB|TB)", re.IGNORECASE)
 _FACTORS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -1,13 +1,19 @@
 """How each paper takes the decisions: one paper, one file.
 
-A recipe is an ordered list of methods joined by ``+``. Orders that cannot work are refused before any
-weight is read.
+A recipe is an ordered list of methods joined by ``+``, or the name of a preset. Orders that cannot work are refused
+before any weight is read.
 """
 
+from bitwright.core.block import Topology
 from bitwright.core.decisions import Decision
-from bitwright.core.errors import RecipeError
-from bitwright.core.method import Method
-from bitwright.core.registry import find
+from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.method import Learned, Method
+from bitwright.core.registry import find, names
+from bitwright.core.scheme import Scheme
+
+OMNIQUANT = "omniquant"
+PRESETS = {OMNIQUANT: "let+lwc"}
+TRANSFORM = "let"
 
 
 def compose(text: str) -> tuple[Method, ...]:
@@ -18,13 +24,43 @@ def compose(text: str) -> tuple[Method, ...]:
     """
     writers: dict[Decision, str] = {}
     methods = []
-    for name in text.split("+"):
-        method = find("methods", name.strip()).METHOD
+    for name in PRESETS.get(text, text).split("+"):
+        method = _named(name.strip())
         for decision in sorted(method.decides, key=_ORDER.index):
             _refuse_conflict(name, decision, writers)
         writers |= dict.fromkeys(method.decides, name)
         methods.append(method)
     return tuple(methods)
+
+
+def fit(text: str, scheme: Scheme, topology: Topology) -> tuple[str, str | None]:
+    """The recipe that is really run, and what to say about it.
+
+    With 16-bit activations a transform can only help where a shift can be absorbed (LayerNorm architectures); elsewhere
+    ``let`` is left out, as OmniQuant's authors do.
+    """
+    listed = PRESETS.get(text, text)
+    helps = scheme.activations is not None or scheme.kv is not None or any(site.shift for site in topology.sites)
+    parts = [part for part in listed.split("+") if helps or part != TRANSFORM]
+    if helps or len(parts) == len(listed.split("+")) or not parts:
+        return listed, None
+    return "+".join(parts), (
+        f"{TRANSFORM} cannot help with 16-bit activations on this architecture: no site can absorb a shift. "
+        f"Going on with {'+'.join(parts)}"
+    )
+
+
+def learned(methods: tuple[Method, ...]) -> bool:
+    """Whether any of these is trained."""
+    return any(isinstance(method, Learned) for method in methods)
+
+
+def _named(name: str) -> Method:
+    if name not in names("methods"):
+        known = [*names("methods"), *PRESETS]
+        raise RecipeError(f"there is no method '{name}'; {nearest(name, known)}")
+    method: Method = find("methods", name).METHOD
+    return method
 
 
 _ORDER = list(Decision)

@@ -54,9 +54,7 @@ class Transformation(Learnable):
         decided = {}
         for site in self.sites:
             shift = self.shift.get(site.name)
-            decided[site.name] = SiteDecision(
-                self.scale(site.name).detach(), None if shift is None else shift.detach()
-            )
+            decided[site.name] = SiteDecision(self.scale(site.name).detach(), None if shift is None else shift.detach())
         return replace(decisions, sites={**decisions.sites, **decided})
 
 

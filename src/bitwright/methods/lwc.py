@@ -8,9 +8,10 @@ Eq. 2, for each tile of a weight W at N bits, with gamma = sigmoid(a), beta = si
 gamma and beta are relative strengths: they keep their meaning while LET changes W, where PACT and LSQ, which learn
 the threshold and the step themselves, do not follow.
 
-Where we differ: the paper starts at sigmoid(4) = 0.982; by default we start at the shrink factor in a grid that has
-the smallest squared error of the tile, every input channel weighted by its mean square on the calibration tokens
-(``start="paper"`` gives the paper's). The gradient also passes through the rounding of the zero point.
+a and b start at 4: gamma = beta = 0.982.
+
+Where we differ: the gradient also passes through the rounding of the zero point, so that a clipped weight pulls on its
+own end of the range alone; and h is rounded to the dtype it is stored in while training, as it will be written.
 """
 
 from dataclasses import replace
@@ -23,22 +24,20 @@ from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
 from bitwright.core.scheme import Tile
-from bitwright.steps.ranges import minmax, search_shrink
+from bitwright.steps.ranges import minmax
 
 START = 4.0
-LARGEST = 0.999
 
 
 class Clipping(Learnable):
     """a and b of every tile of every linear; gamma and beta are their sigmoids."""
 
     def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
-        """Starts where ``context.training.start`` says."""
+        """Starts at sigmoid(4)."""
         self.tiles = {n: decisions.linear(n).tile or context.scheme.tile for n in block.topology.linears}
-        start = {n: _start(block, n, tile, context) for n, tile in self.tiles.items()}
-        self.a = {n: v.clone().requires_grad_() for n, v in start.items()}
-        self.b = {n: v.clone().requires_grad_() for n, v in start.items()}
         self._constant = {n: minmax(block.weight(n), tile) for n, tile in self.tiles.items()}
+        self.a = {n: torch.full_like(low, START).requires_grad_() for n, (low, _) in self._constant.items()}
+        self.b = {n: torch.full_like(low, START).requires_grad_() for n, (low, _) in self._constant.items()}
         rate = context.training.lwc_lr
         super().__init__({"lwc.a": (self.a, rate), "lwc.b": (self.b, rate)})
 
@@ -55,14 +54,6 @@ class Clipping(Learnable):
             low, high = self.b[name].detach().sigmoid() * low, self.a[name].detach().sigmoid() * high
             decided[name] = replace(decisions.linear(name), low=low, high=high)
         return decisions.with_linears(decided)
-
-
-def _start(block: Block, name: str, tile: Tile, context: Context) -> Float[Tensor, "P Q"]:
-    weight = block.weight(name).float()
-    if context.training.start == "paper" or name not in context.stats:
-        return torch.full_like(minmax(weight, tile)[0], START)
-    shrink = search_shrink(weight, tile, context.scheme.weight, context.scale_dtype, context.stats[name].square)
-    return shrink.clamp(max=LARGEST).logit()
 
 
 METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Clipping)

@@ -59,8 +59,12 @@ def fold(
         for name in topology.linears
     }
     weights = {f"{name}.weight" for name in topology.linears}
-    touched = {s.module for site in topology.sites if site.name in decisions.sites for s in site.producers + site.consumers}
-    moved = {name: p.to(stored) for name, p in full.items() if name not in weights and name.rpartition(".")[0] in touched}
+    touched = {
+        s.module for site in topology.sites if site.name in decisions.sites for s in site.producers + site.consumers
+    }
+    moved = {
+        name: p.to(stored) for name, p in full.items() if name not in weights and name.rpartition(".")[0] in touched
+    }
     return Folded(full, linears, moved, bool(decisions.sites))
 
 

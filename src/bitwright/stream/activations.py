@@ -80,7 +80,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.least = self.most = self.square = torch.zeros(())
+        self.least = self.most = torch.zeros(())
 
     def add(self, _: nn.Module, args: tuple[Tensor]) -> None:
         """Takes in one batch; a forward pre-hook."""
@@ -88,12 +88,11 @@ class _Sums:
         low, high = x.aminmax(dim=0)
         self.least = torch.minimum(low, self.least) if self.tokens else low
         self.most = torch.maximum(high, self.most) if self.tokens else high
-        self.square = self.square + x.square().sum(0)
         self.tokens += len(x)
 
     def result(self) -> LinearStats:
         """The statistics of everything taken in."""
-        return LinearStats(self.tokens, self.least, self.most, self.square / self.tokens)
+        return LinearStats(self.tokens, self.least, self.most)
 
 
 def advance(

@@ -49,7 +49,9 @@ def quantized_activations(block: Block, scheme: Scheme) -> Iterator[None]:
     """
     hooks = []
     if scheme.activations is not None:
-        hooks = [block.linear(n).register_forward_pre_hook(_input_hook(scheme.activations)) for n in block.topology.linears]
+        hooks = [
+            block.linear(n).register_forward_pre_hook(_input_hook(scheme.activations)) for n in block.topology.linears
+        ]
     with _quantized_attention(block.module, scheme):
         try:
             yield
@@ -69,7 +71,7 @@ def _input_hook(grid: Grid) -> Any:
 def _quantized_attention(module: nn.Module, scheme: Scheme) -> Iterator[None]:
     """Every attention module notes its grids; the block's configuration names our attention function meanwhile."""
     attention = [m for m in module.modules() if hasattr(m, "config") and hasattr(m, "scaling")]
-    if scheme.kv is None and scheme.activations is None or not attention:
+    if (scheme.kv is None and scheme.activations is None) or not attention:
         yield
         return
     config = attention[0].config

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
-from bitwright.core.method import Closed, Context, Learned, Method, Training
+from bitwright.core.method import Closed, Context, Learned, Method
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.quantized import BlockReport, LinearReport, QuantizedBlock
 from bitwright.core.scheme import Scheme
+from bitwright.core.training import Training
 from bitwright.steps.apply import Folded, fold
 from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
 from bitwright.stream.budget import peak_memory
@@ -42,7 +43,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What to do with every block."""
 
     scheme: Scheme
@@ -52,7 +53,7 @@ class Plan:
 
 
 def run(
-    skeleton: Skeleton, plan: Plan, sink: Sink, *, tokens: Int[Tensor, "N T"] | None, listener: Listener
+    skeleton: Skeleton, plan: RunPlan, sink: Sink, *, tokens: Int[Tensor, "N T"] | None, listener: Listener
 ) -> None:
     """Quantizes every block that the sink has not finished, and the output layer where that is asked for.
 
@@ -68,7 +69,7 @@ def run(
         with load() as block:
             if not sink.finished(unit):
                 stream = _quantize(block, unit, skeleton, plan, sink, stream)
-            elif stream is not None:
+            elif stream is not None and block.name:
                 stream = replay(block, sink.written(unit, block), plan.scheme, stream)
     listener(Progress("quantize", len(units), len(units), "all blocks", peak_memory()))
 
@@ -81,14 +82,14 @@ def _units(skeleton: Skeleton, with_head: bool) -> Iterator[tuple[str, Callable[
 
 
 def _quantize(
-    block: Block, unit: str, skeleton: Skeleton, plan: Plan, sink: Sink, stream: Stream | None
+    block: Block, unit: str, skeleton: Skeleton, plan: RunPlan, sink: Sink, stream: Stream | None
 ) -> Stream | None:
     dtype = skeleton.checkpoint.dtype_of_weights
     decisions = _decide(block, plan, dtype, stream)
     parameters = dict(block.module.named_parameters())
     folded = fold(parameters, block.topology, decisions, plan.scheme, dtype)
     after, errors = stream, None
-    if stream is not None:
+    if stream is not None and block.name:  # the output layer's outputs would be logits of every calibration token
         after, errors = advance(block, folded, folded.written(), plan.scheme, stream)
     report = _report(block, unit, folded, decisions, errors)
     by_path = {block.path(name): q for name, q in folded.linears.items()}
@@ -96,9 +97,9 @@ def _quantize(
     return after
 
 
-def _decide(block: Block, plan: Plan, dtype: torch.dtype, stream: Stream | None) -> BlockDecisions:
+def _decide(block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream | None) -> BlockDecisions:
     """All methods in order; neighbouring learned ones are trained together."""
-    learned = any(isinstance(method, Learned) for method in plan.methods)
+    learned = bool(block.name) and any(isinstance(method, Learned) for method in plan.methods)
     stats, targets = statistics(block, stream) if learned and stream is not None else ({}, None)
     activations = stream.activations if stream else None
     context = Context(plan.scheme, dtype, activations, stats, plan.training)
@@ -107,14 +108,14 @@ def _decide(block: Block, plan: Plan, dtype: torch.dtype, stream: Stream | None)
         if is_learned and stream is not None and targets is not None:
             learnables = [m.learn(block, context, decisions) for m in methods if isinstance(m, Learned)]
             decisions = Trainer(block, learnables, context, decisions, _objective(block, plan, stream, targets)).run()
-        else:
+        else:  # what is learned has its default on the output layer: min-max, to the nearest
             for method in methods:
-                assert isinstance(method, Closed)
-                decisions = method.decide(block, context, decisions)
+                if isinstance(method, Closed):
+                    decisions = method.decide(block, context, decisions)
     return decisions
 
 
-def _objective(block: Block, plan: Plan, stream: Stream, targets: Tensor) -> Objective:
+def _objective(block: Block, plan: RunPlan, stream: Stream, targets: Tensor) -> Objective:
     inputs, kwargs = stream.activations.quantized, stream.kwargs_of(block)
     also = forward_all(block, {}, inputs, kwargs) if plan.training.aug_loss else None
     return Objective(inputs, targets, also, kwargs)
@@ -133,7 +134,9 @@ def _passed(skeleton: Skeleton, block: Block, folded: Folded) -> dict[str, Tenso
 def _report(
     block: Block, unit: str, folded: Folded, decisions: BlockDecisions, errors: StreamErrors | None
 ) -> BlockReport:
-    rows = tuple(_linear_report(block, name, folded, errors.linears[name] if errors else None) for name in folded.linears)
+    rows = tuple(
+        _linear_report(block, name, folded, errors.linears[name] if errors else None) for name in folded.linears
+    )
     return BlockReport(unit, rows, errors.block if errors else None, decisions.fallbacks)
 
 

@@ -1,0 +1,73 @@
+"""How learned methods are trained: the settings, and what they are where a recipe leaves them open."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.scheme import Scheme
+
+SCHEDULES = ("cosine", "constant")
+SITES = ("paper", "all")
+FEW_BITS = 2
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of AdamW without weight decay. Learning rates are per step of ``batch_size`` segments.
+
+    ``schedule`` is "cosine" (to zero at the last step) or "constant". ``aug_loss`` adds the loss against the
+    full-precision block on the quantized stream. ``alpha`` is the migration strength at which LET starts. ``sites``
+    are the "paper"'s or "all".
+    """
+
+    epochs: int = 20
+    batch_size: int = 1
+    lwc_lr: float = 1e-2
+    let_lr: float = 5e-3
+    aug_loss: bool = False
+    alpha: float = 0.5
+    schedule: str = "constant"
+    sites: str = "paper"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("lwc_lr", "let_lr"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise RecipeError(f"{key} is {getattr(self, key)}; a learning rate must be positive, such as 0.01")
+        for key in ("epochs", "batch_size"):
+            if getattr(self, key) < 1:
+                raise RecipeError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"alpha is {self.alpha}; the migration strength is between 0 and 1")
+        for key, known in (("schedule", SCHEDULES), ("sites", SITES)):
+            if getattr(self, key) not in known:
+                raise RecipeError(f"there is no {key} '{getattr(self, key)}'; {nearest(getattr(self, key), known)}")
+
+
+def paper(scheme: Scheme) -> Training:
+    """OmniQuant's plain settings (arXiv 2308.13137, section 4.1 and the authors' scripts).
+
+    20 epochs, batch 1, learning rates 1e-2 (LWC) and 5e-3 (LET), constant; 40 epochs and the augmented loss at 2 bits.
+    """
+    few = scheme.weight.bits <= FEW_BITS
+    return Training(epochs=40 if few else 20, aug_loss=few)
+
+
+def ours(scheme: Scheme) -> Training:
+    """Our settings: a higher rate for LWC that falls to zero along a cosine, half the epochs at 2 bits.
+
+    Measured in docs/methods/omniquant.md.
+    """
+    return replace(paper(scheme), epochs=20, lwc_lr=5e-2, let_lr=1e-2, schedule="cosine")
+
+
+PRESETS = {"bitwright": ours, "paper": paper}
+
+
+def settle(preset: str, scheme: Scheme, seed: int, asked: Mapping[str, Any]) -> Training:
+    """The preset's settings, with what a recipe asks for put in their place (None asks for nothing)."""
+    if preset not in PRESETS:
+        raise RecipeError(f"there are no training settings '{preset}'; {nearest(preset, PRESETS)}")
+    wanted = {key: value for key, value in asked.items() if value is not None}
+    return replace(PRESETS[preset](scheme), seed=seed, **wanted)

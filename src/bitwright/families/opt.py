@@ -1,0 +1,46 @@
+"""OPT: LayerNorm, biases, learned positions, ReLU: the architecture on which OmniQuant shifts channels too."""
+
+from transformers import PretrainedConfig
+
+from bitwright.core.block import Family, LinearGroup, Side, Site, Topology
+from bitwright.core.errors import RecipeError
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+O, FC1, FC2 = "self_attn.out_proj", "fc1", "fc2"
+
+
+def describe(config: PretrainedConfig) -> Family:
+    """The family of an OPT model with this configuration; RecipeError for the one whose norms come after."""
+    if not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size:
+        raise RecipeError(
+            "this OPT model normalizes after attention and MLP or projects its embeddings (opt-350m does); "
+            "Bitwright knows the others: 125m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b"
+        )
+    groups = (
+        LinearGroup(QKV, enclosing="self_attn"),
+        LinearGroup((O,), enclosing=O),
+        LinearGroup((FC1,), enclosing=FC1),
+        LinearGroup((FC2,), enclosing=FC2),
+    )
+    return Family(
+        model_type="opt",
+        blocks="model.decoder.layers",
+        embedding="model.decoder.embed_tokens",
+        final_norm="model.decoder.final_layer_norm",
+        head="lm_head",
+        attention_class="OPTAttention",
+        topology=Topology(groups, _sites(config)),
+    )
+
+
+def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
+    hidden, bias = config.hidden_size, bool(config.enable_bias and config.layer_norm_elementwise_affine)
+    sites = [
+        Site("norm->qkv", (Side("self_attn_layer_norm"),), tuple(map(Side, QKV)), hidden, shift=bias),
+        Site("q.k", (Side(QKV[0]), Side(QKV[1], reciprocal=True)), (), hidden),
+        Site("v->o", (Side(QKV[2]),), (Side(O),), hidden, shift=bool(config.enable_bias)),
+        Site("norm->fc1", (Side("final_layer_norm"),), (Side(FC1),), hidden, shift=bias),
+    ]
+    if config.activation_function == "relu":  # ReLU(x / s) = ReLU(x) / s for positive s
+        sites.append(Site("fc1->fc2", (Side(FC1),), (Side(FC2),), config.ffn_dim, paper=False))
+    return tuple(sites)

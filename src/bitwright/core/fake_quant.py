@@ -32,7 +32,9 @@ def fake_quantize(
     scale_dtype: torch.dtype,
 ) -> Float[Tensor, "O I"]:
     """The weight that its codes stand for, in float32; differentiable in the weight and in its range."""
-    quantized: Tensor = _FakeQuantize.apply(weight, low, high, grid, tile, scale_dtype)
+    quantized: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+        weight, low, high, grid, tile, scale_dtype
+    )
     return quantized
 
 
@@ -41,7 +43,9 @@ def fake_quantize_tokens(x: Float[Tensor, "*B D"], grid: Grid) -> Float[Tensor, 
 
     Nothing is ever clipped, so the straight-through gradient is the identity.
     """
-    quantized: Tensor = _FakeQuantizeTokens.apply(x, grid)
+    quantized: Tensor = _FakeQuantizeTokens.apply(  # type: ignore[no-untyped-call]
+        x, grid
+    )
     return quantized
 
 
@@ -52,7 +56,7 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         scale, zero = affine(low, high, grid, scale_dtype)
         h = scale.float()[:, None, :, None]
-        z = 0.0 if zero is None else zero.float()[:, None, :, None]
+        z = torch.zeros_like(h) if zero is None else zero.float()[:, None, :, None]
         ratio = tiled(weight, tile) / h
         level = ratio.round().clamp_(grid.qmin - z, grid.qmax - z)
         residual = ratio.neg_().add_(level)

@@ -74,7 +74,7 @@ def _quantized_attention(module: nn.Module, scheme: Scheme) -> Iterator[None]:
     if (scheme.kv is None and scheme.activations is None) or not attention:
         yield
         return
-    config = attention[0].config
+    config: Any = attention[0].config
     original = config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(QUANTIZED_ATTENTION, _attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(QUANTIZED_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[original])

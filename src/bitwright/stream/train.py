@@ -81,7 +81,8 @@ class Trainer:
 
     def decisions(self) -> BlockDecisions:
         """What the parameters as they are now decide."""
-        decisions, parameters = self.decided, self.base
+        decisions = self.decided
+        parameters: Mapping[str, Tensor] = self.base
         with torch.no_grad():
             for learnable in self.learnables:
                 parameters = learnable.transform(parameters)

@@ -22,6 +22,7 @@ from bitwright.report.plain import plain
 from bitwright.report.progress import ProgressReport
 
 MENDABLE, BUG, INTERRUPTED = 2, 1, 130
+PLACES = ("model", "output", "calibration")
 ISSUES = "Please report it with the lines above."
 
 app = typer.Typer(
@@ -95,7 +96,8 @@ def quantize(
         "quantize_lm_head": quantize_lm_head,
         "shard_size": shard_size,
     }
-    asked = (read_recipe(recipe) if recipe else {}) | {key: value for key, value in flags.items() if value is not None}
+    written = read_recipe(recipe) if recipe else {}
+    asked = _at_home(written | {key: value for key, value in flags.items() if value is not None})
     target = asked.pop("output", None)
     if asked.get("model") is None:
         raise RecipeError("which model? Name its folder: bitwright quantize MODEL, or the key 'model' in the recipe")
@@ -167,8 +169,14 @@ def demo(
     from bitwright import api
 
     with ProgressReport(err) as listener:
-        shown = api.demo(output, listener=listener)
+        shown = api.demo(None if output is None else os.path.expanduser(output), listener=listener)
     _show(shown, screens.demonstration, as_json)
+
+
+def _at_home(asked: dict[str, Any]) -> dict[str, Any]:
+    """``~`` in paths, which no shell has replaced in a recipe or in ``--output=~/x``."""
+    places = {key: value for key in PLACES if isinstance(value := asked.get(key), str)}
+    return asked | {key: os.path.expanduser(value) for key, value in places.items()}
 
 
 def _show(found: Any, screen: Callable[[Console, Any], None], as_json: bool) -> None:

@@ -120,8 +120,8 @@ def refuse_output(model: Path, output: Path, overwrite: bool) -> None:
     """Refuses what can be told of an output from its path alone, before anything is read. Raises OutputError."""
     require_folder(model)
     try:
-        refuse_existing(output, overwrite)
         refuse_overlap(model, output)
+        refuse_existing(output, overwrite)
         work_folder(output.resolve()).exists()  # its name is longer: perhaps too long
         around = next(folder for folder in output.resolve().parents if folder.exists())
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle

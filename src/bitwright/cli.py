@@ -1,5 +1,6 @@
 """The command line: parses, calls ``api``, shows progress. Results go to standard output, everything else to error."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -23,6 +25,7 @@ from bitwright.report.progress import ProgressReport
 
 MENDABLE, BUG, INTERRUPTED = 2, 1, 130
 PLACES = ("model", "output", "calibration")
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
 ISSUES = "Please report it with the lines above."
 
 app = typer.Typer(
@@ -32,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 WIDE = 1000  # characters; in a pipe or a file no path is to be broken into lines
-out, err = Console(width=None if sys.stdout.isatty() else WIDE), Console(stderr=True)
+out, err = Console(width=None if Console().is_terminal else WIDE), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -195,25 +198,32 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, _interrupt)
     # compressed-tensors draws a bar per loaded model with tqdm, which reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to fail
     try:
         app()
-    except UserError as error:
-        _fail(str(error), MENDABLE)
     except Interrupted:
         _fail("interrupted; a quantize command that is repeated continues where it stopped", INTERRUPTED)
-    except Exception as error:  # whatever is no lack of memory is ours to mend
-        if _out_of_memory(error):
-            _fail("out of memory; bitwright quantize --dry-run says how much a run needs", MENDABLE)
+    except Exception as error:
+        message = _mendable(error)
+        if message is not None:
+            _fail(message, MENDABLE)
         traceback.print_exc()
         _fail(f"this is a bug in Bitwright {version('bitwright')}. {ISSUES}", BUG)
     sys.exit(0)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """torch says it with a RuntimeError of its own on a GPU, and with a plain one on a CPU."""
-    return isinstance(error, MemoryError) or any(
-        sign in f"{type(error).__name__}: {error}" for sign in ("OutOfMemoryError", "can't allocate memory")
-    )
+def _mendable(error: Exception) -> str | None:
+    """What to tell a user who can do something about an error; None for what is ours to mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    # torch says it with a RuntimeError of its own on a GPU, and with a plain one on a CPU.
+    signs = ("MemoryError", "OutOfMemoryError", "can't allocate memory")
+    if any(sign in f"{type(error).__name__}: {error}" for sign in signs):
+        return "out of memory; bitwright quantize --dry-run says how much a run needs"
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        return f"the machine did not allow it: {error}; make room or check permissions, then try again"
+    return None
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -74,7 +74,7 @@ def test_logits_equal_those_of_a_plain_model_with_rounded_activations(
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
-    """Each vector of the last dimension on 2**bits - 1 steps from its smallest to its largest element, zero included."""
+    """Each vector of the last dimension on 2**bits - 1 steps, from its smallest to its largest element and zero."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     h = (high - low) / (2**bits - 1)
     z = -(low / h).round()

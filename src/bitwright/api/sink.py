@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from bitwright.api.job import Job
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.block import Block
+from bitwright.core.errors import OutputError
 from bitwright.core.quantized import QuantizedBlock
 
 
@@ -37,7 +39,13 @@ class FolderSink:
 
     def weights(self, unit: str, block: Block) -> Mapping[str, Tensor]:
         """The dequantized weights of a finished unit, read back from its part."""
-        tensors = load_file(self.folder / self.files[unit])
+        part = self.folder / self.files[unit]
+        try:
+            tensors = load_file(part)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{part}: what an earlier run wrote is damaged: {error}; begin anew with --restart"
+            ) from error
         decode, scheme = self.job.format.decode, self.job.scheme
         return {name: decode(tensors, block.path(name), scheme) for name in block.topology.linears}
 

@@ -1,5 +1,6 @@
 """The command line: parses, calls ``api``, shows progress. Results go to standard output, everything else to error."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -22,6 +24,8 @@ from bitwright.report.plain import plain
 from bitwright.report.progress import ProgressReport
 
 MENDABLE, BUG, INTERRUPTED = 2, 1, 130
+PLACES = ("model", "output", "calibration")
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
 ISSUES = "Please report it with the lines above."
 
 app = typer.Typer(
@@ -31,10 +35,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 WIDE = 1000  # characters; in a pipe or a file no path is to be broken into lines
-out, err = Console(width=None if sys.stdout.isatty() else WIDE), Console(stderr=True)
+out, err = Console(width=None if Console().is_terminal else WIDE), Console(stderr=True)
 
 METHODS = "rtn, omniquant, lwc, let+lwc, pact, lsq. [default: omniquant with text, else rtn]"
-KEYS = {field.name for field in fields(Recipe)} | {"output"}
+KEYS = {field.name for field in fields(Recipe)} | {"output", "save_parameters"}
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -86,20 +90,28 @@ def quantize(
     training: Annotated[
         str | None, typer.Option(help="bitwright, or paper: OmniQuant's plain settings. [default: bitwright]")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of training. [default: 20; paper: 40 at 2 bits]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of training. [default: 10; paper: 20, 40 at 2 bits]")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Segments per step. [default: 1]")] = None,
     lwc_lr: Annotated[
-        float | None, typer.Option(help="Learning rate of clipping (lwc, pact, lsq). [default: 0.05; paper: 0.01]")
+        float | None, typer.Option(help="Learning rate of clipping (lwc, pact, lsq). [default: 0.01]")
     ] = None,
-    let_lr: Annotated[float | None, typer.Option(help="Learning rate of let. [default: 0.01; paper: 0.005]")] = None,
+    let_lr: Annotated[float | None, typer.Option(help="Learning rate of let. [default: 0.005]")] = None,
     aug_loss: Annotated[
-        bool | None, typer.Option("--aug-loss/--no-aug-loss", help="Augmented loss. [default: at 2 bits]")
+        bool | None, typer.Option("--aug-loss/--no-aug-loss", help="Augmented loss. [default: off; paper: at 2 bits]")
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Migration strength let starts at. [default: 0.5]")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="cosine, or constant. [default: cosine; paper: constant]")
     ] = None,
     sites: Annotated[str | None, typer.Option(help="Where let acts: paper, or all. [default: paper]")] = None,
+    save_parameters: Annotated[
+        Path | None, typer.Option(help="Also write what was learned to this .safetensors file.")
+    ] = None,
+    load_parameters: Annotated[
+        Path | None, typer.Option(help="Quantize with parameters saved before, without training.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model folder. Interrupted, the same command continues.
@@ -113,8 +125,9 @@ def quantize(
     # The parameters of this command that are keys of a recipe, as they were given.
     flags = {key: value for key, value in context.params.items() if key in KEYS}
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
-    asked = (read_recipe(recipe) if recipe else {}) | {key: value for key, value in flags.items() if value is not None}
-    target = asked.pop("output", None)
+    written = read_recipe(recipe) if recipe else {}
+    asked = _at_home(written | {key: value for key, value in flags.items() if value is not None})
+    target, saved = asked.pop("output", None), asked.pop("save_parameters", None)
     if asked.get("model") is None:
         raise RecipeError("which model? Name its folder: bitwright quantize MODEL, or the key 'model' in the recipe")
     wanted = Recipe.from_mapping(asked)
@@ -125,7 +138,13 @@ def quantize(
         raise RecipeError("where should the result go? Give --output DIR, or the key 'output' in the recipe")
     with ProgressReport(err) as listener:
         result = api.quantize(
-            wanted, Path(target), overwrite=overwrite, restart=restart, device=device, listener=listener
+            wanted,
+            Path(target),
+            overwrite=overwrite,
+            restart=restart,
+            save_parameters=None if saved is None else Path(saved),
+            device=device,
+            listener=listener,
         )
     _show(result, screens.result, as_json)
 
@@ -185,8 +204,14 @@ def demo(
     from bitwright import api
 
     with ProgressReport(err) as listener:
-        shown = api.demo(output, listener=listener)
+        shown = api.demo(None if output is None else os.path.expanduser(output), listener=listener)
     _show(shown, screens.demonstration, as_json)
+
+
+def _at_home(asked: dict[str, Any]) -> dict[str, Any]:
+    """``~`` in paths, which no shell has replaced in a recipe or in ``--output=~/x``."""
+    places = {key: value for key in PLACES if isinstance(value := asked.get(key), str)}
+    return asked | {key: os.path.expanduser(value) for key, value in places.items()}
 
 
 def _show(found: Any, screen: Callable[[Console, Any], None], as_json: bool) -> None:
@@ -205,25 +230,32 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, _interrupt)
     # compressed-tensors draws a bar per loaded model with tqdm, which reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to fail
     try:
         app()
-    except UserError as error:
-        _fail(str(error), MENDABLE)
     except Interrupted:
         _fail("interrupted; a quantize command that is repeated continues where it stopped", INTERRUPTED)
-    except Exception as error:  # whatever is no lack of memory is ours to mend
-        if _out_of_memory(error):
-            _fail("out of memory; bitwright quantize --dry-run says how much a run needs", MENDABLE)
+    except Exception as error:
+        message = _mendable(error)
+        if message is not None:
+            _fail(message, MENDABLE)
         traceback.print_exc()
         _fail(f"this is a bug in Bitwright {version('bitwright')}. {ISSUES}", BUG)
     sys.exit(0)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """torch says it with a RuntimeError of its own on a GPU, and with a plain one on a CPU."""
-    return isinstance(error, MemoryError) or any(
-        sign in f"{type(error).__name__}: {error}" for sign in ("OutOfMemoryError", "can't allocate memory")
-    )
+def _mendable(error: Exception) -> str | None:
+    """What to tell a user who can do something about an error; None for what is ours to mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    # torch says it with a RuntimeError of its own on a GPU, and with a plain one on a CPU.
+    signs = ("MemoryError", "OutOfMemoryError", "can't allocate memory")
+    if any(sign in f"{type(error).__name__}: {error}" for sign in signs):
+        return "out of memory; bitwright quantize --dry-run says how much a run needs"
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        return f"the machine did not allow it: {error}; make room or check permissions, then try again"
+    return None
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.api.parameters import LearnedParameters, belonging
 from bitwright.api.source import (
     DTYPES,
     Source,
@@ -49,6 +50,12 @@ class Job:
     tokens: Int[Tensor, "N T"] | None
     quantization_config: dict[str, Any] | None
     note: str | None
+    learned: LearnedParameters | None
+
+    @property
+    def belonging(self) -> dict[str, str]:
+        """What learned parameters of this job belong to."""
+        return belonging(self.source.checkpoint, str(self.scheme), self.method)
 
     def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Name and shape [O, I] of every linear that will be quantized."""
@@ -110,9 +117,11 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
         skeleton = Skeleton(source.checkpoint, source.config, source.family, dtype, where)
     method, note = fit(recipe.settled_method, scheme, source.family.topology)
     methods = compose(method)
-    job = Job(recipe, scheme, method, methods, training, chosen_format, source, skeleton, None, config, note)
+    job = Job(recipe, scheme, method, methods, training, chosen_format, source, skeleton, None, config, note, None)
     _check_dtypes(job)
     _check_tiles(job)
+    if recipe.load_parameters is not None:
+        job = replace(job, learned=_load_parameters(job, recipe.load_parameters))
     return replace(job, tokens=_calibration(recipe, source, methods))
 
 
@@ -186,6 +195,12 @@ def _calibration(recipe: Recipe, source: Source, methods: tuple[Method, ...]) ->
     tokens = tokenize(source.checkpoint.folder, text)
     check_vocabulary(tokens, source.config, source.checkpoint.folder)
     return segments(tokens, recipe.samples, seqlen, recipe.seed, recipe.calibration)
+
+
+def _load_parameters(job: Job, path: str) -> LearnedParameters:
+    if not learned(job.methods):
+        raise RecipeError(f"{job.method} learns nothing, so it has no use for --load-parameters {path}")
+    return LearnedParameters(Path(path), job.belonging)
 
 
 def _check_dtypes(job: Job) -> None:

@@ -16,7 +16,7 @@ from bitwright.calibration.segments import fingerprint
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.output import OutputFolder, refuse_existing, refuse_overlap, require_free, work_folder
-from bitwright.checkpoint.writer import copy_file, write_json
+from bitwright.checkpoint.writer import copy_file, write_json, write_tensors
 from bitwright.core.errors import OutputError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
@@ -70,6 +70,7 @@ def quantize(
     *,
     overwrite: bool = False,
     restart: bool = False,
+    save_parameters: Path | str | None = None,
     device: str = "auto",
     listener: Listener = silent,
 ) -> Result:
@@ -93,6 +94,8 @@ def quantize(
             _write_tensors(job, sink, listener)
         merge_shards(sink.parts(), work.path, recipe.shard_bytes)
         _write_companions(job, work.path)
+        if save_parameters is not None:
+            write_tensors(Path(save_parameters), sink.learned(), job.belonging)
         reports = sink.reports()
         account = plain(_account(job, reports, work.path))
         write_json(work.path / REPORT, account)
@@ -121,8 +124,8 @@ def refuse_output(model: Path, output: Path, overwrite: bool) -> None:
     """Refuses what can be told of an output from its path alone, before anything is read. Raises OutputError."""
     require_folder(model)
     try:
-        refuse_existing(output, overwrite)
         refuse_overlap(model, output)
+        refuse_existing(output, overwrite)
         work_folder(output.resolve()).exists()  # its name is longer: perhaps too long
         around = next(folder for folder in output.resolve().parents if folder.exists())
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
@@ -142,7 +145,7 @@ def _require_free(job: Job, output: Path) -> None:
 def _write_tensors(job: Job, sink: FolderSink, listener: Listener) -> None:
     for name in job.outside():
         sink.pass_through(name)
-    plan = RunPlan(job.scheme, job.methods, job.training, job.recipe.quantize_lm_head)
+    plan = RunPlan(job.scheme, job.methods, job.training, job.recipe.quantize_lm_head, job.learned)
     run(job.skeleton, plan, sink, tokens=job.tokens, listener=listener)
 
 
@@ -164,12 +167,13 @@ def _identity(job: Job) -> dict[str, Any]:
     """What decides the bytes of the result; a run is continued only where all of it is the same."""
     recipe = job.recipe.as_dict()
     # The model and the text are identified by what they hold, not by where they lie.
-    for place in ("model", "calibration"):
+    for place in ("model", "calibration", "load_parameters"):
         del recipe[place]
     return {
         "recipe": recipe,
         "model": job.source.checkpoint.fingerprint(),
         "calibration": _calibration_account(job),
+        "parameters": None if job.learned is None else job.learned.digest(),
         "versions": _versions(),
     }
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from bitwright.api.job import Job
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.block import Block
+from bitwright.core.errors import OutputError
 from bitwright.core.quantized import QuantizedBlock
 
 
@@ -37,7 +39,13 @@ class FolderSink:
 
     def written(self, unit: str, block: Block) -> Mapping[str, Tensor]:
         """The parameters of a finished block read back from its part, weights dequantized."""
-        tensors = load_file(self.folder / self.files[unit])
+        part = self.folder / self.files[unit]
+        try:
+            tensors = load_file(part)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{part}: what an earlier run wrote is damaged: {error}; begin anew with --restart"
+            ) from error
         decode, scheme = self.job.format.decode, self.job.scheme
         weights = {f"{name}.weight": decode(tensors, block.path(name), scheme) for name in block.topology.linears}
         names = [name for name, _ in block.module.named_parameters() if name not in weights]
@@ -48,7 +56,14 @@ class FolderSink:
         tensors = dict(result.passed)
         for name, weight in result.linears.items():
             tensors |= self.job.format.encode(name, weight)
+        if result.learned:
+            write_tensors(self._learned(unit), result.learned)
         self._record(unit, tensors, asdict(result.report))
+
+    def learned(self) -> dict[str, Tensor]:
+        """The parameters that training found, as ``BLOCK/GROUP/NAME``."""
+        found = {unit: load_file(self._learned(unit)) for unit in self.files if self._learned(unit).exists()}
+        return {f"{unit}/{name}": tensor for unit, tensors in found.items() for name, tensor in tensors.items()}
 
     def pass_through(self, name: str) -> None:
         """Copies a tensor that is in no block as it is, unless an earlier run has."""
@@ -58,3 +73,6 @@ class FolderSink:
     def _record(self, unit: str, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
         write_tensors(self.folder / self.files[unit], tensors)
         self.journal.record(unit, self.files[unit], report)
+
+    def _learned(self, unit: str) -> Path:
+        return self.folder / self.files[unit].replace("part", "learned")

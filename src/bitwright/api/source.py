@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -134,20 +135,22 @@ def require_tokenizer(folder: Path) -> None:
             f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the tokenizer's files "
             "from the original repository into the folder; a model is of no use without them"
         )
-    for path, keys in ((folder / "tokenizer.json", {"model"}), (folder / "tokenizer_config.json", set[str]())):
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         if path.is_file():
-            _check_tokenizer_file(path, keys)
+            _check_tokenizer_file(path)
 
 
-def _check_tokenizer_file(path: Path, keys: set[str]) -> None:
-    """Refuses a file that is no JSON object with these keys: copied along, it would fail the users of the result."""
+def _check_tokenizer_file(path: Path) -> None:
+    """Refuses what is no tokenizer at a glance: copied along, it would fail the users of the result."""
     again = "copy it from the original repository again"
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}; {again}") from None
-    if not isinstance(found, dict) or not keys <= set(found):
-        raise CheckpointError(f"{path}: no tokenizer's file: not an object with the keys {sorted(keys)}; {again}")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: a JSON object was expected, found a {type(found).__name__}; {again}")
+    if path.name == "tokenizer.json" and "model" not in found:
+        raise CheckpointError(f"{path}: no tokenizer of the tokenizers library: it has no key 'model'; {again}")
 
 
 def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
@@ -180,6 +183,8 @@ def text_of(source: str, purpose: str) -> str:
         raise CalibrationError(f"an empty name was given for the {purpose} text; name a file or a folder, or 'builtin'")
     if source == BUILTIN:
         return texts.calibration_text() if purpose == "calibration" else texts.evaluation_text()
+    if get_close_matches(source, [BUILTIN], cutoff=0.75) and not Path(source).exists():
+        raise CalibrationError(f"there is no {purpose} text '{source}'; did you mean {BUILTIN}?")
     text = read_text(source)
     if not text.strip():
         raise CalibrationError(f"'{source}' holds no text: it is empty")
@@ -203,13 +208,16 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+    except RuntimeError:
+        raise UserError(f"there is no device '{name}'; {nearest(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}") from None
+    try:
+        if float(torch.zeros(1, device=device)) == 0:  # a device that holds something: meta does not
+            return device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]  # the rest is a list of torch's kernels
-        raise UserError(f"device '{name}' cannot be used ({reason}); use auto, cpu, or cuda:0") from None
-    if device.type == "meta":
-        raise UserError("device 'meta' computes nothing; use auto, cpu, or cuda:0")
-    return device
+        reason = str(error).partition(". ")[0]  # the rest is advice to torch's own developers
+    else:
+        reason = "it does not compute"
+    raise UserError(f"device '{name}' cannot be used here ({reason}); use auto, cpu, or cuda:0")
 
 
 def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:

@@ -20,6 +20,10 @@ def read_text(source: str) -> str:
     Raises CalibrationError.
     """
     path = Path(source)
+    try:
+        path.exists()
+    except OSError as error:  # a name too long: the text itself, perhaps
+        raise CalibrationError(f"'{source[:60]}...' cannot be read: {error.strerror}; write it to a file") from None
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
@@ -89,7 +93,7 @@ def _parquet(path: Path) -> Iterator[str]:
 def _dataset(source: str) -> Iterator[str]:
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
-    use_a_file = "use a local file instead: --calibration FILE.txt, .jsonl or .parquet, or --calibration builtin"
+    use_a_file = "name a local .txt, .jsonl or .parquet file instead, or 'builtin'"
     if find_spec("datasets") is None:
         raise CalibrationError(
             f"'{source}' is no local file or folder, and reading a dataset of that name needs the datasets library: "

@@ -1,7 +1,7 @@
 """What comes out of a block, and the account that is given of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -44,9 +44,10 @@ class BlockReport:
 class QuantizedBlock:
     """One block after quantization: a QTensor per linear, and the tensors passed through as they were.
 
-    Names are those of the whole model.
+    Names are those of the whole model. ``learned`` are the parameters that training found, by ``group/name``.
     """
 
     linears: Mapping[str, QTensor]
     passed: Mapping[str, Tensor]
     report: BlockReport
+    learned: Mapping[str, Tensor] = field(default_factory=dict)

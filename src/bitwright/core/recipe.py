@@ -36,6 +36,7 @@ class Recipe:
     alpha: float | None = None
     schedule: str | None = None
     sites: str | None = None
+    load_parameters: str | None = None
 
     def __post_init__(self) -> None:
         for key, hint in get_type_hints(type(self)).items():

@@ -44,12 +44,13 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What to do with every block."""
+    """What to do with every block. ``learned`` gives a block's parameters of an earlier training: none is done now."""
 
     scheme: Scheme
     methods: Sequence[Method]
     training: Training
     with_head: bool
+    learned: Callable[[str], Mapping[str, Tensor]] | None = None
 
 
 def run(
@@ -85,7 +86,7 @@ def _quantize(
     block: Block, unit: str, skeleton: Skeleton, plan: RunPlan, sink: Sink, stream: Stream | None
 ) -> Stream | None:
     dtype = skeleton.checkpoint.dtype_of_weights
-    decisions = _decide(block, plan, dtype, stream)
+    decisions, learned = _decide(block, plan, dtype, stream)
     parameters = dict(block.module.named_parameters())
     folded = fold(parameters, block.topology, decisions, plan.scheme, dtype)
     after, errors = stream, None
@@ -93,26 +94,33 @@ def _quantize(
         after, errors = advance(block, folded, folded.written(), plan.scheme, stream)
     report = _report(block, unit, folded, decisions, errors)
     by_path = {block.path(name): q for name, q in folded.linears.items()}
-    sink.write(unit, QuantizedBlock(by_path, _passed(skeleton, block, folded), report))
+    sink.write(unit, QuantizedBlock(by_path, _passed(skeleton, block, folded), report, learned))
     return after
 
 
-def _decide(block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream | None) -> BlockDecisions:
-    """All methods in order; neighbouring learned ones are trained together."""
-    learned = bool(block.name) and any(isinstance(method, Learned) for method in plan.methods)
-    stats, targets = statistics(block, stream) if learned and stream is not None else ({}, None)
-    activations = stream.activations if stream else None
-    context = Context(plan.scheme, dtype, activations, stats, plan.training)
+def _decide(
+    block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream | None
+) -> tuple[BlockDecisions, dict[str, Tensor]]:
+    """All methods in order, neighbouring learned ones trained together; and what they learned.
+
+    On the output layer, which has no stream of its own, what is learned elsewhere has its default.
+    """
+    trains = bool(block.name) and any(isinstance(method, Learned) for method in plan.methods)
+    stats, targets = statistics(block, stream) if trains and stream is not None else ({}, None)
+    context = Context(plan.scheme, dtype, stream.activations if stream else None, stats, plan.training)
     decisions = BlockDecisions()
+    learned: dict[str, Tensor] = {}
     for is_learned, methods in groupby(plan.methods, lambda method: isinstance(method, Learned)):
-        if is_learned and stream is not None and targets is not None:
-            learnables = [m.learn(block, context, decisions) for m in methods if isinstance(m, Learned)]
-            decisions = Trainer(block, learnables, context, decisions, _objective(block, plan, stream, targets)).run()
-        else:  # what is learned has its default on the output layer: min-max, to the nearest
+        if not is_learned:
             for method in methods:
-                if isinstance(method, Closed):
-                    decisions = method.decide(block, context, decisions)
-    return decisions
+                assert isinstance(method, Closed)
+                decisions = method.decide(block, context, decisions)
+        elif stream is not None and targets is not None:
+            learnables = [m.learn(block, context, decisions) for m in methods if isinstance(m, Learned)]
+            trainer = Trainer(block, learnables, context, decisions, _objective(block, plan, stream, targets))
+            decisions = trainer.run() if plan.learned is None else trainer.adopt(plan.learned(block.name))
+            learned |= trainer.learned
+    return decisions, learned
 
 
 def _objective(block: Block, plan: RunPlan, stream: Stream, targets: Tensor) -> Objective:

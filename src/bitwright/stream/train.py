@@ -66,6 +66,18 @@ class Trainer:
         self.decided, self.objective = decided, objective
         self.base = {name: p.detach().float() for name, p in block.module.named_parameters()}
         self.fallbacks: list[str] = []
+        self.learned: dict[str, Tensor] = {}
+
+    def adopt(self, learned: Mapping[str, Tensor]) -> BlockDecisions:
+        """The decisions of parameters that an earlier training found; none where it kept the start."""
+        if not learned:
+            return self.decided
+        with torch.no_grad():
+            for learnable in self.learnables:
+                for name, parameter in learnable.parameters.items():
+                    parameter.copy_(learned[name])
+        self.learned = dict(learned)
+        return self.decisions()
 
     def run(self) -> BlockDecisions:
         """The best decisions found; what was there before training where nothing better was."""
@@ -77,6 +89,9 @@ class Trainer:
         if not loss < zero:
             self.fallbacks.append(f"training did not improve on the start ({loss:.4g}, start {zero:.4g}): start kept")
             found = self.decided
+        else:
+            parameters = [learnable.parameters for learnable in self.learnables]
+            self.learned = {name: p.detach().clone() for found_in in parameters for name, p in found_in.items()}
         return replace(found, fallbacks=(*found.fallbacks, *self.fallbacks))
 
     def decisions(self) -> BlockDecisions:

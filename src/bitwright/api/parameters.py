@@ -1,0 +1,58 @@
+"""Learned parameters as files, as OmniQuant's model zoo keeps them: to quantize again without training.
+
+A safetensors file: ``BLOCK/GROUP/NAME`` (``model.layers.0/lwc.a/self_attn.q_proj``), and as metadata the scheme, the
+method and what identifies the model.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.errors import RecipeError
+
+
+def belonging(checkpoint: Checkpoint, scheme: str, method: str) -> dict[str, str]:
+    """What parameters belong to."""
+    weights = {k: v for k, v in checkpoint.fingerprint().items() if k != "config.json"}
+    digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+    return {"scheme": scheme, "method": method, "model_sha256": digest}
+
+
+class LearnedParameters:
+    """The parameters in a file; ``learned(block)`` gives those of a block, none where training kept its start."""
+
+    def __init__(self, path: Path, wanted_by: Mapping[str, str]) -> None:
+        """Raises RecipeError for a file that is none, or was saved for another model, scheme or method."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                found, self._names = file.metadata() or {}, list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise RecipeError(
+                f"{path} cannot be read as learned parameters: {error}; --save-parameters makes such a file"
+            ) from None
+        for key, wanted in wanted_by.items():
+            if found.get(key) != wanted:
+                raise RecipeError(
+                    f"{path} was saved for {key.removesuffix('_sha256')} {_shown(found.get(key))}, this run is for "
+                    f"{_shown(wanted)}; load it with the model, scheme and method it was saved with, or train anew"
+                )
+        self.path = path
+
+    def __call__(self, block: str) -> Mapping[str, Tensor]:
+        """Parameters by ``group/name``."""
+        prefix = f"{block}/"
+        with safe_open(self.path, framework="pt") as file:
+            return {n.removeprefix(prefix): file.get_tensor(n) for n in self._names if n.startswith(prefix)}
+
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def _shown(value: str | None) -> str:
+    return "nothing" if value is None else value if len(value) < 40 else f"{value[:12]}..."

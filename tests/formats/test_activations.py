@@ -1,0 +1,92 @@
+"""Activations, queries, keys and values as plain transformers quantizes them at run time from what was written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import Checkpoints
+from tests.formats.conftest import LINEARS, Case, Quantized, expected, tensors_of
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+SCHEMES = {"W8A8": (8, 8), "W4A4": (4, 4), "W4A4KV4": (4, 4), "W4A16KV4": (None, 4), "W6A6g32sym": (6, 6)}
+
+
+def load(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel, tokens: Tensor = TOKENS) -> Tensor:
+    found: Tensor = model(tokens, use_cache=False).logits
+    assert found.isfinite().all()
+    return found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_later_tokens_change_nothing_before_them(scheme: str, quantized: Quantized) -> None:
+    model = load(quantized(scheme, "float32"))
+    before, keep = logits(model), 10
+    changed = TOKENS.clone()
+    changed[:, keep:] = (changed[:, keep:] + 101) % 256
+    after = logits(model, changed)
+    assert torch.equal(after[:, :keep], before[:, :keep])
+    assert not torch.equal(after[:, keep:], before[:, keep:])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_activations_are_really_quantized(scheme: str, quantized: Quantized) -> None:
+    weights_alone = scheme.replace("A8", "A16").replace("A4", "A16").replace("A6", "A16").removesuffix("KV4")
+    difference = (logits(load(quantized(scheme, "float32"))) - logits(load(quantized(weights_alone, "float32")))).abs()
+    assert difference.mean() > 1e-3
+
+
+def test_keys_and_values_follow_the_activations(quantized: Quantized) -> None:
+    assert torch.equal(logits(load(quantized("W4A4", "float32"))), logits(load(quantized("W4A4KV4", "float32"))))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_logits_equal_those_of_a_plain_model_with_rounded_activations(
+    scheme: str, tiny: Checkpoints, quantized: Quantized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain model has the weights that the formula gives, and every linear's input rounded per token; queries, keys
+    and values, after the rotary embedding, per token and head. All of it is written here, a second time."""
+    activations, cache = SCHEMES[scheme]
+    packed = tensors_of(quantized(scheme, "float32"))
+    group = 32 if "g32" in scheme else -1
+    case = Case(scheme, "float32", bits=int(scheme[1]), symmetric=scheme.endswith("sym"), group=group)
+    plain = load(tiny("float32"))
+    for name in LINEARS:
+        linear = plain.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        linear.weight.data = expected(linear.weight.data, case, packed[f"{name}.weight_scale"])
+        if activations is not None:
+            linear.register_forward_pre_hook(lambda _, args: (rounded(args[0], activations),))
+    with monkeypatch.context() as patched:
+        patched.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attention(activations, cache))
+        want = logits(plain)
+    torch.testing.assert_close(logits(load(quantized(scheme, "float32"))), want, rtol=1e-4, atol=1e-4)
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """Each vector of the last dimension on 2**bits - 1 steps, from its smallest to its largest element and zero."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    h = (high - low) / (2**bits - 1)
+    z = -(low / h).round()
+    return ((x / h).round() + z).clamp(0, 2**bits - 1).sub(z) * h
+
+
+def attention(queries: int | None, cache: int) -> Callable[..., Any]:
+    """transformers' own attention, on rounded queries, keys and values."""
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def with_rounding(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        q = q if queries is None else rounded(q, queries)
+        return original(module, q, rounded(k, cache), rounded(v, cache), *args, **kwargs)
+
+    return with_rounding

@@ -1,0 +1,38 @@
+import pytest
+import torch
+from tests.conftest import Checkpoints
+from transformers import AutoConfig
+
+from bitwright.core.decisions import LinearDecision
+from bitwright.core.errors import RecipeError
+from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.families import llama
+from bitwright.formats import dense
+from bitwright.steps.apply import quantize_linear
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tile", [Tile(1, 4), Tile(2, 1)], ids=str)
+def test_what_the_codes_stand_for_and_outliers_too(tile: Tile, dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q = quantize_linear(weight, LinearDecision(tile=tile, outliers=weight > 1), Scheme(Grid(3)), dtype)
+    tensors = dense.encode("a.b", q)
+    assert set(tensors) == {"a.b.weight"}
+    written = tensors["a.b.weight"]
+    assert written.dtype == dtype
+    assert torch.equal(written, q.dequantize())
+    assert torch.equal(written[weight > 1], weight[weight > 1])
+    assert torch.equal(dense.decode(tensors, "a.b", Scheme(Grid(3))), written)
+    assert dense.stored_bytes((6, 8), Scheme(Grid(3)), dtype) == written.numel() * written.element_size()
+
+
+@pytest.mark.parametrize("text", ["W4A4", "W8A8", "W4A16KV4", "W4A4KV16"])
+def test_activations_have_no_place_in_it(text: str, tiny: Checkpoints) -> None:
+    family = llama.describe(AutoConfig.from_pretrained(tiny()))
+    with pytest.raises(RecipeError, match=f"dense cannot hold the activations or KV cache of scheme {text}"):
+        dense.quantization_config(Scheme.parse(text), family, 16, False)
+
+
+def test_it_is_an_ordinary_model(tiny: Checkpoints) -> None:
+    family = llama.describe(AutoConfig.from_pretrained(tiny()))
+    assert dense.quantization_config(Scheme.parse("W4A16"), family, 16, True) is None

@@ -1,0 +1,225 @@
+"""The runner's promises: one block in memory, finished units not done again, and reports that are true."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import Checkpoints
+from tests.stream.conftest import SkeletonOf, loaded
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitwright.core.block import Block
+from bitwright.core.decisions import BlockDecisions, Decision
+from bitwright.core.method import Context, Method
+from bitwright.core.progress import Progress, silent
+from bitwright.core.quantized import QuantizedBlock
+from bitwright.core.scheme import Scheme
+from bitwright.methods import rtn
+from bitwright.stream import activations
+from bitwright.stream.runner import run
+from bitwright.stream.skeleton import Skeleton
+
+SCHEME = Scheme.parse("W3A16g32")
+
+
+class Memory:
+    """A sink that keeps everything in a dictionary."""
+
+    def __init__(self, written: Mapping[str, QuantizedBlock] | None = None) -> None:
+        self.written = dict(written or {})
+        self.order: list[str] = []
+
+    def finished(self, unit: str) -> bool:
+        return unit in self.written
+
+    def weights(self, unit: str, block: Block) -> Mapping[str, Tensor]:
+        return {name: self.written[unit].linears[block.path(name)].dequantize() for name in block.topology.linears}
+
+    def write(self, unit: str, result: QuantizedBlock) -> None:
+        self.order.append(unit)
+        self.written[unit] = result
+
+
+def go(
+    skeleton: Skeleton,
+    sink: Memory,
+    tokens: Tensor | None,
+    methods: Sequence[Method] = (rtn.METHOD,),
+    with_head: bool = False,
+    listener: Any = silent,
+) -> Memory:
+    run(skeleton, SCHEME, methods, sink, tokens=tokens, with_head=with_head, listener=listener)
+    return sink
+
+
+def in_memory(skeleton: Skeleton) -> set[str]:
+    return {name for name, parameter in skeleton.model.named_parameters() if not parameter.is_meta}
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_one_block_is_in_memory_at_a_time(text: bool, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor) -> None:
+    made, seen = skeleton(tiny()), []
+
+    def spy(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+        parts = {".".join(name.split(".")[:3]) for name in in_memory(made)}
+        seen.append((block.name, parts, context.activations is not None))
+        return decisions
+
+    go(made, Memory(), tokens if text else None, [Method(frozenset({Decision.AXIS}), spy), rtn.METHOD], with_head=True)
+    assert seen == [
+        ("model.layers.0", {"model.layers.0"}, text),
+        ("model.layers.1", {"model.layers.1"}, text),
+        ("", {"model.norm.weight", "lm_head.weight"}, text),
+    ]
+    assert in_memory(made) == set()
+
+
+def test_without_text_no_forward_pass_is_made(
+    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = skeleton(tiny())
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a forward pass")
+
+    monkeypatch.setattr("torch.nn.Module.__call__", refuse)
+    sink = go(made, Memory(), None)
+    for result in sink.written.values():
+        assert result.report.output_error is None
+        assert all(row.output_error is None for row in result.report.linears)
+
+
+def test_text_changes_no_code_of_a_method_that_needs_none(
+    tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor
+) -> None:
+    made = skeleton(tiny())
+    without, with_text = go(made, Memory(), None, with_head=True), go(made, Memory(), tokens, with_head=True)
+    assert without.order == with_text.order == ["model.layers.0", "model.layers.1", "lm_head"]
+    for unit, result in without.written.items():
+        for name, q in result.linears.items():
+            assert torch.equal(q.dequantize(), with_text.written[unit].linears[name].dequantize())
+
+
+def test_what_is_passed_through_is_what_the_checkpoint_stores(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
+    made, original = skeleton(tiny()), loaded(tiny(), torch.bfloat16)
+    sink = go(made, Memory(), None, with_head=True)
+    for unit in ("model.layers.0", "model.layers.1"):
+        passed = sink.written[unit].passed
+        assert set(passed) == {f"{unit}.{norm}_layernorm.weight" for norm in ("input", "post_attention")}
+        for name, tensor in passed.items():
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, original.get_parameter(name))
+    assert sink.written["lm_head"].passed == {}
+
+
+@torch.no_grad()
+def test_reports_are_true(tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor) -> None:
+    """Against two models of transformers: the original, and one with the weights that were written."""
+    folder = tiny()
+    sink = go(skeleton(folder), Memory(), tokens, with_head=True)
+    original, quantized = loaded(folder), loaded(folder)
+    for result in sink.written.values():
+        for name, q in result.linears.items():
+            quantized.get_submodule(name).weight.copy_(q.dequantize())
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, list[Tensor]] = {}
+    for model in (original, quantized):
+        for unit in sink.order:
+            keep = outputs.setdefault(unit, [])
+            model.get_submodule(unit).register_forward_hook(lambda _, args, y, keep=keep: keep.append(y.double()))
+    for name in (name for result in sink.written.values() for name in result.linears):
+        original.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: inputs.update({name: args[0].double()})
+        )
+    original(tokens)
+    quantized(tokens)
+    for unit, result in sink.written.items():
+        reference, mine = outputs[unit]
+        assert result.report.name == unit
+        assert result.report.output_error == pytest.approx(error(mine, reference), rel=1e-3)
+        assert [row.name for row in result.report.linears] == list(result.linears)
+        for row in result.report.linears:
+            w, q = original.get_submodule(row.name).weight.double(), result.linears[row.name]
+            wq = q.dequantize().double()
+            assert (row.shape, row.tile) == (tuple(w.shape), (1, 32))
+            assert row.weight_error == pytest.approx(error(wq, w), rel=1e-4)
+            assert row.output_error == pytest.approx(error(inputs[row.name] @ wq.T, inputs[row.name] @ w.T), rel=1e-3)
+            # 3 bits a code, and a scale of 16 and a zero point of 3 for every 32 of them.
+            assert row.bits_per_weight == 3 + (16 + 3) / 32
+            assert row.storage_bits == row.bits_per_weight * w.numel()
+
+
+def error(one: Tensor, other: Tensor) -> float:
+    return float((one - other).square().sum() / other.square().sum())
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_a_run_goes_on_where_another_stopped(
+    done: int, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor
+) -> None:
+    made = skeleton(tiny())
+    whole = go(made, Memory(), tokens, with_head=True)
+    finished = {unit: whole.written[unit] for unit in whole.order[:done]}
+    rest = go(made, Memory(finished), tokens, with_head=True)
+    assert rest.order == whole.order[done:]
+    for unit in rest.order:
+        assert rest.written[unit].report == whole.written[unit].report
+
+
+def test_finished_units_are_not_even_read_without_text(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
+    made = skeleton(tiny())
+    whole = go(made, Memory(), None)
+    made.checkpoint.read = None  # type: ignore[assignment,method-assign]
+    assert go(made, Memory(whole.written), None).order == []
+
+
+def test_fallbacks_reach_the_report(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
+    def falls_back(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+        return BlockDecisions(fallbacks=(f"{block.name}: something else was done",))
+
+    sink = go(skeleton(tiny()), Memory(), None, [Method(frozenset({Decision.RANGE}), falls_back)])
+    assert sink.written["model.layers.1"].report.fallbacks == ("model.layers.1: something else was done",)
+
+
+def test_progress_names_every_unit_and_comes_to_its_end(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
+    heard: list[Progress] = []
+    go(skeleton(tiny()), Memory(), None, with_head=True, listener=heard.append)
+    assert [(p.done, p.total, p.unit) for p in heard[:3]] == [
+        (0, 3, "model.layers.0"),
+        (1, 3, "model.layers.1"),
+        (2, 3, "lm_head"),
+    ]
+    assert (heard[-1].done, heard[-1].total) == (3, 3)
+    assert all(p.stage == "quantize" and p.peak_bytes and p.peak_bytes > 2**20 for p in heard)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that any tensor made while it lasts has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not result.is_meta:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.xfail(
+    reason="the logits of all calibration tokens are kept at once: 134 GB for 128 x 2048 tokens of a Llama 3",
+    raises=AssertionError,
+    strict=True,
+)
+def test_the_output_layer_needs_no_logits_of_all_tokens_at_once(
+    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(activations, "TOKENS_PER_PASS", 256)
+    made = skeleton(tiny())
+    with Largest() as largest:
+        go(made, Memory(), tokens, with_head=True)
+    assert largest.elements < tokens.numel() * 256 / 2

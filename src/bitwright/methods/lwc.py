@@ -35,15 +35,19 @@ class Clipping(Learnable):
     def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
         """Starts at sigmoid(4)."""
         self.tiles = {n: decisions.linear(n).tile or context.scheme.tile for n in block.topology.linears}
-        self._constant = {n: minmax(block.weight(n), tile) for n, tile in self.tiles.items()}
-        self.a = {n: torch.full_like(low, START).requires_grad_() for n, (low, _) in self._constant.items()}
-        self.b = {n: torch.full_like(low, START).requires_grad_() for n, (low, _) in self._constant.items()}
+        start = {n: torch.full_like(minmax(block.weight(n), tile)[0], START) for n, tile in self.tiles.items()}
+        self.a = {n: value.clone().requires_grad_() for n, value in start.items()}
+        self.b = {n: value.clone().requires_grad_() for n, value in start.items()}
+        self._seen: dict[str, tuple[Tensor, Range]] = {}
         rate = context.training.lwc_lr
         super().__init__({"lwc.a": (self.a, rate), "lwc.b": (self.b, rate)})
 
     def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
         """low = beta min(W), high = gamma max(W)."""
-        low, high = minmax(weight, tile) if weight.requires_grad else self._constant[linear]
+        # A weight that nothing transforms is the same tensor in every step.
+        if linear not in self._seen or self._seen[linear][0] is not weight:
+            self._seen[linear] = (weight, minmax(weight, tile))
+        low, high = self._seen[linear][1]
         return self.b[linear].sigmoid() * low, self.a[linear].sigmoid() * high
 
     def decide(self, parameters: Parameters, decisions: BlockDecisions) -> BlockDecisions:

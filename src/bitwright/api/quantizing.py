@@ -154,6 +154,8 @@ def _write_companions(job: Job, folder: Path) -> None:
     source, config = job.source.checkpoint.folder, dict(job.source.checkpoint.config)
     if job.recipe.quantize_lm_head:
         config["tie_word_embeddings"] = False
+    if job.scheme.kv is not None:  # compressed-tensors asks every attention for it
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
     if job.quantization_config is not None:
         config["quantization_config"] = job.quantization_config
     write_json(folder / CONFIG, config)

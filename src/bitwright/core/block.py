@@ -68,7 +68,11 @@ class Topology:
 
 @dataclass(frozen=True)
 class Family:
-    """Where things sit in one architecture: what a file in ``families/`` describes."""
+    """Where things sit in one architecture: what a file in ``families/`` describes.
+
+    ``flattened`` are the linears, by name in the block with their input features, that see all tokens of a batch as
+    rows of one matrix.
+    """
 
     model_type: str
     blocks: str
@@ -77,6 +81,7 @@ class Family:
     head: str
     attention_class: str
     topology: Topology
+    flattened: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

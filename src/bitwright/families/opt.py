@@ -30,6 +30,7 @@ def describe(config: PretrainedConfig) -> Family:
         head="lm_head",
         attention_class="OPTAttention",
         topology=Topology(groups, _sites(config)),
+        flattened=((FC1, config.hidden_size), (FC2, config.ffn_dim)),
     )
 
 

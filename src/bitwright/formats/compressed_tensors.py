@@ -71,7 +71,7 @@ def quantization_config(scheme: Scheme, family: Family, head_dim: int, quantize_
     Activations are quantized per token, keys and values (and queries) per token and head: dynamic ``group`` with
     group_size = head_dim. The library's ``token`` strategy on keys would share one scale over the sequence.
     """
-    groups = {"group_0": _linears(scheme)}
+    groups = {"group_0": _linears(scheme, ["Linear"], None)}
     kv = None if scheme.kv is None else _dynamic(scheme.kv, head_dim)
     if scheme.activations is not None:
         if scheme.kv != scheme.activations:
@@ -80,7 +80,10 @@ def quantization_config(scheme: Scheme, family: Family, head_dim: int, quantize_
                 f"{scheme.activations.bits} bits and keys and values at {scheme.kv.bits if scheme.kv else 16}. "
                 f"Leave KV out, or use A{UNQUANTIZED_BITS} to quantize the KV cache alone"
             )
-        groups["group_1"] = QuantizationScheme(targets=[family.attention_class], input_activations=kv)
+        # The library takes dimensions 0 and 1 of an input for batch and token: rows of a matrix would share a scale.
+        rows = [_linears(scheme, [f"re:.*{name}$"], width) for name, width in family.flattened]
+        groups = {f"group_{n}": group for n, group in enumerate([*rows, *groups.values()])}
+        groups["attention"] = QuantizationScheme(targets=[family.attention_class], input_activations=kv)
         kv = None
     config = QuantizationConfig(
         config_groups=groups,
@@ -97,7 +100,8 @@ def quantization_config(scheme: Scheme, family: Family, head_dim: int, quantize_
     return written
 
 
-def _linears(scheme: Scheme) -> QuantizationScheme:
+def _linears(scheme: Scheme, targets: list[str], features: int | None) -> QuantizationScheme:
+    """One config group; activations per token, or, the same said so that it holds for rows too, per ``features``."""
     group = None if scheme.tile.in_ == FULL else scheme.tile.in_
     weights = QuantizationArgs(
         num_bits=scheme.weight.bits,
@@ -105,9 +109,9 @@ def _linears(scheme: Scheme) -> QuantizationScheme:
         strategy="channel" if group is None else "group",
         group_size=group,
     )
-    inputs = None if scheme.activations is None else _dynamic(scheme.activations, None)
+    inputs = None if scheme.activations is None else _dynamic(scheme.activations, features)
     # Named, because with activations transformers would otherwise infer one code per byte.
-    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs, format="pack-quantized")
+    return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format="pack-quantized")
 
 
 def _dynamic(grid: Grid, group: int | None) -> QuantizationArgs:

@@ -3,7 +3,7 @@
     python benchmarks/quality.py MODEL --text TEST.txt --name rtn-en-llama \
         --row rtn:W8A16 --row rtn:W4A16g128 --row rtn:W2A16g128
 
-A row is ``method:scheme[:seed]``. Every finished row is kept in benchmarks/results/NAME.jsonl, so a run that is
+A row is ``method:scheme[:seed[:key=value,key=value]]``, keys as in a recipe. Every finished row is kept in benchmarks/results/NAME.jsonl, so a run that is
 stopped goes on with the rows that are missing; NAME.md is the table, made anew each time. Perplexity is over
 consecutive windows of the text (the papers' protocol), KL divergence is the mean of KL(original || quantized) in nats
 per token over the same windows.
@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+import yaml
 
 import bitwright
 
@@ -32,7 +33,7 @@ def main(
     model: Path,
     text: Annotated[str, typer.Option(help="Text to measure on; held out from calibration.")],
     name: Annotated[str, typer.Option(help="Name of the result files.")],
-    row: Annotated[list[str], typer.Option(help="method:scheme[:seed]; repeatable.")],
+    row: Annotated[list[str], typer.Option(help="method:scheme[:seed[:key=value,...]]; repeatable.")],
     calibration: Annotated[str | None, typer.Option(help="Calibration text, where a method needs one.")] = None,
     samples: int = 128,
     calibration_seqlen: int = 256,
@@ -68,7 +69,7 @@ def _measure(
     samples: int,
     calibration_seqlen: int,
 ) -> Row:
-    method, scheme, *seed = key.split(":")
+    method, scheme, seed, settings = _parts(key)
     if method == "none":
         found = bitwright.evaluate(model, text, seqlen=seqlen, windows=windows).measurement
         return {"bits": 16.0, "perplexity": found.perplexity, "kl": 0.0, "agreement": 1.0}
@@ -79,7 +80,8 @@ def _measure(
         calibration=calibration,
         samples=samples,
         seqlen=calibration_seqlen,
-        seed=int(seed[0]) if seed else 0,
+        seed=seed,
+        **settings,
     )
     with TemporaryDirectory() as folder:
         result = bitwright.quantize(recipe, Path(folder) / "out")
@@ -92,6 +94,13 @@ def _measure(
         "seconds": result.seconds,
         "peak_bytes": result.peak_bytes,
     }
+
+
+def _parts(key: str) -> tuple[str, str, int, Row]:
+    """Method, scheme, seed and settings of a row."""
+    method, scheme, seed, settings = (key.split(":") + ["0", ""][key.count(":") - 1 :])[:4]
+    pairs = [pair.split("=") for pair in settings.split(",") if pair]
+    return method, scheme, int(seed), {name: yaml.safe_load(value) for name, value in pairs}
 
 
 def _machine() -> Row:
@@ -118,8 +127,8 @@ def _table(title: str, rows: list[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        method, scheme, *seed = row["row"].split(":")
-        name = method + (f", seed {seed[0]}" if seed else "")
+        method, scheme, seed, settings = _parts(row["row"])
+        name = ", ".join([method, *([f"seed {seed}"] if seed else []), *(f"{k} {v}" for k, v in settings.items())])
         lines.append(
             f"| {name} | {scheme} | {row['bits']:.3f} | {row['perplexity']:.2f} | {row['kl']:.5f} | "
             f"{row['agreement']:.2%} |"

@@ -9,8 +9,7 @@ from tests.conftest import Checkpoints
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitwright
-from bitwright.core.errors import CalibrationError, CheckpointError, UserError
-from bitwright.evaluation.windows import consecutive
+from bitwright.core.errors import CheckpointError
 
 TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * n} lazy dogs\n" for n in range(60))
 SEQLEN, WINDOWS = 48, 12
@@ -57,31 +56,6 @@ def test_the_numbers_are_those_of_a_plain_loop(tiny: Checkpoints, quantized: Pat
     assert found.kl_divergence == pytest.approx(divergence, rel=1e-4)
     assert found.top1_agreement == pytest.approx(agreement)
     assert divergence > 0.01  # a quantized model that says the same would prove nothing
-
-
-def test_a_model_does_not_diverge_from_itself(tiny: Checkpoints, text: str) -> None:
-    found = bitwright.evaluate(tiny(), text, seqlen=SEQLEN, windows=4, reference=tiny()).measurement
-    assert (found.kl_divergence, found.top1_agreement) == (0.0, 1.0)
-    assert found.reference_perplexity == found.perplexity
-    assert found.perplexity == pytest.approx(
-        bitwright.evaluate(tiny(), text, seqlen=SEQLEN, windows=4).measurement.perplexity
-    )
-
-
-def test_windows_follow_each_other_without_overlap() -> None:
-    tokens = torch.arange(100)
-    assert consecutive(tokens, 30, None, "t").tolist() == [list(range(s, s + 30)) for s in (0, 30, 60)]
-    assert consecutive(tokens, 30, 2, "t").shape == (2, 30)
-    with pytest.raises(CalibrationError, match=r"4 windows of 30 .* need 120 tokens, but 't' has 100, enough for 3"):
-        consecutive(tokens, 30, 4, "t")
-    for seqlen, windows in ((1, None), (30, 0)):
-        with pytest.raises(CalibrationError, match="must be at least"):
-            consecutive(tokens, seqlen, windows, "t")
-
-
-def test_another_vocabulary_is_no_reference(tiny: Checkpoints, text: str) -> None:
-    with pytest.raises(UserError, match=r"vocabulary of 300.* one of 256"):
-        bitwright.evaluate(tiny(), text, seqlen=SEQLEN, windows=1, reference=tiny(vocab_size=300))
 
 
 def test_missing_weights_are_refused_not_made_up(tiny: Checkpoints, tmp_path: Path, text: str) -> None:

@@ -39,6 +39,18 @@ def test_later_tokens_change_nothing_before_them(scheme: str, quantized: Quantiz
     assert not torch.equal(after[:, keep:], before[:, keep:])
 
 
+@pytest.mark.parametrize("scheme", ["W4A4", "W4A16KV4"])
+@torch.inference_mode()
+def test_token_by_token_through_the_cache_is_the_same(scheme: str, quantized: Quantized) -> None:
+    model = load(quantized(scheme, "float32"))
+    cache, found = None, []
+    for at in range(TOKENS.shape[1]):
+        step = model(TOKENS[:, at : at + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        found.append(step.logits)
+    torch.testing.assert_close(torch.cat(found, 1), logits(model), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_activations_are_really_quantized(scheme: str, quantized: Quantized) -> None:
     weights_alone = scheme.replace("A8", "A16").replace("A4", "A16").replace("A6", "A16").removesuffix("KV4")

@@ -13,6 +13,8 @@ from tests.conftest import Checkpoints
 from tests.formats.conftest import LINEARS, Case, Quantized, expected, tensors_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import bitwright
+
 CASES = [
     Case("W2A16g32", bits=2, group=32),
     Case("W2A16sym", "float16", tied=True, format="dense", bits=2, symmetric=True),
@@ -78,6 +80,17 @@ def test_what_is_in_no_block_is_copied(tiny: Checkpoints, quantized: Quantized) 
         assert torch.equal(written[name], original[name]), name
     rest = {name.rpartition(".")[0] for name in written} - {name.rpartition(".")[0] for name in UNTOUCHED}
     assert rest == {*LINEARS, "lm_head"}
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A4"])
+def test_biases_are_kept(scheme: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    source = tiny(attention_bias=True, mlp_bias=True)
+    bitwright.quantize(bitwright.Recipe(str(source), scheme), tmp_path / "out")
+    original, model = tensors_of(source), load(tmp_path / "out", "bfloat16")
+    for name in LINEARS:
+        bias = model.get_submodule(name).bias
+        assert isinstance(bias, torch.Tensor)
+        assert torch.equal(bias, original[f"{name}.bias"]), name
 
 
 def test_the_files_of_the_original_go_along(tiny: Checkpoints, quantized: Quantized) -> None:

@@ -1,5 +1,6 @@
 """The runner's promises: one block in memory, finished units not done again, and reports that are true."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitwright.core.quantized import QuantizedBlock
 from bitwright.core.scheme import Scheme
 from bitwright.methods import rtn
 from bitwright.stream import activations
+from bitwright.stream.budget import estimate
 from bitwright.stream.runner import run
 from bitwright.stream.skeleton import Skeleton
 
@@ -223,3 +225,41 @@ def test_the_output_layer_needs_no_logits_of_all_tokens_at_once(
     with Largest() as largest:
         go(made, Memory(), tokens, with_head=True)
     assert largest.elements < tokens.numel() * 256 / 2
+
+
+class Live(TorchDispatchMode):
+    """Adds up the bytes of the tensors made while it lasts that are still there, and notes the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor) and not each.is_meta}
+        if isinstance(result, Tensor) and not result.is_meta and result.untyped_storage().data_ptr() not in known:
+            storage = result.untyped_storage()
+            self._count(storage.nbytes())
+            weakref.finalize(storage, self._count, -storage.nbytes())
+        return result
+
+    def _count(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+@pytest.mark.xfail(
+    reason="the difference of the two streams is a fifth one, and is not counted", raises=AssertionError, strict=True
+)
+def test_the_budget_holds_the_activations(
+    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.randint(0, 256, (128, 128), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(activations, "TOKENS_PER_PASS", 256)
+    made = skeleton(tiny())
+    weights = sum(parameter.numel() * 4 for parameter in made.model.parameters())
+    with Live() as live:
+        go(made, Memory(), tokens)
+    stream = tokens.numel() * made.model.config.hidden_size * 4
+    assert live.peak > 3 * stream > 5 * weights, "activations are what is measured here"
+    assert live.peak < estimate(made, tokens.numel()).activations + weights

@@ -211,13 +211,11 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"there is no device '{name}'; {nearest(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}") from None
     try:
-        if float(torch.zeros(1, device=device)) == 0:  # a device that holds something: meta does not
-            return device
+        float(torch.zeros(1, device=device))  # made and read: meta lets itself be made alone
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition(". ")[0]  # the rest is advice to torch's own developers
-    else:
-        reason = "it does not compute"
-    raise UserError(f"device '{name}' cannot be used here ({reason}); use auto, cpu, or cuda:0")
+        raise UserError(f"device '{name}' cannot be used here ({reason}); use auto, cpu, or cuda:0") from None
+    return device
 
 
 def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:

@@ -1,0 +1,148 @@
+"""Runs that were stopped, by the user, the machine or a full disk, and what the same command makes of them."""
+
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli.conftest import SCHEME, Run, change_config, change_tensors, contents, tree
+
+from bitwright.api.sink import FolderSink
+from bitwright.cli import Interrupted
+
+
+@contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """What a disk does that fills up: a file cannot grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class TestGoingOn:
+    """A run that stopped continues, to the same bytes as one that did not."""
+
+    UNITS = 3  # output layer, embedding, norm: each of them fits where a block does not
+    HEAD_BYTES = 256 * 64 * 2
+
+    @pytest.fixture
+    def whole(self, run: Run, model: Path, tmp_path: Path) -> dict[str, bytes]:
+        assert run("quantize", model, "--scheme", "W8A16", "-o", tmp_path / "whole").code == 0
+        return contents(tmp_path / "whole")
+
+    @pytest.fixture
+    def begun(self, run: Run, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """The output of a run that was interrupted after its first block."""
+        with monkeypatch.context() as patched:
+            stop_after_a_block(patched, Interrupted)
+            flags = ("--calibration", text, "--samples", 2)
+            assert run("quantize", model, "--scheme", SCHEME, "-o", tmp_path / "out", *flags).code == 130
+        assert not (tmp_path / "out").exists()
+        return tmp_path / "out"
+
+    @pytest.fixture
+    def again(self, run: Run, model: Path, text: Path, begun: Path) -> Run:
+        """The same command, with other flags after it."""
+        flags = ("--scheme", SCHEME, "-o", begun, "--calibration", text, "--samples", 2, "--json")
+        return lambda *more: run("quantize", model, *flags, *more)
+
+    def test_after_a_full_disk(self, run: Run, model: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+        command = ("quantize", model, "--scheme", "W8A16", "-o", tmp_path / "out", "--json")
+        with files_of_at_most(self.HEAD_BYTES + 4096):
+            ran = run(*command)
+        assert ran.code == 2 and "out.partial" in ran.error and "repeat the command" in ran.error
+        assert not (tmp_path / "out").exists()
+        assert not list((tmp_path / "out.partial" / "result").iterdir())
+        assert run(*command).json["resumed"] == self.UNITS
+        assert contents(tmp_path / "out") == whole
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+    def test_after_a_signal(
+        self, run: Run, model: Path, whole: dict[str, bytes], tmp_path: Path, number: signal.Signals
+    ) -> None:
+        command = ["quantize", str(model), "--scheme", "W8A16", "--output", str(tmp_path / "out")]
+        ended = subprocess.run(
+            [sys.executable, "-c", SIGNALLED.format(number=int(number)), *command],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert ended.returncode == (130 if number == signal.SIGINT else -number)
+        assert ended.stdout == "" and "Traceback" not in ended.stderr
+        assert ("error: interrupted" in ended.stderr) == (number == signal.SIGINT)
+        assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+        assert run(*command, "--json").json["resumed"] == self.UNITS + 1
+        assert contents(tmp_path / "out") == whole
+
+    def test_with_what_the_first_run_left(self, again: Run, begun: Path) -> None:
+        assert again().json["resumed"] == self.UNITS + 1
+        assert not begun.with_name("out.partial").exists()
+
+    def test_other_flags_are_refused(self, again: Run, begun: Path) -> None:
+        before = tree(begun.with_name("out.partial"))
+        ran = again("--scheme", "W3A16g32", "--seed", 1)
+        assert ran.code == 2 and "begun with other settings" in ran.error
+        assert "scheme: 'W4A16g32' -> 'W3A16g32'" in ran.error and "seed: 0 -> 1" in ran.error
+        assert "--restart" in ran.error
+        assert tree(begun.with_name("out.partial")) == before
+        assert again("--scheme", "W3A16g32", "--restart").json["scheme"] == "W3A16g32"
+
+    def test_other_weights_are_refused(self, again: Run, model: Path) -> None:
+        change_tensors(model, lambda tensors: tensors["lm_head.weight"].mul_(2))
+        assert "begun with other settings" in again().error
+
+    def test_another_config_is_refused(self, again: Run, model: Path) -> None:
+        change_config(model, rms_norm_eps=1e-5)
+        assert "model.config.json: 'sha256" in again().error
+
+    def test_another_text_is_refused(self, again: Run, text: Path) -> None:
+        text.write_text("Something else. " * 1000)
+        assert "calibration.tokens_sha256" in again().error
+
+    def test_an_equal_model_elsewhere_is_the_same(self, run: Run, model: Path, text: Path, begun: Path) -> None:
+        moved = model.rename(model.with_name("moved"))
+        flags = ("--calibration", text, "--samples", 2, "--json")
+        assert run("quantize", moved, "--scheme", SCHEME, "-o", begun, *flags).json["resumed"] == self.UNITS + 1
+
+    def test_a_damaged_part_is_told(self, again: Run, begun: Path) -> None:
+        part = max(begun.with_name("out.partial").glob("part-*.safetensors"))
+        part.write_bytes(b"\xff" * part.stat().st_size)
+        ran = again()
+        assert ran.code == 2 and str(part) in ran.error and "--restart" in ran.error
+        assert again("--restart").json["resumed"] == 0
+
+
+def stop_after_a_block(monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+    """Raises as soon as the first block is written and noted."""
+    write = FolderSink.write
+
+    def stopping(self: FolderSink, *arguments: Any) -> None:
+        write(self, *arguments)
+        raise error
+
+    monkeypatch.setattr(FolderSink, "write", stopping)
+
+
+SIGNALLED = """
+import os
+from bitwright.api.sink import FolderSink
+from bitwright.cli import main
+
+write = FolderSink.write
+
+def stopping(self, *arguments):
+    write(self, *arguments)
+    os.kill(os.getpid(), {number})
+
+FolderSink.write = stopping
+main()
+"""

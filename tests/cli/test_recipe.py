@@ -1,0 +1,155 @@
+"""A YAML recipe says the same as the flags."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.cli.conftest import SCHEME, Run
+
+Refused = Callable[..., str]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(model: Path, tmp_path: Path) -> Write:
+    """``write(samples=3, ...)``: a recipe for the model with these keys more; None leaves one out."""
+
+    def to_file(**keys: Any) -> Path:
+        path = tmp_path / "recipe.yaml"
+        written = {"model": str(model), "scheme": SCHEME, "output": str(tmp_path / "out")} | keys
+        path.write_text(yaml.safe_dump({key: value for key, value in written.items() if value is not None}))
+        return path
+
+    return to_file
+
+
+def test_the_same_as_the_flags(run: Run, write: Write, model: Path, text: Path, tmp_path: Path) -> None:
+    keys = {
+        "method": "rtn",
+        "format": "dense",
+        "calibration": str(text),
+        "samples": 3,
+        "seqlen": 64,
+        "seed": 7,
+        "quantize_lm_head": True,
+        "shard_size": "50KB",
+    }
+    assert run("quantize", "--recipe", write(**keys)).code == 0
+    flags = [
+        part
+        for key, value in keys.items()
+        for part in ([f"--{key.replace('_', '-')}"] if value is True else [f"--{key.replace('_', '-')}", value])
+    ]
+    assert run("quantize", model, "--scheme", SCHEME, "-o", tmp_path / "flags", *flags).code == 0
+    from_recipe, from_flags = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if "timings" not in path.name}
+        for name in ("out", "flags")
+    )
+    assert from_recipe == from_flags
+    assert len([name for name in from_recipe if name.endswith(".safetensors")]) > 1
+
+
+def test_hyphens(run: Run, write: Write) -> None:
+    assert run("quantize", "--recipe", write(**{"quantize-lm-head": True}), "--dry-run", "--json").json["linears"] == 15
+
+
+def test_flags_win(run: Run, write: Write, model: Path, tmp_path: Path) -> None:
+    recipe = write(model="nowhere", scheme="W8A16", quantize_lm_head=True, output=str(tmp_path / "no"))
+    flags = ("--scheme", "W3A16", "--no-quantize-lm-head", "-o", tmp_path / "yes")
+    found = run("quantize", model, "--recipe", recipe, *flags, "--json").json
+    assert (found["scheme"], found["linears"], found["output"]) == ("W3A16", 14, str(tmp_path / "yes"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_home(run: Run, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("quantize", "--recipe", write(model="~/model", output="~/out")).code == 0
+    assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("shceme", "scheme"), ("methode", "method"), ("outptu", "output"), ("shard-sise", "shard_size"), ("Seed", "seed")],
+)
+def test_unknown_key(refused: Refused, write: Write, key: str, nearest: str) -> None:
+    message = refused("quantize", "--recipe", recipe := write(**{key: "x"}))
+    assert f"{recipe}: there is no key '{key.replace('-', '_')}'; did you mean {nearest}? Known: " in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "takes"),
+    [
+        ("samples", "3", "int"),
+        ("samples", 1.5, "int"),
+        ("samples", True, "int"),
+        ("seed", "1e3", "int"),
+        ("seed", [1], "int"),
+        ("seqlen", "long", "int or nothing"),
+        ("scheme", 4, "str"),
+        ("method", ["rtn"], "str"),
+        ("format", False, "str"),
+        ("calibration", 5, "str or nothing"),
+        ("shard_size", 5, "str"),
+        ("quantize_lm_head", "yes", "bool"),
+        ("quantize_lm_head", 1, "bool"),
+        ("model", 5, "str"),
+        ("output", 5, "the path of a folder"),
+        ("output", ["a"], "the path of a folder"),
+    ],
+)
+def test_wrong_type(refused: Refused, write: Write, key: str, value: Any, takes: str) -> None:
+    assert f"key '{key}' is {value!r}; it takes {takes}" in refused("quantize", "--recipe", write(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "says"), [("model", "which model?"), ("scheme", "which scheme"), ("output", "--output DIR")]
+)
+def test_missing_key(refused: Refused, write: Write, key: str, says: str) -> None:
+    assert says in refused("quantize", "--recipe", write(**{key: None}))
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "holds no keys"),
+        (b"- a\n- b\n", "holds no keys"),
+        (b"scheme", "holds no keys"),
+        (b"{}", "holds no keys"),
+        (b"scheme: [", "cannot be read as YAML"),
+        (b"\xff\xfe\xff", "cannot be read as YAML"),
+        (b"scheme: W4A16\nscheme: W3A16\n", "the key 'scheme' stands twice"),
+        (b"shard-size: 1GB\nshard_size: 2GB\n", "the key 'shard_size' stands twice"),
+        (b"a: b\n---\nc: d\n", "cannot be read as YAML"),
+        (b"? [a, b]\n: c\n", "cannot be read as YAML"),
+        (b"seed: " + b"9" * 5000, "cannot be read as YAML"),
+        (b"[" * 500, "nested too deeply"),
+        (b"!!python/object/apply:os.getcwd []", "cannot be read as YAML"),
+    ],
+    ids=[
+        "empty",
+        "list",
+        "text",
+        "no keys",
+        "cut",
+        "bytes",
+        "twice",
+        "twice by hyphen",
+        "two",
+        "odd",
+        "long",
+        "deep",
+        "tag",
+    ],
+)
+def test_no_recipe(refused: Refused, tmp_path: Path, raw: bytes, says: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(raw)
+    message = refused("quantize", "--recipe", recipe)
+    assert f"recipe {recipe}" in message and says in message
+
+
+def test_no_file(refused: Refused, tmp_path: Path) -> None:
+    assert "No such file" in refused("quantize", "--recipe", tmp_path / "nothing.yaml")
+    assert "Is a directory" in refused("quantize", "--recipe", tmp_path)

@@ -134,7 +134,7 @@ def plan_of(job: Job) -> Plan:
     """The plan of a job that is ready."""
     checkpoint, dtype = job.source.checkpoint, job.source.checkpoint.dtype_of_weights
     shapes = dict(job.linears())
-    replaced = {job.skeleton.source(f"{name}.weight") for name in shapes} - _still_needed(job)
+    replaced = {f"{name}.weight" for name in shapes}  # a tied output layer that is quantized leaves the embedding
     kept = sum(checkpoint.nbytes(name) for name in checkpoint.names if name not in replaced)
     quantized = sum(job.format.stored_bytes(shape, job.scheme, dtype) for shape in shapes.values())
     weights = sum(rows * columns for rows, columns in shapes.values())
@@ -158,11 +158,6 @@ def plan_of(job: Job) -> Plan:
         calibration_tokens=tokens,
         notes=tuple(_notes(job)),
     )
-
-
-def _still_needed(job: Job) -> set[str]:
-    """A tied output layer that is quantized leaves the embedding where it is."""
-    return {f"{job.source.family.embedding}.weight"}
 
 
 def _weight_bits(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:

@@ -22,12 +22,17 @@ def segments(tokens: Int[Tensor, " M"], samples: int, seqlen: int, seed: int, so
     if len(tokens) < needed:
         raise CalibrationError(
             f"{samples} segments of {seqlen} tokens need {needed} tokens, but '{source}' has {len(tokens)}; "
-            f"take a longer text, or --samples {max(1, len(tokens) // seqlen)}"
-            + (f" or --seqlen {len(tokens) // samples}" if len(tokens) >= samples else "")
+            + ", or ".join(["take a longer text", *_shorter(len(tokens), samples, seqlen)])
         )
     windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:samples]]
+
+
+def _shorter(tokens: int, samples: int, seqlen: int) -> list[str]:
+    """What the text would be long enough for."""
+    fewer = [f"--samples {tokens // seqlen}"] if tokens >= seqlen else []
+    return fewer + ([f"--seqlen {tokens // samples}"] if tokens >= samples else [])
 
 
 def fingerprint(tokens: Int[Tensor, "N T"]) -> str:

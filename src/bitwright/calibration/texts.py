@@ -40,7 +40,7 @@ def _read_file(path: Path) -> str:
     if path.suffix == ".parquet":
         return BETWEEN_DOCUMENTS.join(_parquet(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"{path} is not UTF-8 text: {error.reason} at byte {error.start}; convert it, for example with "
@@ -66,12 +66,22 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
 
 def _text_of(record: object, where: str) -> str:
     if isinstance(record, dict) and isinstance(record.get(TEXT_FIELD), str):
-        return str(record[TEXT_FIELD])
+        return _encodable(str(record[TEXT_FIELD]), where)
     if isinstance(record, dict) and TEXT_FIELD in record:
         found = f"'{TEXT_FIELD}' is of type {type(record[TEXT_FIELD]).__name__}"
     else:
         found = f"the fields are {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
     raise CalibrationError(f"{where} has no text in the field '{TEXT_FIELD}'; found: {found}")
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"{where}: the text has half of a surrogate pair at character {error.start}; mend or remove the line"
+        ) from None
+    return text
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -84,6 +94,11 @@ def _parquet(path: Path) -> Iterator[str]:
         schema = pyarrow.parquet.read_schema(path)
         if TEXT_FIELD not in schema.names:
             raise CalibrationError(f"{path} has no column '{TEXT_FIELD}'; it has {', '.join(schema.names)}")
+        kind = schema.field(TEXT_FIELD).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise CalibrationError(
+                f"{path}: column '{TEXT_FIELD}' holds {kind}, not text; name a file with a text column"
+            )
         column = pyarrow.parquet.read_table(path, columns=[TEXT_FIELD])[TEXT_FIELD]
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(f"{path} cannot be read as Parquet: {error}") from None

@@ -89,7 +89,9 @@ def affine(
     # Divide first: high - low can overflow where both ends are near the largest float32.
     step = high / grid.steps - low / grid.steps
     finfo = torch.finfo(dtype)
-    stored = step.clamp(min=finfo.tiny, max=finfo.max).to(dtype)
+    smallest = max(finfo.tiny * finfo.eps, torch.finfo(torch.float32).tiny)  # float16 needs its subnormal numbers
+    furthest = -grid.qmin if grid.symmetric else grid.steps  # no code may stand for more than the dtype holds
+    stored = step.clamp(min=smallest, max=finfo.max / furthest * (1 - finfo.eps)).to(dtype)
     scale = torch.where(step > 0, stored, torch.ones_like(stored))
     if grid.symmetric:
         return scale, None

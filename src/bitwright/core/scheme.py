@@ -138,7 +138,9 @@ class Scheme:
 
 
 # [0-9] and not \d, which also matches digits of other scripts.
-_PATTERN = re.compile(r"W(?P<w>[0-9]+)A(?P<a>[0-9]+)(KV(?P<kv>[0-9]+))?(g(?P<g>[0-9]+))?(?P<sym>sym|asym)?", re.I)
+_PATTERN = re.compile(
+    r"W(?P<w>[0-9]+)A(?P<a>[0-9]+)(KV(?P<kv>[0-9]+))?(g(?P<g>[0-9]+))?(?P<sym>sym|asym)?", re.I | re.A
+)
 _MAX_DIGITS = 9
 
 

@@ -69,7 +69,7 @@ _ORDER = list(Decision)
 def _refuse_conflict(name: str, decision: Decision, writers: dict[Decision, str]) -> None:
     if decision in writers:
         raise RecipeError(f"{writers[decision]} and {name} both decide the {decision}; keep one of them")
-    later = [d for d in writers if _ORDER.index(d) > _ORDER.index(decision)]
+    later = sorted((d for d in writers if _ORDER.index(d) > _ORDER.index(decision)), key=_ORDER.index)
     if later:
         raise RecipeError(
             f"{name} decides the {decision}, which comes before the {later[0]} that {writers[later[0]]} has "

@@ -1,6 +1,6 @@
 """The two streams of activations: through the full-precision blocks, and through the quantized ones."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +107,7 @@ def advance(
     with quantized_activations(block, scheme):
         outputs = forward_all(block, written, stream.activations.quantized, kwargs)
     linears = {name: _ratio(error, signal) for name, (error, signal) in sums.items()}
-    errors = StreamErrors(linears, _ratio(_squares(outputs - reference), _squares(reference)))
+    errors = StreamErrors(linears, _relative_error(outputs, reference))
     return Stream(Activations(reference, outputs), stream.kwargs), errors
 
 
@@ -124,23 +124,33 @@ def replay(block: Block, written: Mapping[str, Tensor], scheme: Scheme, stream: 
 def _measured(block: Block, folded: Folded, written: Mapping[str, Tensor]) -> Iterator[dict[str, tuple[float, float]]]:
     """While it lasts, every linear adds up the squares of its output's error and of its output, biases left out."""
     sums = dict.fromkeys(folded.linears, (0.0, 0.0))
-    hooks = []
+    differences = {}
     for name in folded.linears:
         full = folded.full[f"{name}.weight"]
-        difference = written[f"{name}.weight"].to(full) - full
+        differences[name] = written[f"{name}.weight"].to(full) - full
 
-        def add(module: nn.Linear, args: tuple[Tensor], y: Tensor, name: str = name, d: Tensor = difference) -> None:
+    def adder(name: str) -> Callable[[nn.Linear, tuple[Tensor], Tensor], None]:
+        def add(module: nn.Linear, args: tuple[Tensor], y: Tensor) -> None:
             error, signal = sums[name]
             bias: Tensor | None = module.bias
             product = y if bias is None else y - bias
-            sums[name] = error + _squares(nn.functional.linear(args[0], d)), signal + _squares(product)
+            off = nn.functional.linear(args[0], differences[name])
+            sums[name] = error + _squares(off), signal + _squares(product)
 
-        hooks.append(block.linear(name).register_forward_hook(add))
+        return add
+
+    hooks = [block.linear(name).register_forward_hook(adder(name)) for name in folded.linears]
     try:
         yield sums
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _relative_error(outputs: Tensor, reference: Tensor) -> float:
+    """Segment by segment: the difference of two whole streams would be as large as either."""
+    error = sum(_squares(o - r) for o, r in zip(outputs, reference, strict=True))
+    return _ratio(error, sum(_squares(r) for r in reference))
 
 
 def _squares(values: Tensor) -> float:

@@ -329,7 +329,8 @@ class TestText:
             ("b.jsonl", b'{"text": 5}', "line 1 has no text in the field 'text'; found: 'text' is of type int"),
             ("c.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
             ("d.jsonl", b"[" * 10**5, "line 1 is not JSON"),
-            ("e.parquet", b"PAR1", "e.parquet"),
+            ("e.jsonl", b'{"text": "\\ud800"}', "line 1 has half of a surrogate pair"),
+            ("f.parquet", b"PAR1", "f.parquet"),
         ],
     )
     def test_file(self, quantize: Refused, tmp_path: Path, name: str, raw: bytes, says: str) -> None:

@@ -251,8 +251,11 @@ class TestDemo:
         assert [path.name for path in (tmp_path / "kept").iterdir()] == [SCHEME]
 
     @pytest.mark.usefixtures("small")
-    def test_a_folder_that_exists_is_kept(self, refused: Refused, tmp_path: Path) -> None:
+    def test_a_folder_that_exists_is_kept(
+        self, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "mine" / SCHEME).mkdir(parents=True)
+        monkeypatch.setattr(demonstrating, "evaluate", lambda *_, **__: pytest.fail("measured before the refusal"))
         assert "exists and is kept" in refused("demo", "-o", tmp_path / "mine")
 
 

@@ -1,6 +1,7 @@
 """Where calibration and evaluation text comes from: a file, a folder, or a dataset of the Hugging Face hub."""
 
 import json
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from bitwright.core.errors import CalibrationError
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_FIELD = "text"
 BETWEEN_DOCUMENTS = "\n\n"
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 and tokenizers cannot
 
 
 def read_text(source: str) -> str:
@@ -65,23 +67,15 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
 
 
 def _text_of(record: object, where: str) -> str:
-    if isinstance(record, dict) and isinstance(record.get(TEXT_FIELD), str):
-        return _encodable(str(record[TEXT_FIELD]), where)
+    if isinstance(record, dict) and isinstance(text := record.get(TEXT_FIELD), str):
+        if _LONE_SURROGATE.search(text):
+            raise CalibrationError(f"{where} has half of a surrogate pair in its text, which is no character; mend it")
+        return str(text)
     if isinstance(record, dict) and TEXT_FIELD in record:
         found = f"'{TEXT_FIELD}' is of type {type(record[TEXT_FIELD]).__name__}"
     else:
         found = f"the fields are {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
     raise CalibrationError(f"{where} has no text in the field '{TEXT_FIELD}'; found: {found}")
-
-
-def _encodable(text: str, where: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CalibrationError(
-            f"{where}: the text has half of a surrogate pair at character {error.start}; mend or remove the line"
-        ) from None
-    return text
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -94,15 +88,11 @@ def _parquet(path: Path) -> Iterator[str]:
         schema = pyarrow.parquet.read_schema(path)
         if TEXT_FIELD not in schema.names:
             raise CalibrationError(f"{path} has no column '{TEXT_FIELD}'; it has {', '.join(schema.names)}")
-        kind = schema.field(TEXT_FIELD).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise CalibrationError(
-                f"{path}: column '{TEXT_FIELD}' holds {kind}, not text; name a file with a text column"
-            )
         column = pyarrow.parquet.read_table(path, columns=[TEXT_FIELD])[TEXT_FIELD]
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(f"{path} cannot be read as Parquet: {error}") from None
-    return (str(value) for value in column.to_pylist() if value is not None)
+    rows = ((number, value) for number, value in enumerate(column.to_pylist(), start=1) if value is not None)
+    return (_text_of({TEXT_FIELD: value}, f"{path}, row {number}") for number, value in rows)
 
 
 def _dataset(source: str) -> Iterator[str]:

@@ -139,7 +139,7 @@ def _other_run(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -
     """What differs between two identities, at most eight lines of it, and what to do."""
     old, new = dict(_dotted(begun)), dict(_dotted(asked))
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, ABSENT) != new.get(key, ABSENT)]
-    lines = [f"  {key}: {old.get(key, ABSENT)} -> {new.get(key, ABSENT)}" for key in keys[:SHOWN_DIFFERENCES]]
+    lines = [f"  {key}: {_short(old, key)} -> {_short(new, key)}" for key in keys[:SHOWN_DIFFERENCES]]
     if len(keys) > SHOWN_DIFFERENCES:
         lines.append(f"  and {len(keys) - SHOWN_DIFFERENCES} more")
     return "\n".join(
@@ -151,10 +151,15 @@ def _other_run(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -
     )
 
 
-def _dotted(identity: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of a nested dict: (keys joined with dots, value as shown)."""
+def _short(values: Mapping[str, Any], key: str) -> str:
+    """A value as it is shown."""
+    return shown(values[key]) if key in values else ABSENT
+
+
+def _dotted(identity: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested dict: (keys joined with dots, value)."""
     for key, value in identity.items():
         if isinstance(value, dict) and value:
             yield from _dotted(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", shown(value)
+            yield f"{prefix}{key}", value

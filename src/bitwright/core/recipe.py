@@ -46,6 +46,8 @@ class Recipe:
                 wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
                 raise RecipeError(f"recipe key '{key}' is {value!r}; it takes {wanted}")
         _ = self.shard_bytes
+        if self.calibration == "":
+            raise RecipeError("calibration is empty; name a text file or folder, builtin, or leave it out")
         for key, least in (("samples", 1), ("seqlen", 1), ("seed", 0)):
             value = getattr(self, key)
             if value is not None and value < least:

@@ -108,8 +108,19 @@ class Skeleton:
             if found != wanted:
                 raise CheckpointError(
                     f"tensor '{stored}' in {self.checkpoint.folder} has shape {list(found)}, but its config.json "
-                    f"calls for {list(wanted)}; the weights belong to another configuration"
+                    f"calls for {list(wanted)}; config and weights belong to different models: download both again"
                 )
+        self._check_number_of_blocks()
+
+    def _check_number_of_blocks(self) -> None:
+        """A block that the configuration does not count would stay in full precision without a word."""
+        prefix, known = f"{self.family.blocks}.", tuple(f"{name}." for name in self.block_names)
+        extra = [name for name in self.checkpoint.names if name.startswith(prefix) and not name.startswith(known)]
+        if extra:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} holds '{extra[0]}', but its config.json counts {len(known)} blocks; config "
+                "and weights belong to different models: download both again"
+            )
 
 
 class Recorder(nn.Module):

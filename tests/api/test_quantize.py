@@ -139,7 +139,7 @@ def test_too_little_text_says_how_much_is_needed(tiny: Checkpoints, text: Path, 
     recipe = Recipe(str(tiny()), "W4A16", calibration=str(text), samples=64, seqlen=128)
     message = refused(CalibrationError, recipe, tmp_path / "out")
     assert f"64 segments of 128 tokens need 8192 tokens, but '{text}' has 6400" in message
-    assert "--samples 50 or --seqlen 100" in message
+    assert "--samples 50, or --seqlen 100" in message
 
 
 @pytest.mark.parametrize(("value", "says"), [(math.nan, "1 NaN and 0 infinite"), (math.inf, "0 NaN and 1 infinite")])

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
+from bitwright.core.training import Training
 
 LEAST: dict[str, Any] = {"model": "m", "scheme": "W4A16"}
 
@@ -14,8 +15,44 @@ LEAST: dict[str, Any] = {"model": "m", "scheme": "W4A16"}
 def test_the_least_a_recipe_says() -> None:
     recipe = Recipe.from_mapping(LEAST)
     assert recipe == Recipe(model="m", scheme="W4A16")
-    assert (recipe.method, recipe.format, recipe.calibration) == ("rtn", "compressed-tensors", None)
+    assert (recipe.method, recipe.format, recipe.calibration) == (None, "compressed-tensors", None)
     assert (recipe.samples, recipe.seqlen, recipe.seed, recipe.quantize_lm_head) == (128, None, 0, False)
+    assert (recipe.training, recipe.load_parameters) == ("bitwright", None)
+    assert set(recipe.training_settings.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("method", "calibration", "settled"),
+    [
+        (None, None, "rtn"),
+        (None, "t.txt", "omniquant"),
+        ("rtn", "t.txt", "rtn"),
+        ("let+lwc", "t.txt", "let+lwc"),
+        ("omniquant", None, "omniquant"),
+    ],
+)
+def test_the_method_is_the_one_named_or_follows_from_the_text(
+    method: str | None, calibration: str | None, settled: str
+) -> None:
+    assert Recipe.from_mapping(LEAST | {"method": method, "calibration": calibration}).settled_method == settled
+
+
+def test_training_settings_are_those_that_were_asked_for() -> None:
+    """By the names that ``Training`` has for them; its seed is the recipe's own."""
+    asked = {"epochs": 3, "batch-size": 2, "lwc-lr": 1, "let-lr": 0.5, "aug-loss": False, "alpha": 0}
+    recipe = Recipe.from_mapping(LEAST | asked | {"schedule": "constant", "sites": "all"})
+    assert recipe.training_settings == {
+        "epochs": 3,
+        "batch_size": 2,
+        "lwc_lr": 1,
+        "let_lr": 0.5,
+        "aug_loss": False,
+        "alpha": 0,
+        "schedule": "constant",
+        "sites": "all",
+    }
+    assert set(recipe.training_settings) == {field.name for field in fields(Training)} - {"seed"}
+    assert replace(Training(), **recipe.training_settings).epochs == 3
 
 
 def test_keys_may_be_written_with_hyphens() -> None:
@@ -24,21 +61,32 @@ def test_keys_may_be_written_with_hyphens() -> None:
 
 
 def test_a_recipe_survives_as_plain_values() -> None:
-    recipe = Recipe("m", "W2A16g64", "rtn", "dense", "t.txt", 3, 64, 7, True, "12MB")
+    recipe = Recipe("m", "W2A16g64", "rtn", "dense", "t.txt", 3, 64, 7, True, "12MB", "paper", 5, 2, 0.1, 0.2, True)
+    recipe = replace(recipe, alpha=0.75, schedule="cosine", sites="all", load_parameters="p.safetensors")
+    assert all(getattr(recipe, field.name) != field.default for field in fields(Recipe))
     assert Recipe.from_mapping(recipe.as_dict()) == recipe
     assert set(recipe.as_dict()) == {field.name for field in fields(Recipe)}
 
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [("sheme", "scheme"), ("bits", None), ("Model", "model"), ("seq-len", "seqlen"), ("seeds", "seed")],
+    [
+        ("sheme", "scheme"),
+        ("bits", None),
+        ("Model", "model"),
+        ("seq-len", "seqlen"),
+        ("seeds", "seed"),
+        ("epoch", "epochs"),
+        ("lwc-rate", "lwc_lr"),
+    ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(key: str, nearest: str | None) -> None:
     with pytest.raises(RecipeError) as error:
         Recipe.from_mapping(LEAST | {key: 1})
     assert f"a recipe has no key '{key.replace('-', '_')}'; " in str(error.value)
     assert nearest is None or f"did you mean {nearest}?" in str(error.value)
-    assert "Known: calibration, format, method, model," in str(error.value)
+    known = str(error.value).partition("Known: ")[2].split(", ")
+    assert known == sorted(field.name for field in fields(Recipe))
 
 
 @pytest.mark.parametrize("key", ["model", "scheme"])
@@ -54,7 +102,7 @@ def test_model_and_scheme_must_be_said(key: str, missing: Any) -> None:
     [
         ("model", 3, "str"),
         ("scheme", 4, "str"),
-        ("method", ["rtn"], "str"),
+        ("method", ["rtn"], "str or nothing"),
         ("samples", "128", "int"),
         ("samples", True, "int"),
         ("samples", 1.5, "int"),
@@ -65,6 +113,18 @@ def test_model_and_scheme_must_be_said(key: str, missing: Any) -> None:
         ("quantize_lm_head", "yes", "bool"),
         ("shard_size", 5_000_000, "str"),
         ("calibration", 1, "str or nothing"),
+        ("training", None, "str"),
+        ("epochs", 2.0, "int or nothing"),
+        ("epochs", True, "int or nothing"),
+        ("batch_size", "1", "int or nothing"),
+        ("lwc_lr", "0.01", "float or nothing"),
+        ("let_lr", True, "float or nothing"),
+        ("alpha", [0.5], "float or nothing"),
+        ("aug_loss", 1, "bool or nothing"),
+        ("aug_loss", "no", "bool or nothing"),
+        ("schedule", 1, "str or nothing"),
+        ("sites", ["all"], "str or nothing"),
+        ("load_parameters", True, "str or nothing"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(key: str, value: Any, takes: str) -> None:

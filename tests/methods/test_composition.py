@@ -6,21 +6,26 @@ from bitwright import methods
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.errors import RecipeError
-from bitwright.core.method import Context, Method
-from bitwright.methods import rtn
+from bitwright.core.method import Closed, Context, Learnable, Learned, Method
+from bitwright.core.registry import names
+from bitwright.methods import let, lwc, rtn
 
 
 def unchanged(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
     return decisions
 
 
+def nothing(block: Block, context: Context, decisions: BlockDecisions) -> Learnable:
+    return Learnable({})
+
+
 @pytest.fixture
 def three(monkeypatch: pytest.MonkeyPatch) -> dict[str, Method]:
     """Methods of which one transforms, one chooses an axis, and one chooses ranges and rounds."""
-    known = {
-        "turn": Method(frozenset({Decision.TRANSFORM}), unchanged),
-        "axis": Method(frozenset({Decision.AXIS}), unchanged, needs_text=True),
-        "round": Method(frozenset({Decision.RANGE, Decision.ROUNDING}), unchanged),
+    known: dict[str, Method] = {
+        "turn": Learned(frozenset({Decision.TRANSFORM}), nothing),
+        "axis": Closed(frozenset({Decision.AXIS}), unchanged, needs_text=True),
+        "round": Closed(frozenset({Decision.RANGE, Decision.ROUNDING}), unchanged),
     }
 
     def found(room: str, name: str) -> ModuleType:
@@ -29,7 +34,12 @@ def three(monkeypatch: pytest.MonkeyPatch) -> dict[str, Method]:
         module.METHOD = known[name]  # type: ignore[attr-defined]
         return module
 
+    def listed(room: str) -> tuple[str, ...]:
+        assert room == "methods"
+        return tuple(sorted(known))
+
     monkeypatch.setattr(methods, "find", found)
+    monkeypatch.setattr(methods, "names", listed)
     return known
 
 
@@ -37,6 +47,20 @@ def test_one_method() -> None:
     assert methods.compose("rtn") == (rtn.METHOD,)
     assert rtn.METHOD.decides == {Decision.RANGE, Decision.ROUNDING}
     assert not rtn.METHOD.needs_text
+    assert not methods.learned(methods.compose("rtn"))
+
+
+def test_a_preset_is_the_methods_it_stands_for() -> None:
+    assert methods.compose("omniquant") == methods.compose("let+lwc") == (let.METHOD, lwc.METHOD)
+    assert [method.decides for method in methods.compose("omniquant")] == [{Decision.TRANSFORM}, {Decision.RANGE}]
+    assert all(method.needs_text for method in methods.compose("omniquant"))
+    assert methods.learned(methods.compose("omniquant"))
+
+
+@pytest.mark.parametrize("preset", methods.PRESETS)
+def test_every_preset_can_be_composed_and_hides_no_method(preset: str) -> None:
+    assert len(methods.compose(preset)) == len(methods.PRESETS[preset].split("+"))
+    assert preset not in names("methods")
 
 
 def test_methods_in_the_order_they_are_written(three: dict[str, Method]) -> None:
@@ -68,6 +92,15 @@ def test_an_order_that_cannot_work_is_refused(three: dict[str, Method], text: st
 def test_an_unknown_method_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match=r"there is no method '.*Known: .*rtn"):
         methods.compose(text)
+
+
+@pytest.mark.parametrize(("text", "meant"), [("rtm", "rtn"), ("let+lcw", "lwc"), ("omniqant", "omniquant")])
+def test_an_unknown_method_is_refused_with_the_nearest_and_all_that_are_known(text: str, meant: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        methods.compose(text)
+    known = ", ".join(sorted({*names("methods"), *methods.PRESETS}))
+    asked = text.rpartition("+")[2]
+    assert str(error.value) == f"there is no method '{asked}'; did you mean {meant}? Known: {known}"
 
 
 def test_round_to_nearest_twice_is_refused() -> None:

@@ -12,9 +12,14 @@ from tests.stream.conftest import SkeletonOf, loaded
 from torch import Tensor
 
 from bitwright.core.block import Block
-from bitwright.stream import activations
-from bitwright.stream.activations import advance, enter
+from bitwright.core.decisions import BlockDecisions, SiteDecision
+from bitwright.core.scheme import Scheme
+from bitwright.steps.apply import Folded, fold
+from bitwright.stream import forward
+from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
+from bitwright.stream.forward import forward_all
 
+SCHEME = Scheme.parse("W3A16g32")
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 
 
@@ -23,6 +28,17 @@ def disturbed(block: Block, names: tuple[str, ...] = LINEARS, by: float = 0.05) 
     generator = torch.Generator().manual_seed(block.index)
     weights = {name: block.weight(name) for name in names}
     return {name: w + by * w.std() * torch.randn(w.shape, generator=generator).to(w) for name, w in weights.items()}
+
+
+def folded(block: Block, decisions: BlockDecisions | None = None, scheme: Scheme = SCHEME) -> Folded:
+    parameters = dict(block.module.named_parameters())
+    return fold(parameters, block.topology, decisions or BlockDecisions(), scheme, torch.float32)
+
+
+def step(block: Block, weights: Mapping[str, Tensor], stream: Stream) -> tuple[Stream, StreamErrors]:
+    """``advance`` with these weights written in place of some, and the block's own in place of the others."""
+    written = {f"{name}.weight": weights.get(name, block.weight(name)) for name in block.topology.linears}
+    return advance(block, folded(block), written, SCHEME, stream)
 
 
 def relative(one: Tensor, other: Tensor) -> float:
@@ -52,13 +68,13 @@ def test_the_reference_stream_is_transformers_own(folder: Path, skeleton: Skelet
     assert torch.equal(stream.activations.quantized, hidden[0])
     for index in range(2):
         with made.block(index) as block:
-            stream, _ = advance(block, disturbed(block), stream)
+            stream, _ = step(block, disturbed(block), stream)
         # The last of transformers' hidden states has been through the final norm; what went into it is the block's.
         want = hidden[1] if index == 0 else final[0]
         torch.testing.assert_close(stream.activations.reference, want, rtol=1e-4, atol=1e-5)
     with made.head() as block:
-        stream, _ = advance(block, {}, stream)
-    torch.testing.assert_close(stream.activations.reference, model(tokens).logits, rtol=1e-4, atol=1e-4)
+        logits = forward_all(block, {}, stream.activations.reference, stream.kwargs_of(block))
+    torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -74,7 +90,7 @@ def test_the_quantized_stream_is_that_of_a_model_with_the_other_weights(
         with made.block(index) as block:
             weights = disturbed(block)
             before = {name: block.weight(name).clone() for name in block.topology.linears}
-            stream, errors = advance(block, weights, stream)
+            stream, errors = step(block, weights, stream)
             for name, weight in before.items():
                 assert torch.equal(block.weight(name), weight), "the block has its own weights again"
         for name, weight in weights.items():
@@ -103,8 +119,9 @@ def test_errors_of_linears_are_measured_on_the_reference_path(
     for index in range(2):
         with made.block(index) as block:
             weights = disturbed(block, by=0.2)
-            stream, errors = advance(block, weights, stream)
-            assert set(errors.linears) == set(LINEARS)
+            stream, errors = step(block, weights, stream)
+            assert set(errors.linears) == set(block.topology.linears) > set(LINEARS)
+            assert all(errors.linears[name] == 0 for name in set(block.topology.linears) - set(LINEARS))
             for name, weight in weights.items():
                 x = inputs[f"{index}.{name}"]
                 want = relative(x @ weight.double().T, x @ block.weight(name).double().T)
@@ -116,8 +133,9 @@ def test_no_change_is_no_error(tiny: Checkpoints, skeleton: SkeletonOf, tokens: 
     made = skeleton(tiny())
     stream = enter(made, tokens)
     with made.block(0) as block:
-        stream, errors = advance(block, {name: block.weight(name) for name in block.topology.linears}, stream)
+        stream, errors = step(block, {}, stream)
     assert errors.block == 0
+    assert set(errors.linears) == set(block.topology.linears)
     assert set(errors.linears.values()) == {0.0}
     assert torch.equal(stream.activations.reference, stream.activations.quantized)
 
@@ -128,11 +146,11 @@ def test_how_many_sequences_run_at_once_makes_no_difference(
 ) -> None:
     results = []
     for at_once in (1, 2 * tokens.shape[1], 10_000):
-        monkeypatch.setattr(activations, "TOKENS_PER_PASS", at_once)
+        monkeypatch.setattr(forward, "TOKENS_PER_PASS", at_once)
         made = skeleton(tiny("float32"))
         stream = enter(made, tokens)
         with made.block(0) as block:
-            stream, errors = advance(block, disturbed(block), stream)
+            stream, errors = step(block, disturbed(block), stream)
         results.append((stream.activations, errors))
     for other, errors in results[1:]:
         torch.testing.assert_close(other.reference, results[0][0].reference, rtol=1e-5, atol=1e-6)
@@ -149,10 +167,93 @@ def test_the_block_is_its_own_again_whatever_happened(
     made = skeleton(tiny())
     stream = enter(made, tokens)
     broken = replace(stream, activations=replace(stream.activations, **{fails: torch.zeros(1, 20, 3)}))
+    scheme = Scheme.parse("W4A8KV8")
     with made.block(0) as block:
-        originals = {name: block.linear(name).weight for name in LINEARS}
+        originals = dict(block.module.named_parameters())
+        attention = made.model.config._attn_implementation
+        found = folded(block, scheme=scheme)
         with pytest.raises(RuntimeError):
-            advance(block, disturbed(block), broken)
-        for name in LINEARS:
-            assert block.linear(name).weight is originals[name]
-            assert not block.linear(name)._forward_hooks
+            advance(block, found, found.written(), scheme, broken)
+        assert all(parameter is originals[name] for name, parameter in block.module.named_parameters())
+        for module in block.module.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks
+            assert not hasattr(module, forward.GRIDS)
+        assert made.model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("scheme", ["W3A16g32", "W4A4", "W4A8KV4"])
+@torch.no_grad()
+def test_a_block_that_was_finished_before_is_passed_as_it_was_then(
+    scheme: str, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor
+) -> None:
+    """To the last bit, with a transform too: a run that is continued gives the same bytes."""
+    made, wanted = skeleton(tiny("float32")), Scheme.parse(scheme)
+    stream = enter(made, tokens)
+    for index in range(2):
+        with made.block(index) as block:
+            found = folded(block, scaled(block), wanted)
+            assert found.transformed and found.moved
+            after, errors = advance(block, found, found.written(), wanted, stream)
+            again = replay(block, found.written(), wanted, stream)
+        assert torch.equal(again.activations.reference, after.activations.reference)
+        assert torch.equal(again.activations.quantized, after.activations.quantized)
+        assert errors.block > 0
+        stream = after
+
+
+def scaled(block: Block) -> BlockDecisions:
+    """Scales at the block's first site."""
+    site = block.topology.sites[0]
+    scale = 0.5 + torch.rand(site.channels, generator=torch.Generator().manual_seed(block.index))
+    return BlockDecisions(sites={site.name: SiteDecision(scale)})
+
+
+@torch.no_grad()
+def test_a_transform_leaves_the_reference_stream_alone(folder: Path, skeleton: SkeletonOf, tokens: Tensor) -> None:
+    """And the errors of the linears are those against the transformed weights, on the inputs they then have."""
+    made = skeleton(folder)
+    stream = enter(made, tokens)
+    with made.block(0) as block:
+        site, decisions = block.topology.sites[0], scaled(block)
+        plain, _ = advance(block, folded(block), folded(block).written(), SCHEME, stream)
+        found = folded(block, decisions)
+        inputs: dict[str, Tensor] = {}
+        hooks = [
+            block.linear(side.module).register_forward_pre_hook(
+                lambda _, args, name=side.module: inputs.update({name: args[0].double()})
+            )
+            for side in site.consumers
+        ]
+        forward_all(block, {}, stream.activations.reference, stream.kwargs_of(block))
+        for hook in hooks:
+            hook.remove()
+        after, errors = advance(block, found, found.written(), SCHEME, stream)
+    assert torch.equal(after.activations.reference, plain.activations.reference)
+    scale = decisions.sites[site.name].scale.double()
+    assert inputs
+    for name, x in inputs.items():
+        w, wq = found.full[f"{name}.weight"].double(), found.linears[name].dequantize().double()
+        want = relative((x / scale) @ wq.T, (x / scale) @ w.T)
+        assert errors.linears[name] == pytest.approx(want, rel=1e-3)
+
+
+@torch.no_grad()
+def test_statistics_are_those_of_every_linears_input(folder: Path, skeleton: SkeletonOf, tokens: Tensor) -> None:
+    made, model = skeleton(folder), loaded(folder)
+    inputs: dict[str, Tensor] = {}
+    stream = enter(made, tokens)
+    with made.block(0) as block:
+        for name in block.topology.linears:
+            model.get_submodule(block.path(name)).register_forward_pre_hook(
+                lambda _, args, name=name: inputs.update({name: args[0].flatten(0, -2)})
+            )
+        hidden = model(tokens, output_hidden_states=True).hidden_states
+        found, outputs = statistics(block, stream)
+        assert not any(module._forward_pre_hooks for module in block.module.modules())
+    torch.testing.assert_close(outputs, hidden[1], rtol=1e-4, atol=1e-5)
+    assert set(found) == set(inputs) == set(block.topology.linears)
+    for name, x in inputs.items():
+        assert found[name].tokens == tokens.numel()
+        torch.testing.assert_close(found[name].min, x.amin(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name].max, x.amax(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name].absmax, x.abs().amax(0), rtol=1e-4, atol=1e-5)

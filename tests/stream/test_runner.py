@@ -13,14 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
-from bitwright.core.method import Context, Method
+from bitwright.core.method import Closed, Context, Method
 from bitwright.core.progress import Progress, silent
 from bitwright.core.quantized import QuantizedBlock
 from bitwright.core.scheme import Scheme
+from bitwright.core.training import Training
 from bitwright.methods import rtn
-from bitwright.stream import activations
+from bitwright.stream import forward
 from bitwright.stream.budget import estimate
-from bitwright.stream.runner import run
+from bitwright.stream.runner import RunPlan, run
 from bitwright.stream.skeleton import Skeleton
 
 SCHEME = Scheme.parse("W3A16g32")
@@ -29,19 +30,21 @@ SCHEME = Scheme.parse("W3A16g32")
 class Memory:
     """A sink that keeps everything in a dictionary."""
 
-    def __init__(self, written: Mapping[str, QuantizedBlock] | None = None) -> None:
-        self.written = dict(written or {})
+    def __init__(self, units: Mapping[str, QuantizedBlock] | None = None) -> None:
+        self.units = dict(units or {})
         self.order: list[str] = []
 
     def finished(self, unit: str) -> bool:
-        return unit in self.written
+        return unit in self.units
 
-    def weights(self, unit: str, block: Block) -> Mapping[str, Tensor]:
-        return {name: self.written[unit].linears[block.path(name)].dequantize() for name in block.topology.linears}
+    def written(self, unit: str, block: Block) -> Mapping[str, Tensor]:
+        found = self.units[unit]
+        every = {f"{path}.weight": q.dequantize() for path, q in found.linears.items()} | dict(found.passed)
+        return {name: every[block.path(name)] for name, _ in block.module.named_parameters()}
 
     def write(self, unit: str, result: QuantizedBlock) -> None:
         self.order.append(unit)
-        self.written[unit] = result
+        self.units[unit] = result
 
 
 def go(
@@ -52,7 +55,7 @@ def go(
     with_head: bool = False,
     listener: Any = silent,
 ) -> Memory:
-    run(skeleton, SCHEME, methods, sink, tokens=tokens, with_head=with_head, listener=listener)
+    run(skeleton, RunPlan(SCHEME, methods, Training(), with_head), sink, tokens=tokens, listener=listener)
     return sink
 
 
@@ -69,7 +72,7 @@ def test_one_block_is_in_memory_at_a_time(text: bool, tiny: Checkpoints, skeleto
         seen.append((block.name, parts, context.activations is not None))
         return decisions
 
-    go(made, Memory(), tokens if text else None, [Method(frozenset({Decision.AXIS}), spy), rtn.METHOD], with_head=True)
+    go(made, Memory(), tokens if text else None, [Closed(frozenset({Decision.AXIS}), spy), rtn.METHOD], with_head=True)
     assert seen == [
         ("model.layers.0", {"model.layers.0"}, text),
         ("model.layers.1", {"model.layers.1"}, text),
@@ -88,7 +91,7 @@ def test_without_text_no_forward_pass_is_made(
 
     monkeypatch.setattr("torch.nn.Module.__call__", refuse)
     sink = go(made, Memory(), None)
-    for result in sink.written.values():
+    for result in sink.units.values():
         assert result.report.output_error is None
         assert all(row.output_error is None for row in result.report.linears)
 
@@ -99,30 +102,33 @@ def test_text_changes_no_code_of_a_method_that_needs_none(
     made = skeleton(tiny())
     without, with_text = go(made, Memory(), None, with_head=True), go(made, Memory(), tokens, with_head=True)
     assert without.order == with_text.order == ["model.layers.0", "model.layers.1", "lm_head"]
-    for unit, result in without.written.items():
+    for unit, result in without.units.items():
         for name, q in result.linears.items():
-            assert torch.equal(q.dequantize(), with_text.written[unit].linears[name].dequantize())
+            assert torch.equal(q.dequantize(), with_text.units[unit].linears[name].dequantize())
 
 
 def test_what_is_passed_through_is_what_the_checkpoint_stores(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
     made, original = skeleton(tiny()), loaded(tiny(), torch.bfloat16)
     sink = go(made, Memory(), None, with_head=True)
     for unit in ("model.layers.0", "model.layers.1"):
-        passed = sink.written[unit].passed
+        passed = sink.units[unit].passed
         assert set(passed) == {f"{unit}.{norm}_layernorm.weight" for norm in ("input", "post_attention")}
         for name, tensor in passed.items():
             assert tensor.dtype == torch.bfloat16
             assert torch.equal(tensor, original.get_parameter(name))
-    assert sink.written["lm_head"].passed == {}
+    assert sink.units["lm_head"].passed == {}
 
 
 @torch.no_grad()
 def test_reports_are_true(tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor) -> None:
-    """Against two models of transformers: the original, and one with the weights that were written."""
+    """Against two models of transformers: the original, and one with the weights that were written.
+
+    The output layer has no output errors: its outputs are the logits of every calibration token.
+    """
     folder = tiny()
     sink = go(skeleton(folder), Memory(), tokens, with_head=True)
     original, quantized = loaded(folder), loaded(folder)
-    for result in sink.written.values():
+    for result in sink.units.values():
         for name, q in result.linears.items():
             quantized.get_submodule(name).weight.copy_(q.dequantize())
     inputs: dict[str, Tensor] = {}
@@ -131,23 +137,31 @@ def test_reports_are_true(tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tenso
         for unit in sink.order:
             keep = outputs.setdefault(unit, [])
             model.get_submodule(unit).register_forward_hook(lambda _, args, y, keep=keep: keep.append(y.double()))
-    for name in (name for result in sink.written.values() for name in result.linears):
+    for name in (name for result in sink.units.values() for name in result.linears):
         original.get_submodule(name).register_forward_pre_hook(
             lambda _, args, name=name: inputs.update({name: args[0].double()})
         )
     original(tokens)
     quantized(tokens)
-    for unit, result in sink.written.items():
+    for unit, result in sink.units.items():
         reference, mine = outputs[unit]
         assert result.report.name == unit
-        assert result.report.output_error == pytest.approx(error(mine, reference), rel=1e-3)
+        of_block = unit != "lm_head"
+        if of_block:
+            assert result.report.output_error == pytest.approx(error(mine, reference), rel=1e-3)
+        else:
+            assert result.report.output_error is None
         assert [row.name for row in result.report.linears] == list(result.linears)
         for row in result.report.linears:
             w, q = original.get_submodule(row.name).weight.double(), result.linears[row.name]
             wq = q.dequantize().double()
             assert (row.shape, row.tile) == (tuple(w.shape), (1, 32))
             assert row.weight_error == pytest.approx(error(wq, w), rel=1e-4)
-            assert row.output_error == pytest.approx(error(inputs[row.name] @ wq.T, inputs[row.name] @ w.T), rel=1e-3)
+            if of_block:
+                want = error(inputs[row.name] @ wq.T, inputs[row.name] @ w.T)
+                assert row.output_error == pytest.approx(want, rel=1e-3)
+            else:
+                assert row.output_error is None
             # 3 bits a code, and a scale of 16 and a zero point of 3 for every 32 of them.
             assert row.bits_per_weight == 3 + (16 + 3) / 32
             assert row.storage_bits == row.bits_per_weight * w.numel()
@@ -163,26 +177,26 @@ def test_a_run_goes_on_where_another_stopped(
 ) -> None:
     made = skeleton(tiny())
     whole = go(made, Memory(), tokens, with_head=True)
-    finished = {unit: whole.written[unit] for unit in whole.order[:done]}
+    finished = {unit: whole.units[unit] for unit in whole.order[:done]}
     rest = go(made, Memory(finished), tokens, with_head=True)
     assert rest.order == whole.order[done:]
     for unit in rest.order:
-        assert rest.written[unit].report == whole.written[unit].report
+        assert rest.units[unit].report == whole.units[unit].report
 
 
 def test_finished_units_are_not_even_read_without_text(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
     made = skeleton(tiny())
     whole = go(made, Memory(), None)
     made.checkpoint.read = None  # type: ignore[assignment,method-assign]
-    assert go(made, Memory(whole.written), None).order == []
+    assert go(made, Memory(whole.units), None).order == []
 
 
 def test_fallbacks_reach_the_report(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
     def falls_back(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
         return BlockDecisions(fallbacks=(f"{block.name}: something else was done",))
 
-    sink = go(skeleton(tiny()), Memory(), None, [Method(frozenset({Decision.RANGE}), falls_back)])
-    assert sink.written["model.layers.1"].report.fallbacks == ("model.layers.1: something else was done",)
+    sink = go(skeleton(tiny()), Memory(), None, [Closed(frozenset({Decision.RANGE}), falls_back)])
+    assert sink.units["model.layers.1"].report.fallbacks == ("model.layers.1: something else was done",)
 
 
 def test_progress_names_every_unit_and_comes_to_its_end(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
@@ -211,16 +225,11 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.xfail(
-    reason="the logits of all calibration tokens are kept at once: 134 GB for 128 x 2048 tokens of a Llama 3",
-    raises=AssertionError,
-    strict=True,
-)
 def test_the_output_layer_needs_no_logits_of_all_tokens_at_once(
     tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(activations, "TOKENS_PER_PASS", 256)
+    monkeypatch.setattr(forward, "TOKENS_PER_PASS", 256)
     made = skeleton(tiny())
     with Largest() as largest:
         go(made, Memory(), tokens, with_head=True)
@@ -255,7 +264,7 @@ def test_the_budget_holds_the_activations(
     tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = torch.randint(0, 256, (128, 128), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(activations, "TOKENS_PER_PASS", 256)
+    monkeypatch.setattr(forward, "TOKENS_PER_PASS", 256)
     made = skeleton(tiny())
     weights = sum(parameter.numel() * 4 for parameter in made.model.parameters())
     with Live() as live:

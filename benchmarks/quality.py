@@ -5,8 +5,8 @@
 
 A row is ``method:scheme[:seed[:key=value,key=value]]``, keys as in a recipe. Every finished row is kept in
 benchmarks/results/NAME.jsonl, so a run that is stopped goes on with the rows that are missing; NAME.md is the
-table, made anew each time. Perplexity is over consecutive windows of the text (the papers' protocol), KL divergence is the mean of
-KL(original || quantized) in nats per token over the same windows.
+table, made anew each time. Perplexity is over consecutive windows of the text (the papers' protocol), KL divergence is
+the mean of KL(original || quantized) in nats per token over the same windows.
 """
 
 import json

@@ -51,9 +51,11 @@ def test_too_short_says_how_many_tokens_are_there_and_needed(samples: int, seqle
     needs = f"{samples} segments of {seqlen} tokens need {samples * seqlen} tokens, but 'my.txt' has {there};"
     assert needs in message
     # Each way out that is named is one, as far as there is any.
-    fewer = int(message.rpartition("--samples ")[2].split()[0])
     if there >= seqlen:
+        fewer = int(message.rpartition("--samples ")[2].split(",")[0])
         assert segments(torch.arange(there), fewer, seqlen, 0, "my.txt").shape == (fewer, seqlen)
+    else:
+        assert "--samples" not in message
     if " or --seqlen " in message:
         shorter = int(message.rpartition("--seqlen ")[2])
         assert segments(torch.arange(there), samples, shorter, 0, "my.txt").shape == (samples, shorter)

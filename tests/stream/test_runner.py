@@ -257,9 +257,6 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@pytest.mark.xfail(
-    reason="the difference of the two streams is a fifth one, and is not counted", raises=AssertionError, strict=True
-)
 def test_the_budget_holds_the_activations(
     tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,8 +24,8 @@ def compose(text: str) -> tuple[Method, ...]:
     """
     writers: dict[Decision, str] = {}
     methods = []
-    for name in PRESETS.get(text, text).split("+"):
-        method = _named(name.strip())
+    for name in _parts(text):
+        method = _named(name)
         for decision in sorted(method.decides, key=_ORDER.index):
             _refuse_conflict(name, decision, writers)
         writers |= dict.fromkeys(method.decides, name)
@@ -39,11 +39,11 @@ def fit(text: str, scheme: Scheme, topology: Topology) -> tuple[str, str | None]
     With 16-bit activations a transform can only help where a shift can be absorbed (LayerNorm architectures); elsewhere
     ``let`` is left out, as OmniQuant's authors do.
     """
-    listed = PRESETS.get(text, text)
+    listed = _parts(text)
     helps = scheme.activations is not None or scheme.kv is not None or any(site.shift for site in topology.sites)
-    parts = [part for part in listed.split("+") if helps or part != TRANSFORM]
-    if helps or len(parts) == len(listed.split("+")) or not parts:
-        return listed, None
+    parts = [part for part in listed if helps or part != TRANSFORM]
+    if len(parts) == len(listed) or not parts:
+        return "+".join(listed), None
     return "+".join(parts), (
         f"{TRANSFORM} cannot help with 16-bit activations on this architecture: no site can absorb a shift. "
         f"Going on with {'+'.join(parts)}"
@@ -53,6 +53,12 @@ def fit(text: str, scheme: Scheme, topology: Topology) -> tuple[str, str | None]
 def learned(methods: tuple[Method, ...]) -> bool:
     """Whether any of these is trained."""
     return any(isinstance(method, Learned) for method in methods)
+
+
+def _parts(text: str) -> list[str]:
+    """The methods' names, presets replaced by what they stand for."""
+    names_given = [part.strip() for part in text.split("+")]
+    return [name for given in names_given for name in PRESETS.get(given, given).split("+")]
 
 
 def _named(name: str) -> Method:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import psutil
 
+from bitwright.stream.forward import TOKENS_PER_PASS
 from bitwright.stream.skeleton import Skeleton
 
+ARRAYS_PER_PASS = 8
 RUNTIME_BYTES = 450 * 2**20
 """Python, torch and transformers themselves, before any weight (measured on Linux with a CPU build)."""
 
@@ -39,7 +41,7 @@ def estimate(skeleton: Skeleton, tokens: int) -> Budget:
     """The memory that a run over so many calibration tokens (0: no forward passes) needs.
 
     A block is there as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its
-    largest linear; the two streams hold their inputs and outputs at once.
+    largest linear; the two streams hold their inputs and outputs at once, and one pass its own activations.
     """
     numel = [
         sum(p.numel() for p in skeleton.meta_block(i).module.parameters()) for i in range(len(skeleton.block_names))
@@ -49,5 +51,8 @@ def estimate(skeleton: Skeleton, tokens: int) -> Budget:
     stored = skeleton.checkpoint.dtype_of_weights.itemsize
     block = max(numel) * (compute + stored + 1 + stored + (2 * compute if tokens else 0)) + largest * 12
     hidden = skeleton.model.config.hidden_size
+    widest = max(max(p.shape) for p in skeleton.meta_block(0).module.parameters())
     outside = max(skeleton.checkpoint.nbytes(name) for name in skeleton.checkpoint.names)
-    return Budget(block, 4 * tokens * hidden * compute, outside * (compute // stored + 1 if tokens else 1))
+    streams = 4 * tokens * hidden * compute
+    within = ARRAYS_PER_PASS * min(tokens, TOKENS_PER_PASS) * widest * compute
+    return Budget(block, streams + within, outside * (compute // stored + 1 if tokens else 1))

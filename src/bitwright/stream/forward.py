@@ -36,8 +36,14 @@ def forward_all(
     """The block's outputs for many segments, a few at a time; kept on the CPU."""
     place = next(block.module.parameters())
     given = {name: p.to(place) for name, p in parameters.items()}
-    batches = inputs.split(max(1, TOKENS_PER_PASS // inputs.shape[1]))
-    return torch.cat([forward(block, given, batch.to(place.device), kwargs).cpu() for batch in batches])
+    rows = max(1, TOKENS_PER_PASS // inputs.shape[1])
+    outputs = torch.empty(0)
+    for start in range(0, len(inputs), rows):
+        batch = forward(block, given, inputs[start : start + rows].to(place.device), kwargs)
+        if start == 0:  # filled in place: a list of batches would be a second copy of the stream when it is joined
+            outputs = torch.empty((len(inputs), *batch.shape[1:]), dtype=batch.dtype)
+        outputs[start : start + rows] = batch
+    return outputs
 
 
 @contextmanager

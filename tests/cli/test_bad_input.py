@@ -341,7 +341,7 @@ class TestText:
     @pytest.mark.parametrize(
         ("named", "says"),
         [
-            ("", "an empty name was given"),
+            ("", "calibration is empty"),
             ("builtn", "did you mean builtin?"),
             ("./nothing.txt", "there is no text file or folder"),
             ("The quick brown fox. " * 99, "File name too long"),

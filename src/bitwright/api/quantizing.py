@@ -112,7 +112,7 @@ def quantize(
         bits_per_weight=totals["bits_per_weight"],
         bytes_in=totals["bytes_in"],
         bytes_out=totals["bytes_out"],
-        output_error=reports[-1]["output_error"],
+        output_error=next((e for report in reversed(reports) if (e := report["output_error"]) is not None), None),
         seconds=seconds,
         peak_bytes=peak_memory(),
         resumed=resumed,

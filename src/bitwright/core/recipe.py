@@ -56,7 +56,9 @@ class Recipe:
     @property
     def settled_method(self) -> str:
         """The method named, or the default."""
-        return self.method or ("rtn" if self.calibration is None else "omniquant")
+        if self.method is not None:
+            return self.method
+        return "rtn" if self.calibration is None else "omniquant"
 
     @property
     def training_settings(self) -> dict[str, Any]:

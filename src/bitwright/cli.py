@@ -29,8 +29,9 @@ MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, e
 ISSUES = "Please report it with the lines above."
 
 app = typer.Typer(
-    help="Makes large language models small: 2 to 8 bits a weight, in formats that transformers and vLLM load.",
+    help="Makes large language models small: 2 to 8 bits a weight, in formats that transformers loads.",
     add_completion=False,
+    rich_markup_mode=None,  # square brackets in help texts are meant as they stand
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

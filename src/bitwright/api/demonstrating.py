@@ -62,16 +62,16 @@ def demo(output: Path | str | None = None, *, listener: Listener = silent) -> De
 
 
 def _row(method: str, scheme: str, folder: Path, seconds: float | None, listener: Listener) -> DemoRow:
-    numbers = evaluate(folder, "builtin", seqlen=SEQLEN, windows=WINDOWS, reference=MODEL_DIR, listener=listener)
+    reference = None if folder == MODEL_DIR else MODEL_DIR
+    numbers = evaluate(folder, "builtin", seqlen=SEQLEN, windows=WINDOWS, reference=reference, listener=listener)
     measured = numbers.measurement
-    assert measured.kl_divergence is not None
     return DemoRow(
         method=method,
         scheme=scheme,
         bits_per_weight=inspect(folder).bits_per_weight,
         weight_bytes=numbers.weight_bytes,
         perplexity=measured.perplexity,
-        kl_divergence=measured.kl_divergence,
+        kl_divergence=measured.kl_divergence or 0.0,
         seconds=seconds,
         completion=complete(folder, PROMPT),
     )

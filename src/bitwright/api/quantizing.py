@@ -61,6 +61,7 @@ class Result:
     seconds: float
     peak_bytes: int
     resumed: int
+    notes: tuple[str, ...]
     fallbacks: tuple[str, ...]
 
 
@@ -116,6 +117,7 @@ def quantize(
         seconds=seconds,
         peak_bytes=peak_memory(),
         resumed=resumed,
+        notes=plan_of(job).notes,
         fallbacks=tuple(account["fallbacks"]),
     )
 

@@ -39,7 +39,11 @@ def read_text(source: str) -> str:
 
 
 def _read_file(path: Path) -> str:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".json":
+        raise CalibrationError(
+            f"{path}: .json is not read; write one object per line, with a field '{TEXT_FIELD}', as .jsonl"
+        )
+    if path.suffix.lower() == ".parquet":
         return BETWEEN_DOCUMENTS.join(_parquet(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -50,7 +54,7 @@ def _read_file(path: Path) -> str:
         ) from None
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return BETWEEN_DOCUMENTS.join(_json_lines(path, text))
     return text
 

@@ -86,8 +86,10 @@ def affine(
     if grid.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    # Divide first: high - low can overflow where both ends are near the largest float32.
-    step = high / grid.steps - low / grid.steps
+    step = (high - low) / grid.steps
+    step = torch.where(
+        step.isfinite(), step, high / grid.steps - low / grid.steps
+    )  # both ends near the largest float32
     finfo = torch.finfo(dtype)
     smallest = max(finfo.tiny * finfo.eps, torch.finfo(torch.float32).tiny)  # float16 needs its subnormal numbers
     furthest = -grid.qmin if grid.symmetric else grid.steps  # no code may stand for more than the dtype holds

@@ -22,6 +22,7 @@ FULL: Final = -1
 
 MIN_BITS, MAX_BITS, UNQUANTIZED_BITS = 2, 8, 16
 MIN_GROUP = 2
+LARGE_GROUP = 128
 
 GRAMMAR = (
     "W<2-8>A<2-8 or 16>[KV<2-8 or 16>][g<group size>][sym|asym], "
@@ -167,9 +168,21 @@ def _activation_bits_known(bits: int) -> bool:
 
 
 def _nearest(text: str) -> str:
+    """The end of the message: bits and group moved to the nearest that are allowed, or the most similar text."""
+    match = _PATTERN.fullmatch(text.strip())
+    if match is not None:
+        cache = "" if match["kv"] is None else f"KV{_near_bits(_number(match['kv']))}"
+        group = "" if match["g"] is None else f"g{min(max(_number(match['g']), MIN_GROUP), LARGE_GROUP)}"
+        weight = min(max(_number(match["w"]), MIN_BITS), MAX_BITS)
+        symmetry = "sym" if (match["sym"] or "").lower() == "sym" else ""
+        return f"The nearest valid scheme is W{weight}A{_near_bits(_number(match['a']))}{cache}{group}{symmetry}."
     by_lower = {name.lower(): name for name in _common_schemes()}
-    close = get_close_matches(text.strip().lower()[:40], list(by_lower), n=1, cutoff=0.0)
+    close = get_close_matches(text.strip().lower()[:40], list(by_lower), n=1, cutoff=0.3)
     return f"The nearest valid scheme is {by_lower[close[0]]}." if close else "A good start is W4A16g128."
+
+
+def _near_bits(bits: int) -> int:
+    return UNQUANTIZED_BITS if bits > (MAX_BITS + UNQUANTIZED_BITS) // 2 else min(max(bits, MIN_BITS), MAX_BITS)
 
 
 def _common_schemes() -> Iterator[str]:

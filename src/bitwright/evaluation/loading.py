@@ -40,4 +40,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
         )
     loaded.eval()
     torch.nn.Module.to(loaded, device)
+    if hasattr(loaded, "ct_decompress_hook"):  # the first forward pass decompresses, with a bar of its own
+        with redirect_stderr(StringIO()), torch.inference_mode():
+            loaded(torch.zeros(1, 1, dtype=torch.int64, device=device))
     return loaded

@@ -41,6 +41,7 @@ def result(console: Console, found: Any) -> None:
             ("relative error", error),
             ("took", f"{duration(found.seconds)}, peak memory {size(found.peak_bytes)}"),
             ("continued", f"{found.resumed} parts were finished before" if found.resumed else None),
+            *(("note", text) for text in found.notes),
             *(("fallback", text) for text in found.fallbacks),
             ("next", f"bitwright evaluate {found.output} --text FILE --reference ORIGINAL"),
         ],

@@ -9,7 +9,7 @@ from bitwright.stream.forward import TOKENS_PER_PASS
 from bitwright.stream.skeleton import Skeleton
 
 ARRAYS_PER_PASS = 8
-RUNTIME_BYTES = 450 * 2**20
+RUNTIME_BYTES = 560 * 2**20
 """Python, torch and transformers themselves, before any weight (measured on Linux with a CPU build)."""
 
 

@@ -150,13 +150,13 @@ def _report(
 
 def _linear_report(block: Block, name: str, folded: Folded, output_error: float | None) -> LinearReport:
     weight, q = folded.full[f"{name}.weight"], folded.linears[name]
-    error = torch.linalg.vector_norm(q.dequantize().to(weight) - weight) / torch.linalg.vector_norm(weight)
+    error, size = q.dequantize().to(weight) - weight, float(torch.linalg.vector_norm(weight))
     return LinearReport(
         name=block.path(name),
         shape=q.shape,
         tile=q.tile.size(q.shape),
         bits_per_weight=q.bits_per_weight,
         storage_bits=q.storage_bits,
-        weight_error=float(error.nan_to_num(0.0)) ** 2,
+        weight_error=(float(torch.linalg.vector_norm(error)) / size) ** 2 if size else 0.0,
         output_error=output_error,
     )

@@ -13,7 +13,7 @@ import bitwright
 from bitwright.api.source import Source
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
-from bitwright.core.errors import RecipeError
+from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.method import Context, Learned
 from bitwright.core.scheme import Scheme
 from bitwright.core.training import Training, ours, paper, settle
@@ -181,6 +181,11 @@ def test_parameters_are_saved_and_loaded(recipe: bitwright.Recipe, tmp_path: Pat
     for other in (replace(again, scheme="W6A6"), replace(again, method="lwc"), replace(again, method="rtn")):
         with pytest.raises(RecipeError, match=r"was saved for|learns nothing"):
             bitwright.quantize(other, tmp_path / "other")
+    for saving in (saved, tmp_path / "no" / "folder"):
+        with pytest.raises(OutputError, match="name a new file"):
+            bitwright.quantize(recipe, tmp_path / "other", save_parameters=saving)
+    with pytest.raises(RecipeError, match="learns nothing"):
+        bitwright.quantize(replace(recipe, method="rtn"), tmp_path / "other", save_parameters=tmp_path / "new")
     (tmp_path / "broken").write_bytes(b"none")
     with pytest.raises(RecipeError, match="cannot be read as learned parameters"):
         bitwright.quantize(replace(recipe, load_parameters=str(tmp_path / "broken")), tmp_path / "other")

@@ -17,7 +17,7 @@ from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.output import OutputFolder, refuse_existing, refuse_overlap, require_free, work_folder
 from bitwright.checkpoint.writer import copy_file, write_json, write_tensors
-from bitwright.core.errors import OutputError
+from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
 from bitwright.methods import learned
@@ -83,43 +83,62 @@ def quantize(
     start, output = monotonic(), Path(output)
     refuse_output(Path(recipe.model), output, overwrite)
     job = prepare(recipe, device)
+    saved = None if save_parameters is None else _place_to_save(job, Path(save_parameters))
     _require_free(job, output)
     checkpoint = job.source.checkpoint
     checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
-    work = OutputFolder.claim(output, overwrite=overwrite, restart=restart)
-    with work:
+    with OutputFolder.claim(output, overwrite=overwrite, restart=restart) as work:
         journal = Journal.open(work.work / JOURNAL, _identity(job), restart=restart)
         resumed = len(journal.recorded)
-        sink = FolderSink(work.work, journal, job)
-        if not merge_begun(work.work):
-            _write_tensors(job, sink, listener)
-        merge_shards(sink.parts(), work.path, recipe.shard_bytes)
-        _write_companions(job, work.path)
-        if save_parameters is not None:
-            write_tensors(Path(save_parameters), sink.learned(), job.belonging)
-        reports = sink.reports()
-        account = plain(_account(job, reports, work.path))
-        write_json(work.path / REPORT, account)
+        account = _produce(job, work, FolderSink(work.work, journal, job), saved, listener)
         seconds = monotonic() - start
         write_json(work.path / TIMINGS, {"seconds": seconds, "peak_bytes": peak_memory(), "resumed_units": resumed})
         work.publish()
+    return _result(job, output, account, seconds, resumed)
+
+
+def _produce(job: Job, work: OutputFolder, sink: FolderSink, saved: Path | None, listener: Listener) -> dict[str, Any]:
+    """Everything that becomes the output, in the work folder; returns what bitwright.json says."""
+    if not merge_begun(work.work):
+        _write_tensors(job, sink, listener)
+    merge_shards(sink.parts(), work.path, job.recipe.shard_bytes)
+    _write_companions(job, work.path)
+    if saved is not None:
+        write_tensors(saved, sink.learned(), job.belonging)
+    account: dict[str, Any] = plain(_account(job, sink.reports(), work.path))
+    write_json(work.path / REPORT, account)
+    return account
+
+
+def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, resumed: int) -> Result:
     totals = account["totals"]
+    errors = [block["output_error"] for block in account["blocks"] if block["output_error"] is not None]
     return Result(
         output=str(output),
         scheme=str(job.scheme),
         method=job.method,
-        format=recipe.format,
+        format=job.recipe.format,
         linears=totals["linears"],
         bits_per_weight=totals["bits_per_weight"],
         bytes_in=totals["bytes_in"],
         bytes_out=totals["bytes_out"],
-        output_error=next((e for report in reversed(reports) if (e := report["output_error"]) is not None), None),
+        output_error=errors[-1] if errors else None,
         seconds=seconds,
         peak_bytes=peak_memory(),
         resumed=resumed,
         notes=plan_of(job).notes,
         fallbacks=tuple(account["fallbacks"]),
     )
+
+
+def _place_to_save(job: Job, path: Path) -> Path:
+    """Refuses, before hours of training, a place where nothing can be saved, or a method with nothing to save."""
+    if not learned(job.methods):
+        raise RecipeError(f"{job.method} learns nothing, so --save-parameters {path} would stay empty; leave it out")
+    if path.exists() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        found = "exists" if path.exists() else f"cannot be made: {path.absolute().parent} is no folder to write to"
+        raise OutputError(f"--save-parameters {path} {found}; name a new file in a folder that is there")
+    return path
 
 
 def refuse_output(model: Path, output: Path, overwrite: bool) -> None:

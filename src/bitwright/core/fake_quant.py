@@ -58,16 +58,18 @@ class _FakeQuantize(torch.autograd.Function):
         h = scale.float()[:, None, :, None]
         z = torch.zeros_like(h) if zero is None else zero.float()[:, None, :, None]
         ratio = tiled(weight, tile) / h
-        level = ratio.round().clamp_(grid.qmin - z, grid.qmax - z)
-        residual = ratio.neg_().add_(level)
-        # The rounded weight is clipped where the level is more than half a step away from it.
-        clipped = residual.abs() > 0.5
-        slope = (
-            residual.where(~clipped, level)
-            if grid.symmetric
-            else (residual / grid.steps).where(~clipped, (residual < 0).float())
-        )
-        ctx.save_for_backward(slope, clipped, low, high)
+        code = ratio.round()
+        residual = torch.sub(code, ratio, out=ratio)
+        code += z
+        level = code.clamp(grid.qmin, grid.qmax)
+        side = code.sub_(level).clamp_(-1, 1)  # 1 clipped from above, -1 from below, 0 inside; masks of bool are slow
+        clipped = side.abs()
+        level -= z
+        if grid.symmetric:
+            slope = residual.addcmul_(level - residual, clipped)
+        else:
+            slope = residual.addcmul_(residual, clipped, value=-1).div_(grid.steps).add_(side.relu_())
+        ctx.save_for_backward(slope, clipped.to(torch.int8), low, high)
         ctx.grid = grid
         return level.mul_(h).view(weight.shape)
 
@@ -90,7 +92,7 @@ class _FakeQuantize(torch.autograd.Function):
 class _FakeQuantizeTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
-        low, high = x.aminmax(dim=-1, keepdim=True)
+        low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
         scale, zero = affine(low, high, grid, x.dtype)
         z = torch.zeros_like(scale) if zero is None else zero.to(x.dtype)
         return (x / scale).round_().add_(z).clamp_(grid.qmin, grid.qmax).sub_(z).mul_(scale)

@@ -9,5 +9,5 @@ from bitwright.core.scheme import Tile
 
 def minmax(weight: Float[Tensor, "O I"], tile: Tile) -> tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]:
     """The smallest and the largest weight of each tile, as float32."""
-    low, high = tiled(weight, tile).float().aminmax(dim=3)
-    return low.amin(dim=1), high.amax(dim=1)
+    tiles = tiled(weight, tile).float()
+    return tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3))

@@ -55,9 +55,9 @@ def quantized_activations(block: Block, scheme: Scheme) -> Iterator[None]:
     """
     hooks = []
     if scheme.activations is not None:
-        hooks = [
-            block.linear(n).register_forward_pre_hook(_input_hook(scheme.activations)) for n in block.topology.linears
-        ]
+        for group in block.topology.groups:
+            hook = _input_hook(scheme.activations)
+            hooks += [block.linear(name).register_forward_pre_hook(hook) for name in group.linears]
     with _quantized_attention(block.module, scheme):
         try:
             yield
@@ -67,8 +67,13 @@ def quantized_activations(block: Block, scheme: Scheme) -> Iterator[None]:
 
 
 def _input_hook(grid: Grid) -> Any:
+    """Linears that share an input share its quantization: the hook keeps the last one, by the tensor itself."""
+    last: list[Tensor] = []
+
     def quantize(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (fake_quantize_tokens(args[0], grid),)
+        if not (last and last[0] is args[0]):
+            last[:] = [args[0], fake_quantize_tokens(args[0], grid)]
+        return (last[1],)
 
     return quantize
 

@@ -175,7 +175,7 @@ class Trainer:
             for tensors, lr in learnable.groups.values()
             if tensors
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         if self.context.training.schedule == "constant":
             return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

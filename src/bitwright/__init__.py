@@ -3,6 +3,7 @@
 import bitwright
 bitwright.quantize(bitwright.Recipe(model="MODEL", scheme="W4A16g128", method="rtn"), "OUTPUT")
 print(bitwright.evaluate("OUTPUT", "text.txt", reference="MODEL").measurement)
+model = bitwright.load("OUTPUT")
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,9 @@ from bitwright.core.errors import UserError
 from bitwright.core.recipe import Recipe
 
 if TYPE_CHECKING:
-    from bitwright.api import evaluate, inspect, plan, quantize
+    from bitwright.api import evaluate, inspect, load, plan, quantize
 
-__all__ = ["Recipe", "UserError", "evaluate", "inspect", "plan", "quantize"]
+__all__ = ["Recipe", "UserError", "evaluate", "inspect", "load", "plan", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -152,7 +152,12 @@ def test_the_output_layer_is_left_alone_unless_it_is_asked_for(tiny: Callable[..
     assert (one["ignore"], other["ignore"]) == (["lm_head"], [])
 
 
-@pytest.mark.parametrize("text", ["W4A4KV16", "W4A8KV4", "W8A8KV4g32"])
-def test_one_grid_for_queries_keys_and_values(text: str, tiny: Callable[..., Path]) -> None:
-    with pytest.raises(RecipeError, match=f"one grid; scheme {text} wants queries at"):
-        config_of(text, tiny)
+@pytest.mark.parametrize(("text", "cache"), [("W4A4KV16", None), ("W4A8KV4", 4), ("W8A8KV4g32", 4)])
+def test_queries_that_differ_from_the_cache_are_left_out(
+    text: str, cache: int | None, tiny: Callable[..., Path]
+) -> None:
+    written = config_of(text, tiny)
+    assert written is not None and list(written["config_groups"]) == ["group_0"]
+    assert (written["kv_cache_scheme"] or {}).get("num_bits") == cache
+    assert format.queries_left_out(Scheme.parse(text)) == Scheme.parse(text).activations
+    assert format.queries_left_out(Scheme.parse("W4A4")) is None

@@ -19,9 +19,10 @@ from bitwright.core.progress import Progress
 from bitwright.core.scheme import Scheme
 from bitwright.core.training import Training, ours, paper, settle
 from bitwright.methods import compose, fit
+from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
 from bitwright.stream.activations import Stream, enter, statistics
-from bitwright.stream.forward import forward_all, quantized_activations
+from bitwright.stream.forward import forward_all
 from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.train import Objective, Trainer
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, SiteDecision
 from bitwright.core.scheme import Scheme
+from bitwright.steps.activations import GRIDS
 from bitwright.steps.apply import Folded, fold
 from bitwright.stream import forward
 from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
@@ -177,7 +178,7 @@ def test_the_block_is_its_own_again_whatever_happened(
         assert all(parameter is originals[name] for name, parameter in block.module.named_parameters())
         for module in block.module.modules():
             assert not module._forward_hooks and not module._forward_pre_hooks
-            assert not hasattr(module, forward.GRIDS)
+            assert not hasattr(module, GRIDS)
         assert made.model.config._attn_implementation == attention
 
 

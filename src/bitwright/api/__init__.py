@@ -4,6 +4,7 @@ from bitwright.api.demonstrating import Demonstration, demo
 from bitwright.api.evaluating import Evaluation, evaluate
 from bitwright.api.inspecting import Inspection, inspect
 from bitwright.api.job import Plan, plan
+from bitwright.api.loading import load
 from bitwright.api.quantizing import Result, quantize
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "demo",
     "evaluate",
     "inspect",
+    "load",
     "plan",
     "quantize",
 ]

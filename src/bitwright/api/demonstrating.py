@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from bitwright.api.evaluating import evaluate
 from bitwright.api.inspecting import inspect
+from bitwright.api.loading import load
 from bitwright.api.quantizing import quantize, refuse_output
 from bitwright.core.progress import Listener, silent
 from bitwright.core.recipe import Recipe
 from bitwright.demo import MODEL_DIR
-from bitwright.evaluation.loading import load_model
 
 SCHEMES = ("W4A16g128", "W3A16g128", "W2A16g128")
 PROMPT = 'def read_file(path):\n    """Read'
@@ -79,7 +79,7 @@ def _row(method: str, scheme: str, folder: Path, seconds: float | None, listener
 
 def complete(folder: Path, prompt: str) -> str:
     """What a model writes after the prompt, greedily."""
-    model = load_model(folder, torch.float32, torch.device("cpu"))
+    model = load(folder, device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.inference_mode():

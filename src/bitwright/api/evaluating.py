@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from bitwright.api.loading import left_out, load
 from bitwright.api.source import (
     check_vocabulary,
     model_config,
@@ -15,18 +18,21 @@ from bitwright.api.source import (
 )
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, silent
-from bitwright.evaluation.loading import load_model
 from bitwright.evaluation.measure import Measurement, measure
 from bitwright.evaluation.windows import consecutive
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measurement, and what it was made of: the folder, the text, the dtype of the arithmetic, bytes on disk."""
+    """A measurement, and what it was made of: the folder, the text, the dtype of the arithmetic, bytes on disk.
+
+    ``loader`` is "transformers", or "bitwright" where queries are quantized that the folder's config leaves out.
+    """
 
     folder: str
     text: str
     reference: str | None
+    loader: str
     dtype: str
     device: str
     weight_bytes: int
@@ -59,18 +65,23 @@ def evaluate(
     tokens = tokenize(folder, text_of(text, "evaluation"))
     check_vocabulary(tokens, config, folder)
     cut = consecutive(tokens, length, windows, text)
-    model = load_model(folder, arithmetic, where)
-    original = None if reference is None else load_model(Path(reference), arithmetic, where)
+    model = load(folder, device=str(where), dtype=dtype)
+    original = None if reference is None else load(reference, device=str(where), dtype=_name(arithmetic))
     measured = measure(model, cut, original, listener=listener)
     return Evaluation(
         folder=str(folder),
         text=text,
         reference=None if reference is None else str(reference),
-        dtype=str(arithmetic).removeprefix("torch."),
+        loader="transformers" if left_out(folder) is None else "bitwright",
+        dtype=_name(arithmetic),
         device=str(where),
         weight_bytes=checkpoint.total_bytes,
         measurement=measured,
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_reference(folder: Path, vocabulary: int) -> None:

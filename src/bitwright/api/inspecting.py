@@ -1,19 +1,18 @@
 """inspect(): what a model or a quantized folder holds, read from its headers alone."""
 
-import json
 import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from bitwright.api.loading import account_of
 from bitwright.api.source import architecture, open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
 
 PARTS_OF_A_WEIGHT = ("weight", "weight_packed", "weight_scale", "weight_zero_point")
 NOT_LINEAR = ("embed", "wte", "wpe", "norm")
-REPORT = "bitwright.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def inspect(path: Path | str) -> Inspection:
     """Reads the headers of a model folder; raises CheckpointError for one that is none or is damaged."""
     folder = Path(path)
     checkpoint = open_checkpoint(folder)
-    linears = _linears(checkpoint)
+    linears, account = _linears(checkpoint), account_of(folder)
     quantized = [row for row in linears if row.dtype == "packed"] or linears
     parameters = _parameters(checkpoint, linears)
     return Inspection(
@@ -62,7 +61,7 @@ def inspect(path: Path | str) -> Inspection:
         parameters=parameters,
         weight_bytes=checkpoint.total_bytes,
         quantization=_quantization(checkpoint.config),
-        scheme=_scheme(folder),
+        scheme=None if "scheme" not in account else str(account["scheme"]),
         bits_per_weight=_mean_bits(quantized),
         model_bits_per_weight=checkpoint.total_bytes * 8 / parameters if parameters else 0.0,
         linears=tuple(linears),
@@ -119,11 +118,3 @@ def _quantization(config: dict[str, Any]) -> str | None:
     if not isinstance(found, dict):
         return None
     return " ".join(str(found[key]) for key in ("quant_method", "format") if key in found)
-
-
-def _scheme(folder: Path) -> str | None:
-    try:
-        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # not ours, or damaged: the tensors are what counts
-        return None
-    return str(found["scheme"]) if isinstance(found, dict) and "scheme" in found else None

@@ -28,7 +28,7 @@ from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.method import Method
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
 from bitwright.core.training import Training, settle
 from bitwright.methods import compose, fit, learned
 from bitwright.stream.budget import Budget, estimate
@@ -51,6 +51,18 @@ class Job:
     quantization_config: dict[str, Any] | None
     note: str | None
     learned: LearnedParameters | None
+
+    @property
+    def left_out(self) -> str | None:
+        """What the written config cannot say of the scheme, in words."""
+        grid = self.format.queries_left_out(self.scheme)
+        if grid is None:
+            return None
+        cache = self.scheme.kv.bits if self.scheme.kv else UNQUANTIZED_BITS
+        return (
+            f"format {self.recipe.format} has no place for queries at {grid.bits} bits beside keys and values at "
+            f"{cache}: transformers alone leaves the queries as they are; bitwright.load(OUTPUT) quantizes them"
+        )
 
     @property
     def belonging(self) -> dict[str, str]:
@@ -169,6 +181,8 @@ def _weight_bits(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> 
 def _notes(job: Job) -> Iterator[str]:
     if job.note is not None:
         yield job.note
+    if job.left_out is not None:
+        yield job.left_out
     if job.recipe.quantize_lm_head and learned(job.methods):
         yield f"the output layer is not trained: {job.method} gives it min-max ranges, rounded to nearest"
     if job.recipe.quantize_lm_head and job.skeleton.tied:

@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from bitwright.api.job import Job, plan_of, prepare
+from bitwright.api.loading import REPORT
 from bitwright.api.sink import FolderSink
 from bitwright.api.source import require_folder
 from bitwright.calibration.segments import fingerprint
@@ -25,7 +26,7 @@ from bitwright.report.plain import plain
 from bitwright.stream.budget import peak_memory
 from bitwright.stream.runner import RunPlan, run
 
-REPORT, TIMINGS, JOURNAL, CONFIG = "bitwright.json", "bitwright-timings.json", "journal.jsonl", "config.json"
+TIMINGS, JOURNAL, CONFIG = "bitwright-timings.json", "journal.jsonl", "config.json"
 COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -222,7 +223,7 @@ def _account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str,
             "bytes_in": job.source.checkpoint.total_bytes,
             "bytes_out": sum(path.stat().st_size for path in folder.glob("model*.safetensors")),
         },
-        "notes": [job.note] if job.note else [],
+        "notes": [note for note in (job.note, job.left_out) if note is not None],
         "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
         "blocks": reports,
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 from bitwright.core.block import Family
 from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import FULL, UNQUANTIZED_BITS, Grid, Scheme, Tile
+from bitwright.core.scheme import FULL, Grid, Scheme, Tile
 
 WORD_BITS = 32
 SHAPE_BYTES = 2 * 8
@@ -74,17 +74,12 @@ def quantization_config(scheme: Scheme, family: Family, head_dim: int, quantize_
     groups = {"group_0": _linears(scheme, ["Linear"], None)}
     kv = None if scheme.kv is None else _dynamic(scheme.kv, head_dim)
     if scheme.activations is not None:
-        if scheme.kv != scheme.activations:
-            raise RecipeError(
-                f"compressed-tensors gives queries, keys and values one grid; scheme {scheme} wants queries at "
-                f"{scheme.activations.bits} bits and keys and values at {scheme.kv.bits if scheme.kv else 16}. "
-                f"Leave KV out, or use A{UNQUANTIZED_BITS} to quantize the KV cache alone"
-            )
         # The library takes dimensions 0 and 1 of an input for batch and token: rows of a matrix would share a scale.
         rows = [_linears(scheme, [f"re:.*{name}$"], width) for name, width in family.flattened]
         groups = {f"group_{n}": group for n, group in enumerate([*rows, *groups.values()])}
-        groups["attention"] = QuantizationScheme(targets=[family.attention_class], input_activations=kv)
-        kv = None
+        if queries_left_out(scheme) is None:
+            groups["attention"] = QuantizationScheme(targets=[family.attention_class], input_activations=kv)
+            kv = None
     config = QuantizationConfig(
         config_groups=groups,
         format="pack-quantized",
@@ -98,6 +93,14 @@ def quantization_config(scheme: Scheme, family: Family, head_dim: int, quantize_
         # in no other way, earlier ones and vLLM pass over the key (docs/decisions.md).
         written["dequantize"] = True
     return written
+
+
+def queries_left_out(scheme: Scheme) -> Grid | None:
+    """The grid of the queries where the config has no place for it.
+
+    An attention's entry gives queries, keys and values one grid; ``kv_cache_scheme`` leaves the queries alone.
+    """
+    return None if scheme.kv == scheme.activations else scheme.activations
 
 
 def _linears(scheme: Scheme, targets: list[str], features: int | None) -> QuantizationScheme:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bitwright.core.block import Family
 from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Grid, Scheme
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
@@ -38,4 +38,9 @@ def quantization_config(scheme: Scheme, family: Family, head_dim: int, quantize_
             f"format dense cannot hold the activations or KV cache of scheme {scheme}, an ordinary model has no place "
             "for them; use format compressed-tensors, or a scheme with A16"
         )
+    return None
+
+
+def queries_left_out(scheme: Scheme) -> Grid | None:
+    """None: schemes with activations are refused."""
     return None

@@ -6,6 +6,8 @@ from rich.console import Console
 
 from bitwright.report.tables import duration, grid, pairs, size
 
+_BY_BITWRIGHT = "bitwright.load, which quantizes the queries too; the folder's config could not say so"
+
 
 def plan(console: Console, found: Any) -> None:
     """``quantize --dry-run``."""
@@ -64,6 +66,7 @@ def evaluation(console: Console, found: Any) -> None:
             ("top-1 agreement", f"{m.top1_agreement:.2%} {over}" if with_reference else None),
             ("weights on disk", size(found.weight_bytes)),
             ("arithmetic", f"{found.dtype} on {found.device}"),
+            ("loaded by", None if found.loader == "transformers" else _BY_BITWRIGHT),
         ],
     )
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from bitwright.core.block import Block
 from bitwright.core.method import Activations, LinearStats
 from bitwright.core.scheme import Scheme
+from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import Folded
-from bitwright.stream.forward import forward_all, quantized_activations
+from bitwright.stream.forward import forward_all
 from bitwright.stream.skeleton import Recorder, Skeleton
 
 

@@ -22,9 +22,10 @@ from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.fake_quant import fake_quantize
 from bitwright.core.method import Context, Learnable
+from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
 from bitwright.steps.ranges import minmax
-from bitwright.stream.forward import forward, forward_all, quantized_activations
+from bitwright.stream.forward import forward, forward_all
 
 RETRIES = 3
 SLOWER = 0.3

@@ -1,0 +1,51 @@
+"""load(): a written folder as a transformers model, with the part of its scheme that its config could not say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from bitwright.api.source import open_checkpoint, pick_device, pick_dtype
+from bitwright.core.errors import SchemeError
+from bitwright.core.registry import find, names
+from bitwright.core.scheme import Grid, Scheme
+from bitwright.evaluation.loading import load_model
+from bitwright.steps.activations import quantize_attention
+
+REPORT = "bitwright.json"
+
+
+def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """The model in a folder, original or quantized, ready to run; offline, no remote code.
+
+    Plain transformers loads it; queries that the folder's config leaves out are quantized on top (``W4A8KV4``).
+    ``dtype`` "auto" is the checkpoint's own where the device is fast with it. Raises CheckpointError.
+    """
+    folder = Path(folder)
+    where = pick_device(device)
+    model = load_model(folder, pick_dtype(dtype, where, open_checkpoint(folder).dtype_of_weights), where)
+    quantize_attention(model, left_out(folder), None)
+    return model
+
+
+def left_out(folder: Path) -> Grid | None:
+    """The grid of the queries where the folder's config could not hold it; see ``formats``."""
+    account = account_of(folder)
+    try:
+        scheme, name = Scheme.parse(str(account.get("scheme"))), account["recipe"]["format"]
+    except (SchemeError, KeyError, TypeError):
+        return None
+    if name not in names("formats"):
+        return None
+    grid: Grid | None = find("formats", name).queries_left_out(scheme)
+    return grid
+
+
+def account_of(folder: Path) -> dict[str, Any]:
+    """bitwright.json, or nothing where there is none that can be read: the tensors are what counts."""
+    try:
+        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

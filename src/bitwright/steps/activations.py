@@ -1,0 +1,84 @@
+"""Activations quantized as they pass: the input of every linear per token; queries, keys and values per token and head.
+
+Nothing of it is folded, it happens whenever the model runs: in training, in the quantized stream, and in a loaded model
+where its format cannot ask transformers for it. Queries, keys and values go through transformers' own attention
+interface, after the rotary embedding; the softmax output is left alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bitwright.core.block import Block
+from bitwright.core.fake_quant import fake_quantize_tokens
+from bitwright.core.scheme import Grid, Scheme
+
+QUANTIZED_ATTENTION = "bitwright_quantized"
+GRIDS = "_bitwright_grids"
+
+
+@contextmanager
+def quantized_activations(block: Block, scheme: Scheme) -> Iterator[None]:
+    """While it lasts, the block runs with the scheme's activations and KV cache."""
+    hooks = []
+    if scheme.activations is not None:
+        for group in block.topology.groups:
+            hook = _input_hook(scheme.activations)
+            hooks += [block.linear(name).register_forward_pre_hook(hook) for name in group.linears]
+    undo = quantize_attention(block.module, scheme.activations, scheme.kv)
+    try:
+        yield
+    finally:
+        undo()
+        for registered in hooks:
+            registered.remove()
+
+
+def quantize_attention(module: nn.Module, queries: Grid | None, cache: Grid | None) -> Callable[[], None]:
+    """Has every attention under a module quantize its queries, and its keys and values; returns what undoes it.
+
+    Every attention notes its grids, and their configuration names our attention function, which calls the one named
+    before.
+    """
+    attention = [m for m in module.modules() if hasattr(m, "config") and hasattr(m, "scaling")]
+    if (queries is None and cache is None) or not attention:
+        return lambda: None
+    config: Any = attention[0].config
+    original = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(QUANTIZED_ATTENTION, _attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(QUANTIZED_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    for m in attention:
+        setattr(m, GRIDS, (queries, cache, original))
+    config._attn_implementation = QUANTIZED_ATTENTION
+
+    def undo() -> None:
+        config._attn_implementation = original
+        for m in attention:
+            delattr(m, GRIDS)
+
+    return undo
+
+
+def _input_hook(grid: Grid) -> Any:
+    """Linears that share an input share its quantization: the hook keeps the last one, by the tensor itself."""
+    last: list[Tensor] = []
+
+    def quantize(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        if not (last and last[0] is args[0]):
+            last[:] = [args[0], fake_quantize_tokens(args[0], grid)]
+        return (last[1],)
+
+    return quantize
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    of_query, of_cache, original = getattr(module, GRIDS)
+    if of_query is not None:
+        query = fake_quantize_tokens(query, of_query)
+    if of_cache is not None:
+        key, value = fake_quantize_tokens(key, of_cache), fake_quantize_tokens(value, of_cache)
+    return ALL_ATTENTION_FUNCTIONS[original](module, query, key, value, *args, **kwargs)

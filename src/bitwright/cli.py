@@ -92,7 +92,10 @@ def quantize(
         str | None, typer.Option(help="bitwright, or paper: OmniQuant's plain settings. [default: bitwright]")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs of training. [default: 10; paper: 20, 40 at 2 bits]")
+        int | None,
+        typer.Option(
+            help="Epochs of training. [default: 10, 0 for lwc alone, which is refined; paper: 20, 40 at 2 bits]"
+        ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Segments per step. [default: 1]")] = None,
     lwc_lr: Annotated[
@@ -107,6 +110,9 @@ def quantize(
         str | None, typer.Option(help="cosine, or constant. [default: cosine; paper: constant]")
     ] = None,
     sites: Annotated[str | None, typer.Option(help="Where let acts: paper, or all. [default: paper]")] = None,
+    refine: Annotated[
+        bool | None, typer.Option("--refine/--no-refine", help="Search ranges once more. [default: on; paper: off]")
+    ] = None,
     save_parameters: Annotated[
         Path | None, typer.Option(help="Also write what was learned to this .safetensors file.")
     ] = None,

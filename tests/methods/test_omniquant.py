@@ -43,8 +43,8 @@ def trainer(block: Block, stream: Stream, scheme: str, methods: str, training: T
     context = Context(Scheme.parse(scheme), torch.float32, stream.activations, stats, training)
     found = [m for m in compose(methods) if isinstance(m, Learned)]
     learnables = [m.learn(block, context, BlockDecisions()) for m in found]
-    inputs, kwargs = stream.activations.quantized, stream.kwargs_of(block)
-    return Trainer(block, learnables, context, BlockDecisions(), Objective(inputs, target, None, kwargs))
+    objective = Objective(stream.activations, target, None, stream.kwargs_of(block))
+    return Trainer(block, learnables, context, BlockDecisions(), objective)
 
 
 @pytest.mark.parametrize("methods", ["lwc", "pact", "lsq", "let", "let+lwc", "let+pact", "let+lsq"])
@@ -131,7 +131,15 @@ def test_the_preset_is_the_papers() -> None:
     assert (plain.epochs, plain.aug_loss, plain.lwc_lr, plain.let_lr) == (40, True, 1e-2, 5e-3)
     assert paper(Scheme.parse("W3A16")) == Training(epochs=20)
     assert settle("paper", Scheme.parse("W3A16"), 7, {"epochs": 2, "alpha": None}) == Training(epochs=2, seed=7)
-    assert settle("bitwright", Scheme.parse("W3A16"), 0, {}) == ours(Scheme.parse("W3A16"))
+    assert not paper(Scheme.parse("W4A4")).refine
+
+
+def test_ours_trains_what_has_no_closed_form() -> None:
+    scheme = Scheme.parse("W3A16")
+    assert settle("bitwright", scheme, 0, {}) == ours(scheme)
+    assert (ours(scheme).epochs, ours(scheme).refine) == (10, True)
+    assert settle("bitwright", scheme, 0, {}, closed=True).epochs == 0
+    assert settle("bitwright", scheme, 0, {"epochs": 3}, closed=True).epochs == 3
 
 
 @pytest.mark.parametrize(
@@ -140,7 +148,7 @@ def test_the_preset_is_the_papers() -> None:
         ("lwc_lr", 0.0),
         ("let_lr", -1.0),
         ("lwc_lr", float("nan")),
-        ("epochs", 0),
+        ("epochs", -1),
         ("schedule", "linear"),
         ("sites", "x"),
     ],

@@ -25,7 +25,7 @@ from bitwright.api.source import (
 )
 from bitwright.calibration.segments import segments
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
-from bitwright.core.method import Method
+from bitwright.core.method import Learned, Method
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find
 from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
@@ -117,7 +117,6 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     """Checks a recipe against the model without reading any weight. Raises UserError."""
     scheme = Scheme.parse(recipe.scheme)
     compose(recipe.settled_method)
-    training = settle(recipe.training, scheme, recipe.seed, recipe.training_settings)
     chosen_format = find("formats", recipe.format)
     source = Source.open(Path(recipe.model))
     head_dim = getattr(source.config, "head_dim", None)
@@ -129,6 +128,8 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
         skeleton = Skeleton(source.checkpoint, source.config, source.family, dtype, where)
     method, note = fit(recipe.settled_method, scheme, source.family.topology)
     methods = compose(method)
+    closed = all(m.refines for m in methods if isinstance(m, Learned))
+    training = settle(recipe.training, scheme, recipe.seed, recipe.training_settings, closed)
     job = Job(recipe, scheme, method, methods, training, chosen_format, source, skeleton, None, config, note, None)
     _check_dtypes(job)
     _check_tiles(job)

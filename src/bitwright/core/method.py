@@ -41,6 +41,17 @@ class LinearStats:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Second moments of a linear's input over the calibration tokens, float32: x as the full-precision path gives it,
+    x' as the quantized linear will read it, with everything before it quantized as decided so far."""
+
+    inputs: Float[Tensor, "I I"]
+    """E[x' x'^T]"""
+    drift: Float[Tensor, "I I"]
+    """E[(x - x') x'^T]"""
+
+
+@dataclass(frozen=True)
 class Context:
     """What a method sees besides the block: the scheme, the dtype scales are stored in, and the calibration data."""
 
@@ -74,6 +85,9 @@ class Learnable:
         """The range of each tile of a (transformed) weight, or None where this method decides none."""
         return None
 
+    def refine(self, linear: str, weight: Float[Tensor, "O I"], moments: Moments) -> None:
+        """The parameters of one linear set once more, in closed form, after training; its weight is transformed."""
+
     def decide(self, parameters: Parameters, decisions: BlockDecisions) -> BlockDecisions:
         """The decisions that the learned values are; ``parameters`` are the block's, transformed."""
         return decisions
@@ -90,11 +104,15 @@ class Closed:
 
 @dataclass(frozen=True)
 class Learned:
-    """A method that is trained, jointly with the learned methods beside it in a recipe."""
+    """A method that is trained, jointly with the learned methods beside it in a recipe.
+
+    ``refines`` says that its learnables set their parameters in closed form too, for which training may be left out.
+    """
 
     decides: frozenset[Decision]
     learn: Callable[[Block, Context, BlockDecisions], Learnable]
     needs_text: bool = True
+    refines: bool = False
 
 
 Method = Closed | Learned

@@ -18,7 +18,8 @@ class Training:
 
     ``schedule`` is "cosine" (to zero at the last step) or "constant". ``aug_loss`` adds the loss against the
     full-precision block on the quantized stream. ``alpha`` is the migration strength at which LET starts. ``sites``
-    are the "paper"'s or "all".
+    are the "paper"'s or "all". ``refine`` searches what was learned once more in closed form, where a method can
+    (``lwc``); 0 epochs leave it at that.
     """
 
     epochs: int = 20
@@ -29,15 +30,16 @@ class Training:
     alpha: float = 0.5
     schedule: str = "constant"
     sites: str = "paper"
+    refine: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         for key in ("lwc_lr", "let_lr"):
             if not 0 < getattr(self, key) < float("inf"):
                 raise RecipeError(f"{key} is {getattr(self, key)}; a learning rate must be positive, such as 0.01")
-        for key in ("epochs", "batch_size"):
-            if getattr(self, key) < 1:
-                raise RecipeError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        for key, least in (("epochs", 0), ("batch_size", 1)):
+            if getattr(self, key) < least:
+                raise RecipeError(f"{key} is {getattr(self, key)}; it must be at least {least}")
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha is {self.alpha}; the migration strength is between 0 and 1")
         for key, known in (("schedule", SCHEDULES), ("sites", SITES)):
@@ -45,29 +47,31 @@ class Training:
                 raise RecipeError(f"there is no {key} '{getattr(self, key)}'; {nearest(getattr(self, key), known)}")
 
 
-def paper(scheme: Scheme) -> Training:
+def paper(scheme: Scheme, closed: bool = False) -> Training:
     """OmniQuant's plain settings (arXiv 2308.13137, section 4.1 and the authors' scripts).
 
     20 epochs, batch 1, learning rates 1e-2 (LWC) and 5e-3 (LET), constant; 40 epochs and the augmented loss at 2 bits.
+    Nothing in closed form.
     """
     few = scheme.weight.bits <= FEW_BITS
     return Training(epochs=40 if few else 20, aug_loss=few)
 
 
-def ours(scheme: Scheme) -> Training:
-    """Our settings: the paper's learning rates, falling to zero along a cosine over 10 epochs, without augmented loss.
+def ours(scheme: Scheme, closed: bool = False) -> Training:
+    """Our settings: the paper's learning rates, falling to zero along a cosine over 10 epochs, without augmented loss;
+    ranges refined afterwards. What can be found in closed form alone (``closed``) is not trained.
 
     Measured in docs/methods/omniquant.md.
     """
-    return replace(paper(scheme), epochs=10, aug_loss=False, schedule="cosine")
+    return replace(paper(scheme), epochs=0 if closed else 10, aug_loss=False, schedule="cosine", refine=True)
 
 
 PRESETS = {"bitwright": ours, "paper": paper}
 
 
-def settle(preset: str, scheme: Scheme, seed: int, asked: Mapping[str, Any]) -> Training:
+def settle(preset: str, scheme: Scheme, seed: int, asked: Mapping[str, Any], closed: bool = False) -> Training:
     """The preset's settings, with what a recipe asks for put in their place (None asks for nothing)."""
     if preset not in PRESETS:
         raise RecipeError(f"there are no training settings '{preset}'; {nearest(preset, PRESETS)}")
     wanted = {key: value for key, value in asked.items() if value is not None}
-    return replace(PRESETS[preset](scheme), seed=seed, **wanted)
+    return replace(PRESETS[preset](scheme, closed), seed=seed, **wanted)

@@ -10,8 +10,12 @@ the threshold and the step themselves, do not follow.
 
 a and b start at 4: gamma = beta = 0.982.
 
-Where we differ: the gradient also passes through the rounding of the zero point, so that a clipped weight pulls on its
-own end of the range alone; and h is rounded to the dtype it is stored in while training, as it will be written.
+After training each range is searched once more, from where it was learned, on the error of its linear's output
+(``steps/range_search.py``), and kept where the block's error falls: ``refine``, which is not in the paper.
+
+Where we differ besides: the gradient also passes through the rounding of the zero point, so that a clipped weight
+pulls on its own end of the range alone; and h is rounded to the dtype it is stored in while training, as it will be
+written.
 """
 
 from dataclasses import replace
@@ -22,8 +26,9 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
-from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
+from bitwright.core.method import Context, Learnable, Learned, Moments, Parameters, Range
 from bitwright.core.scheme import Tile
+from bitwright.steps.range_search import search
 from bitwright.steps.ranges import minmax
 
 START = 4.0
@@ -34,6 +39,7 @@ class Clipping(Learnable):
 
     def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
         """Starts at sigmoid(4)."""
+        self.context = context
         self.tiles = {n: decisions.linear(n).tile or context.scheme.tile for n in block.topology.linears}
         start = {n: torch.full_like(minmax(block.weight(n), tile)[0], START) for n, tile in self.tiles.items()}
         self.a = {n: value.clone().requires_grad_() for n, value in start.items()}
@@ -50,6 +56,15 @@ class Clipping(Learnable):
         low, high = self._seen[linear][1]
         return self.b[linear].sigmoid() * low, self.a[linear].sigmoid() * high
 
+    @torch.no_grad()
+    def refine(self, linear: str, weight: Float[Tensor, "O I"], moments: Moments) -> None:
+        """gamma and beta by coordinate descent."""
+        a, b, tile = self.a[linear], self.b[linear], self.tiles[linear]
+        start = b.sigmoid(), a.sigmoid()
+        beta, gamma = search(weight, start, self.context.scheme.weight, tile, self.context.scale_dtype, moments)
+        a.copy_(gamma.logit())
+        b.copy_(beta.logit())
+
     def decide(self, parameters: Parameters, decisions: BlockDecisions) -> BlockDecisions:
         """The ranges on the transformed weights."""
         decided = {}
@@ -60,4 +75,4 @@ class Clipping(Learnable):
         return decisions.with_linears(decided)
 
 
-METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Clipping)
+METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Clipping, refines=True)

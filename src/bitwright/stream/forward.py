@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from bitwright.core.block import Block
@@ -20,6 +20,35 @@ def forward(
     result = functional_call(block.module, dict(parameters), (inputs,), dict(kwargs))
     output: Tensor = result[0] if isinstance(result, tuple) else result
     return output
+
+
+class _Reached(Exception):
+    """The linear was reached; what comes after it is not wanted."""
+
+
+@torch.no_grad()
+def input_of(
+    block: Block,
+    linear: str,
+    parameters: Mapping[str, Tensor],
+    inputs: Float[Tensor, "N T D"],
+    kwargs: Mapping[str, Any],
+) -> Float[Tensor, "N T I"]:
+    """What one linear of the block reads; the block runs no further than that."""
+    seen: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Tensor]) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    hook = block.linear(linear).register_forward_pre_hook(stop)
+    try:
+        forward(block, parameters, inputs, kwargs)
+    except _Reached:
+        return seen[0]
+    finally:
+        hook.remove()
+    raise AssertionError(f"{linear} was not reached")
 
 
 @torch.no_grad()

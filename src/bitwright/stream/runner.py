@@ -124,9 +124,9 @@ def _decide(
 
 
 def _objective(block: Block, plan: RunPlan, stream: Stream, targets: Tensor) -> Objective:
-    inputs, kwargs = stream.activations.quantized, stream.kwargs_of(block)
-    also = forward_all(block, {}, inputs, kwargs) if plan.training.aug_loss else None
-    return Objective(inputs, targets, also, kwargs)
+    kwargs = stream.kwargs_of(block)
+    also = forward_all(block, {}, stream.activations.quantized, kwargs) if plan.training.aug_loss else None
+    return Objective(stream.activations, targets, also, kwargs)
 
 
 def _passed(skeleton: Skeleton, block: Block, folded: Folded) -> dict[str, Tensor]:

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.fake_quant import fake_quantize
-from bitwright.core.method import Context, Learnable
+from bitwright.core.method import Activations, Context, Learnable
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
 from bitwright.steps.ranges import minmax
 from bitwright.stream.forward import forward, forward_all
+from bitwright.stream.moments import moments
 
 RETRIES = 3
 SLOWER = 0.3
@@ -34,12 +35,13 @@ RISE = 1.5
 
 @dataclass(frozen=True)
 class Objective:
-    """Inputs of the quantized stream [N, T, D] and what the block should make of them, kept on the CPU.
+    """Inputs of both streams [N, T, D] and what the block should make of them, kept on the CPU.
 
-    ``also`` is the full-precision block's output on the same inputs: the second target of the augmented loss.
+    ``target`` is the full-precision block's output on ``inputs.reference``; ``also`` its output on
+    ``inputs.quantized``, the second target of the augmented loss.
     """
 
-    inputs: Float[Tensor, "N T D"]
+    inputs: Activations
     target: Float[Tensor, "N T D"]
     also: Float[Tensor, "N T D"] | None
     kwargs: Mapping[str, Any]
@@ -85,14 +87,14 @@ class Trainer:
         zero = self.measure(self.decided)
         with quantized_activations(self.block, self.context.scheme):
             self._train()
-        found = self.decisions()
-        loss = self.measure(found)
+        loss = self.measure(self.decisions())
+        if self.context.training.refine:
+            loss = self._refine(loss)
         if not loss < zero:
-            self.fallbacks.append(f"training did not improve on the start ({loss:.4g}, start {zero:.4g}): start kept")
-            found = self.decided
-        else:
-            parameters = [learnable.parameters for learnable in self.learnables]
-            self.learned = {name: p.detach().clone() for found_in in parameters for name, p in found_in.items()}
+            self.fallbacks.append(f"nothing better than the start was found ({loss:.4g}, start {zero:.4g}): start kept")
+            return replace(self.decided, fallbacks=(*self.decided.fallbacks, *self.fallbacks))
+        found, parameters = self.decisions(), [learnable.parameters for learnable in self.learnables]
+        self.learned = {name: p.detach().clone() for found_in in parameters for name, p in found_in.items()}
         return replace(found, fallbacks=(*found.fallbacks, *self.fallbacks))
 
     def decisions(self) -> BlockDecisions:
@@ -110,7 +112,7 @@ class Trainer:
         scheme, dtype = self.context.scheme, self.context.scale_dtype
         written = fold(self.base, self.block.topology, decisions, scheme, dtype).written()
         with quantized_activations(self.block, scheme):
-            outputs = forward_all(self.block, written, self.objective.inputs, self.objective.kwargs)
+            outputs = forward_all(self.block, written, self.objective.inputs.quantized, self.objective.kwargs)
         return float(self.objective.loss(outputs, slice(None)))
 
     def substituted(self) -> dict[str, Tensor]:
@@ -127,8 +129,27 @@ class Trainer:
             quantized[f"{name}.weight"] = fake_quantize(weight, low, high, scheme.weight, tile, dtype)
         return quantized
 
+    def _refine(self, trained: float) -> float:
+        """What has a closed form set once more, linear after linear in the order data flows through them; what was
+        trained comes back where that is better."""
+        snapshot, scheme = self._snapshot(), self.context.scheme
+        for group in self.block.topology.groups:
+            folded = fold(self.base, self.block.topology, self.decisions(), scheme, self.context.scale_dtype)
+            objective = self.objective
+            found = moments(self.block, group.linears[0], folded, scheme, objective.inputs, objective.kwargs)
+            for name in group.linears:
+                for learnable in self.learnables:
+                    learnable.refine(name, folded.full[f"{name}.weight"], found)
+        loss = self.measure(self.decisions())
+        if loss < trained:
+            return loss
+        self._restore(snapshot)
+        return trained
+
     def _train(self) -> None:
         """Epochs until they are done, or too many ended badly; the parameters end at the best seen."""
+        if not self.context.training.epochs:
+            return
         best, best_loss, rate = self._snapshot(), math.inf, 1.0
         for attempt in range(RETRIES + 1):
             epoch_losses, best, best_loss = self._attempt(rate, best, best_loss)
@@ -143,7 +164,7 @@ class Trainer:
     def _attempt(self, rate: float, best: list[Tensor], best_loss: float) -> tuple[list[float], list[Tensor], float]:
         training = self.context.training
         generator = torch.Generator().manual_seed(training.seed + 1000 * self.block.index)
-        count = len(self.objective.inputs)
+        count = len(self.objective.target)
         total = training.epochs * math.ceil(count / training.batch_size)
         optimizer, scheduler = self._optimizer(rate, total)
         losses: list[float] = []
@@ -161,8 +182,10 @@ class Trainer:
         return losses, best, best_loss
 
     def _step(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-        objective, place = self.objective, next(iter(self.base.values())).device
-        outputs = forward(self.block, self.substituted(), objective.inputs[rows].to(place), objective.kwargs)
+        objective, place = self.objective, next(self.block.module.parameters())
+        # The masters are float32; the block computes in its own dtype.
+        parameters = {name: p.to(place.dtype) for name, p in self.substituted().items()}
+        outputs = forward(self.block, parameters, objective.inputs.quantized[rows].to(place.device), objective.kwargs)
         loss = objective.loss(outputs, rows)
         optimizer.zero_grad()
         loss.backward()

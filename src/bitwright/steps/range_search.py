@@ -1,0 +1,98 @@
+"""The range decision by search: of each tile, the range whose quantized weights change the linear's output least.
+
+With X what the full-precision linear reads and X' what the quantized one will read, over calibration tokens:
+
+    minimise || W X - Wq X' ||^2 = tr(D H D^T) + 2 tr(W C D^T) + constant
+    D = W - Wq,   H = E[x' x'^T],   C = E[(x - x') x'^T]
+
+Rows are independent, and a tile's range moves its own columns of D alone, so coordinate descent over tiles is exact:
+each candidate is judged by its true error, rounding and clipping included, where a gradient sees a straight line
+through the rounding. It is never worse than where it starts. (H is the matrix of GPTQ, arXiv 2210.17323; C makes good
+the error that the quantized blocks before have left in X'.)
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.core.method import Moments, Range
+from bitwright.core.qtensor import affine, tiled
+from bitwright.core.scheme import Grid, Tile
+from bitwright.steps.ranges import minmax
+
+LOWEST, LARGEST, COARSE = 0.35, 0.9995, 24
+STEPS = (0.16, 0.08, 0.04, 0.02, 0.01)
+Move = tuple[float | None, float | None]
+
+
+@torch.no_grad()
+def search(
+    weight: Float[Tensor, "O I"], start: Range, grid: Grid, tile: Tile, scale_dtype: torch.dtype, moments: Moments
+) -> Range:
+    """How far each tile's range reaches, as shares in (0, 1) of its smallest and its largest weight.
+
+    ``start`` are such shares; a sweep on an even grid for both ends together and for each alone, one more for each
+    alone, then two sweeps of small relative moves.
+    """
+    even = torch.linspace(LOWEST, LARGEST, COARSE).tolist()
+    alone: list[Move] = [*((share, None) for share in even), *((None, share) for share in even)]
+    near: list[Move] = [
+        (1 + a * step, 1 + b * step) for step in STEPS for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b
+    ]
+    descent = _Descent(weight, start, grid, tile, scale_dtype, moments)
+    descent.sweep([*((share, share) for share in even), *alone])
+    descent.sweep(alone)
+    descent.sweep(near, relative=True)
+    descent.sweep(near, relative=True)
+    return descent.low, descent.high
+
+
+class _Descent:
+    """The shares as they are now, and the difference D = W - Wq that they make."""
+
+    def __init__(
+        self, weight: Tensor, start: Range, grid: Grid, tile: Tile, scale_dtype: torch.dtype, moments: Moments
+    ) -> None:
+        self.tiles, self.grid, self.scale_dtype = tiled(weight, tile), grid, scale_dtype
+        self.ends = minmax(weight, tile)
+        self.low, self.high = (share.detach().clamp(max=LARGEST) for share in start)
+        self.hessian = moments.inputs
+        self.slope = weight @ moments.drift
+        self.columns = self.tiles.shape[3]
+        differences = [self._difference(q, self.low[:, q], self.high[:, q]) for q in range(self.low.shape[1])]
+        self.difference = torch.cat(differences, dim=1)
+
+    def sweep(self, moves: list[Move], relative: bool = False) -> None:
+        """Every tile once, one column of tiles after the other: the moves in turn, each kept where it helps."""
+        for q in range(self.low.shape[1]):
+            here = slice(q * self.columns, (q + 1) * self.columns)
+            own, mine = self.hessian[here, here], self.difference[:, here]
+            slope = 2 * (self.difference @ self.hessian[:, here] - mine @ own + self.slope[:, here])
+            low, high, least = self.low[:, q], self.high[:, q], self._error(mine, own, slope)
+            for move in moves:
+                low_to, high_to = _moved(low, move[0], relative), _moved(high, move[1], relative)
+                tried = self._difference(q, low_to, high_to)
+                error = self._error(tried, own, slope)
+                better = error < least
+                least, low, high = error.where(better, least), low_to.where(better, low), high_to.where(better, high)
+                mine = tried.where(better.repeat_interleave(self.tiles.shape[1])[:, None], mine)
+            self.low[:, q], self.high[:, q], self.difference[:, here] = low, high, mine
+
+    def _error(self, difference: Tensor, hessian: Tensor, slope: Tensor) -> Float[Tensor, " P"]:
+        rows = ((difference @ hessian + slope) * difference).sum(dim=1)
+        return rows.view(-1, self.tiles.shape[1]).sum(dim=1)
+
+    def _difference(self, q: int, low: Float[Tensor, " P"], high: Float[Tensor, " P"]) -> Float[Tensor, "O Ti"]:
+        """What is lost of a column of tiles with these shares."""
+        tiles = self.tiles[:, :, q]
+        scale, zero = affine(low * self.ends[0][:, q], high * self.ends[1][:, q], self.grid, self.scale_dtype)
+        h = scale.float()[:, None, None]
+        z = torch.zeros_like(h) if zero is None else zero.float()[:, None, None]
+        levels = (tiles / h).round_().add_(z).clamp_(self.grid.qmin, self.grid.qmax).sub_(z)
+        return (tiles - levels.mul_(h)).flatten(0, 1)
+
+
+def _moved(shares: Float[Tensor, " P"], to: float | None, relative: bool) -> Float[Tensor, " P"]:
+    if to is None:
+        return shares
+    return (shares * to).clamp(max=LARGEST) if relative else torch.full_like(shares, to)

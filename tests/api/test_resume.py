@@ -123,6 +123,7 @@ def in_a_child(moment):
         os_replace(source, target)
         kill_if(Path(target).name)
     def listen(progress):
+        kill_if(progress.detail and f"{progress.unit} {progress.detail}")
         kill_if(progress.done if progress.stage == "quantize" else None)
     child = os.fork()
     if child == 0:
@@ -155,6 +156,24 @@ def test_killed_by_the_system(recipe: Recipe, whole: dict[str, bytes], contents:
         assert not out.exists()
         assert bitwright.quantize(recipe, out).resumed == resumed, moment
         assert contents(out) == whole, moment
+
+
+LEARNED_MOMENTS = {"model.layers.0 epoch 2": 3, "model.layers.1 epoch 1": 4, 2: 5, "model-00001": 5}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed in forks of one that has loaded torch")
+def test_a_learned_run_killed_by_the_system(recipe: Recipe, contents: Contents, tmp_path: Path) -> None:
+    """In the middle of training a block: that block is trained anew, those before it are not."""
+    recipe = replace(recipe, scheme="W4A4", method="omniquant", epochs=3, quantize_lm_head=False)
+    arguments = [json.dumps(recipe.as_dict()), str(tmp_path), json.dumps([*LEARNED_MOMENTS])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, *arguments]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    whole = contents(tmp_path / "-1")
+    for moment, resumed in LEARNED_MOMENTS.items():
+        assert bitwright.quantize(recipe, tmp_path / str(moment)).resumed == resumed, moment
+        assert contents(tmp_path / str(moment)) == whole, moment
 
 
 @pytest.mark.parametrize(

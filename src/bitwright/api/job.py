@@ -126,7 +126,7 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     dtype = pick_dtype("auto", where, source.checkpoint.dtype_of_weights)
     with blaming_the_config(source.checkpoint.folder):
         skeleton = Skeleton(source.checkpoint, source.config, source.family, dtype, where)
-    method, note = fit(recipe.settled_method, scheme, source.family.topology)
+    method, note = fit(recipe.settled_method, scheme, source.family.topology, recipe.sites)
     methods = compose(method)
     closed = all(m.refines for m in methods if isinstance(m, Learned))
     training = settle(recipe.training, scheme, recipe.seed, recipe.training_settings, closed)

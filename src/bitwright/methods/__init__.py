@@ -33,20 +33,21 @@ def compose(text: str) -> tuple[Method, ...]:
     return tuple(methods)
 
 
-def fit(text: str, scheme: Scheme, topology: Topology) -> tuple[str, str | None]:
+def fit(text: str, scheme: Scheme, topology: Topology, sites: str | None = None) -> tuple[str, str | None]:
     """The recipe that is really run, and what to say about it.
 
-    With 16-bit activations a transform can only help where a shift can be absorbed (LayerNorm architectures); elsewhere
-    ``let`` is left out, as OmniQuant's authors do.
+    With 16-bit activations and no site that can absorb a shift (RMSNorm architectures) ``let`` is left out, as
+    OmniQuant's authors do, unless the recipe names the ``sites`` where it acts.
     """
     listed = _parts(text)
-    helps = scheme.activations is not None or scheme.kv is not None or any(site.shift for site in topology.sites)
-    parts = [part for part in listed if helps or part != TRANSFORM]
+    quantizes_activations = scheme.activations is not None or scheme.kv is not None
+    keep = sites is not None or quantizes_activations or any(site.shift for site in topology.sites)
+    parts = [part for part in listed if keep or part != TRANSFORM]
     if len(parts) == len(listed) or not parts:
         return "+".join(listed), None
     return "+".join(parts), (
-        f"{TRANSFORM} cannot help with 16-bit activations on this architecture: no site can absorb a shift. "
-        f"Going on with {'+'.join(parts)}"
+        f"{TRANSFORM} is left out: 16-bit activations do not need it, and no site of this architecture can absorb a "
+        f"shift. Going on with {'+'.join(parts)}; name --sites to keep it, which pays where channels are outliers"
     )
 
 

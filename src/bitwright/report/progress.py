@@ -1,10 +1,11 @@
 """Progress of a long operation: a bar with the time left on a terminal, plain lines elsewhere."""
 
+import math
 from time import monotonic
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from bitwright.core.progress import Progress
@@ -22,7 +23,7 @@ class ProgressReport:
         self._bars = _bars(console) if console.is_terminal else None
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
-        self._done: dict[str, int] = {}
+        self._position: dict[str, float] = {}
         self._last_line = 0.0
 
     def __enter__(self) -> "ProgressReport":
@@ -36,9 +37,9 @@ class ProgressReport:
 
     def __call__(self, progress: Progress) -> None:
         """Shows one step."""
-        if progress.done <= self._done.get(progress.stage, progress.done):  # a stage begins, perhaps once more
+        if progress.position < self._position.get(progress.stage, math.inf):  # a stage begins, perhaps once more
             self._started[progress.stage] = monotonic()
-        self._done[progress.stage] = progress.done
+        self._position[progress.stage] = progress.position
         if self._bars is None:
             self._line(progress)
         else:
@@ -48,26 +49,28 @@ class ProgressReport:
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total)
         memory = f"peak {size(progress.peak_bytes)}" if progress.peak_bytes else ""
+        unit = progress.unit if progress.unit not in _COUNTED else ""
         bars.update(
             self._tasks[progress.stage],
-            completed=progress.done,
+            completed=progress.position,
             total=progress.total,
-            description=f"{progress.stage} {progress.unit if progress.unit not in _COUNTED else ''} {memory}".strip(),
+            description=" ".join(filter(None, (progress.stage, unit, progress.detail, memory))),
         )
 
     def _line(self, progress: Progress) -> None:
         now = monotonic()
-        due = progress.unit not in _COUNTED or now - self._last_line > SECONDS_BETWEEN_LINES
-        if not due or progress.done == 0:
+        whole = progress.unit not in _COUNTED and not progress.part
+        due = whole or now - self._last_line > SECONDS_BETWEEN_LINES
+        if not due or progress.position == 0:
             return
         self._last_line = now
         spent = now - self._started[progress.stage]
-        left = spent / progress.done * (progress.total - progress.done)
+        left = spent / progress.position * (progress.total - progress.position)
         memory = f", peak memory {size(progress.peak_bytes)}" if progress.peak_bytes else ""
         share = f"{progress.done}/{progress.total}" if progress.unit != "bytes" else _percent(progress)
-        self._console.print(
-            f"{progress.stage} {share}, {duration(spent)} so far, about {duration(left)} left{memory}", highlight=False
-        )
+        detail = f", {progress.unit} {progress.detail}" if progress.detail else ""
+        times = f"{duration(spent)} so far, about {duration(left)} left"
+        self._console.print(f"{progress.stage} {share}{detail}, {times}{memory}", highlight=False)
 
 
 _COUNTED = ("bytes", "windows")
@@ -78,5 +81,5 @@ def _percent(progress: Progress) -> str:
 
 
 def _bars(console: Console) -> Bars:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     return Bars(*columns, console=console, transient=True)

@@ -64,12 +64,16 @@ def run(
     units = list(_units(skeleton, plan.with_head))
     stream = None if tokens is None else enter(skeleton, tokens)
     for done, (unit, load) in enumerate(units):
-        listener(Progress("quantize", done, len(units), unit, peak_memory()))
+
+        def inside(part: float = 0.0, detail: str = "", done: int = done, unit: str = unit) -> None:
+            listener(Progress("quantize", done, len(units), unit, peak_memory(), part, detail))
+
+        inside()
         if sink.finished(unit) and stream is None:
             continue
         with load() as block:
             if not sink.finished(unit):
-                stream = _quantize(block, unit, skeleton, plan, sink, stream)
+                stream = _quantize(block, unit, skeleton, plan, sink, stream, inside)
             elif stream is not None and block.name:
                 stream = replay(block, sink.written(unit, block), plan.scheme, stream)
     listener(Progress("quantize", len(units), len(units), "all blocks", peak_memory()))
@@ -83,10 +87,16 @@ def _units(skeleton: Skeleton, with_head: bool) -> Iterator[tuple[str, Callable[
 
 
 def _quantize(
-    block: Block, unit: str, skeleton: Skeleton, plan: RunPlan, sink: Sink, stream: Stream | None
+    block: Block,
+    unit: str,
+    skeleton: Skeleton,
+    plan: RunPlan,
+    sink: Sink,
+    stream: Stream | None,
+    inside: Callable[[float, str], None],
 ) -> Stream | None:
     dtype = skeleton.checkpoint.dtype_of_weights
-    decisions, learned = _decide(block, plan, dtype, stream)
+    decisions, learned = _decide(block, plan, dtype, stream, inside)
     parameters = dict(block.module.named_parameters())
     folded = fold(parameters, block.topology, decisions, plan.scheme, dtype)
     after, errors = stream, None
@@ -99,7 +109,7 @@ def _quantize(
 
 
 def _decide(
-    block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream | None
+    block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream | None, inside: Callable[[float, str], None]
 ) -> tuple[BlockDecisions, dict[str, Tensor]]:
     """All methods in order, neighbouring learned ones trained together; and what they learned.
 
@@ -117,7 +127,8 @@ def _decide(
                 decisions = method.decide(block, context, decisions)
         elif stream is not None and targets is not None:
             learnables = [m.learn(block, context, decisions) for m in methods if isinstance(m, Learned)]
-            trainer = Trainer(block, learnables, context, decisions, _objective(block, plan, stream, targets))
+            objective = _objective(block, plan, stream, targets)
+            trainer = Trainer(block, learnables, context, decisions, objective, inside)
             decisions = trainer.run() if plan.learned is None else trainer.adopt(plan.learned(block.name))
             learned |= trainer.learned
     return decisions, learned

@@ -9,7 +9,7 @@ is measured on the folded block, as it will be written.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,10 +63,11 @@ class Trainer:
         context: Context,
         decided: BlockDecisions,
         objective: Objective,
+        report: Callable[[float, str], None] = lambda part, detail: None,
     ) -> None:
-        """``decided`` is what methods before these have decided."""
+        """``decided`` is what methods before these have decided; ``report`` hears of every epoch."""
         self.block, self.learnables, self.context = block, learnables, context
-        self.decided, self.objective = decided, objective
+        self.decided, self.objective, self.report = decided, objective, report
         self.base = {name: p.detach().float() for name, p in block.module.named_parameters()}
         self.fallbacks: list[str] = []
         self.learned: dict[str, Tensor] = {}
@@ -175,6 +176,7 @@ class Trainer:
                 sums += self._step(rows, optimizer) * len(rows)
                 scheduler.step()
             losses.append(float(sums) / count)
+            self.report(len(losses) / training.epochs, f"epoch {len(losses)}/{training.epochs} loss {losses[-1]:.4g}")
             if losses[-1] < best_loss:
                 best, best_loss = self._snapshot(), losses[-1]
             if not losses[-1] <= RISE * best_loss:

@@ -94,7 +94,7 @@ def quantize(
     epochs: Annotated[
         int | None,
         typer.Option(
-            help="Epochs of training. [default: 10, 0 for lwc alone, which is refined; paper: 20, 40 at 2 bits]"
+            help="Epochs of training. [default: 5, 0 for lwc alone, which is refined; paper: 20, 40 at 2 bits]"
         ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Segments per step. [default: 1]")] = None,

@@ -136,7 +136,7 @@ def test_the_preset_is_the_papers() -> None:
 def test_ours_trains_what_has_no_closed_form() -> None:
     scheme = Scheme.parse("W3A16")
     assert settle("bitwright", scheme, 0, {}) == ours(scheme)
-    assert (ours(scheme).epochs, ours(scheme).refine) == (10, True)
+    assert (ours(scheme).epochs, ours(scheme).refine) == (5, True)
     assert settle("bitwright", scheme, 0, {}, closed=True).epochs == 0
     assert settle("bitwright", scheme, 0, {"epochs": 3}, closed=True).epochs == 3
 

@@ -58,12 +58,12 @@ def paper(scheme: Scheme, closed: bool = False) -> Training:
 
 
 def ours(scheme: Scheme, closed: bool = False) -> Training:
-    """Our settings: the paper's learning rates, falling to zero along a cosine over 10 epochs, without augmented loss;
+    """Our settings: the paper's learning rates, falling to zero along a cosine over 5 epochs, without augmented loss;
     ranges refined afterwards. What can be found in closed form alone (``closed``) is not trained.
 
     Measured in docs/methods/omniquant.md.
     """
-    return replace(paper(scheme), epochs=0 if closed else 10, aug_loss=False, schedule="cosine", refine=True)
+    return replace(paper(scheme), epochs=0 if closed else 5, aug_loss=False, schedule="cosine", refine=True)
 
 
 PRESETS = {"bitwright": ours, "paper": paper}

@@ -157,6 +157,11 @@ def test_settings_that_cannot_be_meant_are_refused(key: str, value: object) -> N
         settle("bitwright", Scheme.parse("W3A16"), 0, {key: value})
 
 
+def test_what_has_no_closed_form_cannot_be_refined(recipe: bitwright.Recipe) -> None:
+    with pytest.raises(RecipeError, match="pact has nothing to refine"):
+        bitwright.plan(replace(recipe, method="pact", refine=True))
+
+
 def test_let_is_left_out_where_it_cannot_help(tiny: Checkpoints) -> None:
     topology = Source.open(tiny()).family.topology
     method, note = fit("omniquant", Scheme.parse("W3A16g32"), topology)

@@ -128,8 +128,7 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
         skeleton = Skeleton(source.checkpoint, source.config, source.family, dtype, where)
     method, note = fit(recipe.settled_method, scheme, source.family.topology, recipe.sites)
     methods = compose(method)
-    closed = all(m.refines for m in methods if isinstance(m, Learned))
-    training = settle(recipe.training, scheme, recipe.seed, recipe.training_settings, closed)
+    training = _training(recipe, scheme, method, methods)
     job = Job(recipe, scheme, method, methods, training, chosen_format, source, skeleton, None, config, note, None)
     _check_dtypes(job)
     _check_tiles(job)
@@ -171,6 +170,15 @@ def plan_of(job: Job) -> Plan:
         calibration_tokens=tokens,
         notes=tuple(_notes(job)),
     )
+
+
+def _training(recipe: Recipe, scheme: Scheme, method: str, methods: tuple[Method, ...]) -> Training:
+    """The settings of the learned methods. Raises RecipeError for settings that would change nothing."""
+    refines = [m.refines for m in methods if isinstance(m, Learned)]
+    training = settle(recipe.training, scheme, recipe.seed, recipe.training_settings, closed=all(refines))
+    if recipe.refine and not any(refines):
+        raise RecipeError(f"{method} has nothing to refine; only lwc's ranges are searched. Leave --refine out")
+    return training if any(refines) else replace(training, refine=False)
 
 
 def _weight_bits(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:

@@ -1,5 +1,6 @@
 """Memory: what a run will need, and what it has needed so far."""
 
+import ctypes
 import sys
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from bitwright.stream.forward import TOKENS_PER_PASS
 from bitwright.stream.skeleton import Skeleton
 
 ARRAYS_PER_PASS = 8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 RUNTIME_BYTES = 560 * 2**20
 """Python, torch and transformers themselves, before any weight (measured on Linux with a CPU build)."""
 
@@ -56,3 +58,17 @@ def estimate(skeleton: Skeleton, tokens: int) -> Budget:
     streams = 4 * tokens * hidden * compute
     within = ARRAYS_PER_PASS * min(tokens, TOKENS_PER_PASS) * widest * compute
     return Budget(block, streams + within, outside * (compute // stored + 1 if tokens else 1))
+
+
+def keep_freed_memory() -> None:
+    """Has glibc's malloc keep what is freed: a training step asks for the same temporaries again, and to get them from
+    the kernel each time, page by page, can cost as much as the arithmetic. Larger ones than 32 MiB still go back.
+
+    Does nothing where the C library knows no such setting.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_MMAP_THRESHOLD, 32 * 2**20)

@@ -23,7 +23,7 @@ from bitwright.core.scheme import Scheme
 from bitwright.core.training import Training
 from bitwright.steps.apply import Folded, fold
 from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
-from bitwright.stream.budget import peak_memory
+from bitwright.stream.budget import keep_freed_memory, peak_memory
 from bitwright.stream.forward import forward_all
 from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.train import Objective, Trainer
@@ -62,6 +62,7 @@ def run(
     pass is made at all.
     """
     units = list(_units(skeleton, plan.with_head))
+    keep_freed_memory()
     stream = None if tokens is None else enter(skeleton, tokens)
     for done, (unit, load) in enumerate(units):
 

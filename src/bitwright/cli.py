@@ -113,6 +113,12 @@ def quantize(
     refine: Annotated[
         bool | None, typer.Option("--refine/--no-refine", help="Search ranges once more. [default: on; paper: off]")
     ] = None,
+    drift: Annotated[
+        bool | None,
+        typer.Option(
+            "--drift/--no-drift", help="Make good the error of earlier blocks (refine, gptq). [default: on; paper: off]"
+        ),
+    ] = None,
     save_parameters: Annotated[
         Path | None, typer.Option(help="Also write what was learned to this .safetensors file.")
     ] = None,

@@ -39,7 +39,16 @@ def test_the_method_is_the_one_named_or_follows_from_the_text(
 
 def test_training_settings_are_those_that_were_asked_for() -> None:
     """By the names that ``Training`` has for them; its seed is the recipe's own."""
-    asked = {"epochs": 3, "batch-size": 2, "lwc-lr": 1, "let-lr": 0.5, "aug-loss": False, "alpha": 0, "refine": False}
+    asked = {
+        "epochs": 3,
+        "batch-size": 2,
+        "lwc-lr": 1,
+        "let-lr": 0.5,
+        "aug-loss": False,
+        "alpha": 0,
+        "refine": False,
+        "drift": True,
+    }
     recipe = Recipe.from_mapping(LEAST | asked | {"schedule": "constant", "sites": "all"})
     assert recipe.training_settings == {
         "epochs": 3,
@@ -51,6 +60,7 @@ def test_training_settings_are_those_that_were_asked_for() -> None:
         "schedule": "constant",
         "sites": "all",
         "refine": False,
+        "drift": True,
     }
     assert set(recipe.training_settings) == {field.name for field in fields(Training)} - {"seed"}
     assert replace(Training(), **recipe.training_settings).epochs == 3
@@ -63,7 +73,9 @@ def test_keys_may_be_written_with_hyphens() -> None:
 
 def test_a_recipe_survives_as_plain_values() -> None:
     recipe = Recipe("m", "W2A16g64", "rtn", "dense", "t.txt", 3, 64, 7, True, "12MB", "paper", 5, 2, 0.1, 0.2, True)
-    recipe = replace(recipe, alpha=0.75, schedule="cosine", sites="all", refine=False, load_parameters="p.safetensors")
+    recipe = replace(
+        recipe, alpha=0.75, schedule="cosine", sites="all", refine=False, drift=False, load_parameters="p.safetensors"
+    )
     assert all(getattr(recipe, field.name) != field.default for field in fields(Recipe))
     assert Recipe.from_mapping(recipe.as_dict()) == recipe
     assert set(recipe.as_dict()) == {field.name for field in fields(Recipe)}

@@ -192,8 +192,8 @@ def _notes(job: Job) -> Iterator[str]:
         yield job.note
     if job.left_out is not None:
         yield job.left_out
-    if job.recipe.quantize_lm_head and learned(job.methods):
-        yield f"the output layer is not trained: {job.method} gives it min-max ranges, rounded to nearest"
+    if job.recipe.quantize_lm_head and any(method.needs_text for method in job.methods):
+        yield f"the output layer gets min-max ranges, rounded to nearest: {job.method} works on the blocks"
     if job.recipe.quantize_lm_head and job.skeleton.tied:
         yield "the output layer is tied to the embedding: it is quantized as a copy of its own, the embedding stays"
     if job.tokens is not None and not any(method.needs_text for method in job.methods):

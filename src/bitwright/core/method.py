@@ -53,13 +53,17 @@ class Moments:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method sees besides the block: the scheme, the dtype scales are stored in, and the calibration data."""
+    """What a method sees besides the block: the scheme, the dtype scales are stored in, and the calibration data.
+
+    ``moments`` measures what a linear reads once everything before it is quantized as decided; None without text.
+    """
 
     scheme: Scheme
     scale_dtype: torch.dtype
     activations: Activations | None = None
     stats: Mapping[str, LinearStats] = field(default_factory=dict)
     training: Training = field(default_factory=Training)
+    moments: Callable[[str, BlockDecisions], Moments] | None = None
 
 
 class Learnable:

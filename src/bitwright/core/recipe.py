@@ -37,6 +37,7 @@ class Recipe:
     schedule: str | None = None
     sites: str | None = None
     refine: bool | None = None
+    drift: bool | None = None
     load_parameters: str | None = None
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class Recipe:
     @property
     def training_settings(self) -> dict[str, Any]:
         """The training settings that were asked for; None where the preset decides."""
-        keys = ("epochs", "batch_size", "lwc_lr", "let_lr", "aug_loss", "alpha", "schedule", "sites", "refine")
+        keys = ("epochs", "batch_size", "lwc_lr", "let_lr", "aug_loss", "alpha", "schedule", "sites", "refine", "drift")
         return {key: getattr(self, key) for key in keys}
 
     @property

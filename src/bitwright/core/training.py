@@ -19,7 +19,8 @@ class Training:
     ``schedule`` is "cosine" (to zero at the last step) or "constant". ``aug_loss`` adds the loss against the
     full-precision block on the quantized stream. ``alpha`` is the migration strength at which LET starts. ``sites``
     are the "paper"'s or "all". ``refine`` searches what was learned once more in closed form, where a method can
-    (``lwc``); 0 epochs leave it at that.
+    (``lwc``); 0 epochs leave it at that. ``drift`` has closed forms (there, and ``gptq``) make good what the quantized
+    blocks before have changed in a linear's input.
     """
 
     epochs: int = 20
@@ -31,6 +32,7 @@ class Training:
     schedule: str = "constant"
     sites: str = "paper"
     refine: bool = False
+    drift: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ def ours(scheme: Scheme, closed: bool = False) -> Training:
 
     Measured in docs/methods/omniquant.md.
     """
-    return replace(paper(scheme), epochs=0 if closed else 5, aug_loss=False, schedule="cosine", refine=True)
+    return replace(paper(scheme), epochs=0 if closed else 5, aug_loss=False, schedule="cosine", refine=True, drift=True)
 
 
 PRESETS = {"bitwright": ours, "paper": paper}

@@ -15,12 +15,19 @@ from bitwright.stream.forward import TOKENS_PER_PASS, input_of
 
 @torch.no_grad()
 def moments(
-    block: Block, linear: str, folded: Folded, scheme: Scheme, inputs: Activations, kwargs: Mapping[str, Any]
+    block: Block,
+    linear: str,
+    folded: Folded,
+    scheme: Scheme,
+    inputs: Activations,
+    kwargs: Mapping[str, Any],
+    *,
+    with_drift: bool,
 ) -> Moments:
     """H = E[x' x'^T] and C = E[(x - x') x'^T] [I, I] of a linear's input, in float32.
 
     x is the input on the full-precision stream, through the transformed block; x' the input on the quantized stream,
-    through the block as folded, with its activations quantized.
+    through the block as folded, with its activations quantized. Without drift C is zero.
     """
     place = next(block.module.parameters())
     full, written = ({name: p.to(place) for name, p in found.items()} for found in (folded.full, folded.written()))
@@ -29,10 +36,11 @@ def moments(
     second, drift = (torch.zeros(features, features, device=place.device) for _ in range(2))
     for start in range(0, count, rows):
         here = slice(start, start + rows)
-        x = input_of(block, linear, full, inputs.reference[here].to(place), kwargs).flatten(0, -2).float()
         with quantized_activations(block, scheme):
             read = input_of(block, linear, written, inputs.quantized[here].to(place), kwargs).flatten(0, -2).float()
         second.addmm_(read.T, read)
-        drift.addmm_((x - read).T, read)
+        if with_drift:
+            x = input_of(block, linear, full, inputs.reference[here].to(place), kwargs).flatten(0, -2).float()
+            drift.addmm_((x - read).T, read)
     tokens = inputs.quantized[..., 0].numel()
     return Moments(second / tokens, drift / tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
-from bitwright.core.method import Closed, Context, Learned, Method
+from bitwright.core.method import Closed, Context, Learned, Method, Moments
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.quantized import BlockReport, LinearReport, QuantizedBlock
 from bitwright.core.scheme import Scheme
@@ -25,6 +25,7 @@ from bitwright.steps.apply import Folded, fold
 from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
 from bitwright.stream.budget import keep_freed_memory, peak_memory
 from bitwright.stream.forward import forward_all
+from bitwright.stream.moments import moments
 from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.train import Objective, Trainer
 
@@ -118,7 +119,8 @@ def _decide(
     """
     trains = bool(block.name) and any(isinstance(method, Learned) for method in plan.methods)
     stats, targets = statistics(block, stream) if trains and stream is not None else ({}, None)
-    context = Context(plan.scheme, dtype, stream.activations if stream else None, stats, plan.training)
+    found = None if stream is None or not block.name else partial(_moments, block, plan, dtype, stream)
+    context = Context(plan.scheme, dtype, stream.activations if stream else None, stats, plan.training, found)
     decisions = BlockDecisions()
     learned: dict[str, Tensor] = {}
     for is_learned, methods in groupby(plan.methods, lambda method: isinstance(method, Learned)):
@@ -133,6 +135,14 @@ def _decide(
             decisions = trainer.run() if plan.learned is None else trainer.adopt(plan.learned(block.name))
             learned |= trainer.learned
     return decisions, learned
+
+
+def _moments(
+    block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream, linear: str, decisions: BlockDecisions
+) -> Moments:
+    folded = fold(dict(block.module.named_parameters()), block.topology, decisions, plan.scheme, dtype)
+    inputs, kwargs = stream.activations, stream.kwargs_of(block)
+    return moments(block, linear, folded, plan.scheme, inputs, kwargs, with_drift=plan.training.drift)
 
 
 def _objective(block: Block, plan: RunPlan, stream: Stream, targets: Tensor) -> Objective:

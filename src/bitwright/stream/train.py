@@ -136,8 +136,8 @@ class Trainer:
         snapshot, scheme = self._snapshot(), self.context.scheme
         for group in self.block.topology.groups:
             folded = fold(self.base, self.block.topology, self.decisions(), scheme, self.context.scale_dtype)
-            objective = self.objective
-            found = moments(self.block, group.linears[0], folded, scheme, objective.inputs, objective.kwargs)
+            inputs, kwargs, with_drift = self.objective.inputs, self.objective.kwargs, self.context.training.drift
+            found = moments(self.block, group.linears[0], folded, scheme, inputs, kwargs, with_drift=with_drift)
             for name in group.linears:
                 for learnable in self.learnables:
                     learnable.refine(name, folded.full[f"{name}.weight"], found)

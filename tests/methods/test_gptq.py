@@ -1,0 +1,75 @@
+"""GPTQ on tiny models: the written folder, compositions, and what it says."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tests.conftest import Checkpoints
+
+import bitwright
+from bitwright.core.errors import RecipeError
+from bitwright.methods import compose
+
+TEXT = "".join(f"{n} green bottles hanging on the wall, and {n * n} red ones; " for n in range(120))
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> bitwright.Recipe:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(TEXT)
+    return bitwright.Recipe(
+        model=str(tiny()), scheme="W3A16g32", calibration=str(text), samples=8, seqlen=64, epochs=1, method="gptq"
+    )
+
+
+def divergence(recipe: bitwright.Recipe, out: Path) -> float:
+    bitwright.quantize(recipe, out)
+    found = bitwright.evaluate(out, str(recipe.calibration), seqlen=64, reference=recipe.model).measurement
+    assert found.kl_divergence is not None
+    return found.kl_divergence
+
+
+@pytest.mark.parametrize("scheme", ["W3A16", "W2A16g32", "W4A16g16sym", "W4A4"])
+def test_better_than_rounding_to_nearest(scheme: str, recipe: bitwright.Recipe, tmp_path: Path) -> None:
+    rtn, gptq = (
+        divergence(replace(recipe, scheme=scheme, method=method), tmp_path / method) for method in ("rtn", "gptq")
+    )
+    assert gptq < (0.95 if scheme == "W4A4" else 0.7) * rtn
+
+
+@pytest.mark.parametrize("method", ["lwc+gptq", "let+gptq", "let+lwc+gptq"])
+def test_composed_it_is_better_than_without(method: str, recipe: bitwright.Recipe, tmp_path: Path) -> None:
+    asked = replace(recipe, scheme="W2A16g32", sites="all")
+    alone = divergence(replace(asked, method=method.removesuffix("+gptq")), tmp_path / "alone")
+    assert divergence(replace(asked, method=method), tmp_path / "composed") < alone
+
+
+def test_the_papers_own_differs_by_the_drift_alone(recipe: bitwright.Recipe, tmp_path: Path) -> None:
+    """Nothing is quantized before the first linears, so their codes are the same; later ones are not."""
+    plain = replace(recipe, training="paper")
+    for name, asked in (("plain", plain), ("ours", recipe)):
+        bitwright.quantize(asked, tmp_path / name)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "ours"))
+    same = {name for name in first if name.endswith("packed") and first[name].equal(second[name])}
+    assert same == {f"model.layers.0.self_attn.{p}_proj.weight_packed" for p in "qkv"}
+
+
+def test_orders_that_cannot_work_are_refused() -> None:
+    for method in ("gptq+lwc", "gptq+let", "rtn+gptq", "gptq+gptq"):
+        with pytest.raises(RecipeError):
+            compose(method)
+
+
+def test_the_output_layer_is_rounded_to_nearest_and_it_says_so(recipe: bitwright.Recipe, tmp_path: Path) -> None:
+    asked = replace(recipe, quantize_lm_head=True)
+    assert any("the output layer gets min-max ranges" in note for note in bitwright.plan(asked).notes)
+    bitwright.quantize(asked, tmp_path / "gptq")
+    bitwright.quantize(replace(asked, method="rtn"), tmp_path / "rtn")
+    gptq, rtn = (load_file(tmp_path / name / "model.safetensors") for name in ("gptq", "rtn"))
+    assert gptq["lm_head.weight_packed"].equal(rtn["lm_head.weight_packed"])
+
+
+def test_text_is_asked_for(recipe: bitwright.Recipe) -> None:
+    with pytest.raises(RecipeError, match="gptq learns from text"):
+        bitwright.plan(replace(recipe, calibration=None))

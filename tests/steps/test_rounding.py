@@ -1,0 +1,116 @@
+"""GPTQ's rounding against the procedure it was derived from, written out, and against what it claims."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitwright.core.method import Moments
+from bitwright.core.qtensor import affine, dequantize, quantize
+from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.steps.ranges import minmax
+from bitwright.steps.rounding import DAMPING, compensated, factor_of_inverse, making_good
+
+GENERATOR = torch.Generator().manual_seed(3)
+INPUTS = torch.randn(500, 48, generator=GENERATOR) @ torch.randn(48, 48, generator=GENERATOR)
+HESSIAN = INPUTS.T @ INPUTS / len(INPUTS)
+WEIGHT = torch.randn(16, 48, generator=GENERATOR) / 7
+TILES = [Tile(1, -1), Tile(1, 16), Tile(8, 1), Tile(16, 48)]
+
+
+def codes_one_weight_at_a_time(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, tile: Tile) -> Tensor:
+    """Optimal Brain Quantization's own update (GPTQ, eq. 2 and 3), in float64: the inverse of the Hessian of what is
+    left is made anew after every column, by Gaussian elimination of that column."""
+    w, h = weight.double().clone(), HESSIAN.double()
+    h = h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    inverse, left = torch.linalg.inv(h), torch.argsort(HESSIAN.diagonal(), descending=True).tolist()
+    rows, columns = tile.size((weight.shape[0], weight.shape[1]))
+    codes = torch.zeros(weight.shape, dtype=torch.int64)
+    for j in left:
+        for row in range(len(w)):
+            step = float(scale[row // rows, j // columns])
+            z = 0 if zero is None else int(zero[row // rows, j // columns])
+            code = min(max(round(float(w[row, j]) / step) + z, grid.qmin), grid.qmax)
+            codes[row, j] = code
+            w[row] -= (float(w[row, j]) - (code - z) * step) / inverse[j, j] * inverse[j]
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return codes
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("text", ["W2A16", "W3A16", "W4A16sym"])
+def test_codes_are_those_of_the_procedure_written_out(text: str, tile: Tile) -> None:
+    grid = Scheme.parse(text).weight
+    scale, zero = affine(*minmax(WEIGHT, tile), grid, torch.float32)
+    found, fallback = compensated(WEIGHT, scale, zero, grid, tile, HESSIAN)
+    assert fallback is None
+    assert torch.equal(found.long(), codes_one_weight_at_a_time(WEIGHT, scale, zero, grid, tile))
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_a_larger_weight_error_and_a_smaller_output_error_than_rounding_to_nearest(tile: Tile) -> None:
+    """The claim of the paper."""
+    grid = Scheme.parse("W3A16").weight
+    scale, zero = affine(*minmax(WEIGHT, tile), grid, torch.float32)
+    found, _ = compensated(WEIGHT, scale, zero, grid, tile, HESSIAN)
+    nearest = quantize(WEIGHT, scale, zero, grid, tile)
+    gptq, rtn = (WEIGHT - dequantize(codes, scale, zero, tile) for codes in (found, nearest))
+    assert gptq.norm() > rtn.norm()
+    assert (INPUTS @ gptq.T).norm() < 0.8 * (INPUTS @ rtn.T).norm()
+
+
+def test_the_error_before_is_made_good() -> None:
+    """Rounded for what it will read, the linear is nearer to the original on what that read."""
+    grid, tile = Scheme.parse("W3A16").weight, Tile(1, 16)
+    read = INPUTS + 0.3 * INPUTS.roll(1, dims=1)
+    moments = Moments(read.T @ read / len(read), (INPUTS - read).T @ read / len(read))
+    wanted = making_good(WEIGHT, moments)
+    best = torch.linalg.lstsq(read.double(), INPUTS.double() @ WEIGHT.T.double()).solution.T
+    assert (wanted - best).norm() < 0.4 * (WEIGHT - best).norm()  # H is damped
+    scale, zero = affine(*minmax(WEIGHT, tile), grid, torch.float32)
+    errors = []
+    for weight in (WEIGHT, wanted):
+        codes, _ = compensated(weight, scale, zero, grid, tile, moments.inputs)
+        errors.append((INPUTS @ WEIGHT.T - read @ dequantize(codes, scale, zero, tile).T).norm())
+    assert errors[1] < 0.8 * errors[0]
+    assert torch.equal(making_good(WEIGHT, Moments(moments.inputs, torch.zeros(48, 48))), WEIGHT)
+
+
+def test_lazy_batches_change_nothing() -> None:
+    """Wider than one batch, against the procedure written out."""
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(900, 300, generator=generator)
+    weight, hessian, grid, tile = (
+        torch.randn(8, 300, generator=generator),
+        inputs.T @ inputs / 900,
+        Grid(3),
+        Tile(1, -1),
+    )
+    scale, zero = affine(*minmax(weight, tile), grid, torch.float32)
+    found, _ = compensated(weight, scale, zero, grid, tile, hessian)
+    order = torch.argsort(hessian.diagonal(), descending=True)
+    factor, _ = factor_of_inverse(hessian[order][:, order])
+    w = weight[:, order].clone()
+    for j in range(300):
+        code = quantize(w[:, j : j + 1], scale, zero, grid, tile)
+        error = (w[:, j : j + 1] - dequantize(code, scale, zero, tile)) / factor[j, j]
+        w[:, j:] -= error * factor[j, j:]
+        assert (code[:, 0] == found[:, order[j]]).float().mean() > 0.8, j  # float32: a weight may fall to either side
+    assert zero is not None
+
+
+def test_inputs_that_never_come_and_a_matrix_that_is_not_positive_definite() -> None:
+    dead = HESSIAN.clone()
+    dead[5] = dead[:, 5] = 0
+    assert factor_of_inverse(dead)[1] is None
+    shifted = HESSIAN - 0.05 * HESSIAN.diagonal().mean() * torch.eye(48)
+    factor, said = factor_of_inverse(shifted)
+    assert said is not None and "damping" in said and factor.isfinite().all()
+    _, said = factor_of_inverse(torch.full((48, 48), float("nan")))
+    assert said is not None and "nearest" in said
+
+
+def test_the_diagonal_alone_is_rounding_to_nearest() -> None:
+    grid, tile = Scheme.parse("W3A16").weight, Tile(1, 16)
+    scale, zero = affine(*minmax(WEIGHT, tile), grid, torch.float32)
+    found, said = compensated(WEIGHT, scale, zero, grid, tile, torch.full((48, 48), float("nan")))
+    assert said is not None and torch.equal(found, quantize(WEIGHT, scale, zero, grid, tile))

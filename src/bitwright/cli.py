@@ -24,7 +24,7 @@ from bitwright.report.plain import plain
 from bitwright.report.progress import ProgressReport
 
 MENDABLE, BUG, INTERRUPTED = 2, 1, 130
-PLACES = ("model", "output", "calibration")
+PLACES = ("model", "output", "calibration", "save_parameters", "load_parameters")
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
 ISSUES = "Please report it with the lines above."
 

@@ -66,6 +66,12 @@ def test_training_settings_are_those_that_were_asked_for() -> None:
     assert replace(Training(), **recipe.training_settings).epochs == 3
 
 
+def test_a_number_may_be_written_as_yaml_reads_no_number() -> None:
+    assert Recipe.from_mapping(LEAST | {"lwc-lr": "1e-2"}).lwc_lr == 0.01
+    with pytest.raises(RecipeError, match="lwc_lr"):
+        Recipe.from_mapping(LEAST | {"lwc-lr": "fast"})
+
+
 def test_keys_may_be_written_with_hyphens() -> None:
     written = LEAST | {"quantize-lm-head": True, "shard-size": "1GB"}
     assert Recipe.from_mapping(written) == Recipe(model="m", scheme="W4A16", quantize_lm_head=True, shard_size="1GB")
@@ -130,7 +136,7 @@ def test_model_and_scheme_must_be_said(key: str, missing: Any) -> None:
         ("epochs", 2.0, "int or nothing"),
         ("epochs", True, "int or nothing"),
         ("batch_size", "1", "int or nothing"),
-        ("lwc_lr", "0.01", "float or nothing"),
+        ("lwc_lr", "fast", "float or nothing"),
         ("let_lr", True, "float or nothing"),
         ("alpha", [0.5], "float or nothing"),
         ("aug_loss", 1, "bool or nothing"),

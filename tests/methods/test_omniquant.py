@@ -10,6 +10,7 @@ from tests.conftest import Checkpoints
 from torch import Tensor
 
 import bitwright
+from bitwright.api import job, quantizing
 from bitwright.api.source import Source
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
@@ -23,7 +24,7 @@ from bitwright.steps.apply import fold
 from bitwright.stream.activations import Stream, enter, statistics
 from bitwright.stream.forward import forward_all
 from bitwright.stream.skeleton import Skeleton
-from bitwright.stream.train import Objective, Trainer
+from bitwright.stream.train import Objective, Trainer, learnables_of
 
 TEXT = "".join(f"{n} green bottles hanging on the wall, and {n * n} red ones; " for n in range(120))
 QUICK = Training(epochs=4, schedule="cosine")
@@ -41,7 +42,7 @@ def trainer(block: Block, stream: Stream, scheme: str, methods: str, training: T
     stats, target = statistics(block, stream)
     context = Context(Scheme.parse(scheme), torch.float32, stream.activations, stats, training)
     found = [m for m in compose(methods) if isinstance(m, Learned)]
-    learnables = [m.learn(block, context, BlockDecisions()) for m in found]
+    learnables = learnables_of(found, block, context, BlockDecisions())
     objective = Objective(stream.activations, target, None, stream.kwargs_of(block))
     return Trainer(block, learnables, context, BlockDecisions(), objective)
 
@@ -139,6 +140,7 @@ def test_ours_trains_what_has_no_closed_form() -> None:
     assert (ours(scheme).epochs, ours(scheme).refine) == (5, True)
     assert settle("bitwright", scheme, 0, {}, closed=True).epochs == 0
     assert settle("bitwright", scheme, 0, {"epochs": 3}, closed=True).epochs == 3
+    assert settle("bitwright", scheme, 0, {"refine": False}, closed=True).epochs == 5
 
 
 @pytest.mark.parametrize(
@@ -170,8 +172,22 @@ def test_let_is_left_out_where_it_cannot_help(tiny: Checkpoints) -> None:
     assert fit("omniquant", Scheme.parse("W4A4"), topology) == ("let+lwc", None)
     assert fit("omniquant", Scheme.parse("W4A16KV4"), topology) == ("let+lwc", None)
     assert fit("lwc", Scheme.parse("W3A16"), topology) == ("lwc", None)
+    assert fit("let", Scheme.parse("W3A16"), topology)[0] == "lwc"
     shifts = Source.open(tiny(attention_bias=True)).family.topology
     assert fit("omniquant", Scheme.parse("W3A16g32"), shifts) == ("let+lwc", None)
+
+
+@pytest.mark.parametrize("after_let", ["pact", "lsq"])
+def test_thresholds_start_on_the_weights_that_let_starts_with(
+    stream_of: tuple[Skeleton, Stream], after_let: str
+) -> None:
+    """Before any step, LET with thresholds is LET with min-max."""
+    skeleton, stream = stream_of
+    with skeleton.block(0) as block:
+        alone, both = (trainer(block, stream, "W4A4", text, QUICK) for text in ("let", f"let+{after_let}"))
+        start = alone.measure(alone.decisions())
+        assert both.measure(both.decisions()) == pytest.approx(start, rel=0.05)
+        assert start < 0.98 * alone.measure(BlockDecisions()) or start > 1.02 * alone.measure(BlockDecisions())
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +209,8 @@ def test_parameters_are_saved_and_loaded(recipe: bitwright.Recipe, tmp_path: Pat
     bitwright.quantize(again, tmp_path / "loaded")
     first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("trained", "loaded"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    for other in (replace(again, scheme="W6A6"), replace(again, method="lwc"), replace(again, method="rtn")):
+    others = {"scheme": "W6A6"}, {"method": "lwc"}, {"method": "rtn"}, {"sites": "all"}
+    for other in (replace(again, **changes) for changes in others):
         with pytest.raises(RecipeError, match=r"was saved for|learns nothing"):
             bitwright.quantize(other, tmp_path / "other")
     for saving in (saved, tmp_path / "no" / "folder"):
@@ -216,3 +233,33 @@ def test_the_written_folder_is_better_than_rtn(recipe: bitwright.Recipe, tmp_pat
         for method in ("rtn", "omniquant")
     )
     assert rtn is not None and omniquant is not None and omniquant < rtn
+
+
+def test_a_run_killed_after_it_saved_goes_on(
+    recipe: bitwright.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own file of parameters is no obstacle; another run's is."""
+    saved, out = tmp_path / "learned.safetensors", tmp_path / "out"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(quantizing, "_account", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bitwright.quantize(recipe, out, save_parameters=saved)
+    assert saved.exists() and not out.exists()
+    assert bitwright.quantize(recipe, out, save_parameters=saved).resumed > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme"),
+    [("rtn", "W4A16"), ("lwc", "W3A16g32"), ("let+lwc", "W4A4"), ("pact", "W4A8KV4"), ("gptq", "W3A16")],
+)
+def test_arithmetic_in_the_checkpoints_dtype(
+    method: str, scheme: str, recipe: bitwright.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the block computes in bfloat16, what is learned stays in float32."""
+    monkeypatch.setattr(job, "pick_dtype", lambda name, device, stored: stored)
+    result = bitwright.quantize(replace(recipe, method=method, scheme=scheme), tmp_path / "out")
+    assert result.output_error is not None and 0 < result.output_error < 0.5

@@ -30,7 +30,7 @@ from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find
 from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
 from bitwright.core.training import Training, settle
-from bitwright.methods import compose, fit, learned
+from bitwright.methods import TRANSFORM, compose, fit, learned
 from bitwright.stream.budget import Budget, estimate
 from bitwright.stream.skeleton import Skeleton
 
@@ -67,7 +67,8 @@ class Job:
     @property
     def belonging(self) -> dict[str, str]:
         """What learned parameters of this job belong to."""
-        return belonging(self.source.checkpoint, str(self.scheme), self.method)
+        sites = self.training.sites if TRANSFORM in self.method.split("+") else ""
+        return belonging(self.source.checkpoint, str(self.scheme), self.method, sites)
 
     def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Name and shape [O, I] of every linear that will be quantized."""

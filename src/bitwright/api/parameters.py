@@ -16,18 +16,27 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import RecipeError
 
 
-def belonging(checkpoint: Checkpoint, scheme: str, method: str) -> dict[str, str]:
-    """What parameters belong to."""
+def belonging(checkpoint: Checkpoint, scheme: str, method: str, sites: str) -> dict[str, str]:
+    """What parameters belong to; ``sites`` is where their transforms act."""
     weights = {k: v for k, v in checkpoint.fingerprint().items() if k != "config.json"}
     digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
-    return {"scheme": scheme, "method": method, "model_sha256": digest}
+    return {"scheme": scheme, "method": method, "sites": sites, "model_sha256": digest}
+
+
+def saved_for(path: Path) -> dict[str, str]:
+    """What the parameters in a file belong to; nothing for a file that is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
 
 
 class LearnedParameters:
     """The parameters in a file; ``learned(block)`` gives those of a block, none where training kept its start."""
 
     def __init__(self, path: Path, wanted_by: Mapping[str, str]) -> None:
-        """Raises RecipeError for a file that is none, or was saved for another model, scheme or method."""
+        """Raises RecipeError for a file that is none, or was saved for another model, scheme, method or sites."""
         try:
             with safe_open(path, framework="pt") as file:
                 found, self._names = file.metadata() or {}, list(file.keys())
@@ -39,7 +48,7 @@ class LearnedParameters:
             if found.get(key) != wanted:
                 raise RecipeError(
                     f"{path} was saved for {key.removesuffix('_sha256')} {_shown(found.get(key))}, this run is for "
-                    f"{_shown(wanted)}; load it with the model, scheme and method it was saved with, or train anew"
+                    f"{_shown(wanted)}; load it with what it was saved with, or train anew"
                 )
         self.path = path
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from bitwright.api.job import Job, plan_of, prepare
 from bitwright.api.loading import REPORT
+from bitwright.api.parameters import saved_for
 from bitwright.api.sink import FolderSink
 from bitwright.api.source import require_folder
 from bitwright.calibration.segments import fingerprint
@@ -84,7 +85,7 @@ def quantize(
     start, output = monotonic(), Path(output)
     refuse_output(Path(recipe.model), output, overwrite)
     job = prepare(recipe, device)
-    saved = None if save_parameters is None else _place_to_save(job, Path(save_parameters))
+    saved = None if save_parameters is None else _place_to_save(job, Path(save_parameters), output)
     _require_free(job, output)
     checkpoint = job.source.checkpoint
     checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
@@ -132,10 +133,15 @@ def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, res
     )
 
 
-def _place_to_save(job: Job, path: Path) -> Path:
-    """Refuses, before hours of training, a place where nothing can be saved, or a method with nothing to save."""
+def _place_to_save(job: Job, path: Path, output: Path) -> Path:
+    """Refuses, before hours of training, a place where nothing can be saved, or a method with nothing to save.
+
+    A file that this very run wrote before it was killed is no obstacle.
+    """
     if not learned(job.methods):
         raise RecipeError(f"{job.method} learns nothing, so --save-parameters {path} would stay empty; leave it out")
+    if work_folder(output.resolve()).exists() and saved_for(path) == job.belonging:
+        return path
     if path.exists() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
         found = "exists" if path.exists() else f"cannot be made: {path.absolute().parent} is no folder to write to"
         raise OutputError(f"--save-parameters {path} {found}; name a new file in a folder that is there")
@@ -197,6 +203,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "recipe": recipe,
         "model": job.source.checkpoint.fingerprint(),
         "calibration": _calibration_account(job),
+        "arithmetic": f"{job.skeleton.device.type} {str(job.skeleton.dtype).removeprefix('torch.')}",
         "parameters": None if job.learned is None else job.learned.digest(),
         "versions": _versions(),
     }

@@ -79,7 +79,7 @@ class Recipe:
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Recipe":
         """A recipe from parsed YAML or JSON. Raises RecipeError for a key that is unknown or missing."""
-        keys = {field.name for field in fields(cls)}
+        keys, hints = {field.name for field in fields(cls)}, get_type_hints(cls)
         written = {str(key).replace("-", "_"): value for key, value in mapping.items()}
         for key in written:
             if key not in keys:
@@ -87,7 +87,7 @@ class Recipe:
         for key in ("model", "scheme"):
             if written.get(key) is None:
                 raise RecipeError(f"the recipe does not say which {key}: give --{key} or the key '{key}' in the recipe")
-        return cls(**written)
+        return cls(**{key: _number(key, value, hints) for key, value in written.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as written into bitwright.json."""
@@ -96,3 +96,13 @@ class Recipe:
 
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) *(KB|MB|GB|TB)", re.IGNORECASE)
 _FACTORS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _number(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
+    """``1e-2`` as a number where one is wanted: YAML reads it as a text."""
+    if not isinstance(value, str) or float not in get_args(hints[key]):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value

@@ -76,4 +76,5 @@ def settle(preset: str, scheme: Scheme, seed: int, asked: Mapping[str, Any], clo
     if preset not in PRESETS:
         raise RecipeError(f"there are no training settings '{preset}'; {nearest(preset, PRESETS)}")
     wanted = {key: value for key, value in asked.items() if value is not None}
+    closed = closed and wanted.get("refine", True)
     return replace(PRESETS[preset](scheme, closed), seed=seed, **wanted)

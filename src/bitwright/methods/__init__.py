@@ -13,7 +13,7 @@ from bitwright.core.scheme import Scheme
 
 OMNIQUANT = "omniquant"
 PRESETS = {OMNIQUANT: "let+lwc"}
-TRANSFORM = "let"
+TRANSFORM, CLIPPING = "let", "lwc"
 
 
 def compose(text: str) -> tuple[Method, ...]:
@@ -42,8 +42,8 @@ def fit(text: str, scheme: Scheme, topology: Topology, sites: str | None = None)
     listed = _parts(text)
     quantizes_activations = scheme.activations is not None or scheme.kv is not None
     keep = sites is not None or quantizes_activations or any(site.shift for site in topology.sites)
-    parts = [part for part in listed if keep or part != TRANSFORM]
-    if len(parts) == len(listed) or not parts:
+    parts = [part for part in listed if keep or part != TRANSFORM] or [CLIPPING]
+    if TRANSFORM not in listed or keep:
         return "+".join(listed), None
     return "+".join(parts), (
         f"{TRANSFORM} is left out: 16-bit activations do not need it, and no site of this architecture can absorb a "

@@ -14,7 +14,7 @@ from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.method import Closed, Context
 from bitwright.core.qtensor import affine
-from bitwright.steps.apply import transform
+from bitwright.steps.apply import weights_of
 from bitwright.steps.ranges import minmax
 from bitwright.steps.rounding import compensated, making_good
 
@@ -23,13 +23,12 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
     """Codes for every linear; rounding to nearest where there are no activations to learn from (the output layer)."""
     if context.moments is None:
         return decisions
-    parameters = transform({n: p.float() for n, p in block.module.named_parameters()}, block.topology, decisions)
-    grid, fallbacks = context.scheme.weight, []
+    grid, fallbacks, weights = context.scheme.weight, list[str](), weights_of(block, decisions)
     for group in block.topology.groups:
         found = context.moments(group.linears[0], decisions)
         decided = {}
         for name in group.linears:
-            so_far, weight = decisions.linear(name), parameters[f"{name}.weight"]
+            so_far, weight = decisions.linear(name), weights[name]
             tile = so_far.tile or context.scheme.tile
             low, high = so_far.low, so_far.high
             if low is None or high is None:

@@ -33,7 +33,11 @@ class Transformation(Learnable):
     def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
         """Starts at the closed forms."""
         self.sites = chosen(block.topology.sites, context.training.sites)
+        place = next(block.module.parameters()).device
         starts = {site.name: _start(block, site, context) for site in self.sites}
+        starts = {
+            n: (scale.to(place), None if shift is None else shift.to(place)) for n, (scale, shift) in starts.items()
+        }
         self.log_scale = {name: scale.log().requires_grad_() for name, (scale, _) in starts.items()}
         self.shift = {name: shift.requires_grad_() for name, (_, shift) in starts.items() if shift is not None}
         rate = context.training.let_lr

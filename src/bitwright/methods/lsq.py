@@ -20,6 +20,7 @@ from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
 from bitwright.core.qtensor import affine
 from bitwright.core.scheme import Tile
+from bitwright.steps.apply import weights_of
 from bitwright.steps.ranges import minmax
 
 SMALLEST = 1e-3
@@ -29,11 +30,11 @@ class Steps(Learnable):
     """theta of every tile of every linear."""
 
     def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
-        """Starts at the min-max step of the untransformed weights."""
+        """Starts at the min-max step of the weights as transformed so far."""
         self.ends = {}
         grid = context.scheme.weight
-        for name in block.topology.linears:
-            low, high = minmax(block.weight(name), decisions.linear(name).tile or context.scheme.tile)
+        for name, weight in weights_of(block, decisions).items():
+            low, high = minmax(weight, decisions.linear(name).tile or context.scheme.tile)
             scale, zero = affine(low, high, grid, torch.float32)
             below = scale * (zero.float() if zero is not None else -grid.qmin)
             self.ends[name] = (-below, scale * grid.steps - below)

@@ -19,6 +19,7 @@ from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
 from bitwright.core.scheme import Tile
+from bitwright.steps.apply import weights_of
 from bitwright.steps.ranges import minmax
 
 
@@ -26,9 +27,9 @@ class Thresholds(Learnable):
     """theta_low and theta_high of every tile of every linear."""
 
     def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
-        """Starts at the min-max of the untransformed weights."""
-        tiles = {n: decisions.linear(n).tile or context.scheme.tile for n in block.topology.linears}
-        self.ends = {name: minmax(block.weight(name), tile) for name, tile in tiles.items()}
+        """Starts at the min-max of the weights as transformed so far."""
+        weights = weights_of(block, decisions)
+        self.ends = {n: minmax(w, decisions.linear(n).tile or context.scheme.tile) for n, w in weights.items()}
         self.low = {name: torch.ones_like(low).requires_grad_() for name, (low, _) in self.ends.items()}
         self.high = {name: torch.ones_like(high).requires_grad_() for name, (_, high) in self.ends.items()}
         rate = context.training.lwc_lr

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.block import Topology
+from bitwright.core.block import Block, Topology
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.qtensor import QTensor, affine, quantize
 from bitwright.core.scheme import Scheme
@@ -43,6 +43,14 @@ def transform(parameters: Mapping[str, Tensor], topology: Topology, decisions: B
             decided = decisions.sites[site.name]
             parameters = apply_site(parameters, site, decided.scale, decided.shift)
     return parameters
+
+
+@torch.no_grad()
+def weights_of(block: Block, decisions: BlockDecisions) -> dict[str, Float[Tensor, "O I"]]:
+    """The weights of a block's linears in float32, every decided site's scale and shift moved in."""
+    parameters = {name: p.float() for name, p in block.module.named_parameters()}
+    moved = transform(parameters, block.topology, decisions)
+    return {name: moved[f"{name}.weight"] for name in block.topology.linears}
 
 
 def fold(

@@ -135,7 +135,7 @@ def _measured(block: Block, folded: Folded, written: Mapping[str, Tensor]) -> It
             error, signal = sums[name]
             bias: Tensor | None = module.bias
             product = y if bias is None else y - bias
-            off = nn.functional.linear(args[0], differences[name])
+            off = nn.functional.linear(args[0], differences[name].to(args[0].dtype))
             sums[name] = error + _squares(off), signal + _squares(product)
 
         return add

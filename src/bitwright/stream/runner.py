@@ -27,7 +27,7 @@ from bitwright.stream.budget import keep_freed_memory, peak_memory
 from bitwright.stream.forward import forward_all
 from bitwright.stream.moments import moments
 from bitwright.stream.skeleton import Skeleton
-from bitwright.stream.train import Objective, Trainer
+from bitwright.stream.train import Objective, Trainer, learnables_of
 
 
 class Sink(Protocol):
@@ -129,7 +129,7 @@ def _decide(
                 assert isinstance(method, Closed)
                 decisions = method.decide(block, context, decisions)
         elif stream is not None and targets is not None:
-            learnables = [m.learn(block, context, decisions) for m in methods if isinstance(m, Learned)]
+            learnables = learnables_of([m for m in methods if isinstance(m, Learned)], block, context, decisions)
             objective = _objective(block, plan, stream, targets)
             trainer = Trainer(block, learnables, context, decisions, objective, inside)
             decisions = trainer.run() if plan.learned is None else trainer.adopt(plan.learned(block.name))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.fake_quant import fake_quantize
-from bitwright.core.method import Activations, Context, Learnable
+from bitwright.core.method import Activations, Context, Learnable, Learned
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
 from bitwright.steps.ranges import minmax
@@ -51,6 +51,20 @@ class Objective:
         outputs = outputs.float()
         loss = F.mse_loss(outputs, self.target[rows].to(outputs))
         return loss if self.also is None else loss + F.mse_loss(outputs, self.also[rows].to(outputs))
+
+
+def learnables_of(
+    methods: Sequence[Learned], block: Block, context: Context, decided: BlockDecisions
+) -> list[Learnable]:
+    """What each method brings, each starting from where those before it start."""
+    parameters: Mapping[str, Tensor] = {name: p.detach().float() for name, p in block.module.named_parameters()}
+    found: list[Learnable] = []
+    for method in methods:
+        found.append(method.learn(block, context, decided))
+        with torch.no_grad():
+            parameters = found[-1].transform(parameters)
+            decided = found[-1].decide(parameters, decided)
+    return found
 
 
 class Trainer:
@@ -133,8 +147,9 @@ class Trainer:
     def _refine(self, trained: float) -> float:
         """What has a closed form set once more, linear after linear in the order data flows through them; what was
         trained comes back where that is better."""
-        snapshot, scheme = self._snapshot(), self.context.scheme
-        for group in self.block.topology.groups:
+        snapshot, scheme, groups = self._snapshot(), self.context.scheme, self.block.topology.groups
+        for done, group in enumerate(groups):
+            self._report(self.context.training.epochs + done, f"refining {group.linears[0]}")
             folded = fold(self.base, self.block.topology, self.decisions(), scheme, self.context.scale_dtype)
             inputs, kwargs, with_drift = self.objective.inputs, self.objective.kwargs, self.context.training.drift
             found = moments(self.block, group.linears[0], folded, scheme, inputs, kwargs, with_drift=with_drift)
@@ -145,6 +160,7 @@ class Trainer:
         if loss < trained:
             return loss
         self._restore(snapshot)
+        self.fallbacks.append(f"refined ranges are no better ({loss:.4g}, before {trained:.4g}): kept as they were")
         return trained
 
     def _train(self) -> None:
@@ -155,6 +171,9 @@ class Trainer:
         for attempt in range(RETRIES + 1):
             epoch_losses, best, best_loss = self._attempt(rate, best, best_loss)
             if epoch_losses[-1] <= RISE * best_loss:
+                break
+            if attempt == RETRIES:
+                self.fallbacks.append(f"loss still not falling in attempt {attempt + 1}: the best parameters kept")
                 break
             rate *= SLOWER
             what = "not finite" if not math.isfinite(epoch_losses[-1]) else "rising"
@@ -176,8 +195,8 @@ class Trainer:
                 sums += self._step(rows, optimizer) * len(rows)
                 scheduler.step()
             losses.append(float(sums) / count)
-            self.report(len(losses) / training.epochs, f"epoch {len(losses)}/{training.epochs} loss {losses[-1]:.4g}")
-            if losses[-1] < best_loss:
+            self._report(len(losses), f"epoch {len(losses)}/{training.epochs} loss {losses[-1]:.4g}")
+            if losses[-1] < best_loss and all(p.isfinite().all() for p in self._parameters()):
                 best, best_loss = self._snapshot(), losses[-1]
             if not losses[-1] <= RISE * best_loss:
                 break
@@ -205,6 +224,12 @@ class Trainer:
         if self.context.training.schedule == "constant":
             return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def _report(self, done: int, detail: str) -> None:
+        """Epochs first, then the groups that are refined, as parts of the block."""
+        training = self.context.training
+        stages = training.epochs + (len(self.block.topology.groups) if training.refine else 0)
+        self.report(done / (stages + 1), detail)
 
     def _parameters(self) -> list[Tensor]:
         return [p for learnable in self.learnables for p in learnable.parameters.values()]

@@ -153,7 +153,11 @@ def plan_of(job: Job) -> Plan:
     weights = sum(rows * columns for rows, columns in shapes.values())
     bits = sum(_weight_bits(shape, job.scheme, dtype) for shape in shapes.values())
     tokens = 0 if job.tokens is None else job.tokens.numel()
-    budget = estimate(job.skeleton, tokens)
+    trained = job.tokens is not None and learned(job.methods)
+    step = (
+        min(job.training.batch_size, len(job.tokens)) * job.tokens.shape[1] if trained and job.tokens is not None else 0
+    )
+    budget = estimate(job.skeleton, tokens, step, job.training.aug_loss)
     return Plan(
         model=job.recipe.model,
         architecture=architecture(checkpoint.config),

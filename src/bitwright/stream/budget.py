@@ -10,6 +10,7 @@ from bitwright.stream.forward import TOKENS_PER_PASS
 from bitwright.stream.skeleton import Skeleton
 
 ARRAYS_PER_PASS = 8
+TRAINED_BYTES = 4 + 4 + (4 + 1) + 4  # master, fake-quantized, slope and mask, gradient
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 RUNTIME_BYTES = 560 * 2**20
 """Python, torch and transformers themselves, before any weight (measured on Linux with a CPU build)."""
@@ -39,11 +40,13 @@ class Budget:
         return RUNTIME_BYTES + self.block + self.activations + self.outside
 
 
-def estimate(skeleton: Skeleton, tokens: int) -> Budget:
+def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bool = False) -> Budget:
     """The memory that a run over so many calibration tokens (0: no forward passes) needs.
 
     A block is there as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its
-    largest linear; the two streams hold their inputs and outputs at once, and one pass its own activations.
+    largest linear; the two streams hold their inputs and outputs at once, and one pass its own activations. Training,
+    on ``step_tokens`` at a time, adds the block's float32 masters, their fake-quantized values, what those keep for
+    their backward pass and their gradients, the targets, and the activations of a step with their gradients.
     """
     numel = [
         sum(p.numel() for p in skeleton.meta_block(i).module.parameters()) for i in range(len(skeleton.block_names))
@@ -57,6 +60,10 @@ def estimate(skeleton: Skeleton, tokens: int) -> Budget:
     outside = max(skeleton.checkpoint.nbytes(name) for name in skeleton.checkpoint.names)
     streams = 4 * tokens * hidden * compute
     within = ARRAYS_PER_PASS * min(tokens, TOKENS_PER_PASS) * widest * compute
+    if step_tokens:
+        block += max(numel) * TRAINED_BYTES
+        streams += (2 if aug_loss else 1) * tokens * hidden * compute
+        within = max(within, 2 * ARRAYS_PER_PASS * step_tokens * widest * 4)
     return Budget(block, streams + within, outside * (compute // stored + 1 if tokens else 1))
 
 

@@ -15,7 +15,7 @@ transformers 4.31 and not much newer ones:
     REFERENCE/bin/pip install torch==2.13.0 transformers==4.31.0 "numpy<2" safetensors termcolor tqdm
 
 A row is ``method:scheme[:seed[:key=value,key=value]]`` as in quality.py; where it says nothing, the settings are the
-paper's (``core/training.py``). The reference cannot do LET under grouped-query attention: for rows with LET there is a
+paper's (``core/settings.py``). The reference cannot do LET under grouped-query attention: for rows with LET there is a
 copy of the model in which every query head has a key-value head of its own, which is the same function. Every finished
 row is kept in benchmarks/results/NAME.jsonl, so a run that is stopped goes on; NAME.md is the table, made anew.
 
@@ -236,7 +236,7 @@ def _parts(key: str) -> tuple[str, str, int, Row]:
 
 def _flags(job: Job) -> list[object]:
     """A job's settings as the worker takes them."""
-    training, scheme = job.training, job.scheme
+    training, scheme = job.settings, job.scheme
     flags: list[object] = ["--wbits", scheme.weight.bits, "--abits", scheme.activation_bits or UNQUANTIZED_BITS]
     for key in ("epochs", "lwc_lr", "let_lr", "alpha", "seed"):
         flags += [f"--{key.replace('_', '-')}", getattr(training, key)]
@@ -246,7 +246,7 @@ def _flags(job: Job) -> list[object]:
 
 
 def _refuse_what_the_reference_cannot(job: Job) -> None:
-    training, scheme = job.training, job.scheme
+    training, scheme = job.settings, job.scheme
     plain = replace(training, schedule="constant", sites="paper", batch_size=1, refine=False)
     possible = plain, replace(scheme, weight=Grid(scheme.weight.bits), kv_bits=None)
     if job.method not in METHODS or training.epochs < 1 or (training, scheme) != possible:

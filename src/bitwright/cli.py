@@ -38,7 +38,10 @@ app = typer.Typer(
 WIDE = 1000  # characters; in a pipe or a file no path is to be broken into lines
 out, err = Console(width=None if Console().is_terminal else WIDE), Console(stderr=True)
 
-METHODS = "rtn, omniquant, lwc, let+lwc, pact, lsq. [default: omniquant with text, else rtn]"
+METHODS = (
+    "omniquant, or methods joined by +, in this order: smoothquant, osplus, awq, let; adadim; lwc, pact, lsq; rtn, "
+    "gptq. For example awq, adadim+gptq, let+lwc+gptq. [default: omniquant with text, else rtn]"
+)
 KEYS = {field.name for field in fields(Recipe)} | {"output", "save_parameters"}
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
@@ -89,7 +92,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     device: Device = "auto",
     training: Annotated[
-        str | None, typer.Option(help="bitwright, or paper: OmniQuant's plain settings. [default: bitwright]")
+        str | None, typer.Option(help="bitwright, or paper: the plain settings of the papers. [default: bitwright]")
     ] = None,
     epochs: Annotated[
         int | None,
@@ -105,19 +108,36 @@ def quantize(
     aug_loss: Annotated[
         bool | None, typer.Option("--aug-loss/--no-aug-loss", help="Augmented loss. [default: off; paper: at 2 bits]")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Migration strength let starts at. [default: 0.5]")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Migration strength of smoothquant, and where let starts. [default: 0.5]")
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="cosine, or constant. [default: cosine; paper: constant]")
     ] = None,
-    sites: Annotated[str | None, typer.Option(help="Where let acts: paper, or all. [default: paper]")] = None,
+    sites: Annotated[
+        str | None, typer.Option(help="Where let, smoothquant and osplus act: paper, or all. [default: paper]")
+    ] = None,
     refine: Annotated[
-        bool | None, typer.Option("--refine/--no-refine", help="Search ranges once more. [default: on; paper: off]")
+        bool | None,
+        typer.Option(
+            "--refine/--no-refine", help="Search ranges (lwc; gptq per-IC) once more. [default: on; paper: off]"
+        ),
     ] = None,
     drift: Annotated[
         bool | None,
         typer.Option(
             "--drift/--no-drift", help="Make good the error of earlier blocks (refine, gptq). [default: on; paper: off]"
         ),
+    ] = None,
+    axis: Annotated[
+        str | None, typer.Option(help="Groups of adadim: auto, oc (along the input), ic. [default: auto]")
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="gptq: share of the mean diagonal added to the Hessian. [default: 0.01]")
+    ] = None,
+    act_order: Annotated[
+        bool | None,
+        typer.Option("--act-order/--no-act-order", help="gptq: columns by falling activations. [default: on]"),
     ] = None,
     save_parameters: Annotated[
         Path | None, typer.Option(help="Also write what was learned to this .safetensors file.")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
-from bitwright.core.training import Training
+from bitwright.core.settings import Settings
 
 LEAST: dict[str, Any] = {"model": "m", "scheme": "W4A16"}
 
@@ -18,7 +18,7 @@ def test_the_least_a_recipe_says() -> None:
     assert (recipe.method, recipe.format, recipe.calibration) == (None, "compressed-tensors", None)
     assert (recipe.samples, recipe.seqlen, recipe.seed, recipe.quantize_lm_head) == (128, None, 0, False)
     assert (recipe.training, recipe.load_parameters) == ("bitwright", None)
-    assert set(recipe.training_settings.values()) == {None}
+    assert set(recipe.settings.values()) == {None}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_the_method_is_the_one_named_or_follows_from_the_text(
     assert Recipe.from_mapping(LEAST | {"method": method, "calibration": calibration}).settled_method == settled
 
 
-def test_training_settings_are_those_that_were_asked_for() -> None:
+def test_settings_are_those_that_were_asked_for() -> None:
     """By the names that ``Training`` has for them; its seed is the recipe's own."""
     asked = {
         "epochs": 3,
@@ -50,7 +50,7 @@ def test_training_settings_are_those_that_were_asked_for() -> None:
         "drift": True,
     }
     recipe = Recipe.from_mapping(LEAST | asked | {"schedule": "constant", "sites": "all"})
-    assert recipe.training_settings == {
+    assert recipe.settings == {
         "epochs": 3,
         "batch_size": 2,
         "lwc_lr": 1,
@@ -62,8 +62,8 @@ def test_training_settings_are_those_that_were_asked_for() -> None:
         "refine": False,
         "drift": True,
     }
-    assert set(recipe.training_settings) == {field.name for field in fields(Training)} - {"seed"}
-    assert replace(Training(), **recipe.training_settings).epochs == 3
+    assert set(recipe.settings) == {field.name for field in fields(Settings)} - {"seed"}
+    assert replace(Settings(), **recipe.settings).epochs == 3
 
 
 def test_a_number_may_be_written_as_yaml_reads_no_number() -> None:

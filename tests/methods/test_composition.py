@@ -45,7 +45,7 @@ def three(monkeypatch: pytest.MonkeyPatch) -> dict[str, Method]:
 
 def test_one_method() -> None:
     assert methods.compose("rtn") == (rtn.METHOD,)
-    assert rtn.METHOD.decides == {Decision.RANGE, Decision.ROUNDING}
+    assert rtn.METHOD.decides == {Decision.ROUNDING}
     assert not rtn.METHOD.needs_text
     assert not methods.learned(methods.compose("rtn"))
 
@@ -85,6 +85,29 @@ def test_two_writers_of_one_decision_are_refused(three: dict[str, Method]) -> No
 )
 def test_an_order_that_cannot_work_is_refused(three: dict[str, Method], text: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
+        methods.compose(text)
+
+
+def test_methods_that_go_together_in_no_order_are_not_told_to_change_places() -> None:
+    for text in ("awq+adadim", "adadim+awq"):
+        with pytest.raises(RecipeError, match="they do not go together, keep one of them"):
+            methods.compose(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("smoothquant+gptq", "awq+gptq", "lwc+gptq", "adadim+gptq", "adadim+lwc", "let+lwc+gptq", "smoothquant+rtn"),
+        *("osplus+adadim+lwc+gptq", "adadim+rtn", "lwc+rtn", "smoothquant+lwc"),
+    ],
+)
+def test_what_goes_together(text: str) -> None:
+    assert len(methods.compose(text)) == len(text.split("+"))
+
+
+@pytest.mark.parametrize("text", ["gptq+awq", "smoothquant+let", "awq+lwc", "gptq+adadim", "rtn+gptq", "lwc+adadim"])
+def test_what_does_not(text: str) -> None:
+    with pytest.raises(RecipeError, match="decide"):
         methods.compose(text)
 
 

@@ -17,7 +17,7 @@ from bitwright.core.decisions import BlockDecisions
 from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.method import Context, Learned
 from bitwright.core.scheme import Scheme
-from bitwright.core.training import Training, ours, paper, settle
+from bitwright.core.settings import Settings, ours, paper, settle
 from bitwright.methods import compose, fit
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
@@ -27,7 +27,7 @@ from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.train import Objective, Trainer, learnables_of
 
 TEXT = "".join(f"{n} green bottles hanging on the wall, and {n * n} red ones; " for n in range(120))
-QUICK = Training(epochs=4, schedule="cosine")
+QUICK = Settings(epochs=4, schedule="cosine")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def stream_of(tiny: Checkpoints) -> tuple[Skeleton, Stream]:
     return skeleton, enter(skeleton, tokens)
 
 
-def trainer(block: Block, stream: Stream, scheme: str, methods: str, training: Training) -> Trainer:
+def trainer(block: Block, stream: Stream, scheme: str, methods: str, training: Settings) -> Trainer:
     stats, target = statistics(block, stream)
     context = Context(Scheme.parse(scheme), torch.float32, stream.activations, stats, training)
     found = [m for m in compose(methods) if isinstance(m, Learned)]
@@ -129,8 +129,8 @@ def test_scales_alone_leave_the_full_precision_block_alone(stream_of: tuple[Skel
 def test_the_preset_is_the_papers() -> None:
     plain = paper(Scheme.parse("W2A16g64"))
     assert (plain.epochs, plain.aug_loss, plain.lwc_lr, plain.let_lr) == (40, True, 1e-2, 5e-3)
-    assert paper(Scheme.parse("W3A16")) == Training(epochs=20)
-    assert settle("paper", Scheme.parse("W3A16"), 7, {"epochs": 2, "alpha": None}) == Training(epochs=2, seed=7)
+    assert paper(Scheme.parse("W3A16")) == Settings(epochs=20)
+    assert settle("paper", Scheme.parse("W3A16"), 7, {"epochs": 2, "alpha": None}) == Settings(epochs=2, seed=7)
     assert not paper(Scheme.parse("W4A4")).refine
 
 
@@ -160,7 +160,7 @@ def test_settings_that_cannot_be_meant_are_refused(key: str, value: object) -> N
 
 
 def test_what_has_no_closed_form_cannot_be_refined(recipe: bitwright.Recipe) -> None:
-    with pytest.raises(RecipeError, match="pact has nothing to refine"):
+    with pytest.raises(RecipeError, match="pact has no use for refine"):
         bitwright.plan(replace(recipe, method="pact", refine=True))
 
 

@@ -1,5 +1,6 @@
 """What round to nearest decides; the codes that come of it stand in tests/golden."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -8,9 +9,11 @@ from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.method import Context
 from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.methods.rtn import decide
+from bitwright.steps.apply import fold
 
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0, 4.0], [-5.0, -6.0, 0.0, 8.0]])
-CONTEXT = Context(Scheme(Grid(4), Tile(1, 2)), torch.float32)
+DTYPE = torch.float32
+CONTEXT = Context(Scheme(Grid(4), Tile(1, 2)), DTYPE)
 
 
 def block() -> Block:
@@ -20,25 +23,23 @@ def block() -> Block:
     return Block(0, "", modules, Topology((LinearGroup(("a",), "a"), LinearGroup(("b",), "b"))))
 
 
-def ends(decision: LinearDecision) -> tuple[list[list[float]], list[list[float]]]:
-    assert decision.low is not None and decision.high is not None
-    return decision.low.tolist(), decision.high.tolist()
+def test_it_decides_no_more_than_what_undecided_weights_get() -> None:
+    before = BlockDecisions({}, {"a": LinearDecision(tile=Tile(2, 1))}, ("a fallback",))
+    assert decide(block(), CONTEXT, before) == before
 
 
 def test_ranges_are_the_smallest_and_the_largest_weight_of_each_tile() -> None:
-    decided = decide(block(), CONTEXT, BlockDecisions())
-    assert set(decided.linears) == {"a", "b"}
-    assert ends(decided.linear("a")) == ([[-2.0, 3.0], [-6.0, 0.0]], [[1.0, 4.0], [-5.0, 8.0]])
-    assert ends(decided.linear("b")) == ([[-4.0, 6.0], [-12.0, 0.0]], [[2.0, 8.0], [-10.0, 16.0]])
-    assert decided.linear("a").codes is None
+    found = fold(dict(block().module.named_parameters()), block().topology, BlockDecisions(), CONTEXT.scheme, DTYPE)
+    steps = torch.tensor([[3.0, 4.0], [6.0, 8.0]]) / 15  # a range reaches zero
+    assert set(found.linears) == {"a", "b"}
+    torch.testing.assert_close(found.linears["a"].scale, steps)
+    torch.testing.assert_close(found.linears["b"].scale, 2 * steps)
+    assert found.linears["a"].codes.tolist() == [[15, 0, 11, 15], [2, 0, 0, 15]]
 
 
-def test_an_axis_decided_before_is_kept() -> None:
-    outliers = WEIGHT > 7
-    before = BlockDecisions({}, {"a": LinearDecision(tile=Tile(2, 1), outliers=outliers)}, ("a fallback",))
-    decided = decide(block(), CONTEXT, before)
-    assert ends(decided.linear("a")) == ([[-5.0, -6.0, 0.0, 4.0]], [[1.0, -2.0, 3.0, 8.0]])
-    assert decided.linear("a").tile == Tile(2, 1)
-    assert decided.linear("a").outliers is outliers
-    assert decided.fallbacks == ("a fallback",)
-    assert before.linear("a").low is None, "what is handed in is not changed"
+def test_ranges_and_tiles_decided_before_are_kept() -> None:
+    decided = {"a": LinearDecision(tile=Tile(2, 1), low=torch.full((1, 4), -1.0), high=torch.full((1, 4), 2.0))}
+    parameters, topology = dict(block().module.named_parameters()), block().topology
+    before = decide(block(), CONTEXT, BlockDecisions({}, decided))
+    found = fold(parameters, topology, before, CONTEXT.scheme, DTYPE).linears["a"]
+    assert found.tile == Tile(2, 1) and found.scale.tolist() == pytest.approx([[0.2] * 4])

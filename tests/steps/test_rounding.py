@@ -8,7 +8,7 @@ from bitwright.core.method import Moments
 from bitwright.core.qtensor import affine, dequantize, quantize
 from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.steps.ranges import minmax
-from bitwright.steps.rounding import DAMPING, compensated, factor_of_inverse, making_good
+from bitwright.steps.rounding import DAMPING, Ranges, compensated, factor_of_inverse, making_good
 
 GENERATOR = torch.Generator().manual_seed(3)
 INPUTS = torch.randn(500, 48, generator=GENERATOR) @ torch.randn(48, 48, generator=GENERATOR)
@@ -17,7 +17,13 @@ WEIGHT = torch.randn(16, 48, generator=GENERATOR) / 7
 TILES = [Tile(1, -1), Tile(1, 16), Tile(8, 1), Tile(16, 48)]
 
 
-def codes_one_weight_at_a_time(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, tile: Tile) -> Tensor:
+def known(weight: Tensor, grid: Grid, tile: Tile) -> Ranges:
+    return Ranges(weight, minmax(weight, tile), grid, tile, torch.float32)
+
+
+def codes_one_weight_at_a_time(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, tile: Tile, updated: bool = False
+) -> Tensor:
     """Optimal Brain Quantization's own update (GPTQ, eq. 2 and 3), in float64: the inverse of the Hessian of what is
     left is made anew after every column, by Gaussian elimination of that column."""
     w, h = weight.double().clone(), HESSIAN.double()
@@ -26,6 +32,12 @@ def codes_one_weight_at_a_time(weight: Tensor, scale: Tensor, zero: Tensor | Non
     rows, columns = tile.size((weight.shape[0], weight.shape[1]))
     codes = torch.zeros(weight.shape, dtype=torch.int64)
     for j in left:
+        if updated:
+            ends = [f(w[:, j].float().view(-1, rows), 1) for f in (torch.amin, torch.amax)]
+            step, point = affine(ends[0][:, None], ends[1][:, None], grid, torch.float32)
+            scale[:, j] = step[:, 0]
+            if zero is not None and point is not None:
+                zero[:, j] = point[:, 0]
         for row in range(len(w)):
             step = float(scale[row // rows, j // columns])
             z = 0 if zero is None else int(zero[row // rows, j // columns])
@@ -41,9 +53,30 @@ def codes_one_weight_at_a_time(weight: Tensor, scale: Tensor, zero: Tensor | Non
 def test_codes_are_those_of_the_procedure_written_out(text: str, tile: Tile) -> None:
     grid = Scheme.parse(text).weight
     scale, zero = affine(*minmax(WEIGHT, tile), grid, torch.float32)
-    found, fallback = compensated(WEIGHT, scale, zero, grid, tile, HESSIAN)
-    assert fallback is None
-    assert torch.equal(found.long(), codes_one_weight_at_a_time(WEIGHT, scale, zero, grid, tile))
+    found = compensated(WEIGHT, known(WEIGHT, grid, tile), HESSIAN)
+    assert found.fallback is None
+    assert torch.equal(found.codes.long(), codes_one_weight_at_a_time(WEIGHT, scale, zero, grid, tile))
+
+
+@pytest.mark.parametrize("text", ["W2A16", "W3A16", "W4A16sym"])
+def test_groups_within_a_column_take_their_scale_from_the_column_as_updated(text: str) -> None:
+    """AdaDim's GPTQ, written out; nothing of it holds without an order of columns."""
+    grid, tile = Scheme.parse(text).weight, Tile(8, 1)
+    scale, zero = affine(*minmax(WEIGHT, tile), grid, torch.float32)
+    found = compensated(WEIGHT, Ranges(WEIGHT, None, grid, tile, torch.float32), HESSIAN)
+    wanted = codes_one_weight_at_a_time(WEIGHT, scale, zero, grid, tile, updated=True)
+    assert torch.equal(found.codes.long(), wanted)
+    torch.testing.assert_close(affine(*found.range, grid, torch.float32)[0], scale)
+    assert not torch.equal(found.codes, compensated(WEIGHT, known(WEIGHT, grid, tile), HESSIAN).codes)
+
+
+def test_columns_in_another_order_and_more_damping_give_other_codes() -> None:
+    grid, tile = Scheme.parse("W3A16").weight, Tile(1, 16)
+    plain = compensated(WEIGHT, known(WEIGHT, grid, tile), HESSIAN).codes
+    rounded = quantize(WEIGHT, *affine(*minmax(WEIGHT, tile), grid, torch.float32), grid, tile)
+    assert not torch.equal(plain, compensated(WEIGHT, known(WEIGHT, grid, tile), HESSIAN, act_order=False).codes)
+    damped = compensated(WEIGHT, known(WEIGHT, grid, tile), HESSIAN, damping=1.0).codes
+    assert (damped != rounded).sum() < (plain != rounded).sum()
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -51,7 +84,7 @@ def test_a_larger_weight_error_and_a_smaller_output_error_than_rounding_to_neare
     """The claim of the paper."""
     grid = Scheme.parse("W3A16").weight
     scale, zero = affine(*minmax(WEIGHT, tile), grid, torch.float32)
-    found, _ = compensated(WEIGHT, scale, zero, grid, tile, HESSIAN)
+    found = compensated(WEIGHT, known(WEIGHT, grid, tile), HESSIAN).codes
     nearest = quantize(WEIGHT, scale, zero, grid, tile)
     gptq, rtn = (WEIGHT - dequantize(codes, scale, zero, tile) for codes in (found, nearest))
     assert gptq.norm() > rtn.norm()
@@ -69,7 +102,7 @@ def test_the_error_before_is_made_good() -> None:
     scale, zero = affine(*minmax(WEIGHT, tile), grid, torch.float32)
     errors = []
     for weight in (WEIGHT, wanted):
-        codes, _ = compensated(weight, scale, zero, grid, tile, moments.inputs)
+        codes = compensated(weight, known(WEIGHT, grid, tile), moments.inputs).codes
         errors.append((INPUTS @ WEIGHT.T - read @ dequantize(codes, scale, zero, tile).T).norm())
     assert errors[1] < 0.8 * errors[0]
     assert torch.equal(making_good(WEIGHT, Moments(moments.inputs, torch.zeros(48, 48))), WEIGHT)
@@ -86,7 +119,7 @@ def test_lazy_batches_change_nothing() -> None:
         Tile(1, -1),
     )
     scale, zero = affine(*minmax(weight, tile), grid, torch.float32)
-    found, _ = compensated(weight, scale, zero, grid, tile, hessian)
+    found = compensated(weight, known(weight, grid, tile), hessian).codes
     order = torch.argsort(hessian.diagonal(), descending=True)
     factor, _ = factor_of_inverse(hessian[order][:, order])
     w = weight[:, order].clone()
@@ -112,5 +145,5 @@ def test_inputs_that_never_come_and_a_matrix_that_is_not_positive_definite() -> 
 def test_the_diagonal_alone_is_rounding_to_nearest() -> None:
     grid, tile = Scheme.parse("W3A16").weight, Tile(1, 16)
     scale, zero = affine(*minmax(WEIGHT, tile), grid, torch.float32)
-    found, said = compensated(WEIGHT, scale, zero, grid, tile, torch.full((48, 48), float("nan")))
-    assert said is not None and torch.equal(found, quantize(WEIGHT, scale, zero, grid, tile))
+    found = compensated(WEIGHT, known(WEIGHT, grid, tile), torch.full((48, 48), float("nan")))
+    assert found.fallback is not None and torch.equal(found.codes, quantize(WEIGHT, scale, zero, grid, tile))

@@ -17,7 +17,7 @@ from bitwright.core.method import Closed, Context, Method
 from bitwright.core.progress import Progress, silent
 from bitwright.core.quantized import QuantizedBlock
 from bitwright.core.scheme import Scheme
-from bitwright.core.training import Training
+from bitwright.core.settings import Settings
 from bitwright.methods import rtn
 from bitwright.stream import forward
 from bitwright.stream.budget import estimate
@@ -55,7 +55,7 @@ def go(
     with_head: bool = False,
     listener: Any = silent,
 ) -> Memory:
-    run(skeleton, RunPlan(SCHEME, methods, Training(), with_head), sink, tokens=tokens, listener=listener)
+    run(skeleton, RunPlan(SCHEME, methods, Settings(), with_head), sink, tokens=tokens, listener=listener)
     return sink
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,12 +26,12 @@ from bitwright.api.source import (
 )
 from bitwright.calibration.segments import segments
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
-from bitwright.core.method import Learned, Method
+from bitwright.core.method import Closed, Learned, Method
 from bitwright.core.recipe import Recipe
-from bitwright.core.registry import find
+from bitwright.core.registry import find, names
 from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
-from bitwright.core.training import Training, settle
-from bitwright.methods import TRANSFORM, compose, fit, learned
+from bitwright.core.settings import AXES, Settings, settle
+from bitwright.methods import TRANSFORM, compose, fit, learned, used
 from bitwright.stream.budget import Budget, estimate
 from bitwright.stream.skeleton import Skeleton
 
@@ -43,7 +44,7 @@ class Job:
     scheme: Scheme
     method: str
     methods: tuple[Method, ...]
-    training: Training
+    settings: Settings
     format: ModuleType
     source: Source
     skeleton: Skeleton
@@ -67,7 +68,7 @@ class Job:
     @property
     def belonging(self) -> dict[str, str]:
         """What learned parameters of this job belong to."""
-        sites = self.training.sites if TRANSFORM in self.method.split("+") else ""
+        sites = self.settings.sites if TRANSFORM in self.method.split("+") else ""
         return belonging(self.source.checkpoint, str(self.scheme), self.method, sites)
 
     def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -129,8 +130,8 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
         skeleton = Skeleton(source.checkpoint, source.config, source.family, dtype, where)
     method, note = fit(recipe.settled_method, scheme, source.family.topology, recipe.sites)
     methods = compose(method)
-    training = _training(recipe, scheme, method, methods)
-    job = Job(recipe, scheme, method, methods, training, chosen_format, source, skeleton, None, config, note, None)
+    settings = _settings(recipe, scheme, method, methods)
+    job = Job(recipe, scheme, method, methods, settings, chosen_format, source, skeleton, None, config, note, None)
     _check_dtypes(job)
     _check_tiles(job)
     if recipe.load_parameters is not None:
@@ -155,9 +156,9 @@ def plan_of(job: Job) -> Plan:
     tokens = 0 if job.tokens is None else job.tokens.numel()
     trained = job.tokens is not None and learned(job.methods)
     step = (
-        min(job.training.batch_size, len(job.tokens)) * job.tokens.shape[1] if trained and job.tokens is not None else 0
+        min(job.settings.batch_size, len(job.tokens)) * job.tokens.shape[1] if trained and job.tokens is not None else 0
     )
-    budget = estimate(job.skeleton, tokens, step, job.training.aug_loss)
+    budget = estimate(job.skeleton, tokens, step, job.settings.aug_loss)
     return Plan(
         model=job.recipe.model,
         architecture=architecture(checkpoint.config),
@@ -177,13 +178,16 @@ def plan_of(job: Job) -> Plan:
     )
 
 
-def _training(recipe: Recipe, scheme: Scheme, method: str, methods: tuple[Method, ...]) -> Training:
-    """The settings of the learned methods. Raises RecipeError for settings that would change nothing."""
+def _settings(recipe: Recipe, scheme: Scheme, method: str, methods: tuple[Method, ...]) -> Settings:
+    """What the methods are told. Raises RecipeError for a setting that would change nothing."""
+    idle = [key for key, value in recipe.settings.items() if value is not None and key not in used(methods)]
+    if idle:
+        listening = [name for name in names("methods") if idle[0] in used(compose(name))]
+        raise RecipeError(
+            f"{method} has no use for {idle[0]}; leave it out, or take a method that has: {', '.join(listening)}"
+        )
     refines = [m.refines for m in methods if isinstance(m, Learned)]
-    training = settle(recipe.training, scheme, recipe.seed, recipe.training_settings, closed=all(refines))
-    if recipe.refine and not any(refines):
-        raise RecipeError(f"{method} has nothing to refine; only lwc's ranges are searched. Leave --refine out")
-    return training if any(refines) else replace(training, refine=False)
+    return settle(recipe.training, scheme, recipe.seed, recipe.settings, closed=all(refines))
 
 
 def _weight_bits(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
@@ -239,8 +243,12 @@ def _check_dtypes(job: Job) -> None:
 
 
 def _check_tiles(job: Job) -> None:
-    for name, shape in job.linears():
+    """Every linear must divide into the scheme's tiles, and into those that were asked for in their place."""
+    tiles = [job.scheme.tile]
+    if job.settings.axis != AXES[0]:
+        tiles += [tile for m in job.methods if isinstance(m, Closed) for tile in m.tiles(job.scheme, job.settings)]
+    for (name, shape), tile in product(job.linears(), tiles):
         try:
-            job.scheme.tile.counts(shape)
+            tile.counts(shape)
         except SchemeError as error:
             raise SchemeError(f"{name} {list(shape)} under scheme {job.scheme}: {error}") from None

@@ -22,7 +22,7 @@ from bitwright.checkpoint.writer import copy_file, write_json, write_tensors
 from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
-from bitwright.methods import learned
+from bitwright.methods import learned, used
 from bitwright.report.plain import plain
 from bitwright.stream.budget import peak_memory
 from bitwright.stream.runner import RunPlan, run
@@ -173,7 +173,7 @@ def _require_free(job: Job, output: Path) -> None:
 def _write_tensors(job: Job, sink: FolderSink, listener: Listener) -> None:
     for name in job.outside():
         sink.pass_through(name)
-    plan = RunPlan(job.scheme, job.methods, job.training, job.recipe.quantize_lm_head, job.learned)
+    plan = RunPlan(job.scheme, job.methods, job.settings, job.recipe.quantize_lm_head, job.learned)
     run(job.skeleton, plan, sink, tokens=job.tokens, listener=listener)
 
 
@@ -218,7 +218,7 @@ def _account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str,
         "recipe": job.recipe.as_dict(),
         "scheme": str(job.scheme),
         "method": job.method,
-        "training": asdict(job.training) if learned(job.methods) else None,
+        "settings": {key: value for key, value in asdict(job.settings).items() if key in used(job.methods)},
         "seed": job.recipe.seed,
         "versions": _versions(),
         "model": job.source.checkpoint.fingerprint(),

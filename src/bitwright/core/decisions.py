@@ -7,7 +7,7 @@ from enum import StrEnum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bitwright.core.scheme import Tile
+from bitwright.core.scheme import Scheme, Tile
 
 
 class Decision(StrEnum):
@@ -54,6 +54,14 @@ class BlockDecisions:
     def linear(self, name: str) -> LinearDecision:
         """What is decided about a linear, nothing if nothing is."""
         return self.linears.get(name, LinearDecision())
+
+    def tile(self, name: str, scheme: Scheme) -> Tile:
+        """The tile decided for a linear, the scheme's where none is."""
+        return self.linear(name).tile or scheme.tile
+
+    def with_sites(self, decided: Mapping[str, SiteDecision]) -> "BlockDecisions":
+        """These decisions with some sites' replaced."""
+        return replace(self, sites={**self.sites, **decided})
 
     def with_linears(self, decided: Mapping[str, LinearDecision]) -> "BlockDecisions":
         """These decisions with some linears' replaced."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from torch import Tensor
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.scheme import Scheme, Tile
-from bitwright.core.training import Training
+from bitwright.core.settings import Settings
 
 Parameters = Mapping[str, Tensor]
 """A block's parameters by their names in the block."""
@@ -27,12 +28,13 @@ class Activations:
 
 @dataclass(frozen=True)
 class LinearStats:
-    """Smallest and largest value of each channel of a linear's input, over the calibration tokens of the
-    full-precision path. Linears that share an input share them."""
+    """Smallest and largest value and mean magnitude of each channel of a linear's input, over the calibration tokens
+    of the full-precision path. Linears that share an input share them."""
 
     tokens: int
     min: Float[Tensor, " I"]
     max: Float[Tensor, " I"]
+    absmean: Float[Tensor, " I"]
 
     @property
     def absmax(self) -> Float[Tensor, " I"]:
@@ -51,19 +53,35 @@ class Moments:
     """E[(x - x') x'^T]"""
 
 
+class Inspection(Protocol):
+    """A module of the block (an attention, an MLP, a linear) on calibration tokens, beside itself in full precision."""
+
+    def error(
+        self,
+        parameters: Parameters,
+        scale: Float[Tensor, " I"] | None = None,
+        shift: Float[Tensor, " I"] | None = None,
+    ) -> float:
+        """Mean squared difference of its output with these parameters (by their names in the block) in the place of its
+        own, its input x taken as (x - shift) / scale, and activations quantized as the scheme says."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a method sees besides the block: the scheme, the dtype scales are stored in, and the calibration data.
 
-    ``moments`` measures what a linear reads once everything before it is quantized as decided; None without text.
+    ``moments`` measures what a linear reads once everything before it is quantized as decided. ``inspect`` shows a
+    module, by its name in the block, on the quantized blocks' output, in front of it the block transformed as decided
+    and in full precision, on so many tokens at most. Both are None without text.
     """
 
     scheme: Scheme
     scale_dtype: torch.dtype
     activations: Activations | None = None
     stats: Mapping[str, LinearStats] = field(default_factory=dict)
-    training: Training = field(default_factory=Training)
+    settings: Settings = field(default_factory=Settings)
     moments: Callable[[str, BlockDecisions], Moments] | None = None
+    inspect: Callable[[str, BlockDecisions, int], Inspection] | None = None
 
 
 class Learnable:
@@ -85,6 +103,11 @@ class Learnable:
         """The block's parameters as this method transforms them; differentiable."""
         return parameters
 
+    @property
+    def refinable(self) -> bool:
+        """Whether ``refine`` does anything."""
+        return type(self).refine is not Learnable.refine
+
     def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range | None:
         """The range of each tile of a (transformed) weight, or None where this method decides none."""
         return None
@@ -97,25 +120,36 @@ class Learnable:
         return decisions
 
 
+def _no_tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Closed:
-    """A method in closed form: from a block and what is decided so far to new decisions."""
+    """A method in closed form: from a block and what is decided so far to new decisions.
+
+    ``uses`` are the settings it listens to. ``tiles`` are those it may choose beside the scheme's own.
+    """
 
     decides: frozenset[Decision]
     decide: Callable[[Block, Context, BlockDecisions], BlockDecisions]
     needs_text: bool = False
+    uses: frozenset[str] = frozenset()
+    tiles: Callable[[Scheme, Settings], tuple[Tile, ...]] = _no_tiles
 
 
 @dataclass(frozen=True)
 class Learned:
     """A method that is trained, jointly with the learned methods beside it in a recipe.
 
-    ``refines`` says that its learnables set their parameters in closed form too, for which training may be left out.
+    ``uses`` are the settings it listens to beside the trainer's. ``refines`` says that its learnables set their
+    parameters in closed form too, for which training may be left out.
     """
 
     decides: frozenset[Decision]
     learn: Callable[[Block, Context, BlockDecisions], Learnable]
     needs_text: bool = True
+    uses: frozenset[str] = frozenset()
     refines: bool = False
 
 

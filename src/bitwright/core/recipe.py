@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.settings import ASKED
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,8 @@ class Recipe:
     """Everything that decides the bytes of the result. Keys that are not known are refused.
 
     ``seqlen`` None is 2048 tokens, or the model's own maximum where that is shorter. ``method`` None is ``omniquant``
-    where calibration text is named and ``rtn`` where none is. From ``training`` on the keys set how learned methods
-    are trained (``core/training.py``); None is what the training preset says for the scheme.
+    where calibration text is named and ``rtn`` where none is. ``training`` names the preset of the methods' settings;
+    the keys after it are single settings (``core/settings.py``), None is what the preset says for the scheme.
     """
 
     model: str
@@ -38,6 +39,9 @@ class Recipe:
     sites: str | None = None
     refine: bool | None = None
     drift: bool | None = None
+    axis: str | None = None
+    damping: float | None = None
+    act_order: bool | None = None
     load_parameters: str | None = None
 
     def __post_init__(self) -> None:
@@ -63,10 +67,9 @@ class Recipe:
         return "rtn" if self.calibration is None else "omniquant"
 
     @property
-    def training_settings(self) -> dict[str, Any]:
-        """The training settings that were asked for; None where the preset decides."""
-        keys = ("epochs", "batch_size", "lwc_lr", "let_lr", "aug_loss", "alpha", "schedule", "sites", "refine", "drift")
-        return {key: getattr(self, key) for key in keys}
+    def settings(self) -> dict[str, Any]:
+        """The methods' settings that were asked for; None where the preset decides."""
+        return {key: getattr(self, key) for key in ASKED}
 
     @property
     def shard_bytes(self) -> int:

@@ -14,6 +14,7 @@ from bitwright.core.scheme import Scheme
 OMNIQUANT = "omniquant"
 PRESETS = {OMNIQUANT: "let+lwc"}
 TRANSFORM, CLIPPING = "let", "lwc"
+TRAINED = frozenset({"epochs", "batch_size", "aug_loss", "schedule"})
 
 
 def compose(text: str) -> tuple[Method, ...]:
@@ -56,6 +57,12 @@ def learned(methods: tuple[Method, ...]) -> bool:
     return any(isinstance(method, Learned) for method in methods)
 
 
+def used(methods: tuple[Method, ...]) -> frozenset[str]:
+    """The settings that any of these listens to; training listens to its own."""
+    trained = TRAINED if learned(methods) else frozenset[str]()
+    return trained.union(*(method.uses for method in methods))
+
+
 def _parts(text: str) -> list[str]:
     """The methods' names, presets replaced by what they stand for."""
     names_given = [part.strip() for part in text.split("+")]
@@ -78,7 +85,14 @@ def _refuse_conflict(name: str, decision: Decision, writers: dict[Decision, str]
         raise RecipeError(f"{writers[decision]} and {name} both decide the {decision}; keep one of them")
     later = sorted((d for d in writers if _ORDER.index(d) > _ORDER.index(decision)), key=_ORDER.index)
     if later:
+        earlier = writers[later[0]]
         raise RecipeError(
-            f"{name} decides the {decision}, which comes before the {later[0]} that {writers[later[0]]} has "
-            f"already decided; write {name}+{writers[later[0]]}"
+            f"{name} decides the {decision}, which comes before the {later[0]} that {earlier} has already decided; "
+            + (f"write {name}+{earlier}" if _can_follow(name, earlier) else "they do not go together, keep one of them")
         )
+
+
+def _can_follow(first: str, second: str) -> bool:
+    """Whether the second method can come after the first."""
+    decided, next_ = _named(first).decides, _named(second).decides
+    return max(map(_ORDER.index, decided)) < min(map(_ORDER.index, next_))

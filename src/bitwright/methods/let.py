@@ -13,18 +13,15 @@ share a scale (rotary pairs, query heads of one key-value head) do, where the au
 equivalence.
 """
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bitwright.core.block import Block, Site
 from bitwright.core.decisions import BlockDecisions, Decision, SiteDecision
-from bitwright.core.method import Context, Learnable, Learned, LinearStats, Parameters
+from bitwright.core.method import Context, Learnable, Learned, Parameters
+from bitwright.steps.migration import LARGEST, SMALLEST, balanced, centred
 from bitwright.steps.transform import apply_site
-
-SMALLEST, LARGEST = 1e-5, 1e4
 
 
 class Transformation(Learnable):
@@ -32,7 +29,7 @@ class Transformation(Learnable):
 
     def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
         """Starts at the closed forms."""
-        self.sites = chosen(block.topology.sites, context.training.sites)
+        self.sites = chosen(block.topology.sites, context.settings.sites)
         place = next(block.module.parameters()).device
         starts = {site.name: _start(block, site, context) for site in self.sites}
         starts = {
@@ -40,7 +37,7 @@ class Transformation(Learnable):
         }
         self.log_scale = {name: scale.log().requires_grad_() for name, (scale, _) in starts.items()}
         self.shift = {name: shift.requires_grad_() for name, (_, shift) in starts.items() if shift is not None}
-        rate = context.training.let_lr
+        rate = context.settings.let_lr
         super().__init__({"let.log_scale": (self.log_scale, rate), "let.shift": (self.shift, rate)})
 
     def transform(self, parameters: Parameters) -> Parameters:
@@ -59,7 +56,7 @@ class Transformation(Learnable):
         for site in self.sites:
             shift = self.shift.get(site.name)
             decided[site.name] = SiteDecision(self.scale(site.name).detach(), None if shift is None else shift.detach())
-        return replace(decisions, sites={**decisions.sites, **decided})
+        return decisions.with_sites(decided)
 
 
 def chosen(sites: tuple[Site, ...], which: str) -> tuple[Site, ...]:
@@ -68,28 +65,11 @@ def chosen(sites: tuple[Site, ...], which: str) -> tuple[Site, ...]:
 
 
 def _start(block: Block, site: Site, context: Context) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"] | None]:
-    stats = [(side, context.stats[side.module]) for side in site.consumers if side.module in context.stats]
-    if not stats:
+    if not site.consumers or not context.stats:
         return torch.ones(site.channels), None
-    x = _tied(site, [(side.index, s.absmax) for side, s in stats])
-    w = _tied(site, [(side.index, block.weight(side.module).float().abs().amax(0)) for side, _ in stats])
-    alpha = context.training.alpha
-    scale = x.clamp(min=SMALLEST).pow(alpha) / w.clamp(min=SMALLEST).pow(1 - alpha)
-    shift = _middle(site, stats[0][1], stats[0][0].index) if site.shift else None
-    return scale.clamp(SMALLEST, LARGEST), shift
+    return balanced(site, block, context.stats, context.settings.alpha), centred(site, context.stats)
 
 
-def _tied(site: Site, channels: list[tuple[tuple[int, ...] | None, Tensor]]) -> Float[Tensor, " C"]:
-    """The largest value among the channels that share a parameter."""
-    largest = torch.full((site.channels,), -torch.inf)
-    for index, values in channels:
-        where = torch.arange(site.channels) if index is None else torch.tensor(index)
-        largest = largest.scatter_reduce(0, where, values.float().cpu(), "amax")
-    return largest
-
-
-def _middle(site: Site, stats: LinearStats, index: tuple[int, ...] | None) -> Float[Tensor, " C"]:
-    return (_tied(site, [(index, stats.max)]) - _tied(site, [(index, -stats.min)])) / 2
-
-
-METHOD = Learned(decides=frozenset({Decision.TRANSFORM}), learn=Transformation)
+METHOD = Learned(
+    decides=frozenset({Decision.TRANSFORM}), learn=Transformation, uses=frozenset({"let_lr", "alpha", "sites"})
+)

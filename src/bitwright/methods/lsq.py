@@ -34,12 +34,12 @@ class Steps(Learnable):
         self.ends = {}
         grid = context.scheme.weight
         for name, weight in weights_of(block, decisions).items():
-            low, high = minmax(weight, decisions.linear(name).tile or context.scheme.tile)
+            low, high = minmax(weight, decisions.tile(name, context.scheme))
             scale, zero = affine(low, high, grid, torch.float32)
             below = scale * (zero.float() if zero is not None else -grid.qmin)
             self.ends[name] = (-below, scale * grid.steps - below)
         self.theta = {name: torch.ones_like(low).requires_grad_() for name, (low, _) in self.ends.items()}
-        super().__init__({"lsq.step": (self.theta, context.training.lwc_lr)})
+        super().__init__({"lsq.step": (self.theta, context.settings.lwc_lr)})
 
     def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
         """The range that the step spans."""
@@ -56,4 +56,4 @@ class Steps(Learnable):
         return decisions.with_linears(decided)
 
 
-METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Steps)
+METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Steps, uses=frozenset({"lwc_lr"}))

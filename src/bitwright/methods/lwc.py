@@ -40,12 +40,12 @@ class Clipping(Learnable):
     def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
         """Starts at sigmoid(4)."""
         self.context = context
-        self.tiles = {n: decisions.linear(n).tile or context.scheme.tile for n in block.topology.linears}
+        self.tiles = {n: decisions.tile(n, context.scheme) for n in block.topology.linears}
         start = {n: torch.full_like(minmax(block.weight(n), tile)[0], START) for n, tile in self.tiles.items()}
         self.a = {n: value.clone().requires_grad_() for n, value in start.items()}
         self.b = {n: value.clone().requires_grad_() for n, value in start.items()}
         self._seen: dict[str, tuple[Tensor, Range]] = {}
-        rate = context.training.lwc_lr
+        rate = context.settings.lwc_lr
         super().__init__({"lwc.a": (self.a, rate), "lwc.b": (self.b, rate)})
 
     def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
@@ -75,4 +75,6 @@ class Clipping(Learnable):
         return decisions.with_linears(decided)
 
 
-METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Clipping, refines=True)
+METHOD = Learned(
+    decides=frozenset({Decision.RANGE}), learn=Clipping, uses=frozenset({"lwc_lr", "refine", "drift"}), refines=True
+)

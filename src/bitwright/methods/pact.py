@@ -29,10 +29,10 @@ class Thresholds(Learnable):
     def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
         """Starts at the min-max of the weights as transformed so far."""
         weights = weights_of(block, decisions)
-        self.ends = {n: minmax(w, decisions.linear(n).tile or context.scheme.tile) for n, w in weights.items()}
+        self.ends = {n: minmax(w, decisions.tile(n, context.scheme)) for n, w in weights.items()}
         self.low = {name: torch.ones_like(low).requires_grad_() for name, (low, _) in self.ends.items()}
         self.high = {name: torch.ones_like(high).requires_grad_() for name, (_, high) in self.ends.items()}
-        rate = context.training.lwc_lr
+        rate = context.settings.lwc_lr
         super().__init__({"pact.low": (self.low, rate), "pact.high": (self.high, rate)})
 
     def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
@@ -49,4 +49,4 @@ class Thresholds(Learnable):
         return decisions.with_linears(decided)
 
 
-METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Thresholds)
+METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Thresholds, uses=frozenset({"lwc_lr"}))

@@ -46,10 +46,14 @@ def transform(parameters: Mapping[str, Tensor], topology: Topology, decisions: B
 
 
 @torch.no_grad()
+def parameters_of(block: Block, decisions: BlockDecisions) -> Mapping[str, Tensor]:
+    """A block's parameters in float32, every decided site's scale and shift moved in."""
+    return transform({name: p.float() for name, p in block.module.named_parameters()}, block.topology, decisions)
+
+
 def weights_of(block: Block, decisions: BlockDecisions) -> dict[str, Float[Tensor, "O I"]]:
     """The weights of a block's linears in float32, every decided site's scale and shift moved in."""
-    parameters = {name: p.float() for name, p in block.module.named_parameters()}
-    moved = transform(parameters, block.topology, decisions)
+    moved = parameters_of(block, decisions)
     return {name: moved[f"{name}.weight"] for name in block.topology.linears}
 
 

@@ -11,6 +11,8 @@ through the rounding. It is never worse than where it starts. (H is the matrix o
 the error that the quantized blocks before have left in X'.)
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -47,6 +49,33 @@ def search(
     return descent.low, descent.high
 
 
+@torch.no_grad()
+def shrunk(
+    weight: Float[Tensor, "O I"],
+    shares: Sequence[float],
+    grid: Grid,
+    tile: Tile,
+    scale_dtype: torch.dtype,
+    hessian: Float[Tensor, "I I"],
+) -> Range:
+    """Both ends of each tile's range, cut at whichever share of its largest magnitude changes the tile's own part of
+    the output least (AWQ's clip search, arXiv 2306.00978); of equals, the first."""
+    tiles, (low, high) = tiled(weight, tile), minmax(weight, tile)
+    most, columns = torch.maximum(-low, high), tiles.shape[3]
+    for q in range(low.shape[1]):
+        here = slice(q * columns, (q + 1) * columns)
+        ends, least = (low[:, q].clone(), high[:, q].clone()), torch.full_like(low[:, q], torch.inf)
+        for share in shares:
+            cut = share * most[:, q]
+            tried = ends[0].maximum(-cut), ends[1].minimum(cut)
+            lost = _lost(tiles[:, :, q], *tried, grid, scale_dtype)
+            error = _per_tile((lost @ hessian[here, here]) * lost, tiles.shape[1])
+            better = error < least
+            least = error.where(better, least)
+            low[:, q], high[:, q] = tried[0].where(better, low[:, q]), tried[1].where(better, high[:, q])
+    return low, high
+
+
 class _Descent:
     """The shares as they are now, and the difference D = W - Wq that they make."""
 
@@ -79,17 +108,31 @@ class _Descent:
             self.low[:, q], self.high[:, q], self.difference[:, here] = low, high, mine
 
     def _error(self, difference: Tensor, hessian: Tensor, slope: Tensor) -> Float[Tensor, " P"]:
-        rows = ((difference @ hessian + slope) * difference).sum(dim=1)
-        return rows.view(-1, self.tiles.shape[1]).sum(dim=1)
+        return _per_tile((difference @ hessian + slope) * difference, self.tiles.shape[1])
 
     def _difference(self, q: int, low: Float[Tensor, " P"], high: Float[Tensor, " P"]) -> Float[Tensor, "O Ti"]:
         """What is lost of a column of tiles with these shares."""
-        tiles = self.tiles[:, :, q]
-        scale, zero = affine(low * self.ends[0][:, q], high * self.ends[1][:, q], self.grid, self.scale_dtype)
-        h = scale.float()[:, None, None]
-        z = torch.zeros_like(h) if zero is None else zero.float()[:, None, None]
-        levels = (tiles / h).round_().add_(z).clamp_(self.grid.qmin, self.grid.qmax).sub_(z)
-        return (tiles - levels.mul_(h)).flatten(0, 1)
+        ends = low * self.ends[0][:, q], high * self.ends[1][:, q]
+        return _lost(self.tiles[:, :, q], *ends, self.grid, self.scale_dtype)
+
+
+def _lost(
+    tiles: Float[Tensor, "P To Ti"],
+    low: Float[Tensor, " P"],
+    high: Float[Tensor, " P"],
+    grid: Grid,
+    scale_dtype: torch.dtype,
+) -> Float[Tensor, "O Ti"]:
+    """W - Wq of a column of tiles with these ranges."""
+    scale, zero = affine(low, high, grid, scale_dtype)
+    h = scale.float()[:, None, None]
+    z = torch.zeros_like(h) if zero is None else zero.float()[:, None, None]
+    levels = (tiles / h).round_().add_(z).clamp_(grid.qmin, grid.qmax).sub_(z)
+    return (tiles - levels.mul_(h)).flatten(0, 1)
+
+
+def _per_tile(values: Float[Tensor, "O Ti"], rows: int) -> Float[Tensor, " P"]:
+    return values.sum(dim=1).view(-1, rows).sum(dim=1)
 
 
 def _moved(shares: Float[Tensor, " P"], to: float | None, relative: bool) -> Float[Tensor, " P"]:

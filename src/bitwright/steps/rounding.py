@@ -7,52 +7,105 @@ H^-1 = U^T U:
     e_j = (w_j - wq_j) / U_jj,        w_k <- w_k - e_j U_jk   for k > j
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bitwright.core.method import Moments
-from bitwright.core.qtensor import quantize
+from bitwright.core.method import Moments, Range
+from bitwright.core.qtensor import affine, quantize
 from bitwright.core.scheme import Grid, Tile
+from bitwright.steps.ranges import minmax, nearest_to_weights
 
 DAMPING, HARDER, TRIES, LAZY = 0.01, 10.0, 4, 128
+EACH = Tile(1, 1)
+Steps = tuple[Float[Tensor, "O Q"], Int[Tensor, "O Q"] | None]
+"""Scales and zero points, one for each row of each tile."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Codes of a weight, the ranges they are on, and the fallback that was taken, in words."""
+
+    codes: Int[Tensor, "O I"]
+    range: Range
+    fallback: str | None
+
+
+class Ranges:
+    """The range of each tile while columns are rounded in turn.
+
+    Where they are known from the start they stay (static groups). Where they are not, min-max of the weight as it is at
+    the start; but tiles within one column take theirs from the column as updated so far (AdaDim, arXiv 2309.15531,
+    section 4.3): all its weights are rounded at once and weigh the same, so with ``search`` the range that loses least
+    of them is the best there is.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "O I"],
+        known: Range | None,
+        grid: Grid,
+        tile: Tile,
+        dtype: torch.dtype,
+        search: bool = False,
+    ) -> None:
+        """``known`` are ranges decided before; ``dtype`` is what scales are stored in."""
+        self.rows, self.columns = tile.size((weight.shape[0], weight.shape[1]))
+        self.updated, self.search = known is None and self.columns == 1, search
+        self.low, self.high = (end.clone() for end in (minmax(weight, tile) if known is None else known))
+        self.grid, self.dtype = grid, dtype
+        self._steps = self._spread(self.low, self.high)
+
+    def of(self, j: int, column: Float[Tensor, "O 1"]) -> Steps:
+        """Scale and zero point of every weight of column ``j``, whose values are ``column`` by now."""
+        q = slice(j // self.columns, j // self.columns + 1)
+        if not self.updated:
+            scale, zero = self._steps
+            return scale[:, q], None if zero is None else zero[:, q]
+        tile = Tile(self.rows, 1)
+        low, high = nearest_to_weights(column, self.grid, tile, self.dtype) if self.search else minmax(column, tile)
+        self.low[:, q], self.high[:, q] = low, high
+        return self._spread(low, high)
+
+    def _spread(self, low: Float[Tensor, "P Q"], high: Float[Tensor, "P Q"]) -> Steps:
+        scale, zero = affine(low, high, self.grid, self.dtype)
+        rows = scale.float().repeat_interleave(self.rows, 0)
+        return rows, None if zero is None else zero.repeat_interleave(self.rows, 0)
 
 
 @torch.no_grad()
 def compensated(
     weight: Float[Tensor, "O I"],
-    scale: Float[Tensor, "P Q"],
-    zero: Int[Tensor, "P Q"] | None,
-    grid: Grid,
-    tile: Tile,
+    ranges: Ranges,
     hessian: Float[Tensor, "I I"],
-) -> tuple[Int[Tensor, "O I"], str | None]:
-    """Codes of a weight, its error moved on column by column; and the fallback that was taken, in words.
+    *,
+    damping: float = DAMPING,
+    act_order: bool = True,
+) -> Rounded:
+    """A weight rounded, its error moved on column by column.
 
-    Columns go by falling diagonal of H (act-order), each with the scale its tile has from the start (static groups).
-    Their updates reach the columns outside of a batch of 128 only at its end (lazy batches), which changes nothing.
+    Columns go by falling diagonal of H (``act_order``), else as they stand. Their updates reach the columns outside of
+    a batch of 128 only at its end (lazy batches), which changes nothing.
     """
-    order = torch.argsort(hessian.diagonal(), descending=True)
-    factor, fallback = factor_of_inverse(hessian[order][:, order])
-    w = weight.float()[:, order].clone()
-    rows, columns = tile.size((weight.shape[0], weight.shape[1]))
-    tile_of = order // columns
-    steps = scale.float().repeat_interleave(rows, 0)
-    zeros = None if zero is None else zero.repeat_interleave(rows, 0)
-    codes = torch.empty_like(w, dtype=torch.int8 if grid.symmetric else torch.uint8)
-    each = Tile(1, 1)
-    for start in range(0, w.shape[1], LAZY):
-        end = min(start + LAZY, w.shape[1])
+    columns = weight.shape[1]
+    order = torch.argsort(hessian.diagonal(), descending=True) if act_order else torch.arange(columns)
+    factor, fallback = factor_of_inverse(hessian[order][:, order], damping)
+    w, at = weight.float()[:, order].clone(), order.tolist()
+    codes = torch.empty_like(w, dtype=torch.int8 if ranges.grid.symmetric else torch.uint8)
+    for start in range(0, columns, LAZY):
+        end = min(start + LAZY, columns)
         errors = torch.empty_like(w[:, start:end])
         for j in range(start, end):
-            q = slice(int(tile_of[j]), int(tile_of[j]) + 1)
-            h, z = steps[:, q], None if zeros is None else zeros[:, q]
-            codes[:, j : j + 1] = quantize(w[:, j : j + 1], h, z, grid, each)
-            levels = codes[:, j].float() if z is None else codes[:, j].float() - z[:, 0].float()
-            errors[:, j - start] = (w[:, j] - levels * h[:, 0]) / factor[j, j]
+            column = w[:, j : j + 1]
+            h, z = ranges.of(at[j], column)
+            codes[:, j : j + 1] = quantize(column, h, z, ranges.grid, EACH)
+            levels = codes[:, j : j + 1].float() if z is None else codes[:, j : j + 1].float() - z.float()
+            errors[:, j - start] = ((column - levels * h) / factor[j, j])[:, 0]
             w[:, j:end] -= errors[:, j - start, None] * factor[j, j:end]
         w[:, end:] -= errors @ factor[start:end, end:]
-    return codes[:, torch.argsort(order)], fallback
+    return Rounded(codes[:, torch.argsort(order)], (ranges.low, ranges.high), fallback)
 
 
 @torch.no_grad()
@@ -69,7 +122,7 @@ def making_good(weight: Float[Tensor, "O I"], moments: Moments) -> Float[Tensor,
     return weight if fallback is not None or not moved.isfinite().all() else moved
 
 
-def factor_of_inverse(hessian: Float[Tensor, "I I"]) -> tuple[Float[Tensor, "I I"], str | None]:
+def factor_of_inverse(hessian: Float[Tensor, "I I"], share: float = DAMPING) -> tuple[Float[Tensor, "I I"], str | None]:
     """U with (H + damping)^-1 = U^T U, upper triangular.
 
     An input that was always zero has no say. A matrix that is not positive definite is damped ten times harder, four
@@ -78,13 +131,13 @@ def factor_of_inverse(hessian: Float[Tensor, "I I"]) -> tuple[Float[Tensor, "I I
     h = hessian.double()
     diagonal = h.diagonal()
     diagonal[diagonal <= 0] = 1.0
-    mean, damping = diagonal.mean(), DAMPING
+    mean, damping = diagonal.mean(), share
     for attempt in range(TRIES):
         lower, failed = torch.linalg.cholesky_ex(h + damping * mean * torch.eye(len(h), dtype=h.dtype, device=h.device))
         if not failed and lower.isfinite().all():
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and upper.isfinite().all():
-                said = f"Hessian not positive definite: damping {damping:g} instead of {DAMPING:g}" if attempt else None
+                said = f"Hessian not positive definite: damping {damping:g} instead of {share:g}" if attempt else None
                 return upper.float(), said
         damping *= HARDER
     return torch.diag(diagonal.rsqrt().nan_to_num(nan=1.0)).float(), "Hessian unusable: rounded to nearest instead"

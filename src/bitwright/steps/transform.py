@@ -30,9 +30,9 @@ def apply_site(
         raise ValueError(f"site {site.name} cannot absorb a shift")
     moved = dict(parameters)
     for side in site.producers:
-        moved |= _produce(moved, side, _spread(scale, side), None if shift is None else _spread(shift, side))
+        moved |= _produce(moved, side, spread(scale, side), None if shift is None else spread(shift, side))
     for side in site.consumers:
-        moved |= _consume(moved, side, _spread(scale, side), None if shift is None else _spread(shift, side))
+        moved |= _consume(moved, side, spread(scale, side), None if shift is None else spread(shift, side))
     return moved
 
 
@@ -55,6 +55,6 @@ def _consume(parameters: Parameters, side: Side, scale: Tensor, shift: Tensor | 
     return moved
 
 
-def _spread(values: Float[Tensor, " C"], side: Side) -> Tensor:
+def spread(values: Float[Tensor, " C"], side: Side) -> Tensor:
     """One value per channel of the side, from one per free channel of the site."""
     return values if side.index is None else values[torch.tensor(side.index, device=values.device)]

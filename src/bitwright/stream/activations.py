@@ -81,7 +81,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.least = self.most = torch.zeros(())
+        self.least = self.most = self.magnitude = torch.zeros(())
 
     def add(self, _: nn.Module, args: tuple[Tensor]) -> None:
         """Takes in one batch; a forward pre-hook."""
@@ -89,11 +89,12 @@ class _Sums:
         low, high = x.aminmax(dim=0)
         self.least = torch.minimum(low, self.least) if self.tokens else low
         self.most = torch.maximum(high, self.most) if self.tokens else high
+        self.magnitude = self.magnitude + x.abs().sum(dim=0, dtype=torch.float64)
         self.tokens += len(x)
 
     def result(self) -> LinearStats:
         """The statistics of everything taken in."""
-        return LinearStats(self.tokens, self.least, self.most)
+        return LinearStats(self.tokens, self.least, self.most, (self.magnitude / self.tokens).float())
 
 
 def advance(

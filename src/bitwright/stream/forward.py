@@ -1,6 +1,7 @@
 """One block's forward pass: the real transformers module with other parameters put in."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,32 +24,35 @@ def forward(
 
 
 class _Reached(Exception):
-    """The linear was reached; what comes after it is not wanted."""
+    """The module was reached; what comes after its call is not wanted."""
 
 
 @torch.no_grad()
-def input_of(
+def call_of(
     block: Block,
-    linear: str,
+    module: str,
     parameters: Mapping[str, Tensor],
     inputs: Float[Tensor, "N T D"],
     kwargs: Mapping[str, Any],
-) -> Float[Tensor, "N T I"]:
-    """What one linear of the block reads; the block runs no further than that."""
-    seen: list[Tensor] = []
+) -> tuple[Float[Tensor, "N T I"], dict[str, Any]]:
+    """What one module of the block reads, and what it is called with besides; the block runs no further than that."""
+    called = block.module.get_submodule(module)
+    seen: dict[str, Any] = {}
 
-    def stop(_: nn.Module, args: tuple[Tensor]) -> None:
-        seen.append(args[0])
+    def stop(_: nn.Module, args: tuple[Any, ...], others: dict[str, Any]) -> None:
+        seen.update(signature(called.forward).bind(*args, **others).arguments)
+        seen.update(seen.pop("kwargs", {}))  # what a forward's own **kwargs took in
         raise _Reached
 
-    hook = block.linear(linear).register_forward_pre_hook(stop)
+    hook = called.register_forward_pre_hook(stop, with_kwargs=True, prepend=False)
     try:
         forward(block, parameters, inputs, kwargs)
     except _Reached:
-        return seen[0]
+        first = next(iter(signature(called.forward).parameters))
+        return seen.pop(first), seen
     finally:
         hook.remove()
-    raise AssertionError(f"{linear} was not reached")
+    raise AssertionError(f"{module} was not reached")
 
 
 @torch.no_grad()

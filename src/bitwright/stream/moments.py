@@ -10,7 +10,7 @@ from bitwright.core.method import Activations, Moments
 from bitwright.core.scheme import Scheme
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import Folded
-from bitwright.stream.forward import TOKENS_PER_PASS, input_of
+from bitwright.stream.forward import TOKENS_PER_PASS, call_of
 
 
 @torch.no_grad()
@@ -37,10 +37,10 @@ def moments(
     for start in range(0, count, rows):
         here = slice(start, start + rows)
         with quantized_activations(block, scheme):
-            read = input_of(block, linear, written, inputs.quantized[here].to(place), kwargs).flatten(0, -2).float()
+            read = call_of(block, linear, written, inputs.quantized[here].to(place), kwargs)[0].flatten(0, -2).float()
         second.addmm_(read.T, read)
         if with_drift:
-            x = input_of(block, linear, full, inputs.reference[here].to(place), kwargs).flatten(0, -2).float()
+            x = call_of(block, linear, full, inputs.reference[here].to(place), kwargs)[0].flatten(0, -2).float()
             drift.addmm_((x - read).T, read)
     tokens = inputs.quantized[..., 0].numel()
     return Moments(second / tokens, drift / tokens)

@@ -20,11 +20,12 @@ from bitwright.core.method import Closed, Context, Learned, Method, Moments
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.quantized import BlockReport, LinearReport, QuantizedBlock
 from bitwright.core.scheme import Scheme
-from bitwright.core.training import Training
-from bitwright.steps.apply import Folded, fold
+from bitwright.core.settings import Settings
+from bitwright.steps.apply import Folded, fold, parameters_of
 from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
 from bitwright.stream.budget import keep_freed_memory, peak_memory
 from bitwright.stream.forward import forward_all
+from bitwright.stream.inspection import ModuleInspection
 from bitwright.stream.moments import moments
 from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.train import Objective, Trainer, learnables_of
@@ -49,7 +50,7 @@ class RunPlan:
 
     scheme: Scheme
     methods: Sequence[Method]
-    training: Training
+    settings: Settings
     with_head: bool
     learned: Callable[[str], Mapping[str, Tensor]] | None = None
 
@@ -117,10 +118,7 @@ def _decide(
 
     On the output layer, which has no stream of its own, what is learned elsewhere has its default.
     """
-    trains = bool(block.name) and any(isinstance(method, Learned) for method in plan.methods)
-    stats, targets = statistics(block, stream) if trains and stream is not None else ({}, None)
-    found = None if stream is None or not block.name else partial(_moments, block, plan, dtype, stream)
-    context = Context(plan.scheme, dtype, stream.activations if stream else None, stats, plan.training, found)
+    context, targets = _context(block, plan, dtype, stream)
     decisions = BlockDecisions()
     learned: dict[str, Tensor] = {}
     for is_learned, methods in groupby(plan.methods, lambda method: isinstance(method, Learned)):
@@ -137,17 +135,34 @@ def _decide(
     return decisions, learned
 
 
+def _context(block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream | None) -> tuple[Context, Tensor | None]:
+    """What methods see, and the block's full-precision outputs; no data for the output layer, and without text."""
+    if stream is None or not block.name:
+        return Context(plan.scheme, dtype, settings=plan.settings), None
+    reads = any(method.needs_text for method in plan.methods)
+    stats, targets = statistics(block, stream) if reads else ({}, None)
+    measure, inspect = partial(_moments, block, plan, dtype, stream), partial(_inspect, block, plan, stream)
+    return Context(plan.scheme, dtype, stream.activations, stats, plan.settings, measure, inspect), targets
+
+
+def _inspect(
+    block: Block, plan: RunPlan, stream: Stream, module: str, decisions: BlockDecisions, tokens: int
+) -> ModuleInspection:
+    parameters, inputs = parameters_of(block, decisions), stream.activations.quantized
+    return ModuleInspection(block, module, parameters, plan.scheme, inputs, stream.kwargs_of(block), tokens)
+
+
 def _moments(
     block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream, linear: str, decisions: BlockDecisions
 ) -> Moments:
     folded = fold(dict(block.module.named_parameters()), block.topology, decisions, plan.scheme, dtype)
     inputs, kwargs = stream.activations, stream.kwargs_of(block)
-    return moments(block, linear, folded, plan.scheme, inputs, kwargs, with_drift=plan.training.drift)
+    return moments(block, linear, folded, plan.scheme, inputs, kwargs, with_drift=plan.settings.drift)
 
 
 def _objective(block: Block, plan: RunPlan, stream: Stream, targets: Tensor) -> Objective:
     kwargs = stream.kwargs_of(block)
-    also = forward_all(block, {}, stream.activations.quantized, kwargs) if plan.training.aug_loss else None
+    also = forward_all(block, {}, stream.activations.quantized, kwargs) if plan.settings.aug_loss else None
     return Objective(stream.activations, targets, also, kwargs)
 
 

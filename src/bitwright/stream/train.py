@@ -83,6 +83,7 @@ class Trainer:
         self.block, self.learnables, self.context = block, learnables, context
         self.decided, self.objective, self.report = decided, objective, report
         self.base = {name: p.detach().float() for name, p in block.module.named_parameters()}
+        self.refines = context.settings.refine and any(learnable.refinable for learnable in learnables)
         self.fallbacks: list[str] = []
         self.learned: dict[str, Tensor] = {}
 
@@ -103,7 +104,7 @@ class Trainer:
         with quantized_activations(self.block, self.context.scheme):
             self._train()
         loss = self.measure(self.decisions())
-        if self.context.training.refine:
+        if self.refines:
             loss = self._refine(loss)
         if not loss < zero:
             self.fallbacks.append(f"nothing better than the start was found ({loss:.4g}, start {zero:.4g}): start kept")
@@ -140,7 +141,7 @@ class Trainer:
             parameters = learnable.transform(parameters)
         quantized = dict(parameters)
         for name in self.block.topology.linears:
-            weight, tile = parameters[f"{name}.weight"], self.decided.linear(name).tile or scheme.tile
+            weight, tile = parameters[f"{name}.weight"], self.decided.tile(name, scheme)
             ranges = [r for learnable in self.learnables if (r := learnable.range(name, weight, tile)) is not None]
             low, high = ranges[0] if ranges else minmax(weight, tile)
             quantized[f"{name}.weight"] = fake_quantize(weight, low, high, scheme.weight, tile, dtype)
@@ -151,9 +152,9 @@ class Trainer:
         trained comes back where that is better."""
         snapshot, scheme, groups = self._snapshot(), self.context.scheme, self.block.topology.groups
         for done, group in enumerate(groups):
-            self._report(self.context.training.epochs + done, f"refining {group.linears[0]}")
+            self._report(self.context.settings.epochs + done, f"refining {group.linears[0]}")
             folded = fold(self.base, self.block.topology, self.decisions(), scheme, self.context.scale_dtype)
-            inputs, kwargs, with_drift = self.objective.inputs, self.objective.kwargs, self.context.training.drift
+            inputs, kwargs, with_drift = self.objective.inputs, self.objective.kwargs, self.context.settings.drift
             found = moments(self.block, group.linears[0], folded, scheme, inputs, kwargs, with_drift=with_drift)
             for name in group.linears:
                 for learnable in self.learnables:
@@ -167,7 +168,7 @@ class Trainer:
 
     def _train(self) -> None:
         """Epochs until they are done, or too many ended badly; the parameters end at the best seen."""
-        if not self.context.training.epochs:
+        if not self.context.settings.epochs:
             return
         best, best_loss, rate = self._snapshot(), math.inf, 1.0
         for attempt in range(RETRIES + 1):
@@ -184,7 +185,7 @@ class Trainer:
         self._restore(best)
 
     def _attempt(self, rate: float, best: list[Tensor], best_loss: float) -> tuple[list[float], list[Tensor], float]:
-        training = self.context.training
+        training = self.context.settings
         generator = torch.Generator().manual_seed(training.seed + 1000 * self.block.index)
         count = len(self.objective.target)
         total = training.epochs * math.ceil(count / training.batch_size)
@@ -223,14 +224,14 @@ class Trainer:
             if tensors
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-        if self.context.training.schedule == "constant":
+        if self.context.settings.schedule == "constant":
             return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def _report(self, done: int, detail: str) -> None:
         """Epochs first, then the groups that are refined, as parts of the block."""
-        training = self.context.training
-        stages = training.epochs + (len(self.block.topology.groups) if training.refine else 0)
+        training = self.context.settings
+        stages = training.epochs + (len(self.block.topology.groups) if self.refines else 0)
         self.report(done / (stages + 1), detail)
 
     def _parameters(self) -> list[Tensor]:

@@ -1,0 +1,95 @@
+"""What methods can be told, and what it is where a recipe leaves it open."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.scheme import Scheme
+
+SCHEDULES = ("cosine", "constant")
+SITES = ("paper", "all")
+AXES = ("auto", "oc", "ic")
+FEW_BITS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of every method; each method says which it ``uses``.
+
+    Of what is trained, by AdamW without weight decay: ``epochs``; ``batch_size`` segments per step; learning rates
+    per step; ``schedule`` "cosine" (to zero at the last step) or "constant"; ``aug_loss`` adds the loss against the
+    full-precision block on the quantized stream.
+
+    Of transforms: ``alpha`` is SmoothQuant's migration strength, at which LET starts too; ``sites`` are those of the
+    method's own "paper", or "all". Of the range: ``refine`` searches what was learned once more in closed form, where
+    a method can (``lwc``); 0 epochs leave it at that. ``drift`` has closed forms (there, and ``gptq``) make good what
+    the quantized blocks before have changed in a linear's input. Of AdaDim: the ``axis``, "auto", "oc" or "ic". Of
+    GPTQ: ``damping``, the share of the mean diagonal that is added to the Hessian's; ``act_order``, columns by falling
+    diagonal.
+    """
+
+    epochs: int = 20
+    batch_size: int = 1
+    lwc_lr: float = 1e-2
+    let_lr: float = 5e-3
+    aug_loss: bool = False
+    alpha: float = 0.5
+    schedule: str = "constant"
+    sites: str = "paper"
+    refine: bool = False
+    drift: bool = False
+    axis: str = "auto"
+    damping: float = 0.01
+    act_order: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("lwc_lr", "let_lr"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise RecipeError(f"{key} is {getattr(self, key)}; a learning rate must be positive, such as 0.01")
+        for key, least in (("epochs", 0), ("batch_size", 1)):
+            if getattr(self, key) < least:
+                raise RecipeError(f"{key} is {getattr(self, key)}; it must be at least {least}")
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"alpha is {self.alpha}; the migration strength is between 0 and 1")
+        if not 0 < self.damping <= 1:
+            raise RecipeError(f"damping is {self.damping}; it is a share of the mean diagonal, such as 0.01")
+        for key, known in (("schedule", SCHEDULES), ("sites", SITES), ("axis", AXES)):
+            if getattr(self, key) not in known:
+                raise RecipeError(f"there is no {key} '{getattr(self, key)}'; {nearest(getattr(self, key), known)}")
+
+
+ASKED = tuple(field.name for field in fields(Settings) if field.name != "seed")
+"""The settings that are keys of a recipe under their own name."""
+
+
+def paper(scheme: Scheme, closed: bool = False) -> Settings:
+    """The plain settings of the methods' papers.
+
+    OmniQuant (arXiv 2308.13137, section 4.1 and the authors' scripts): 20 epochs, batch 1, learning rates 1e-2 (LWC)
+    and 5e-3 (LET), constant; 40 epochs and the augmented loss at 2 bits. Nothing in closed form, no drift made good.
+    """
+    few = scheme.weight.bits <= FEW_BITS
+    return Settings(epochs=40 if few else 20, aug_loss=few)
+
+
+def ours(scheme: Scheme, closed: bool = False) -> Settings:
+    """Our settings: the papers' learning rates, falling to zero along a cosine over 5 epochs, without augmented loss;
+    ranges refined afterwards, drift made good. What can be found in closed form alone (``closed``) is not trained.
+
+    Measured in docs/methods/omniquant.md.
+    """
+    return replace(paper(scheme), epochs=0 if closed else 5, aug_loss=False, schedule="cosine", refine=True, drift=True)
+
+
+PRESETS = {"bitwright": ours, "paper": paper}
+
+
+def settle(preset: str, scheme: Scheme, seed: int, asked: Mapping[str, Any], closed: bool = False) -> Settings:
+    """The preset's settings, with what a recipe asks for put in their place (None asks for nothing)."""
+    if preset not in PRESETS:
+        raise RecipeError(f"there are no training settings '{preset}'; {nearest(preset, PRESETS)}")
+    wanted = {key: value for key, value in asked.items() if value is not None}
+    closed = closed and wanted.get("refine", True)
+    return replace(PRESETS[preset](scheme, closed), seed=seed, **wanted)

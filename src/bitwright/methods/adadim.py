@@ -1,0 +1,96 @@
+"""AdaDim: Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight Quantization of LLMs (arXiv 2309.15531).
+
+Outliers of activations sit in input channels. Weights that share a scale along the output of one input channel (per-IC,
+tiles (g, 1)) keep what an outlier does inside their own group; along the input (per-OC, tiles (1, g)) they spread it.
+Which is better differs from linear to linear (section 4.2, eq. 4):
+
+    dim* = argmin over {oc, ic} of || F_dim(X) - F(X) ||^2        Fdim: weights rounded to nearest along dim
+
+judged on the output of the module F that encloses the linear: attention for q, k, v; the MLP for gate, up; the linear
+itself for o and down. ``axis`` "oc" or "ic" takes one for all. With ``gptq`` after it this is the paper's GPTQ-ada.
+
+Where we differ: the error is that of the whole group of linears against full precision, those chosen before included,
+and the choice is held against per-OC for all and per-IC for all, so that it is never worse than either; inputs are
+those of the quantized stream. A linear whose output does not divide into groups stays per-OC, which is said.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from bitwright.core.block import Block, LinearGroup
+from bitwright.core.decisions import BlockDecisions, Decision
+from bitwright.core.errors import SchemeError
+from bitwright.core.method import Closed, Context
+from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.settings import Settings
+from bitwright.steps.apply import parameters_of
+from bitwright.steps.trial import rounded
+
+TOKENS = 2**15
+Choice = dict[str, Tile]
+
+
+def turned(tile: Tile) -> Tile:
+    """The same number of weights along the other dimension."""
+    return Tile(tile.in_, tile.out)
+
+
+def tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
+    """What may be chosen, or must: per-IC tiles unless the axis is fixed to per-OC."""
+    return () if settings.axis == "oc" else (turned(scheme.tile),)
+
+
+@torch.no_grad()
+def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+    """A tile for every linear; the scheme's own where there are no inputs to see (the output layer)."""
+    if context.inspect is None:
+        return decisions
+    for group in block.topology.groups:
+        able = [name for name in group.linears if _divides(block, name, context.scheme)]
+        unable = [f"{n}: its output does not divide into groups, stays per-OC" for n in group.linears if n not in able]
+        decisions = replace(decisions, fallbacks=(*decisions.fallbacks, *unable))
+        if context.settings.axis == "auto" and able:
+            chosen = _choose(block, group, able, context, decisions)
+        else:
+            chosen = dict.fromkeys(able if context.settings.axis == "ic" else (), turned(context.scheme.tile))
+        decisions = _with_tiles(decisions, chosen)
+    return decisions
+
+
+def _choose(block: Block, group: LinearGroup, able: list[str], context: Context, decisions: BlockDecisions) -> Choice:
+    """One linear after the other, then the best of that and of one axis for all."""
+    assert context.inspect is not None
+    module = context.inspect(group.enclosing, decisions, TOKENS)
+    parameters = parameters_of(block, decisions)
+
+    def error(per_ic: frozenset[str], linears: tuple[str, ...]) -> float:
+        tried = _with_tiles(decisions, dict.fromkeys(per_ic, turned(context.scheme.tile)))
+        return module.error(rounded(parameters, linears, context, tried))
+
+    chosen = frozenset[str]()
+    for n, name in enumerate(group.linears):
+        upto = group.linears[: n + 1]
+        if name in able and error(chosen | {name}, upto) < error(chosen, upto):
+            chosen |= {name}
+    candidates: list[frozenset[str]] = [frozenset(), chosen, frozenset(able)]
+    errors = [error(candidate, group.linears) for candidate in candidates]
+    return dict.fromkeys(candidates[errors.index(min(errors))], turned(context.scheme.tile))
+
+
+def _with_tiles(decisions: BlockDecisions, chosen: Choice) -> BlockDecisions:
+    return decisions.with_linears({name: replace(decisions.linear(name), tile=tile) for name, tile in chosen.items()})
+
+
+def _divides(block: Block, name: str, scheme: Scheme) -> bool:
+    rows, columns = block.weight(name).shape
+    try:
+        turned(scheme.tile).counts((rows, columns))
+    except SchemeError:
+        return False
+    return True
+
+
+METHOD = Closed(
+    decides=frozenset({Decision.AXIS}), decide=decide, needs_text=True, uses=frozenset({"axis"}), tiles=tiles
+)

@@ -1,0 +1,74 @@
+"""AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration (arXiv 2306.00978).
+
+Eq. 4 and 5: weights that see large inputs matter most, and are protected by a scale per input channel,
+
+    s = s_X^a,   s_X = mean|X_j|,   a* = argmin over a grid of [0, 1] of || Q(W diag(s)) (diag(s)^-1 X) - W X ||
+
+judged on the output of the module that encloses the linears: attention for q,k,v; the MLP for gate,up; the linear
+itself for o and down. Then clipping: of each tile the largest magnitude is shrunk by up to a half, whichever share
+keeps the tile's own part of the output nearest; not for q and k, whose errors attention multiplies. Sites: norm->q,k,v;
+v->o; norm->gate,up; up->down.
+
+Where we differ: s is normalised by sqrt(max s min s) as in the authors' code; inputs are those of the quantized stream;
+sites are searched one after the other, each with those before it applied; heads that share a value head share its
+scale, where the authors' code gives up; the clip search takes the tile's second moments, over all tokens, not 512.
+``sites="all"`` changes nothing: these are all that have linears behind them.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.core.block import Block, Site
+from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision, SiteDecision
+from bitwright.core.method import Closed, Context
+from bitwright.steps.apply import weights_of
+from bitwright.steps.migration import SMALLEST, of_inputs, scalable
+from bitwright.steps.range_search import shrunk
+from bitwright.steps.trial import Trial, best
+
+RATIOS = [n / 20 for n in range(20)]
+SHARES = [1 - n / 20 for n in range(10)]
+TOKENS = 2**15
+
+
+def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+    """Scales site by site, then ranges; nothing where there are no inputs to see (the output layer)."""
+    if context.inspect is None:
+        return decisions
+    for site in scalable(block):
+        decisions = decisions.with_sites({site.name: _scale(block, site, context, decisions)})
+    return _clip(block, context, decisions)
+
+
+def _scale(block: Block, site: Site, context: Context, decisions: BlockDecisions) -> SiteDecision:
+    means = of_inputs(site, context.stats, lambda found: found.absmean).to(next(block.module.parameters()).device)
+    candidates = [SiteDecision(_normalised(means.clamp(min=SMALLEST).pow(ratio))) for ratio in RATIOS]
+    return best(Trial(block, site, context, decisions, TOKENS), candidates)
+
+
+def _normalised(scale: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+@torch.no_grad()
+def _clip(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+    assert context.moments is not None
+    multiplied = {side.module for site in block.topology.sites if not site.consumers for side in site.producers}
+    weights = weights_of(block, decisions)
+    decided: dict[str, LinearDecision] = {}
+    for group in block.topology.groups:
+        linears = [name for name in group.linears if name not in multiplied]
+        if not linears:
+            continue
+        hessian = context.moments(linears[0], decisions).inputs
+        for name in linears:
+            tile = decisions.tile(name, context.scheme)
+            low, high = shrunk(weights[name], SHARES, context.scheme.weight, tile, context.scale_dtype, hessian)
+            decided[name] = replace(decisions.linear(name), low=low, high=high)
+    return decisions.with_linears(decided)
+
+
+METHOD = Closed(decides=frozenset({Decision.TRANSFORM, Decision.RANGE}), decide=decide, needs_text=True)

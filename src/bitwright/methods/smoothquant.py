@@ -1,0 +1,32 @@
+"""SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models (arXiv 2211.10438).
+
+Eq. 3, a linear:     Y = (X diag(s)^-1) (diag(s) W)
+Eq. 4, its scale:    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
+
+Difficult input channels are divided by s, which the norm before absorbs, and the weights that read them multiplied.
+Sites of the paper: norm->q,k,v and norm->gate,up (fc1). ``sites="all"`` scales every site that has linears behind it.
+``alpha``, the migration strength, is 0.5; the authors take 0.8 to 0.9 for Llama 2 and 3.
+
+Where we differ: channels that must share a scale (the query heads of one key-value head at v->o) do, with the largest
+of their values.
+"""
+
+from bitwright.core.block import Block
+from bitwright.core.decisions import BlockDecisions, Decision, SiteDecision
+from bitwright.core.method import Closed, Context
+from bitwright.steps.migration import balanced, behind_norms, scalable
+
+
+def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+    """Scales of the chosen sites; none where there are no inputs to see (the output layer)."""
+    if not context.stats:
+        return decisions
+    sites = scalable(block) if context.settings.sites == "all" else behind_norms(block)
+    place = next(block.module.parameters()).device
+    scales = {site.name: balanced(site, block, context.stats, context.settings.alpha).to(place) for site in sites}
+    return decisions.with_sites({name: SiteDecision(scale) for name, scale in scales.items()})
+
+
+METHOD = Closed(
+    decides=frozenset({Decision.TRANSFORM}), decide=decide, needs_text=True, uses=frozenset({"alpha", "sites"})
+)

@@ -1,0 +1,64 @@
+"""The transform decision in closed form: how far a site's scale and shift move difficulty from inputs into weights.
+
+With x the inputs of a site's consumers and W their weights, per free channel j (channels that must share a scale count
+as one, with their largest value):
+
+    s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)        SmoothQuant, arXiv 2211.10438, eq. 4
+    delta_j = (max x_j + min x_j) / 2                  Outlier Suppression+, arXiv 2304.09145, eq. 3
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bitwright.core.block import Block, Site
+from bitwright.core.method import LinearStats
+
+SMALLEST, LARGEST = 1e-5, 1e4
+Stats = Mapping[str, LinearStats]
+
+
+def behind_norms(block: Block) -> tuple[Site, ...]:
+    """The sites whose scale a norm absorbs: in front of q, k, v, and of the first linears of the MLP."""
+    producers = [(site, block.module.get_submodule(site.producers[0].module)) for site in block.topology.sites]
+    return tuple(site for site, producer in producers if not isinstance(producer, nn.Linear))
+
+
+def scalable(block: Block) -> tuple[Site, ...]:
+    """The sites with linears behind them: all but q.k."""
+    return tuple(site for site in block.topology.sites if site.consumers)
+
+
+def of_inputs(site: Site, stats: Stats, value: Callable[[LinearStats], Tensor]) -> Float[Tensor, " C"]:
+    """A statistic of the site's inputs for each free channel, the largest of those that are tied."""
+    return _tied(site, [(side.index, value(stats[side.module])) for side in site.consumers])
+
+
+def of_weights(site: Site, block: Block) -> Float[Tensor, " C"]:
+    """The largest magnitude of the consumers' weights in each free channel."""
+    columns = [(side.index, block.weight(side.module).float().abs().amax(0)) for side in site.consumers]
+    return _tied(site, columns)
+
+
+def balanced(site: Site, block: Block, stats: Stats, alpha: float) -> Float[Tensor, " C"]:
+    """SmoothQuant's scale; on the CPU."""
+    x = of_inputs(site, stats, lambda found: found.absmax).clamp(min=SMALLEST)
+    w = of_weights(site, block).clamp(min=SMALLEST)
+    return (x.pow(alpha) / w.pow(1 - alpha)).clamp(SMALLEST, LARGEST)
+
+
+def centred(site: Site, stats: Stats) -> Float[Tensor, " C"] | None:
+    """The middle of each channel's range where the site can absorb a shift, else None; on the CPU."""
+    if not site.shift:
+        return None
+    return (of_inputs(site, stats, lambda found: found.max) - of_inputs(site, stats, lambda found: -found.min)) / 2
+
+
+def _tied(site: Site, channels: list[tuple[tuple[int, ...] | None, Tensor]]) -> Float[Tensor, " C"]:
+    largest = torch.full((site.channels,), -torch.inf)
+    for index, values in channels:
+        where = torch.arange(site.channels) if index is None else torch.tensor(index)
+        largest = largest.scatter_reduce(0, where, values.float().cpu(), "amax")
+    return largest

@@ -1,0 +1,62 @@
+"""What a site's transform would do to the output, once the weights behind it are rounded to nearest.
+
+The objective by which AWQ (arXiv 2306.00978, eq. 4) and Outlier Suppression+ (arXiv 2304.09145, eq. 6) choose:
+
+    || F(Q(W s), Q((x - delta) / s)) - F(W, x) ||^2        F the module that encloses the linears behind the site
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.core.block import Block, Site
+from bitwright.core.decisions import BlockDecisions, LinearDecision, SiteDecision
+from bitwright.core.method import Context, Inspection
+from bitwright.steps.apply import parameters_of, quantize_linear
+from bitwright.steps.transform import apply_site, spread
+
+
+class Trial:
+    """A site in front of its linears, their enclosing module ready to be run."""
+
+    def __init__(self, block: Block, site: Site, context: Context, decisions: BlockDecisions, tokens: int) -> None:
+        """``decisions`` are those so far; ``tokens`` is how many the module is run on, at most."""
+        assert context.inspect is not None
+        self.site, self.context, self.decisions = site, context, decisions
+        self.parameters = parameters_of(block, decisions)
+        self.module: Inspection = context.inspect(_enclosing(block, site), decisions, tokens)
+
+    @torch.no_grad()
+    def error(self, scale: Float[Tensor, " C"], shift: Float[Tensor, " C"] | None = None) -> float:
+        """The mean squared error of the module's output with this scale and shift."""
+        moved = apply_site(self.parameters, self.site, scale, shift)
+        behind = rounded(moved, [side.module for side in self.site.consumers], self.context, self.decisions)
+        reader = self.site.consumers[0]  # linears that share an input share its channels
+        return self.module.error(behind, spread(scale, reader), None if shift is None else spread(shift, reader))
+
+
+def rounded(
+    parameters: Mapping[str, Tensor], linears: Sequence[str], context: Context, decisions: BlockDecisions
+) -> dict[str, Tensor]:
+    """The weights of these linears rounded to nearest within min-max ranges, and their biases."""
+    found = {}
+    for name in linears:
+        decision = LinearDecision(tile=decisions.tile(name, context.scheme))
+        weight = quantize_linear(parameters[f"{name}.weight"], decision, context.scheme, context.scale_dtype)
+        found[f"{name}.weight"] = weight.dequantize()
+        if f"{name}.bias" in parameters:
+            found[f"{name}.bias"] = parameters[f"{name}.bias"]
+    return found
+
+
+def best(trial: Trial, candidates: list[SiteDecision]) -> SiteDecision:
+    """The candidate with the least error, the first of several; one that is not finite never wins over the first."""
+    errors = [trial.error(candidate.scale, candidate.shift) for candidate in candidates]
+    return candidates[min(range(len(errors)), key=lambda n: (not errors[n] < float("inf"), errors[n]))]
+
+
+def _enclosing(block: Block, site: Site) -> str:
+    reader = site.consumers[0].module
+    return next(group.enclosing for group in block.topology.groups if reader in group.linears)

@@ -52,7 +52,7 @@ def test_omniquant_on_opt(tmp_path: Path, text: str, scheme: str) -> None:
     divergences = {}
     for method in ("rtn", "omniquant"):
         recipe = bitwright.Recipe(
-            model=str(model), scheme=scheme, method=method, calibration=text, samples=8, seqlen=48, epochs=5
+            model=str(model), scheme=scheme, method=method, calibration=text, samples=8, seqlen=48
         )
         result = bitwright.quantize(recipe, tmp_path / method)
         assert result.method == {"rtn": "rtn", "omniquant": "let+lwc"}[method]

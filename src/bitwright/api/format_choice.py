@@ -1,0 +1,53 @@
+"""Which format a result is written in: the one that was named; else compressed-tensors where every linear fits into it,
+and bitwright where one does not.
+
+The two share their tensors, so the choice can wait until every method has decided: it is what config.json says.
+"""
+
+from collections.abc import Iterable
+from types import ModuleType
+
+from bitwright.core.decisions import Decision
+from bitwright.core.errors import RecipeError
+from bitwright.core.method import Method
+from bitwright.core.quantized import WrittenModel
+from bitwright.core.registry import find
+from bitwright.core.scheme import Scheme, Tile
+
+WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
+
+
+def encoder(named: str | None) -> ModuleType:
+    """The format whose tensors are written. Raises RecipeError for a name that is none."""
+    return find("formats", named or HOLDS_ALL)
+
+
+def possible_tiles(scheme: Scheme, methods: Iterable[Method]) -> tuple[Tile, ...]:
+    """The tiles that linears may have: the scheme's, and where a method decides the axis, the same along the other."""
+    tile = scheme.tile
+    turned = any(Decision.AXIS in method.decides for method in methods)
+    return (tile, Tile(tile.in_, tile.out)) if turned and tile.in_ != tile.out else (tile,)
+
+
+def expected(named: str | None, scheme: Scheme, methods: tuple[Method, ...]) -> str:
+    """The format as far as it is known at the start. Raises RecipeError where the one named may not hold the result."""
+    outliers = any(Decision.OUTLIERS in method.decides for method in methods)
+    possible = possible_tiles(scheme, methods)
+    fits = [find("formats", named or WIDELY_LOADED).holds(tile, outliers) for tile in possible]
+    if named is None:
+        return WIDELY_LOADED if all(fits) else HOLDS_ALL if not fits[0] else f"{WIDELY_LOADED} or {HOLDS_ALL}"
+    if not all(fits):
+        what = "outliers" if outliers else "groups along the output"
+        raise RecipeError(
+            f"format {named} cannot hold {what}, which scheme {scheme} and the method ask for. Leave --format out, or "
+            f"take --format {HOLDS_ALL} (transformers loads it after 'import bitwright') or --format dense"
+        )
+    return named
+
+
+def settled(named: str | None, written: WrittenModel) -> str:
+    """The format of a result whose every linear is known."""
+    if named is not None:
+        return named
+    fits = find("formats", WIDELY_LOADED).holds(written.scheme.tile, False) and not written.departures
+    return WIDELY_LOADED if fits else HOLDS_ALL

@@ -23,7 +23,7 @@ def test_what_the_codes_stand_for_and_outliers_too(tile: Tile, dtype: torch.dtyp
     assert written.dtype == dtype
     assert torch.equal(written, q.dequantize())
     assert torch.equal(written[weight > 1], weight[weight > 1])
-    assert torch.equal(dense.decode(tensors, "a.b", Scheme(Grid(3))), written)
+    assert torch.equal(dense.decode(tensors, "a.b", Grid(3)), written)
     assert dense.stored_bytes((6, 8), Scheme(Grid(3)), dtype) == written.numel() * written.element_size()
 
 

@@ -24,6 +24,7 @@ from bitwright.core.errors import CheckpointError
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Scheme, Tile
+from bitwright.kernels.reference import unpack_down
 
 WORD_BITS = 32
 SHAPE_BYTES = 2 * 8
@@ -62,8 +63,7 @@ def read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
     codes = unpack_from_int32(tensors[f"{name}.weight_packed"], grid.bits, torch.Size((rows, columns)))
     zero = None
     if not grid.symmetric:
-        packed = tensors[f"{name}.weight_zero_point"]
-        zero = _own(unpack_from_int32(packed, grid.bits, scale.shape, packed_dim=0), grid)
+        zero = _own(unpack_down(tensors[f"{name}.weight_zero_point"], grid.bits, len(scale)), grid)
     outliers = (tensors.get(f"{name}.outlier_index"), tensors.get(f"{name}.outlier_value"))
     tile = Tile(rows // scale.shape[0], columns // scale.shape[1])
     return QTensor(_own(codes, grid), scale, zero, grid, tile, *outliers)

@@ -100,12 +100,9 @@ class PackedLinear(nn.Module):
         """Zero points of tile rows [first, last): the runs of 32 that hold them are unpacked, and cut."""
         if self.weight_zero_point is None:
             return None
-        (p, q), bits, run = self.weight_scale.shape, self.grid.bits, first // CODES_PER_RUN
-        until = ceil(last / CODES_PER_RUN)
-        size = torch.Size((min(until * CODES_PER_RUN, p) - run * CODES_PER_RUN, q))
-        unpacked: Tensor = unpack_from_int32(
-            self.weight_zero_point[run * bits : until * bits], bits, size, packed_dim=0
-        )
+        p, bits, run, until = len(self.weight_scale), self.grid.bits, first // CODES_PER_RUN, ceil(last / CODES_PER_RUN)
+        words = self.weight_zero_point[run * bits : until * bits]
+        unpacked = unpack_down(words, bits, min(until * CODES_PER_RUN, p) - run * CODES_PER_RUN)
         return unpacked[first - run * CODES_PER_RUN : last - run * CODES_PER_RUN]
 
     def _place_outliers(self, weight: Float[Tensor, "R I"], start: int) -> None:
@@ -116,6 +113,17 @@ class PackedLinear(nn.Module):
         low, high = torch.searchsorted(self.outlier_index.long(), ends).tolist()
         place = self.outlier_index[low:high].long() - begin
         weight.view(-1)[place] = self.outlier_value[low:high].to(weight.dtype)
+
+
+def unpack_down(words: Int[Tensor, "words Q"], bits: int, rows: int) -> Int[Tensor, "rows Q"]:
+    """Signed codes that were packed along the output dimension.
+
+    The library's own way (``packed_dim=0``) trips over a single word per column at 4 bits, in 0.20: it views a
+    transposed tensor as bytes. A copy has the strides that it needs.
+    """
+    turned = words.t().clone(memory_format=torch.contiguous_format)
+    unpacked: Tensor = unpack_from_int32(turned, bits, torch.Size((words.shape[1], rows)))
+    return unpacked.t()
 
 
 def _words(*shape: int) -> Int[Tensor, "..."]:

@@ -35,7 +35,9 @@ def expected(named: str | None, scheme: Scheme, methods: tuple[Method, ...]) -> 
     possible = possible_tiles(scheme, methods)
     fits = [find("formats", named or WIDELY_LOADED).holds(tile, outliers) for tile in possible]
     if named is None:
-        return WIDELY_LOADED if all(fits) else HOLDS_ALL if not fits[0] else f"{WIDELY_LOADED} or {HOLDS_ALL}"
+        if not find("formats", WIDELY_LOADED).holds(scheme.tile, False):
+            return HOLDS_ALL
+        return WIDELY_LOADED if all(fits) else f"{WIDELY_LOADED} or {HOLDS_ALL}"
     if not all(fits):
         what = "outliers" if outliers else "groups along the output"
         raise RecipeError(

@@ -196,7 +196,7 @@ def _first(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False)[0]
-    found = "" if first["type"] == "missing" else f", found {str(first['input'])[:60]!r}"
+    found = "" if first["type"] == "missing" else f", found {first['input']!r:.60}"
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}{found}"
 
 

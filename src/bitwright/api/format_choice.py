@@ -19,7 +19,7 @@ WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
 
 def encoder(named: str | None) -> ModuleType:
     """The format whose tensors are written. Raises RecipeError for a name that is none."""
-    return find("formats", named or HOLDS_ALL)
+    return find("formats", HOLDS_ALL if named is None else named)
 
 
 def possible_tiles(scheme: Scheme, methods: Iterable[Method]) -> tuple[Tile, ...]:
@@ -33,7 +33,7 @@ def expected(named: str | None, scheme: Scheme, methods: tuple[Method, ...]) -> 
     """The format as far as it is known at the start. Raises RecipeError where the one named may not hold the result."""
     outliers = any(Decision.OUTLIERS in method.decides for method in methods)
     possible = possible_tiles(scheme, methods)
-    fits = [find("formats", named or WIDELY_LOADED).holds(tile, outliers) for tile in possible]
+    fits = [find("formats", WIDELY_LOADED if named is None else named).holds(tile, outliers) for tile in possible]
     if named is None:
         if not find("formats", WIDELY_LOADED).holds(scheme.tile, False):
             return HOLDS_ALL

@@ -42,7 +42,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     if scheme.activations is not None or scheme.kv is not None:
         raise RecipeError(
             f"format dense cannot hold the activations or KV cache of scheme {scheme}, an ordinary model has no place "
-            "for them; leave --format out, or take a scheme with A16"
+            "for them; use format compressed-tensors or bitwright, or a scheme with A16"
         )
     return None
 

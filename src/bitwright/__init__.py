@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from bitwright.core.errors import UserError
 from bitwright.core.recipe import Recipe
+from bitwright.plugin.hook import register_when_imported
 
 if TYPE_CHECKING:
     from bitwright.api import evaluate, inspect, load, plan, quantize
+
+register_when_imported()
 
 __all__ = ["Recipe", "UserError", "evaluate", "inspect", "load", "plan", "quantize"]
 

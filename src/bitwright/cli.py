@@ -70,7 +70,10 @@ def quantize(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
     format: Annotated[
-        str | None, typer.Option(help="compressed-tensors, or dense. [default: compressed-tensors]")
+        str | None,
+        typer.Option(
+            help="compressed-tensors, bitwright, dense. [default: compressed-tensors, bitwright where it must]"
+        ),
     ] = None,
     calibration: Annotated[
         str | None,

@@ -53,7 +53,7 @@ def test_plan_result_account_and_inspection_agree_with_the_disk(name: str, tiny:
     assert planned.linears == result.linears == 7 * LAYERS + head
     assert planned.quantized_weights == account["totals"]["quantized_weights"] == weights
     assert planned.bits_per_weight == pytest.approx(result.bits_per_weight)
-    if recipe.format == "compressed-tensors":
+    if result.format == "compressed-tensors":
         # The file has a shape of 16 bytes for each linear, and whole words, besides what the account counts.
         slack = 8 * 16 * result.linears / weights
         assert result.bits_per_weight <= seen.bits_per_weight <= result.bits_per_weight + 2 * slack

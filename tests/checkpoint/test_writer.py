@@ -156,3 +156,11 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pyt
 def test_free_bytes_of_a_place_to_be(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet") > 0
     assert temporary_name(tmp_path / "x").parent == tmp_path
+
+
+def test_a_single_element_of_any_stride_is_written(tmp_path: Path) -> None:
+    """A transposed column of one word counts as contiguous, whatever its stride."""
+    tensor = torch.tensor([[1, 2, 3]], dtype=torch.int32).t()[:1]
+    assert tensor.is_contiguous()
+    write_tensors(tmp_path / "x.safetensors", {"a": tensor.as_strided((1, 1), (1, 3))})
+    assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [[1]]

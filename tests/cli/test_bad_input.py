@@ -281,6 +281,7 @@ class TestFlags:
             ("--method", "", "no method ''"),
             ("--method", "rtn+rtn", "both decide"),
             ("--format", "dence", "no format 'dence'; did you mean dense? Known: "),
+            ("--format", "", "no format ''"),
             ("--device", "cudaa", "no device 'cudaa'; did you mean cuda? Known: auto, cpu"),
             ("--device", "", "no device ''"),
             ("--device", "meta", "device 'meta' cannot be used here"),
@@ -304,6 +305,19 @@ class TestFlags:
     def test_activations_in_a_format_without_them(self, quantize: Refused) -> None:
         message = quantize("--format", "dense", scheme="W4A4")
         assert "dense" in message and "compressed-tensors" in message
+
+    def test_groups_along_the_output_in_a_format_without_them(self, quantize: Refused, text: Path) -> None:
+        message = quantize("--format", "compressed-tensors", "--calibration", text, scheme="W3A16g16ic")
+        assert "format compressed-tensors cannot hold groups along the output, which scheme W3A16g16ic" in message
+        assert all(way in message for way in ("Leave --format out", "--format bitwright", "--format dense"))
+
+    def test_groups_along_the_output_that_do_not_divide(self, quantize: Refused) -> None:
+        message = quantize(scheme="W3A16g48ic")
+        assert "model.layers.0.self_attn.q_proj [64, 64] under scheme W3A16g48ic" in message
+        assert "64 output features do not divide into groups of 48; what divides them: 16, 32, 64" in message
+
+    def test_groups_along_the_output_without_a_size(self, quantize: Refused) -> None:
+        assert "The nearest valid scheme is W3A16g128ic." in quantize(scheme="W3A16ic")
 
 
 class TestText:

@@ -15,7 +15,7 @@ LEAST: dict[str, Any] = {"model": "m", "scheme": "W4A16"}
 def test_the_least_a_recipe_says() -> None:
     recipe = Recipe.from_mapping(LEAST)
     assert recipe == Recipe(model="m", scheme="W4A16")
-    assert (recipe.method, recipe.format, recipe.calibration) == (None, "compressed-tensors", None)
+    assert (recipe.method, recipe.format, recipe.calibration) == (None, None, None)
     assert (recipe.samples, recipe.seqlen, recipe.seed, recipe.quantize_lm_head) == (128, None, 0, False)
     assert (recipe.training, recipe.load_parameters) == ("bitwright", None)
     assert set(recipe.settings.values()) == {None}

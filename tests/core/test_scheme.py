@@ -12,13 +12,14 @@ BITS = st.integers(2, 8)
 SCHEMES = st.builds(
     Scheme,
     weight=st.builds(Grid, BITS, st.booleans()),
-    tile=st.builds(Tile, st.just(1), st.just(FULL) | st.integers(2, 10**9 - 1)),
+    tile=st.builds(Tile, st.just(1), st.just(FULL) | st.integers(2, 10**9 - 1))
+    | st.builds(Tile, st.integers(2, 10**9 - 1), st.just(1)),
     activation_bits=st.none() | BITS,
     kv_bits=st.none() | st.just(16) | BITS,
 )
 # Texts that are nearly schemes: what a fuzzer of single characters would need years to write.
 LOOK_ALIKES = ["\u0664", "\u017f", "\u212a"]  # an Arabic four, the long s, the Kelvin sign
-PARTS = ["W", "w", "A", "KV", "k", "g", "sym", "asym", "4", "16", "0", "-1", " ", "9" * 5000]
+PARTS = ["W", "w", "A", "KV", "k", "g", "ic", "sym", "asym", "4", "16", "0", "-1", " ", "9" * 5000]
 NEARLY = st.lists(st.sampled_from(PARTS + LOOK_ALIKES)).map("".join)
 
 
@@ -29,13 +30,16 @@ class Meaning:
     kv: int | None
     group: int
     symmetric: bool
+    per_input: bool = False
 
 
 def meaning(scheme: Scheme) -> Meaning:
     activations = None if scheme.activations is None else scheme.activations.bits
     kv = None if scheme.kv is None else scheme.kv.bits
-    assert scheme.tile.out == 1
-    return Meaning(scheme.weight.bits, activations, kv, scheme.tile.in_, scheme.weight.symmetric)
+    assert 1 in (scheme.tile.out, scheme.tile.in_)
+    per_input = scheme.tile.out != 1
+    group = scheme.tile.out if per_input else scheme.tile.in_
+    return Meaning(scheme.weight.bits, activations, kv, group, scheme.weight.symmetric, per_input)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,8 @@ def meaning(scheme: Scheme) -> Meaning:
         ("W4A16sym", Meaning(4, None, None, FULL, True)),
         ("W4A16g32sym", Meaning(4, None, None, 32, True)),
         ("W4A8KV4g64sym", Meaning(4, 8, 4, 64, True)),
+        ("W3A16g128ic", Meaning(3, None, None, 128, False, per_input=True)),
+        ("W4A4g64icsym", Meaning(4, 4, 4, 64, True, per_input=True)),
     ],
 )
 def test_meaning_and_print(text: str, expected: Meaning) -> None:
@@ -72,12 +78,12 @@ def test_every_scheme_of_the_grammar_survives_printing() -> None:
     for weight in range(2, 9):
         for activation in (*range(2, 9), 16):
             for cache in ("", "KV2", "KV4", "KV8", "KV16"):
-                for group in ("", "g2", "g64", "g128", "g999999999"):
+                for group in ("", "g2", "g64", "g128", "g999999999", "g2ic", "g128ic", "g999999999ic"):
                     for symmetry in ("", "sym"):
                         text = f"W{weight}A{activation}{cache}{group}{symmetry}"
                         assert str(Scheme.parse(text)) == text
                         count += 1
-    assert count == 7 * 8 * 5 * 5 * 2
+    assert count == 7 * 8 * 5 * 8 * 2
 
 
 @pytest.mark.parametrize(
@@ -91,6 +97,7 @@ def test_every_scheme_of_the_grammar_survives_printing() -> None:
         ("W4A32", "activations of 32 bits"),
         ("W4A4KV1", "a KV cache of 1 bits"),
         ("W4A4KV12", "a KV cache of 12 bits: it takes 2 to 8 bits, or 16"),
+        ("W4A16g1ic", "groups of 1: a group has at least 2 weights"),
         ("W4A16g0", "groups of 0: a group has at least 2 weights"),
         ("W4A16g1", "groups of 1"),
         ("W4A16g1000000000", "groups of 1000000000"),
@@ -119,6 +126,8 @@ def test_numbers_out_of_range(text: str, says: str) -> None:
         ("W4A16KV", None),
         ("W4A16sym128", None),
         ("W3A16g128W3A16g128", "W3A16g128"),
+        ("W3A16icg128", None),
+        ("W3A16g128icc", "W3A16g128ic"),
         ("W\u0664A16", None),
     ],
 )
@@ -130,6 +139,14 @@ def test_unknown_texts_name_the_grammar_and_the_nearest_scheme(text: str, neares
     suggested = message.rpartition(" is ")[2].removesuffix(".")
     assert Scheme.parse(suggested), "what is suggested is a scheme"
     assert nearest is None or suggested == nearest
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"), [("W3A16ic", "W3A16g128ic"), ("w4a4KV8icsym", "W4A4KV8g128icsym"), ("W4A4g1ic", "W4A4g2ic")]
+)
+def test_groups_along_the_output_need_a_size(text: str, nearest: str) -> None:
+    with pytest.raises(SchemeError, match=f"The nearest valid scheme is {nearest}."):
+        Scheme.parse(text)
 
 
 @given(st.text() | NEARLY)

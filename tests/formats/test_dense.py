@@ -5,6 +5,7 @@ from transformers import AutoConfig
 
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError
+from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.families import llama
 from bitwright.formats import dense
@@ -22,7 +23,7 @@ def test_what_the_codes_stand_for_and_outliers_too(tile: Tile, dtype: torch.dtyp
     assert written.dtype == dtype
     assert torch.equal(written, q.dequantize())
     assert torch.equal(written[weight > 1], weight[weight > 1])
-    assert torch.equal(dense.decode(tensors, "a.b", Scheme(Grid(3))), written)
+    assert torch.equal(dense.decode(tensors, "a.b", Grid(3)), written)
     assert dense.stored_bytes((6, 8), Scheme(Grid(3)), dtype) == written.numel() * written.element_size()
 
 
@@ -30,9 +31,10 @@ def test_what_the_codes_stand_for_and_outliers_too(tile: Tile, dtype: torch.dtyp
 def test_activations_have_no_place_in_it(text: str, tiny: Checkpoints) -> None:
     family = llama.describe(AutoConfig.from_pretrained(tiny()))
     with pytest.raises(RecipeError, match=f"dense cannot hold the activations or KV cache of scheme {text}"):
-        dense.quantization_config(Scheme.parse(text), family, 16, False)
+        dense.quantization_config(WrittenModel(Scheme.parse(text), family, 16, torch.bfloat16))
 
 
 def test_it_is_an_ordinary_model(tiny: Checkpoints) -> None:
     family = llama.describe(AutoConfig.from_pretrained(tiny()))
-    assert dense.quantization_config(Scheme.parse("W4A16"), family, 16, True) is None
+    written = WrittenModel(Scheme.parse("W4A16"), family, 16, torch.bfloat16, with_head=True)
+    assert dense.quantization_config(written) is None

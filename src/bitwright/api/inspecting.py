@@ -11,13 +11,13 @@ from bitwright.api.source import architecture, open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
 
-PARTS_OF_A_WEIGHT = ("weight", "weight_packed", "weight_scale", "weight_zero_point")
+PARTS_OF_A_WEIGHT = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "outlier_index", "outlier_value")
 NOT_LINEAR = ("embed", "wte", "wpe", "norm")
 
 
 @dataclass(frozen=True)
 class LinearSize:
-    """A linear as it is on disk; ``bits_per_weight`` counts everything stored for it, scales and zeros too."""
+    """A linear on disk; ``bits_per_weight`` counts all that is stored for it, scales, zeros and outliers too."""
 
     name: str
     shape: tuple[int, int]

@@ -1,6 +1,6 @@
 """A recipe made ready to run, and the plan of what running it will do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED, encoder, expected, settled
 from bitwright.api.parameters import LearnedParameters, belonging
 from bitwright.api.source import (
     DTYPES,
@@ -27,6 +28,7 @@ from bitwright.api.source import (
 from bitwright.calibration.segments import segments
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.method import Closed, Learned, Method
+from bitwright.core.quantized import WrittenModel, departures
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find, names
 from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
@@ -38,7 +40,10 @@ from bitwright.stream.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run needs, checked. ``tokens`` is None where no calibration text was named."""
+    """Everything a run needs, checked. ``tokens`` is None where no calibration text was named.
+
+    ``format`` makes the tensors; ``expected`` is the format as far as it is known before the methods have decided.
+    """
 
     recipe: Recipe
     scheme: Scheme
@@ -46,23 +51,35 @@ class Job:
     methods: tuple[Method, ...]
     settings: Settings
     format: ModuleType
+    expected: str
     source: Source
     skeleton: Skeleton
     tokens: Int[Tensor, "N T"] | None
-    quantization_config: dict[str, Any] | None
     note: str | None
     learned: LearnedParameters | None
 
-    @property
-    def left_out(self) -> str | None:
-        """What the written config cannot say of the scheme, in words."""
-        grid = self.format.queries_left_out(self.scheme)
+    def written(self, reports: Sequence[dict[str, Any]] = ()) -> WrittenModel:
+        """What config.json has to say once these blocks are done."""
+        config, scheme = self.source.config, self.scheme
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        found = departures(scheme, [row for report in reports for row in report["linears"]])
+        dtype = self.source.checkpoint.dtype_of_weights
+        return WrittenModel(scheme, self.source.family, width, dtype, self.recipe.quantize_lm_head, found)
+
+    def settled_format(self, reports: Sequence[dict[str, Any]]) -> str:
+        """The format of the result, its blocks done."""
+        return settled(self.recipe.format, self.written(reports))
+
+    def left_out(self, name: str) -> str | None:
+        """What the config of a format cannot say of the scheme, in words."""
+        grid = find("formats", name).queries_left_out(self.scheme)
         if grid is None:
             return None
         cache = self.scheme.kv.bits if self.scheme.kv else UNQUANTIZED_BITS
         return (
-            f"format {self.recipe.format} has no place for queries at {grid.bits} bits beside keys and values at "
-            f"{cache}: transformers alone leaves the queries as they are; bitwright.load(OUTPUT) quantizes them"
+            f"format {name} has no place for queries at {grid.bits} bits beside keys and values at {cache}: "
+            "transformers alone leaves the queries as they are; bitwright.load(OUTPUT) quantizes them, and "
+            "--format bitwright has a place for them"
         )
 
     @property
@@ -118,12 +135,9 @@ class Plan:
 def prepare(recipe: Recipe, device: str = "auto") -> Job:
     """Checks a recipe against the model without reading any weight. Raises UserError."""
     scheme = Scheme.parse(recipe.scheme)
+    chosen = encoder(recipe.format)
     compose(recipe.settled_method)
-    chosen_format = find("formats", recipe.format)
     source = Source.open(Path(recipe.model))
-    head_dim = getattr(source.config, "head_dim", None)
-    width = head_dim or source.config.hidden_size // source.config.num_attention_heads
-    config = chosen_format.quantization_config(scheme, source.family, width, recipe.quantize_lm_head)
     where = pick_device(device)
     dtype = pick_dtype("auto", where, source.checkpoint.dtype_of_weights)
     with blaming_the_config(source.checkpoint.folder):
@@ -131,7 +145,9 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     method, note = fit(recipe.settled_method, scheme, source.family.topology, recipe.sites)
     methods = compose(method)
     settings = _settings(recipe, scheme, method, methods)
-    job = Job(recipe, scheme, method, methods, settings, chosen_format, source, skeleton, None, config, note, None)
+    known = expected(recipe.format, scheme, methods, settings)
+    job = Job(recipe, scheme, method, methods, settings, chosen, known, source, skeleton, None, note, None)
+    chosen.quantization_config(job.written())  # refuses a scheme that it has no words for
     _check_dtypes(job)
     _check_tiles(job)
     if recipe.load_parameters is not None:
@@ -164,7 +180,7 @@ def plan_of(job: Job) -> Plan:
         architecture=architecture(checkpoint.config),
         method=job.method,
         scheme=str(job.scheme),
-        format=job.recipe.format,
+        format=job.expected,
         blocks=len(job.skeleton.block_names),
         linears=len(shapes),
         quantized_weights=weights,
@@ -199,8 +215,9 @@ def _weight_bits(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> 
 def _notes(job: Job) -> Iterator[str]:
     if job.note is not None:
         yield job.note
-    if job.left_out is not None:
-        yield job.left_out
+    left_out = job.left_out(job.recipe.format or WIDELY_LOADED)
+    if left_out is not None and job.expected != HOLDS_ALL:
+        yield left_out
     if job.recipe.quantize_lm_head and any(method.needs_text for method in job.methods):
         yield f"the output layer gets min-max ranges, rounded to nearest: {job.method} works on the blocks"
     if job.recipe.quantize_lm_head and job.skeleton.tied:

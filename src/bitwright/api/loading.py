@@ -19,7 +19,8 @@ REPORT = "bitwright.json"
 def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """The model in a folder, original or quantized, ready to run; offline, no remote code.
 
-    Plain transformers loads it; queries that the folder's config leaves out are quantized on top (``W4A8KV4``).
+    Plain transformers loads it, the bitwright format through our plugin: packed weights stay packed in memory. Queries
+    that the folder's config leaves out are quantized on top (``W4A8KV4``).
     ``dtype`` "auto" is the checkpoint's own where the device is fast with it. Raises CheckpointError.
     """
     folder = Path(folder)
@@ -33,7 +34,8 @@ def left_out(folder: Path) -> Grid | None:
     """The grid of the queries where the folder's config could not hold it; see ``formats``."""
     account = account_of(folder)
     try:
-        scheme, name = Scheme.parse(str(account.get("scheme"))), account["recipe"]["format"]
+        scheme = Scheme.parse(str(account.get("scheme")))
+        name = account.get("format") or account["recipe"]["format"]  # folders of Bitwright 0.1.0 say it there alone
     except (SchemeError, KeyError, TypeError):
         return None
     if name not in names("formats"):

@@ -22,6 +22,7 @@ from bitwright.checkpoint.writer import copy_file, write_json, write_tensors
 from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
+from bitwright.core.registry import find
 from bitwright.methods import learned, used
 from bitwright.report.plain import plain
 from bitwright.stream.budget import peak_memory
@@ -104,7 +105,7 @@ def _produce(job: Job, work: OutputFolder, sink: FolderSink, saved: Path | None,
     if not merge_begun(work.work):
         _write_tensors(job, sink, listener)
     merge_shards(sink.parts(), work.path, job.recipe.shard_bytes)
-    _write_companions(job, work.path)
+    _write_companions(job, sink.reports(), work.path)
     if saved is not None:
         write_tensors(saved, sink.learned(), job.belonging)
     account: dict[str, Any] = plain(_account(job, sink.reports(), work.path))
@@ -119,7 +120,7 @@ def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, res
         output=str(output),
         scheme=str(job.scheme),
         method=job.method,
-        format=job.recipe.format,
+        format=account["format"],
         linears=totals["linears"],
         bits_per_weight=totals["bits_per_weight"],
         bytes_in=totals["bytes_in"],
@@ -177,15 +178,16 @@ def _write_tensors(job: Job, sink: FolderSink, listener: Listener) -> None:
     run(job.skeleton, plan, sink, tokens=job.tokens, listener=listener)
 
 
-def _write_companions(job: Job, folder: Path) -> None:
+def _write_companions(job: Job, reports: list[dict[str, Any]], folder: Path) -> None:
     """config.json with its quantization_config, and the files that go along."""
     source, config = job.source.checkpoint.folder, dict(job.source.checkpoint.config)
     if job.recipe.quantize_lm_head:
         config["tie_word_embeddings"] = False
     if job.scheme.kv is not None:  # compressed-tensors asks every attention for it
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    if job.quantization_config is not None:
-        config["quantization_config"] = job.quantization_config
+    described = find("formats", job.settled_format(reports)).quantization_config(job.written(reports))
+    if described is not None:
+        config["quantization_config"] = described
     write_json(folder / CONFIG, config)
     for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
         target = folder / path.relative_to(source)
@@ -213,11 +215,13 @@ def _account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str,
     """bitwright.json: the same recipe, seed and machine give the same bytes of it too."""
     rows = [row for report in reports for row in report["linears"]]
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    written_as = job.settled_format(reports)
     return {
         "bitwright": version("bitwright"),
         "recipe": job.recipe.as_dict(),
         "scheme": str(job.scheme),
         "method": job.method,
+        "format": written_as,
         "settings": {key: value for key, value in asdict(job.settings).items() if key in used(job.methods)},
         "seed": job.recipe.seed,
         "versions": _versions(),
@@ -230,7 +234,7 @@ def _account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str,
             "bytes_in": job.source.checkpoint.total_bytes,
             "bytes_out": sum(path.stat().st_size for path in folder.glob("model*.safetensors")),
         },
-        "notes": [note for note in (job.note, job.left_out) if note is not None],
+        "notes": [note for note in (job.note, job.left_out(written_as)) if note is not None],
         "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
         "blocks": reports,
     }

@@ -46,8 +46,8 @@ class FolderSink:
             raise OutputError(
                 f"{part}: what an earlier run wrote is damaged: {error}; begin anew with --restart"
             ) from error
-        decode, scheme = self.job.format.decode, self.job.scheme
-        weights = {f"{name}.weight": decode(tensors, block.path(name), scheme) for name in block.topology.linears}
+        decode, grid = self.job.format.decode, self.job.scheme.weight
+        weights = {f"{name}.weight": decode(tensors, block.path(name), grid) for name in block.topology.linears}
         names = [name for name, _ in block.module.named_parameters() if name not in weights]
         return weights | {name: tensors[block.path(name)] for name in names}
 

@@ -38,7 +38,8 @@ def pieces(header: Header, start: int, stop: int, buffer: memoryview) -> Iterato
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, [nbytes], not a copy; writing to them writes to the tensor."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    # as_strided: a contiguous tensor of one element may have any stride, and then views as no bytes
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def changed(path: Path, how: str) -> CheckpointError:

@@ -1,17 +1,22 @@
 """What comes out of a block, and the account that is given of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from bitwright.core.block import Family
 from bitwright.core.qtensor import QTensor
+from bitwright.core.scheme import Scheme
 
 
 @dataclass(frozen=True)
 class LinearReport:
     """The account of one linear.
 
+    ``tile`` is the rows and columns that share a scale, ``outliers`` how many weights are kept exactly.
     ``bits_per_weight`` counts scales, zeros and outliers. ``weight_error`` is ``|W - Wq|^2 / |W|^2``;
     ``output_error`` is ``|XW' - XWq'|^2 / |XW'|^2`` on the calibration tokens as the full-precision blocks
     produce them, None without calibration text.
@@ -24,6 +29,7 @@ class LinearReport:
     storage_bits: int
     weight_error: float
     output_error: float | None
+    outliers: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,3 +57,34 @@ class QuantizedBlock:
     passed: Mapping[str, Tensor]
     report: BlockReport
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Where a linear is not as its scheme says: the rows and columns of its tile, the weights it keeps exactly."""
+
+    tile: tuple[int, int]
+    outliers: int
+
+
+@dataclass(frozen=True)
+class WrittenModel:
+    """What the config of a written model has to say. ``dtype`` is that of the checkpoint and of the scales;
+    ``departures`` are by the linears' names in the model."""
+
+    scheme: Scheme
+    family: Family
+    head_dim: int
+    dtype: torch.dtype
+    with_head: bool = False
+    departures: Mapping[str, Departure] = field(default_factory=dict)
+
+
+def departures(scheme: Scheme, rows: Iterable[Mapping[str, Any]]) -> dict[str, Departure]:
+    """The linears that are not as the scheme says, from their reports as the journal keeps them."""
+    found = {}
+    for row in rows:
+        shape, tile = (row["shape"][0], row["shape"][1]), (row["tile"][0], row["tile"][1])
+        if tile != scheme.tile.size(shape) or row["outliers"]:
+            found[row["name"]] = Departure(tile, row["outliers"])
+    return found

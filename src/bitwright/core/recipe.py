@@ -14,14 +14,15 @@ class Recipe:
     """Everything that decides the bytes of the result. Keys that are not known are refused.
 
     ``seqlen`` None is 2048 tokens, or the model's own maximum where that is shorter. ``method`` None is ``omniquant``
-    where calibration text is named and ``rtn`` where none is. ``training`` names the preset of the methods' settings;
-    the keys after it are single settings (``core/settings.py``), None is what the preset says for the scheme.
+    where calibration text is named and ``rtn`` where none is. ``format`` None is ``compressed-tensors`` where every
+    linear fits into it and ``bitwright`` where one does not. ``training`` names the preset of the methods'
+    settings; the keys after it are single settings (``core/settings.py``), None is what the preset says for the scheme.
     """
 
     model: str
     scheme: str
     method: str | None = None
-    format: str = "compressed-tensors"
+    format: str | None = None
     calibration: str | None = None
     samples: int = 128
     seqlen: int | None = None

@@ -1,8 +1,9 @@
 """Schemes: what is quantized, to how many bits, and which weights share a scale.
 
-A scheme is written ``W<bits>A<bits>[KV<bits>][g<size>][sym|asym]``:
+A scheme is written ``W<bits>A<bits>[KV<bits>][g<size>[ic]][sym|asym]``:
 
     W4A16g128     4-bit weights in groups of 128 along the input, 16-bit activations
+    W3A16g128ic   groups of 128 along the output: weights of one input channel share a scale
     W3A16         3-bit weights, one scale per output channel
     W4A4KV4       4-bit weights, activations, queries, and KV cache
     W8A16g64sym   symmetric weights (asymmetric is the default, as in the papers)
@@ -25,8 +26,8 @@ MIN_GROUP = 2
 LARGE_GROUP = 128
 
 GRAMMAR = (
-    "W<2-8>A<2-8 or 16>[KV<2-8 or 16>][g<group size>][sym|asym], "
-    "for example W4A16g128, W3A16, W2A16g64, W8A8, W4A4KV4, W4A16g128sym"
+    "W<2-8>A<2-8 or 16>[KV<2-8 or 16>][g<group size>[ic]][sym|asym], "
+    "for example W4A16g128, W3A16, W2A16g64, W8A8, W4A4KV4, W4A16g128sym, W3A16g128ic"
 )
 
 
@@ -113,9 +114,11 @@ class Scheme:
         weight, activation, group = (_number(match[k]) for k in ("w", "a", "g"))
         cache = None if match["kv"] is None else _number(match["kv"])
         _check_numbers(text, weight, activation, cache, group if match["g"] else None)
+        if match["ic"] and not match["g"]:
+            raise _refused(text, "ic without a group: it needs the size of the groups along the output")
         return cls(
             weight=Grid(weight, (match["sym"] or "asym").lower() == "sym"),
-            tile=Tile(1, group if match["g"] else FULL),
+            tile=_tile(group if match["g"] else FULL, per_input=match["ic"] is not None),
             activation_bits=None if activation == UNQUANTIZED_BITS else activation,
             kv_bits=cache,
         )
@@ -134,15 +137,21 @@ class Scheme:
     def __str__(self) -> str:
         cache = "" if self.kv_bits is None else f"KV{self.kv_bits}"
         group = "" if self.tile.in_ == FULL else f"g{self.tile.in_}"
+        if self.tile.out != 1:
+            group = f"g{self.tile.out}ic"
         symmetry = "sym" if self.weight.symmetric else ""
         return f"W{self.weight.bits}A{self.activation_bits or UNQUANTIZED_BITS}{cache}{group}{symmetry}"
 
 
 # [0-9] and not \d, which also matches digits of other scripts.
 _PATTERN = re.compile(
-    r"W(?P<w>[0-9]+)A(?P<a>[0-9]+)(KV(?P<kv>[0-9]+))?(g(?P<g>[0-9]+))?(?P<sym>sym|asym)?", re.I | re.A
+    r"W(?P<w>[0-9]+)A(?P<a>[0-9]+)(KV(?P<kv>[0-9]+))?(g(?P<g>[0-9]+))?(?P<ic>ic)?(?P<sym>sym|asym)?", re.I | re.A
 )
 _MAX_DIGITS = 9
+
+
+def _tile(group: int, per_input: bool) -> Tile:
+    return Tile(group, 1) if per_input else Tile(1, group)
 
 
 def _number(digits: str | None) -> int:
@@ -160,7 +169,11 @@ def _check_numbers(text: str, weight: int, activation: int, cache: int | None, g
     elif group is not None and not MIN_GROUP <= group < 10**_MAX_DIGITS:
         wrong = f"groups of {group}: a group has at least {MIN_GROUP} weights"
     if wrong:
-        raise SchemeError(f"scheme '{text}' asks for {wrong}. A scheme reads {GRAMMAR}. {_nearest(text)}")
+        raise _refused(text, wrong)
+
+
+def _refused(text: str, wrong: str) -> SchemeError:
+    return SchemeError(f"scheme '{text}' asks for {wrong}. A scheme reads {GRAMMAR}. {_nearest(text)}")
 
 
 def _activation_bits_known(bits: int) -> bool:
@@ -172,7 +185,8 @@ def _nearest(text: str) -> str:
     match = _PATTERN.fullmatch(text.strip())
     if match is not None:
         cache = "" if match["kv"] is None else f"KV{_near_bits(_number(match['kv']))}"
-        group = "" if match["g"] is None else f"g{min(max(_number(match['g']), MIN_GROUP), LARGE_GROUP)}"
+        size = None if match["g"] is None else min(max(_number(match["g"]), MIN_GROUP), LARGE_GROUP)
+        group = f"g{size or LARGE_GROUP}ic" if match["ic"] else f"g{size}" if size else ""
         weight = min(max(_number(match["w"]), MIN_BITS), MAX_BITS)
         symmetry = "sym" if (match["sym"] or "").lower() == "sym" else ""
         return f"The nearest valid scheme is W{weight}A{_near_bits(_number(match['a']))}{cache}{group}{symmetry}."
@@ -187,7 +201,8 @@ def _near_bits(bits: int) -> int:
 
 def _common_schemes() -> Iterator[str]:
     weights = range(MIN_BITS, MAX_BITS + 1)
-    for bits, group, symmetry in product(weights, ("", "g128", "g64", "g32"), ("", "sym")):
+    groups = ("", *(f"g{size}{axis}" for size, axis in product((128, 64, 32), ("", "ic"))))
+    for bits, group, symmetry in product(weights, groups, ("", "sym")):
         yield f"W{bits}A16{group}{symmetry}"
     for bits, activation, cache in product(weights, (8, 6, 4), ("", "KV4", "KV8", "KV16")):
         yield f"W{bits}A{activation}{cache}"

@@ -29,6 +29,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
                 use_safetensors=True,
                 output_loading_info=True,
             )
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged folder ends in whatever the libraries trip over
         raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
     loaded: PreTrainedModel = found[0]

@@ -2,77 +2,54 @@
 
 Packing and config classes are the library's own (compressed-tensors >= 0.15). Its codes are signed,
 ``-2**(bits-1) .. 2**(bits-1) - 1``, 32 of them in exactly ``bits`` int32 words; asymmetric codes and zero points
-are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``. Zero points are packed along the
-output dimension. Names: ``X.weight_packed``, ``X.weight_scale``, ``X.weight_zero_point``, ``X.weight_shape``.
+are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``. The tensors are those of
+``formats/bitwright.py``, which can hold more; only what config.json says is this file's own.
 """
 
-from collections.abc import Mapping
-from math import ceil
 from typing import Any
 
-import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from bitwright.core.block import Family
 from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.formats import bitwright
+from bitwright.formats.bitwright import decode, read, stored_bytes
 
-WORD_BITS = 32
-SHAPE_BYTES = 2 * 8
+__all__ = ["decode", "encode", "holds", "quantization_config", "queries_left_out", "read", "stored_bytes"]
+
+INSTEAD = (
+    "compressed-tensors holds neither groups along the output nor outliers, and one tile for all linears. Leave "
+    "--format out, or take --format bitwright (transformers loads it after 'import bitwright') or --format dense"
+)
+
+
+def holds(tile: Tile, outliers: bool) -> bool:
+    """Whether the format has a place for a linear with this tile, with or without outliers."""
+    return tile.out == 1 and not outliers
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
     """The tensors to write for one linear. Raises RecipeError for what the format cannot hold."""
-    if weight.tile.out != 1 or weight.outlier_index is not None:
-        raise RecipeError(f"{name}: compressed-tensors holds neither groups along the output nor outliers; use dense")
-    bits = weight.grid.bits
-    tensors = {
-        f"{name}.weight_packed": pack_to_int32(_signed(weight.codes, weight.grid), bits),
-        f"{name}.weight_scale": weight.scale.contiguous(),
-        f"{name}.weight_shape": torch.tensor(weight.shape),
-    }
-    if weight.zero is not None:
-        tensors[f"{name}.weight_zero_point"] = pack_to_int32(_signed(weight.zero, weight.grid), bits, packed_dim=0)
-    return tensors
+    if not holds(weight.tile, weight.outlier_index is not None):
+        raise RecipeError(f"{name}: {INSTEAD}")
+    return bitwright.encode(name, weight)
 
 
-def decode(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) -> Float[Tensor, "O I"]:
-    """The weight [O, I] of one linear as written, in the dtype of its scales."""
-    return read(tensors, name, scheme.weight, scheme.tile).dequantize()
-
-
-def read(tensors: Mapping[str, Tensor], name: str, grid: Grid, tile: Tile) -> QTensor:
-    """The QTensor behind the tensors that ``encode`` wrote."""
-    shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
-    scale = tensors[f"{name}.weight_scale"]
-    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], grid.bits, shape)
-    zero = None
-    if not grid.symmetric:
-        packed = tensors[f"{name}.weight_zero_point"]
-        zero = _own(unpack_from_int32(packed, grid.bits, scale.shape, packed_dim=0), grid)
-    return QTensor(_own(codes, grid), scale, zero, grid, tile)
-
-
-def stored_bytes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
-    """Bytes of one linear's tensors: what ``encode`` makes, known from the shape [O, I] alone."""
-    (rows, columns), (p, q), bits = shape, scheme.tile.counts(shape), scheme.weight.bits
-    zeros = 0 if scheme.weight.symmetric else ceil(p * bits / WORD_BITS) * q
-    words = rows * ceil(columns * bits / WORD_BITS) + zeros
-    return words * WORD_BITS // 8 + p * q * dtype.itemsize + SHAPE_BYTES
-
-
-def quantization_config(scheme: Scheme, family: Family, head_dim: int, quantize_lm_head: bool) -> dict[str, Any] | None:
-    """The ``quantization_config`` of config.json, made by the library's classes.
+def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
+    """The ``quantization_config`` of config.json, made by the library's classes. Raises RecipeError for linears that
+    are not all alike.
 
     Activations are quantized per token, keys and values (and queries) per token and head: dynamic ``group`` with
     group_size = head_dim. The library's ``token`` strategy on keys would share one scale over the sequence.
     """
+    if model.departures:
+        raise RecipeError(f"{next(iter(model.departures))}: {INSTEAD}")
+    scheme, family = model.scheme, model.family
     groups = {"group_0": _linears(scheme, ["Linear"], None)}
-    kv = None if scheme.kv is None else _dynamic(scheme.kv, head_dim)
+    kv = None if scheme.kv is None else _dynamic(scheme.kv, model.head_dim)
     if scheme.activations is not None:
         # The library takes dimensions 0 and 1 of an input for batch and token: rows of a matrix would share a scale.
         rows = [_linears(scheme, [f"re:.*{name}$"], width) for name, width in family.flattened]
@@ -84,7 +61,7 @@ def quantization_config(scheme: Scheme, family: Family, head_dim: int, quantize_
         config_groups=groups,
         format="pack-quantized",
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[] if quantize_lm_head else [family.head],
+        ignore=[] if model.with_head else [family.head],
         kv_cache_scheme=kv,
     )
     written = dict(config.to_dict())
@@ -122,15 +99,3 @@ def _dynamic(grid: Grid, group: int | None) -> QuantizationArgs:
     return QuantizationArgs(
         num_bits=grid.bits, symmetric=grid.symmetric, strategy=strategy, group_size=group, dynamic=True
     )
-
-
-def _signed(codes: Int[Tensor, "O I"], grid: Grid) -> Int[Tensor, "O I"]:
-    if grid.symmetric:
-        return codes
-    return torch.sub(codes.to(torch.int16), 2 ** (grid.bits - 1)).to(torch.int8)
-
-
-def _own(codes: Int[Tensor, "O I"], grid: Grid) -> Int[Tensor, "O I"]:
-    if grid.symmetric:
-        return codes
-    return torch.add(codes.to(torch.int16), 2 ** (grid.bits - 1)).to(torch.uint8)

@@ -10,10 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.block import Family
 from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import Grid, Scheme
+from bitwright.core.quantized import WrittenModel
+from bitwright.core.scheme import Grid, Scheme, Tile
+
+
+def holds(tile: Tile, outliers: bool) -> bool:
+    """Whether the format has a place for such a linear: always, a weight is a number."""
+    return True
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
@@ -21,7 +26,7 @@ def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
     return {f"{name}.weight": weight.dequantize()}
 
 
-def decode(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) -> Float[Tensor, "O I"]:
+def decode(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Float[Tensor, "O I"]:
     """The weight [O, I] of one linear as written."""
     return tensors[f"{name}.weight"]
 
@@ -31,12 +36,13 @@ def stored_bytes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> 
     return shape[0] * shape[1] * dtype.itemsize
 
 
-def quantization_config(scheme: Scheme, family: Family, head_dim: int, quantize_lm_head: bool) -> dict[str, Any] | None:
-    """None: a dense folder is an ordinary model."""
+def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
+    """None: a dense folder is an ordinary model. Raises RecipeError for activations, which no such model quantizes."""
+    scheme = model.scheme
     if scheme.activations is not None or scheme.kv is not None:
         raise RecipeError(
             f"format dense cannot hold the activations or KV cache of scheme {scheme}, an ordinary model has no place "
-            "for them; use format compressed-tensors, or a scheme with A16"
+            "for them; use format compressed-tensors or bitwright, or a scheme with A16"
         )
     return None
 

@@ -37,7 +37,12 @@ def turned(tile: Tile) -> Tile:
 
 
 def tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
-    """What may be chosen, or must: per-IC tiles unless the axis is fixed to per-OC."""
+    """What may be chosen, or must: per-IC tiles unless the axis is fixed to per-OC.
+
+    Raises SchemeError where the scheme fixes the axis already.
+    """
+    if scheme.tile.in_ == 1:
+        raise SchemeError(f"scheme {scheme} fixes the axis that adadim is to choose; leave ic out, or adadim")
     return () if settings.axis == "oc" else (turned(scheme.tile),)
 
 

@@ -95,4 +95,4 @@ def quantize_linear(
     if decision.outliers is None:
         return QTensor(codes, scale, zero, scheme.weight, tile)
     index = decision.outliers.flatten().nonzero().flatten().to(torch.int32)
-    return QTensor(codes, scale, zero, scheme.weight, tile, index, weight.flatten()[index.long()])
+    return QTensor(codes, scale, zero, scheme.weight, tile, index, weight.flatten()[index.long()].to(scale_dtype))

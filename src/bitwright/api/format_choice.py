@@ -1,0 +1,49 @@
+"""Which format a result is written in: the one that was named; else compressed-tensors where every linear fits into it,
+and bitwright where one does not.
+
+The two share their tensors, so the choice can wait until every method has decided: it is what config.json says.
+"""
+
+from types import ModuleType
+
+from bitwright.core.decisions import Decision
+from bitwright.core.errors import RecipeError
+from bitwright.core.method import Closed, Method
+from bitwright.core.quantized import WrittenModel
+from bitwright.core.registry import find
+from bitwright.core.scheme import Scheme
+from bitwright.core.settings import Settings
+
+WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
+
+
+def encoder(named: str | None) -> ModuleType:
+    """The format whose tensors are written. Raises RecipeError for a name that is none."""
+    return find("formats", HOLDS_ALL if named is None else named)
+
+
+def expected(named: str | None, scheme: Scheme, methods: tuple[Method, ...], settings: Settings) -> str:
+    """The format as far as it is known at the start. Raises RecipeError where the one named may not hold the result."""
+    outliers = any(Decision.OUTLIERS in method.decides for method in methods)
+    chosen = [tile for method in methods if isinstance(method, Closed) for tile in method.tiles(scheme, settings)]
+    possible = [scheme.tile, *chosen]
+    fits = [find("formats", WIDELY_LOADED if named is None else named).holds(tile, outliers) for tile in possible]
+    if named is None:
+        if not find("formats", WIDELY_LOADED).holds(scheme.tile, False):
+            return HOLDS_ALL
+        return WIDELY_LOADED if all(fits) else f"{WIDELY_LOADED} or {HOLDS_ALL}"
+    if not all(fits):
+        what = "outliers" if outliers else "groups along the output"
+        raise RecipeError(
+            f"format {named} cannot hold {what}, which scheme {scheme} and the method ask for. Leave --format out, or "
+            f"take --format {HOLDS_ALL} (transformers loads it after 'import bitwright') or --format dense"
+        )
+    return named
+
+
+def settled(named: str | None, written: WrittenModel) -> str:
+    """The format of a result whose every linear is known."""
+    if named is not None:
+        return named
+    fits = find("formats", WIDELY_LOADED).holds(written.scheme.tile, False) and not written.departures
+    return WIDELY_LOADED if fits else HOLDS_ALL

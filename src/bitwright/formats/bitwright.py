@@ -1,0 +1,213 @@
+"""Bitwright's own format, for what others cannot hold: groups along the output, outliers, tiles that differ per linear.
+
+A safetensors folder whose config.json describes itself; docs/formats/bitwright.md says how to read one, and
+docs/formats/bitwright.schema.json is ``Config`` as a JSON schema. Transformers loads it after ``import bitwright``.
+
+Tensors of a linear X [O, I] with P x Q tiles and K outliers: ``X.weight_packed``, ``X.weight_scale``,
+``X.weight_zero_point`` (asymmetric grids), ``X.weight_shape``, as compressed-tensors packs and names them (by its
+own functions: 32 codes in exactly ``bits`` int32 words, zero points along the output dimension), and
+``X.outlier_index``, ``X.outlier_value`` where K > 0. O / P by I / Q is the tile: no reader has to be told.
+"""
+
+import json
+from collections.abc import Mapping
+from math import ceil
+from typing import Annotated, Any, Literal
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from torch import Tensor
+
+from bitwright.core.errors import CheckpointError
+from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import WrittenModel
+from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Scheme, Tile
+from bitwright.kernels.reference import unpack_down
+
+WORD_BITS = 32
+SHAPE_BYTES = 2 * 8
+
+
+def holds(tile: Tile, outliers: bool) -> bool:
+    """Whether the format has a place for such a linear: always."""
+    return True
+
+
+def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
+    """The tensors to write for one linear."""
+    bits = weight.grid.bits
+    tensors = {
+        f"{name}.weight_packed": pack_to_int32(_signed(weight.codes, weight.grid), bits),
+        f"{name}.weight_scale": weight.scale.contiguous(),
+        f"{name}.weight_shape": torch.tensor(weight.shape),
+    }
+    if weight.zero is not None:
+        tensors[f"{name}.weight_zero_point"] = pack_to_int32(_signed(weight.zero, weight.grid), bits, packed_dim=0)
+    if weight.outlier_index is not None and weight.outlier_value is not None and weight.outlier_index.numel():
+        tensors[f"{name}.outlier_index"] = weight.outlier_index
+        tensors[f"{name}.outlier_value"] = weight.outlier_value.to(weight.scale.dtype)
+    return tensors
+
+
+def decode(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Float[Tensor, "O I"]:
+    """The weight [O, I] of one linear as written, in the dtype of its scales."""
+    return read(tensors, name, grid).dequantize()
+
+
+def read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
+    """The QTensor behind the tensors that ``encode`` wrote."""
+    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    scale = tensors[f"{name}.weight_scale"]
+    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], grid.bits, torch.Size((rows, columns)))
+    zero = None
+    if not grid.symmetric:
+        zero = _own(unpack_down(tensors[f"{name}.weight_zero_point"], grid.bits, len(scale)), grid)
+    outliers = (tensors.get(f"{name}.outlier_index"), tensors.get(f"{name}.outlier_value"))
+    tile = Tile(rows // scale.shape[0], columns // scale.shape[1])
+    return QTensor(_own(codes, grid), scale, zero, grid, tile, *outliers)
+
+
+def stored_bytes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
+    """Bytes of one linear's tensors: what ``encode`` makes without outliers, from the shape [O, I] alone."""
+    (rows, columns), (p, q), bits = shape, scheme.tile.counts(shape), scheme.weight.bits
+    zeros = 0 if scheme.weight.symmetric else ceil(p * bits / WORD_BITS) * q
+    words = rows * ceil(columns * bits / WORD_BITS) + zeros
+    return words * WORD_BITS // 8 + p * q * dtype.itemsize + SHAPE_BYTES
+
+
+def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
+    """The ``quantization_config`` of config.json."""
+    scheme = model.scheme
+    return Config(
+        quant_method="bitwright",
+        version=1,
+        weights=Weights(
+            bits=scheme.weight.bits,
+            symmetric=scheme.weight.symmetric,
+            tile=(scheme.tile.out, scheme.tile.in_),
+            dtype=_DTYPES[model.dtype],
+        ),
+        exceptions={name: Exceptional(tile=d.tile, outliers=d.outliers) for name, d in model.departures.items()},
+        activations=_said(scheme.activations),
+        queries=_said(scheme.activations),
+        keys_values=_said(scheme.kv),
+        modules_to_not_convert=() if model.with_head else (model.family.head,),
+    ).model_dump(mode="json")
+
+
+def queries_left_out(scheme: Scheme) -> Grid | None:
+    """None: the config says them."""
+    return None
+
+
+Extent = Literal[-1] | PositiveInt
+Dtype = Literal["float32", "bfloat16", "float16"]
+_DTYPES: dict[torch.dtype, Dtype] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+class _Described(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Integers(_Described):
+    """The integers that codes are drawn from: 0 to 2^bits - 1 with a zero point of the same range, or, symmetric,
+    -2^(bits-1) to 2^(bits-1) - 1 without one."""
+
+    bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
+    symmetric: bool
+
+    @property
+    def grid(self) -> Grid:
+        """The same in our own words."""
+        return Grid(self.bits, self.symmetric)
+
+
+class Weights(Integers):
+    """The weights of every converted linear: their integers, the rows and columns that share a scale (-1: all of
+    them), and the dtype of scales and outliers, in which a weight is computed."""
+
+    tile: tuple[Extent, Extent]
+    dtype: Dtype
+
+
+class Exceptional(_Described):
+    """A linear that differs: its own tile, and how many of its weights are stored exactly."""
+
+    tile: tuple[Extent, Extent]
+    outliers: NonNegativeInt
+
+
+class Config(_Described):
+    """The quantization_config of a folder in the bitwright format. Every linear of the model is converted but those
+    that are named. Inputs of linears are quantized per token, queries, keys and values per token and head, as the
+    model runs; null leaves them alone."""
+
+    quant_method: Literal["bitwright"]
+    version: Literal[1]
+    weights: Weights
+    exceptions: dict[str, Exceptional]
+    activations: Integers | None
+    queries: Integers | None
+    keys_values: Integers | None
+    modules_to_not_convert: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, found: Mapping[str, Any]) -> "Config":
+        """The config in a folder. Raises CheckpointError for one that no Bitwright of this version has written."""
+        try:
+            return cls.model_validate_json(json.dumps(dict(found)))
+        except (ValidationError, TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"the quantization_config of this bitwright folder cannot be read: {_first(error)}. It is damaged, or "
+                "a newer Bitwright wrote it: update Bitwright, or quantize the model again"
+            ) from None
+
+    def tile(self, linear: str) -> Tile:
+        """The tile of a linear, by its name in the model."""
+        return Tile(*(self.exceptions[linear].tile if linear in self.exceptions else self.weights.tile))
+
+    def outliers(self, linear: str) -> int:
+        """How many weights of a linear are stored exactly."""
+        return self.exceptions[linear].outliers if linear in self.exceptions else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of scales and outliers, and of the weights that they make."""
+        dtype: torch.dtype = getattr(torch, self.weights.dtype)
+        return dtype
+
+
+def schema() -> dict[str, Any]:
+    """``Config`` as a JSON schema, draft 2020-12."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Config.model_json_schema()
+
+
+def _said(grid: Grid | None) -> Integers | None:
+    return None if grid is None else Integers(bits=grid.bits, symmetric=grid.symmetric)
+
+
+def _first(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    found = "" if first["type"] == "missing" else f", found {first['input']!r:.60}"
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}{found}"
+
+
+def _signed(codes: Int[Tensor, "O I"], grid: Grid) -> Int[Tensor, "O I"]:
+    """The library's codes are signed; a shift of codes and zero points alike changes no ``code - zero``."""
+    if grid.symmetric:
+        return codes
+    return torch.sub(codes.to(torch.int16), 2 ** (grid.bits - 1)).to(torch.int8)
+
+
+def _own(codes: Int[Tensor, "O I"], grid: Grid) -> Int[Tensor, "O I"]:
+    if grid.symmetric:
+        return codes
+    return torch.add(codes.to(torch.int16), 2 ** (grid.bits - 1)).to(torch.uint8)

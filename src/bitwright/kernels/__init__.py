@@ -1,0 +1,1 @@
+"""Packed weights at run time: one reference that is right, the others fast."""

@@ -1,0 +1,130 @@
+"""A linear that computes from its packed weight: what is right, not what is fast.
+
+A slab of output rows is unpacked, dequantized by the one formula of ``core/qtensor.py`` and multiplied, then the next:
+the whole weight never stands in memory. Every shape of tile goes the same way. Unpacking is compressed-tensors' own.
+"""
+
+from collections.abc import Iterator
+from math import ceil, prod
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bitwright.core.fake_quant import fake_quantize_tokens
+from bitwright.core.qtensor import dequantize
+from bitwright.core.scheme import Grid, Tile
+
+WORD_BITS, CODES_PER_RUN = 32, 32
+SLAB_WEIGHTS = 2**20
+"""Weights that are dequantized at a time; unpacking takes some 20 bytes for each."""
+
+
+class PackedLinear(nn.Module):
+    """A linear [O, I] of P x Q tiles and K outliers, its tensors named and packed as on disk (``formats``).
+
+    Weights have the values of ``QTensor.dequantize``, computed in ``dtype``, which is that of the scales and outliers
+    on disk, whatever dtype the model runs in. With ``activations`` its inputs are quantized per token.
+    """
+
+    weight_packed: Int[Tensor, "O words"]
+    weight_scale: Float[Tensor, "P Q"]
+    weight_zero_point: Int[Tensor, "words Q"] | None
+    weight_shape: Int[Tensor, " 2"]
+    outlier_index: Int[Tensor, " K"] | None
+    outlier_value: Float[Tensor, " K"] | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        grid: Grid,
+        tile: Tile,
+        dtype: torch.dtype,
+        *,
+        outliers: int = 0,
+        bias: nn.Parameter | None = None,
+        activations: Grid | None = None,
+    ) -> None:
+        """Room for the tensors, to be loaded. Raises SchemeError where the tile does not divide the weight."""
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.grid, self.tile, self.dtype, self.activations = grid, tile, dtype, activations
+        (rows, columns), (p, q) = shape, tile.counts(shape)
+        zeros = None if grid.symmetric else _words(ceil(p * grid.bits / WORD_BITS), q)
+        self.register_buffer("weight_packed", _words(rows, ceil(columns * grid.bits / WORD_BITS)))
+        self.register_buffer("weight_scale", torch.empty(p, q, dtype=dtype))
+        self.register_buffer("weight_zero_point", zeros)
+        self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64))
+        self.register_buffer("outlier_index", _words(outliers) if outliers else None)
+        self.register_buffer("outlier_value", torch.empty(outliers, dtype=dtype) if outliers else None)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """``x W^T + bias`` in the dtype of ``x``."""
+        if self.activations is not None:
+            x = fake_quantize_tokens(x, self.activations)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for start, stop in self._slabs():
+            bias = None if self.bias is None else self.bias[start:stop]
+            y[..., start:stop] = nn.functional.linear(x, self.rows(start, stop).to(x.dtype), bias)
+        return y
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "R I"]:
+        """Rows [start, stop) of the weight, dequantized in ``dtype``."""
+        size = torch.Size((stop - start, self.in_features))
+        codes = unpack_from_int32(self.weight_packed[start:stop], self.grid.bits, size)
+        t_o, t_i = self.tile.size((self.out_features, self.in_features))
+        first, tiles = start // t_o, torch.arange(start, stop, device=codes.device) // t_o
+        scale, zero = self.weight_scale[tiles].to(self.dtype), self._zero(first, ceil(stop / t_o))
+        weight = dequantize(codes, scale, None if zero is None else zero[tiles - first], Tile(1, t_i))
+        self._place_outliers(weight, start)
+        return weight
+
+    def dequantize(self) -> Float[Tensor, "O I"]:
+        """The whole weight, which the forward pass never makes."""
+        return torch.cat([self.rows(start, stop) for start, stop in self._slabs()])
+
+    def extra_repr(self) -> str:
+        """Shape, grid and tile, for ``print(model)``."""
+        kept = 0 if self.outlier_index is None else self.outlier_index.numel()
+        return f"{self.in_features}, {self.out_features}, {self.grid}, {self.tile}, outliers={kept}"
+
+    def _slabs(self) -> Iterator[tuple[int, int]]:
+        step = max(1, SLAB_WEIGHTS // self.in_features)
+        for start in range(0, self.out_features, step):
+            yield start, min(start + step, self.out_features)
+
+    def _zero(self, first: int, last: int) -> Int[Tensor, "T Q"] | None:
+        """Zero points of tile rows [first, last): the runs of 32 that hold them are unpacked, and cut."""
+        if self.weight_zero_point is None:
+            return None
+        p, bits, run, until = len(self.weight_scale), self.grid.bits, first // CODES_PER_RUN, ceil(last / CODES_PER_RUN)
+        words = self.weight_zero_point[run * bits : until * bits]
+        unpacked = unpack_down(words, bits, min(until * CODES_PER_RUN, p) - run * CODES_PER_RUN)
+        return unpacked[first - run * CODES_PER_RUN : last - run * CODES_PER_RUN]
+
+    def _place_outliers(self, weight: Float[Tensor, "R I"], start: int) -> None:
+        if self.outlier_index is None or self.outlier_value is None:
+            return
+        begin = start * self.in_features
+        ends = torch.tensor([begin, begin + prod(weight.shape)], device=weight.device)
+        low, high = torch.searchsorted(self.outlier_index.long(), ends).tolist()
+        place = self.outlier_index[low:high].long() - begin
+        weight.view(-1)[place] = self.outlier_value[low:high].to(weight.dtype)
+
+
+def unpack_down(words: Int[Tensor, "words Q"], bits: int, rows: int) -> Int[Tensor, "rows Q"]:
+    """Signed codes that were packed along the output dimension.
+
+    The library's own way (``packed_dim=0``) trips over a single word per column at 4 bits, in 0.20: it views a
+    transposed tensor as bytes. A copy has the strides that it needs.
+    """
+    turned = words.t().clone(memory_format=torch.contiguous_format)
+    unpacked: Tensor = unpack_from_int32(turned, bits, torch.Size((words.shape[1], rows)))
+    return unpacked.t()
+
+
+def _words(*shape: int) -> Int[Tensor, "..."]:
+    return torch.empty(shape, dtype=torch.int32)

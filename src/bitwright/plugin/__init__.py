@@ -1,0 +1,1 @@
+"""What makes transformers load the bitwright format once both are imported."""

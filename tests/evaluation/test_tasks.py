@@ -18,6 +18,7 @@ from bitwright.core.errors import OutputError, UserError
 from bitwright.core.progress import Progress
 from bitwright.core.recipe import Recipe
 from bitwright.demo import MODEL_DIR
+from bitwright.evaluation import humaneval
 
 COUNT = 12
 
@@ -150,6 +151,29 @@ def test_code_passes_or_does_not(files: Path) -> None:
     assert (score.metric, score.value, score.documents) == ("pass@1", 0.5, 4)
     assert score.standard_error == pytest.approx((0.25 / 3) ** 0.5)
     assert heard[-1] == Progress("small_code tests", 4, 4, "programs")
+
+
+def test_lm_evals_own_humaneval_on_local_problems(tmp_path: Path) -> None:
+    import lm_eval.tasks
+
+    shape = {
+        "include": str(Path(lm_eval.tasks.__file__).parent / "humaneval" / "humaneval.yaml"),
+        "generation_kwargs": CODE["generation_kwargs"],
+    }
+    file = write_task(tmp_path / "tasks", "my_humaneval", shape, problems())
+    asked: dict[str, Any] = {"tasks": ["my_humaneval"], "task_files": [file], "limit": 3}
+    (score,) = bitwright.evaluate(MODEL_DIR, allow_code_execution=True, **asked).tasks
+    assert (score.metric, score.value, score.documents) == ("pass@1", pytest.approx(1 / 3), 3)
+
+
+@pytest.mark.parametrize(
+    ("builder", "kept"), [("build_predictions", "b```\nmore"), ("build_predictions_instruct", "b")]
+)
+def test_an_instructed_answer_ends_with_its_fence(builder: str, kept: str) -> None:
+    steps = [{"function": "custom", "filter_fn": f"/anywhere/humaneval/utils.{builder}"}]
+    config = {"filter_list": [{"name": "create_test", "filter": steps}]}
+    sample = {"doc": {"prompt": "a = "}, "resps": [["b```\nmore"]], "target": "check(a)"}
+    assert humaneval.programs(config, [sample]) == [f"a = {kept}\ncheck(a)\n"]
 
 
 def test_code_is_not_run_without_permission(files: Path, unloaded: None) -> None:

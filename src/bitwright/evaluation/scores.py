@@ -1,7 +1,9 @@
 """What a task gave: one number of one metric, with what is needed to compare it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,35 @@ class TaskScore:
     reference: float | None = None
     reference_standard_error: float | None = None
     difference: float | None = None
+
+
+def read_scores(
+    name: str, groups: Mapping[str, Any], found: Mapping[str, Any], cut: Mapping[str, int]
+) -> Iterator[TaskScore]:
+    """One score per metric and filter of each task, and of each group that has a mean, from lm-eval's results.
+
+    ``name`` was asked for; ``groups`` are lm-eval's own, by name.
+    """
+    for task, measured in found["results"].items():
+        members = [each.task_name for each in groups[task].get_all_tasks()] if task in groups else [task]
+        for key, value in measured.items():
+            metric, comma, filtered = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
+                continue
+            error = measured.get(f"{metric}_stderr,{filtered}")
+            have_it = [member for member in members if key in found["results"][member]]
+            yield TaskScore(
+                task=task,
+                metric=metric,
+                filter=filtered,
+                value=float(value),
+                standard_error=float(error) if isinstance(error, Real) else None,
+                documents=sum(found["n-samples"][member]["effective"] for member in have_it),
+                shots=int(found["n-shot"].get(task) or 0),
+                version=str(found["versions"].get(task)),
+                cut=sum(cut[member] for member in have_it),
+                group=None if task == name else name,
+            )
 
 
 def side_by_side(scores: Sequence[TaskScore], originals: Sequence[TaskScore]) -> tuple[TaskScore, ...]:

@@ -2,7 +2,6 @@
 
 import logging
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from bitwright.evaluation import humaneval
 from bitwright.evaluation.answering import Answering, new_tokens
 from bitwright.evaluation.answers import Answers
 from bitwright.evaluation.code_execution import Outcome
-from bitwright.evaluation.scores import TaskScore
+from bitwright.evaluation.scores import TaskScore, read_scores
 from bitwright.evaluation.task_names import known_tasks, leaves
 
 SHOTS_SEED = 1234  # lm-eval's default: the same examples before the same question
@@ -85,7 +84,7 @@ def run_tasks(
         answering = Answering(lm, answers, each.name, listener)
         found = _evaluate(each, answering, limit)
         if each.code is None:
-            scores += _scores(each, found, answering.cut)
+            scores += read_scores(each.name, each.groups, found, answering.cut)
         else:
             outcomes = humaneval.run_all(
                 each.name, humaneval.programs(each.code, found["samples"][each.name]), listener
@@ -184,30 +183,6 @@ def _check_room(name: str, task: Any, context: int) -> None:
         )
 
 
-def _scores(each: Prepared, found: Mapping[str, Any], cut: Counter[str]) -> Iterator[TaskScore]:
-    """One score per metric and filter of each task, and of each group that has a mean."""
-    for task, numbers in found["results"].items():
-        group = each.groups.get(task)
-        members = [task] if group is None else [member.task_name for member in group.get_all_tasks()]
-        for key, value in numbers.items():
-            metric, comma, filtered = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = numbers.get(f"{metric}_stderr,{filtered}")
-            yield TaskScore(
-                task=task,
-                metric=metric,
-                filter=filtered,
-                value=float(value),
-                standard_error=float(error) if isinstance(error, int | float) else None,
-                documents=sum(found["n-samples"][member]["effective"] for member in members),
-                shots=int(found["n-shot"].get(task, 0) or 0),
-                version=str(found["versions"].get(task)),
-                cut=sum(cut[member] for member in members),
-                group=None if task == each.name else each.name,
-            )
-
-
 def _code_score(name: str, found: Mapping[str, Any], outcomes: Sequence[Outcome], cut: int) -> TaskScore:
     value, error = humaneval.pass_at_1(outcomes)
     return TaskScore(
@@ -217,7 +192,7 @@ def _code_score(name: str, found: Mapping[str, Any], outcomes: Sequence[Outcome]
         value=value,
         standard_error=error,
         documents=len(outcomes),
-        shots=int(found["n-shot"].get(name, 0) or 0),
+        shots=int(found["n-shot"].get(name) or 0),
         version=str(found["versions"].get(name)),
         cut=cut,
     )

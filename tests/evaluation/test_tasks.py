@@ -219,7 +219,7 @@ def test_answers_can_be_kept_and_belong_to_one_model(quantized: Path, files: Pat
     assert heard[-1] == Progress("small_choice", 3 * COUNT, 3 * COUNT, "answers"), "another model answers for itself"
 
 
-def test_a_file_that_holds_something_else_is_left_alone(files: Path, tmp_path: Path) -> None:
+def test_a_file_that_holds_something_else_is_left_alone(files: Path, tmp_path: Path, unloaded: None) -> None:
     (tmp_path / "mine").write_text("dear diary")
     with pytest.raises(OutputError, match="mine is no file of answers"):
         bitwright.evaluate(MODEL_DIR, tasks=["small_choice"], task_files=[files], answers=tmp_path / "mine")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -92,17 +93,10 @@ def evaluate(
     pair = _Pair.open(Path(folder), None if reference is None else Path(reference), device, dtype)
     cut = None if text is None else _windows(pair.folder, text, seqlen, windows)
     prepared = prepare_tasks(asked, pair.folder) if tasks else ()
-    model = pair.load(pair.folder)
-    measured = None if cut is None else _measure(pair, model, cut, listener)
-    scores: tuple[TaskScore, ...] = ()
-    notes: tuple[str, ...] = ()
     with answers_file(asked, pair.folders) as file:
-        if prepared:
-            scores, notes = score(asked, prepared, pair.folder, model, file, listener)
-        del model  # the original's turn: both need not fit in memory together
-        if prepared and pair.reference is not None:
-            originals, _ = score(asked, prepared, pair.reference, pair.load(pair.reference), file, listener)
-            scores = side_by_side(scores, originals)
+        models = [pair.load(pair.folder)]
+        measured = None if cut is None else _measure(pair, models[0], cut, listener)
+        scores, notes = ((), ()) if file is None else _score(pair, models, asked, prepared, file, listener)
     return Evaluation(
         folder=str(folder),
         text=text,
@@ -159,6 +153,24 @@ def _windows(folder: Path, text: str, seqlen: int | None, windows: int | None) -
 def _measure(pair: _Pair, model: PreTrainedModel, cut: Int[Tensor, "W T"], listener: Listener) -> Measurement:
     original = None if pair.reference is None else pair.load(pair.reference)
     return measure(model, cut, original, listener=listener)
+
+
+def _score(
+    pair: _Pair,
+    models: list[PreTrainedModel],
+    asked: TaskOptions,
+    prepared: Sequence[Any],
+    file: Path,
+    listener: Listener,
+) -> tuple[tuple[TaskScore, ...], tuple[str, ...]]:
+    """The model's scores, and beside them the original's. The model is taken out of the list, so that the original is
+    loaded when it has left memory.
+    """
+    scores, notes = score(asked, prepared, pair.folder, models.pop(), file, listener)
+    if pair.reference is None:
+        return scores, notes
+    originals, _ = score(asked, prepared, pair.reference, pair.load(pair.reference), file, listener)
+    return side_by_side(scores, originals), notes
 
 
 def _name(dtype: torch.dtype) -> str:

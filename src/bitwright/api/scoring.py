@@ -18,6 +18,7 @@ from bitwright.api.source import model_config, open_checkpoint, require_tokenize
 from bitwright.checkpoint import fingerprint
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener
+from bitwright.evaluation.answers import Answers
 from bitwright.evaluation.scores import TaskScore
 
 if TYPE_CHECKING:
@@ -86,7 +87,6 @@ def score(
     listener: Listener,
 ) -> tuple[tuple[TaskScore, ...], tuple[str, ...]]:
     """Scores of the model that was loaded from a folder, and notes; answers are kept in a file as they come."""
-    from bitwright.evaluation.answers import Answers
     from bitwright.evaluation.tasks import run_tasks
 
     with Answers(file, _answerer(folder, model)) as answers:
@@ -103,16 +103,26 @@ def score(
 
 
 @contextmanager
-def answers_file(options: TaskOptions, folders: Sequence[Path]) -> Iterator[Path]:
-    """The file that was named, or one in the user's cache: the same command finds it again, and it goes when done."""
-    if options.answers is not None:
-        yield options.answers
+def answers_file(options: TaskOptions, folders: Sequence[Path]) -> Iterator[Path | None]:
+    """The file that was named, or one in the user's cache: the same command finds it again, and it goes when done.
+
+    None where no tasks are asked for. Raises OutputError for a place where answers cannot be kept.
+    """
+    if not options.names:
+        yield None
         return
-    asked = [str(folder.resolve()) for folder in folders], options.names, options.limit, options.shots
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = home / "bitwright" / "answers" / f"{sha256(json.dumps(asked).encode()).hexdigest()[:16]}.jsonl"
+    path = options.answers or _in_cache(options, folders)
+    with Answers(path, {}):
+        pass
     yield path
-    path.unlink(missing_ok=True)
+    if options.answers is None:
+        path.unlink(missing_ok=True)
+
+
+def _in_cache(options: TaskOptions, folders: Sequence[Path]) -> Path:
+    asked = [str(folder.resolve()) for folder in folders], options.names, options.limit, options.shots
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return home / "bitwright" / "answers" / f"{sha256(json.dumps(asked).encode()).hexdigest()[:16]}.jsonl"
 
 
 def _context(folder: Path) -> int:

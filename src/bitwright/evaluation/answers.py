@@ -32,7 +32,9 @@ class Answers:
             lines = _whole_lines(path)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"{path}: answers cannot be kept there: {error}; name another file") from None
+            raise OutputError(
+                f"{path}: answers cannot be kept there: {error}; name another file with --answers"
+            ) from None
         if not lines:
             self._write(FIRST)
         self._known = {line["key"]: line["answer"] for line in lines[1:] if "key" in line and "answer" in line}

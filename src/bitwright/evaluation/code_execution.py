@@ -20,8 +20,8 @@ PYTHON = (sys.executable, "-s", "-P", "-B")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended, in the words of ``sandbox``; ``isolated`` where the kernel gave it no network, and no sight
-    of other processes.
+    """How a program ended, in the words of ``sandbox``; ``isolated`` where the kernel gave it no network, and no
+    way to signal other processes.
     """
 
     outcome: str
@@ -36,7 +36,7 @@ class Outcome:
 def run_program(program: str, seconds: float = SECONDS, isolate: bool = True) -> Outcome:
     """Runs a program in an empty folder, which is gone afterwards, for at most so many seconds.
 
-    ``isolate``: without network and sight of other processes, where the kernel allows it.
+    ``isolate``: without network, and unable to signal other processes, where the kernel allows it.
     """
     asked = {"program": program, "seconds": seconds, "isolate": isolate}
     asked |= {"memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES}

@@ -91,7 +91,9 @@ def run_tasks(
             )
             scores.append(_code_score(each.name, found, outcomes, answering.cut[each.name]))
             if not all(outcome.isolated for outcome in outcomes):
-                notes.append(f"{each.name}: programs could not be kept from the network; this kernel does not isolate")
+                notes.append(
+                    f"{each.name}: programs could reach the network and other processes; this kernel does not isolate"
+                )
     return tuple(scores), tuple(notes)
 
 

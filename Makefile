@@ -50,5 +50,5 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@rm -f $(READY)
 	@$(PIP) install -c $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
 	@$(PIP) install -c $(CONSTRAINTS) setuptools
-	@$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[data,dev,docs]'
+	@$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[data,dev,docs,tasks]'
 	@touch $(READY)

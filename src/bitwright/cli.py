@@ -188,13 +188,31 @@ def quantize(
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized.")],
-    text: Annotated[str, typer.Option(help="Text to measure on: a file, a folder, or builtin.")] = "builtin",
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text to measure on: a file, a folder, or builtin. [default: builtin, none with --tasks]"),
+    ] = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens per window. [default: 2048, or the model's maximum if shorter]")
     ] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows. [default: the whole text]")] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="The original model: adds KL divergence and top-1 agreement.")
+        Path | None, typer.Option(help="The original model: adds KL divergence, top-1 agreement, and its own scores.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas: mmlu,piqa,gsm8k.")] = None,
+    task_files: Annotated[
+        list[Path] | None, typer.Option(help="A task file of lm-eval (YAML), or a folder of them; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task. [default: all]")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Solved examples before each question. [default: the task's own number]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts at once; more is faster on a GPU.")] = 1,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the code that the model writes (humaneval).")
+    ] = False,
+    answers: Annotated[
+        Path | None, typer.Option(help="Keep the model's answers in this file. [default: until the run is done]")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Arithmetic: float32, bfloat16, float16; auto is float32 on a CPU.")
@@ -202,7 +220,10 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity, and divergence from the original, of a written folder as transformers loads it."""
+    """Measure a written folder as transformers loads it: perplexity, divergence from the original, accuracy on tasks.
+
+    Interrupted while tasks run, the same command goes on.
+    """
     from bitwright import api
 
     with ProgressReport(err) as listener:
@@ -212,6 +233,13 @@ def evaluate(
             seqlen=seqlen,
             windows=windows,
             reference=reference,
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks else (),
+            task_files=task_files or (),
+            limit=limit,
+            shots=shots,
+            batch_size=batch_size,
+            allow_code_execution=allow_code_execution,
+            answers=answers,
             device=device,
             dtype=dtype,
             listener=listener,
@@ -271,7 +299,7 @@ def main() -> NoReturn:
     try:
         app()
     except Interrupted:
-        _fail("interrupted; a quantize command that is repeated continues where it stopped", INTERRUPTED)
+        _fail("interrupted; quantize and evaluate --tasks, when repeated, continue where they stopped", INTERRUPTED)
     except Exception as error:
         message = _mendable(error)
         if message is not None:

@@ -65,6 +65,7 @@ def _row(method: str, scheme: str, folder: Path, seconds: float | None, listener
     reference = None if folder == MODEL_DIR else MODEL_DIR
     numbers = evaluate(folder, "builtin", seqlen=SEQLEN, windows=WINDOWS, reference=reference, listener=listener)
     measured = numbers.measurement
+    assert measured is not None, "a text was asked for"
     return DemoRow(
         method=method,
         scheme=scheme,

@@ -1,12 +1,19 @@
 """evaluate(): the numbers of a written folder, as its users load it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from bitwright.api.loading import left_out, load
+from bitwright.api.scoring import TaskOptions, answers_file, prepare_tasks, score
 from bitwright.api.source import (
+    BUILTIN,
     check_vocabulary,
     model_config,
     open_checkpoint,
@@ -19,65 +26,151 @@ from bitwright.api.source import (
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, silent
 from bitwright.evaluation.measure import Measurement, measure
+from bitwright.evaluation.scores import TaskScore, side_by_side
 from bitwright.evaluation.windows import consecutive
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measurement, and what it was made of: the folder, the text, the dtype of the arithmetic, bytes on disk.
+    """What was measured, and what it was made of: the folder, the text, the dtype of the arithmetic, bytes on disk.
 
     ``loader`` is "transformers", or "bitwright" where queries are quantized that the folder's config leaves out.
+    ``text`` and ``measurement`` are None where only tasks were asked for, ``tasks`` empty where only a text was.
     """
 
     folder: str
-    text: str
+    text: str | None
     reference: str | None
     loader: str
     dtype: str
     device: str
     weight_bytes: int
-    measurement: Measurement
+    measurement: Measurement | None
+    tasks: tuple[TaskScore, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
     folder: Path | str,
-    text: str = "builtin",
+    text: str | None = None,
     *,
     seqlen: int | None = None,
     windows: int | None = None,
     reference: Path | str | None = None,
+    tasks: Sequence[str] = (),
+    task_files: Sequence[Path | str] = (),
+    limit: int | None = None,
+    shots: int | None = None,
+    batch_size: int = 1,
+    allow_code_execution: bool = False,
+    answers: Path | str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     listener: Listener = silent,
 ) -> Evaluation:
-    """Perplexity of a folder, original or quantized, by the papers' protocol; with a reference also its divergence.
+    """Perplexity of a folder, original or quantized, by the papers' protocol, and accuracy on tasks of lm-eval.
 
-    Raises UserError. ``seqlen`` None is 2048 tokens or the model's own maximum; ``windows`` None is the whole text.
+    ``text`` None is the embedded one, or none where tasks are asked for. ``seqlen`` None is 2048 tokens or the model's
+    own maximum; ``windows`` None is the whole text. With a reference also the divergence from it, and its accuracy.
+
+    ``task_files`` are lm-eval's YAML files, or folders of them, whose tasks become known; ``limit`` documents are taken
+    of each task, with ``shots`` examples (None: the task's own number). Answers are kept while they come, so that a run
+    which was killed goes on: in the file ``answers``, or in the user's cache until the run is done. Raises UserError.
     """
-    folder = Path(folder)
-    checkpoint = open_checkpoint(folder)
-    config = model_config(folder)
-    length = sequence_length(seqlen, config)
-    where = pick_device(device)
-    arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)
-    if reference is not None:
-        _check_reference(Path(reference), config.vocab_size)
-    tokens = tokenize(folder, text_of(text, "evaluation"))
-    check_vocabulary(tokens, config, folder)
-    cut = consecutive(tokens, length, windows, text)
-    model = load(folder, device=str(where), dtype=dtype)
-    original = None if reference is None else load(reference, device=str(where), dtype=_name(arithmetic))
-    measured = measure(model, cut, original, listener=listener)
+    asked = TaskOptions(
+        names=tuple(tasks),
+        files=tuple(map(Path, task_files)),
+        limit=limit,
+        shots=shots,
+        batch_size=batch_size,
+        allow_code_execution=allow_code_execution,
+        answers=None if answers is None else Path(answers),
+    )
+    if text is None and not tasks:
+        text = BUILTIN
+    if text is None and (seqlen, windows) != (None, None):
+        raise UserError("--seqlen and --windows are about a text, and only tasks were asked for; add --text FILE")
+    pair = _Pair.open(Path(folder), None if reference is None else Path(reference), device, dtype)
+    cut = None if text is None else _windows(pair.folder, text, seqlen, windows)
+    prepared = prepare_tasks(asked, pair.folder) if tasks else ()
+    with answers_file(asked, pair.folders) as file:
+        models = [pair.load(pair.folder)]
+        measured = None if cut is None else _measure(pair, models[0], cut, listener)
+        scores, notes = ((), ()) if file is None else _score(pair, models, asked, prepared, file, listener)
     return Evaluation(
         folder=str(folder),
         text=text,
         reference=None if reference is None else str(reference),
-        loader="transformers" if left_out(folder) is None else "bitwright",
-        dtype=_name(arithmetic),
-        device=str(where),
-        weight_bytes=checkpoint.total_bytes,
+        loader="transformers" if left_out(pair.folder) is None else "bitwright",
+        dtype=_name(pair.arithmetic),
+        device=str(pair.where),
+        weight_bytes=open_checkpoint(pair.folder).total_bytes,
         measurement=measured,
+        tasks=scores,
+        notes=notes,
     )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A folder and the original beside it, which are loaded alike."""
+
+    folder: Path
+    reference: Path | None
+    where: torch.device
+    arithmetic: torch.dtype
+
+    @classmethod
+    def open(cls, folder: Path, reference: Path | None, device: str, dtype: str) -> "_Pair":
+        """Refuses what cannot be loaded, before the text is read."""
+        checkpoint = open_checkpoint(folder)
+        config = model_config(folder)
+        where = pick_device(device)
+        arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)
+        if reference is not None:
+            _check_reference(reference, config.vocab_size)
+        return cls(folder, reference, where, arithmetic)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Both, or the one there is."""
+        return [self.folder] if self.reference is None else [self.folder, self.reference]
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        """One of the two, ready to run."""
+        return load(folder, device=str(self.where), dtype=_name(self.arithmetic))
+
+
+def _windows(folder: Path, text: str, seqlen: int | None, windows: int | None) -> Int[Tensor, "W T"]:
+    """The text as the model reads it."""
+    config = model_config(folder)
+    length = sequence_length(seqlen, config)
+    tokens = tokenize(folder, text_of(text, "evaluation"))
+    check_vocabulary(tokens, config, folder)
+    return consecutive(tokens, length, windows, text)
+
+
+def _measure(pair: _Pair, model: PreTrainedModel, cut: Int[Tensor, "W T"], listener: Listener) -> Measurement:
+    original = None if pair.reference is None else pair.load(pair.reference)
+    return measure(model, cut, original, listener=listener)
+
+
+def _score(
+    pair: _Pair,
+    models: list[PreTrainedModel],
+    asked: TaskOptions,
+    prepared: Sequence[Any],
+    file: Path,
+    listener: Listener,
+) -> tuple[tuple[TaskScore, ...], tuple[str, ...]]:
+    """The model's scores, and beside them the original's. The model is taken out of the list, so that the original is
+    loaded when it has left memory.
+    """
+    scores, notes = score(asked, prepared, pair.folder, models.pop(), file, listener)
+    if pair.reference is None:
+        return scores, notes
+    originals, _ = score(asked, prepared, pair.reference, pair.load(pair.reference), file, listener)
+    return side_by_side(scores, originals), notes
 
 
 def _name(dtype: torch.dtype) -> str:

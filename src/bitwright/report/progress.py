@@ -73,7 +73,7 @@ class ProgressReport:
         self._console.print(f"{progress.stage} {share}{detail}, {times}{memory}", highlight=False)
 
 
-_COUNTED = ("bytes", "windows")
+_COUNTED = ("bytes", "windows", "answers", "programs")
 
 
 def _percent(progress: Progress) -> str:

@@ -52,23 +52,66 @@ def result(console: Console, found: Any) -> None:
 
 def evaluation(console: Console, found: Any) -> None:
     """``evaluate``."""
-    m = found.measurement
-    over = f"({m.windows} windows of {m.seqlen} tokens)"
-    with_reference = m.kl_divergence is not None
     pairs(
         console,
         found.folder,
         [
-            ("text", found.text),
-            ("perplexity", f"{m.perplexity:.4f} {over}"),
-            ("of the original", f"{m.reference_perplexity:.4f} {over}" if with_reference else None),
-            ("KL divergence", f"{m.kl_divergence:.5f} nats per token {over}" if with_reference else None),
-            ("top-1 agreement", f"{m.top1_agreement:.2%} {over}" if with_reference else None),
+            *(() if found.measurement is None else _on_text(found)),
             ("weights on disk", size(found.weight_bytes)),
             ("arithmetic", f"{found.dtype} on {found.device}"),
             ("loaded by", None if found.loader == "transformers" else _BY_BITWRIGHT),
+            *(("note", note) for note in found.notes),
         ],
     )
+    if found.tasks:
+        _tasks(console, found)
+
+
+def _on_text(found: Any) -> list[tuple[str, object]]:
+    """Perplexity, and divergence where there is a reference."""
+    m = found.measurement
+    over = f"({m.windows} windows of {m.seqlen} tokens)"
+    with_reference = m.kl_divergence is not None
+    return [
+        ("text", found.text),
+        ("perplexity", f"{m.perplexity:.4f} {over}"),
+        ("of the original", f"{m.reference_perplexity:.4f} {over}" if with_reference else None),
+        ("KL divergence", f"{m.kl_divergence:.5f} nats per token {over}" if with_reference else None),
+        ("top-1 agreement", f"{m.top1_agreement:.2%} {over}" if with_reference else None),
+    ]
+
+
+def _tasks(console: Console, found: Any) -> None:
+    """A row per score; the parts of a group that has a mean of its own are left to ``--json``."""
+    means = {row.task for row in found.tasks if row.group is None}
+    rows = [row for row in found.tasks if row.group not in means]
+    beside = ("original", "difference") if found.reference is not None else ()
+    grid(
+        console,
+        "Tasks",
+        ("task", "metric", "value", *beside, "documents", "shots"),
+        [_task(row, bool(beside)) for row in rows],
+    )
+    if len(rows) < len(found.tasks):
+        console.print(f"{len(found.tasks) - len(rows)} scores of parts of these: --json", highlight=False)
+    for row in (row for row in rows if row.cut):
+        console.print(
+            f"{row.task}: {row.cut} prompts were longer than the model's context and lost their beginning",
+            highlight=False,
+        )
+
+
+def _task(row: Any, beside: bool) -> tuple[str, ...]:
+    """One line: the value with its standard error, and the original's."""
+    metric = row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
+    values = [_with_error(row.value, row.standard_error)]
+    if beside:
+        values += [_with_error(row.reference, row.reference_standard_error), f"{row.difference:+.4f}"]
+    return (row.task, metric, *values, str(row.documents), str(row.shots))
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def inspection(console: Console, found: Any, linears: bool) -> None:

@@ -29,9 +29,8 @@ def duration(seconds: float) -> str:
 
 def pairs(console: Console, title: str, rows: Iterable[tuple[str, object]]) -> None:
     """Prints a table of names and values; a value of None is left out."""
-    table = Table(
-        title=Text(title, style="table.title"), title_justify="left", show_header=False, box=None, pad_edge=False
-    )
+    console.print(Text(title, style="table.title"))  # by itself: a table's own title is broken at the table's width
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:

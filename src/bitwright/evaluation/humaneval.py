@@ -1,0 +1,82 @@
+"""HumanEval and tasks of its shape: generated code is run, but by ours and not by lm-eval's metric.
+
+Evaluating Large Language Models Trained on Code, arXiv 2107.03374. lm-eval's metric is fetched from the network and
+runs programs in copies of its own process; here lm-eval only generates. A document has ``prompt``; the program is that,
+answer, and what ``doc_to_target`` makes of the document: the tests and the call of them. pass@1 is the share of
+documents whose program comes to its end, one greedy answer each.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitwright.core.errors import UserError
+from bitwright.core.progress import Listener, Progress
+from bitwright.evaluation.code_execution import Outcome, run_program
+
+METRIC = "pass@1"
+FENCE = "```"
+
+
+def is_code(config: Mapping[str, Any]) -> bool:
+    """Whether a task runs what the model writes."""
+    return bool(config.get("unsafe_code", False))
+
+
+def require_known_shape(name: str, config: Mapping[str, Any]) -> None:
+    """Raises UserError for a task that runs code in another way than HumanEval."""
+    generates = config.get("output_type") == "generate_until" and isinstance(config.get("doc_to_target"), str)
+    ours = all(Path(function).parent.name == "humaneval" for function in _functions(config))
+    if not generates or not ours or config.get("repeats", 1) != 1:
+        raise UserError(
+            f"task {name} runs generated code in a way of its own, which Bitwright's sandbox cannot; it runs "
+            "humaneval, humaneval_plus, humaneval_instruct, and local tasks of their shape"
+        )
+
+
+def without_its_metric(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The task's configuration as lm-eval may load it: answers are generated and passed through."""
+    kept = {key: value for key, value in config.items() if key not in ("metric_list", "filter_list", "tag")}
+    return kept | {"metric_list": [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}]}
+
+
+def programs(config: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One program per document, from lm-eval's logged samples."""
+    cuts = any(function.endswith(".build_predictions_instruct") for function in _functions(config))
+    return [_program(sample, cuts) for sample in samples]
+
+
+def run_all(name: str, written: Sequence[str], listener: Listener) -> list[Outcome]:
+    """Runs the programs one after the other."""
+    outcomes = []
+    for done, program in enumerate(written):
+        listener(Progress(f"{name} tests", done, len(written), "programs"))
+        outcomes.append(run_program(program))
+    listener(Progress(f"{name} tests", len(written), len(written), "programs"))
+    return outcomes
+
+
+def pass_at_1(outcomes: Sequence[Outcome]) -> tuple[float, float | None]:
+    """The share that passed, and its standard error (of the sample, as lm-eval's of a mean; None for one document).
+
+    >>> pass_at_1([Outcome("passed", True)] * 3 + [Outcome("failed", True)])
+    (0.75, 0.25)
+    """
+    count = len(outcomes)
+    share = sum(each.passed for each in outcomes) / count
+    return share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
+
+
+def _program(sample: Mapping[str, Any], cuts: bool) -> str:
+    document, answer = sample["doc"], str(sample["resps"][0][0])
+    if cuts and FENCE in answer:
+        answer = answer[: answer.index(FENCE)]
+    return f"{document['prompt']}{answer}\n{sample['target']}\n"
+
+
+def _functions(config: Mapping[str, Any]) -> list[str]:
+    """The functions that the task names for its metric and its filters: path of the file, dot, name."""
+    steps = [step for each in config.get("filter_list") or () for step in each.get("filter", ())]
+    named = [step.get("filter_fn", "") for step in steps] + [each["metric"] for each in config.get("metric_list") or ()]
+    return [str(function) for function in named if "/" in str(function)]

@@ -1,0 +1,80 @@
+"""What a task gave: one number of one metric, with what is needed to compare it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task or group, as lm-eval defines both.
+
+    ``standard_error`` is None where lm-eval has none for the metric. ``documents`` were measured, with ``shots`` solved
+    examples before each. ``version`` is lm-eval's of the task: scores of different versions do not compare.
+    ``cut`` counts the prompts that did not fit in the model's context and lost their beginning. ``group`` is the group
+    that was asked for, where the task is a part of one. With a reference, ``difference`` is value minus reference.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    standard_error: float | None
+    documents: int
+    shots: int
+    version: str
+    cut: int = 0
+    group: str | None = None
+    reference: float | None = None
+    reference_standard_error: float | None = None
+    difference: float | None = None
+
+
+def read_scores(
+    name: str, groups: Mapping[str, Any], found: Mapping[str, Any], cut: Mapping[str, int]
+) -> Iterator[TaskScore]:
+    """One score per metric and filter of each task, and of each group that has a mean, from lm-eval's results.
+
+    ``name`` was asked for; ``groups`` are lm-eval's own, by name.
+    """
+    for task, measured in found["results"].items():
+        members = [each.task_name for each in groups[task].get_all_tasks()] if task in groups else [task]
+        for key, value in measured.items():
+            metric, comma, filtered = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
+                continue
+            error = measured.get(f"{metric}_stderr,{filtered}")
+            have_it = [member for member in members if key in found["results"][member]]
+            yield TaskScore(
+                task=task,
+                metric=metric,
+                filter=filtered,
+                value=float(value),
+                standard_error=float(error) if isinstance(error, Real) else None,
+                documents=sum(found["n-samples"][member]["effective"] for member in have_it),
+                shots=int(found["n-shot"].get(task) or 0),
+                version=str(found["versions"].get(task)),
+                cut=sum(cut[member] for member in have_it),
+                group=None if task == name else name,
+            )
+
+
+def side_by_side(scores: Sequence[TaskScore], originals: Sequence[TaskScore]) -> tuple[TaskScore, ...]:
+    """The scores of a model with the original's beside them; both ran the same tasks.
+
+    >>> ours = TaskScore("piqa", "acc", "none", 0.75, None, 4, 0, "1")
+    >>> side_by_side([ours], [replace(ours, value=0.5)])[0].difference
+    0.25
+    """
+    known = {(each.task, each.metric, each.filter): each for each in originals}
+    return tuple(_beside(score, known[score.task, score.metric, score.filter]) for score in scores)
+
+
+def _beside(score: TaskScore, original: TaskScore) -> TaskScore:
+    return replace(
+        score,
+        reference=original.value,
+        reference_standard_error=original.standard_error,
+        difference=score.value - original.value,
+    )

@@ -1,0 +1,81 @@
+"""Which tasks lm-eval knows, and what stands behind a name: all from YAML, before any data or model is touched."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from bitwright.core.errors import UserError
+
+Config = Mapping[str, Any]
+
+
+def known_tasks(names: Sequence[str], files: Sequence[Path]) -> TaskManager:
+    """lm-eval's task manager, with the tasks of local YAML files or folders on top.
+
+    lm-eval reads all of its own task files, which takes many seconds; where the local ones are enough, it need not.
+    Raises UserError for a file that is no task, and for a name that is not known.
+    """
+    folders = [str(_folder_of(path)) for path in files]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if all(_is_whole(manager, name) for name in names):
+        return manager
+    for name, entry in _defaults().task_index.items():
+        manager.task_index.setdefault(name, entry)
+    for name in names:
+        if name not in manager.task_index:
+            raise UserError(_unknown(name, list(manager.task_index)))
+    return manager
+
+
+def leaves(manager: TaskManager, name: str) -> Iterator[tuple[str, Config]]:
+    """(name, configuration with functions unresolved) of each task behind the name of a task, a group or a tag."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return
+    members = list(entry.tags) if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
+    if entry.kind.name in ("TAG", "GROUP"):
+        for member in members or ():
+            inside = member if isinstance(member, str) else member.get("task") or member.get("group")
+            yield from leaves(manager, str(inside))
+    else:
+        yield name, entry.cfg or {}
+
+
+@cache
+def _defaults() -> TaskManager:
+    return TaskManager()
+
+
+def _is_whole(manager: TaskManager, name: str) -> bool:
+    """Whether a name, and where it is a group every member of it, is known."""
+    entry = manager.task_index.get(name)
+    if entry is None or entry.kind.name != "GROUP":
+        return entry is not None
+    members = (entry.cfg or {}).get("task") or ()
+    return all(isinstance(member, str) and _is_whole(manager, member) for member in members)
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder of task files that a path means. Raises UserError where one of them cannot be read as a task."""
+    files = sorted(path.glob("**/*.yaml")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise UserError(f"{path}: no task file of lm-eval; --task-files takes a .yaml file or a folder of them")
+    for file in files:
+        try:
+            found = load_yaml(file, resolve_func=False)
+        except Exception as error:  # YAML, an include that is missing or goes in circles, what is no mapping
+            raise UserError(f"{file} cannot be read as a task of lm-eval: {error}") from None
+        if not {"task", "group"} & set(found):
+            raise UserError(f"{file} is no task of lm-eval: it has neither the key 'task' nor 'group'")
+    return path if path.is_dir() else path.parent
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f"did you mean {', or '.join(close)}? " if close else ""
+    return f"lm-eval knows no task '{name}'; {hint}All {len(known)} names: lm-eval ls tasks"

@@ -16,7 +16,7 @@ from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.method import Closed, Context
 from bitwright.steps.apply import weights_of
-from bitwright.steps.rounding import Ranges, compensated, making_good
+from bitwright.steps.rounding import Ranges, compensated, curvature, making_good
 
 
 def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
@@ -26,16 +26,15 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
     settings, fallbacks, weights = context.settings, list[str](), weights_of(block, decisions)
     for group in block.topology.groups:
         found = context.moments(group.linears[0], decisions)
+        curved = curvature(found.inputs, damping=settings.damping, act_order=settings.act_order)
         decided = {}
         for name in group.linears:
-            so_far, weight = decisions.linear(name), making_good(weights[name], found)
+            so_far, tile = decisions.linear(name), decisions.tile(name, context.scheme)
             known = None if so_far.low is None or so_far.high is None else (so_far.low, so_far.high)
-            tile = decisions.tile(name, context.scheme)
             ranges = Ranges(weights[name], known, context.scheme.weight, tile, context.scale_dtype, settings.refine)
-            rounded = compensated(weight, ranges, found.inputs, damping=settings.damping, act_order=settings.act_order)
-            low, high = rounded.range
-            decided[name] = replace(so_far, low=low, high=high, codes=rounded.codes)
-            fallbacks += [f"{name}: {rounded.fallback}"] if rounded.fallback else []
+            codes = compensated(making_good(weights[name], found, curved), ranges, curved)
+            decided[name] = replace(so_far, low=ranges.low, high=ranges.high, codes=codes)
+            fallbacks += [f"{name}: {curved.fallback}"] if curved.fallback else []
         decisions = decisions.with_linears(decided)
     return replace(decisions, fallbacks=(*decisions.fallbacks, *fallbacks))
 

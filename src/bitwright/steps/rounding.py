@@ -24,15 +24,6 @@ Steps = tuple[Float[Tensor, "O Q"], Int[Tensor, "O Q"] | None]
 """Scales and zero points, one for each row of each tile."""
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """Codes of a weight, the ranges they are on, and the fallback that was taken, in words."""
-
-    codes: Int[Tensor, "O I"]
-    range: Range
-    fallback: str | None
-
-
 class Ranges:
     """The range of each tile while columns are rounded in turn.
 
@@ -75,24 +66,54 @@ class Ranges:
         return rows, None if zero is None else zero.repeat_interleave(self.rows, 0)
 
 
-@torch.no_grad()
-def compensated(
-    weight: Float[Tensor, "O I"],
-    ranges: Ranges,
-    hessian: Float[Tensor, "I I"],
-    *,
-    damping: float = DAMPING,
-    act_order: bool = True,
-) -> Rounded:
-    """A weight rounded, its error moved on column by column.
+@dataclass(frozen=True)
+class Curvature:
+    """What rounding needs of H, found once for all linears that share it.
 
-    Columns go by falling diagonal of H (``act_order``), else as they stand. Their updates reach the columns outside of
-    a batch of 128 only at its end (lazy batches), which changes nothing.
+    ``order`` is the columns' turn; ``factor`` is U in that order, upper triangular, with (H + damping)^-1 = U^T U;
+    ``inverse`` is (H + damping)^-1 in the order of the weight, None where H was of no use. ``fallback`` says what else
+    was done.
     """
-    columns = weight.shape[1]
-    order = torch.argsort(hessian.diagonal(), descending=True) if act_order else torch.arange(columns)
-    factor, fallback = factor_of_inverse(hessian[order][:, order], damping)
-    w, at = weight.float()[:, order].clone(), order.tolist()
+
+    order: Int[Tensor, " I"]
+    factor: Float[Tensor, "I I"]
+    inverse: Float[Tensor, "I I"] | None
+    fallback: str | None
+
+
+@torch.no_grad()
+def curvature(hessian: Float[Tensor, "I I"], *, damping: float = DAMPING, act_order: bool = True) -> Curvature:
+    """H damped and inverted, in float64; columns go by its falling diagonal (``act_order``), else as they stand.
+
+    An input that was always zero has no say. A matrix that is not positive definite is damped ten times harder, three
+    times at most; then only its diagonal is used, which is rounding to nearest. Either is said.
+    """
+    h = hessian.double()
+    diagonal = h.diagonal()
+    diagonal[diagonal <= 0] = 1.0
+    order = torch.argsort(hessian.diagonal(), descending=True) if act_order else torch.arange(len(h), device=h.device)
+    mean, share = diagonal.mean(), damping
+    for attempt in range(TRIES):
+        lower, failed = torch.linalg.cholesky_ex(h + share * mean * torch.eye(len(h), dtype=h.dtype, device=h.device))
+        if not failed and lower.isfinite().all():
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
+            if not failed and upper.isfinite().all():
+                said = f"Hessian not positive definite: damping {share:g} instead of {damping:g}" if attempt else None
+                return Curvature(order, upper.float(), inverse.float(), said)
+        share *= HARDER
+    alone = torch.diag(diagonal[order].rsqrt().nan_to_num(nan=1.0)).float()
+    return Curvature(order, alone, None, "Hessian unusable: rounded to nearest instead")
+
+
+@torch.no_grad()
+def compensated(weight: Float[Tensor, "O I"], ranges: Ranges, found: Curvature) -> Int[Tensor, "O I"]:
+    """Codes of a weight rounded, its error moved on column by column; the ranges they are on are then ``ranges``'s.
+
+    Updates reach the columns outside of a batch of 128 only at its end (lazy batches), which changes nothing.
+    """
+    columns, factor, at = weight.shape[1], found.factor, found.order.tolist()
+    w = weight.float()[:, found.order].clone()
     codes = torch.empty_like(w, dtype=torch.int8 if ranges.grid.symmetric else torch.uint8)
     for start in range(0, columns, LAZY):
         end = min(start + LAZY, columns)
@@ -105,39 +126,17 @@ def compensated(
             errors[:, j - start] = ((column - levels * h) / factor[j, j])[:, 0]
             w[:, j:end] -= errors[:, j - start, None] * factor[j, j:end]
         w[:, end:] -= errors @ factor[start:end, end:]
-    return Rounded(codes[:, torch.argsort(order)], (ranges.low, ranges.high), fallback)
+    return codes[:, torch.argsort(found.order)]
 
 
 @torch.no_grad()
-def making_good(weight: Float[Tensor, "O I"], moments: Moments) -> Float[Tensor, "O I"]:
+def making_good(weight: Float[Tensor, "O I"], moments: Moments, found: Curvature) -> Float[Tensor, "O I"]:
     """The weight whose product with what the quantized linear reads, X', is nearest to W X: W + W C H^-1.
 
     Rounding it instead of W makes good what the quantized linears before have changed in X'. Where H has no usable
     inverse, W itself.
     """
-    if not moments.drift.any():
+    if found.inverse is None or not moments.drift.any():
         return weight
-    upper, fallback = factor_of_inverse(moments.inputs)
-    moved = weight + (weight @ moments.drift) @ (upper.T @ upper)
-    return weight if fallback is not None or not moved.isfinite().all() else moved
-
-
-def factor_of_inverse(hessian: Float[Tensor, "I I"], share: float = DAMPING) -> tuple[Float[Tensor, "I I"], str | None]:
-    """U with (H + damping)^-1 = U^T U, upper triangular.
-
-    An input that was always zero has no say. A matrix that is not positive definite is damped ten times harder, four
-    times at most; then only its diagonal is used, which is rounding to nearest. Either is said.
-    """
-    h = hessian.double()
-    diagonal = h.diagonal()
-    diagonal[diagonal <= 0] = 1.0
-    mean, damping = diagonal.mean(), share
-    for attempt in range(TRIES):
-        lower, failed = torch.linalg.cholesky_ex(h + damping * mean * torch.eye(len(h), dtype=h.dtype, device=h.device))
-        if not failed and lower.isfinite().all():
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
-                said = f"Hessian not positive definite: damping {damping:g} instead of {share:g}" if attempt else None
-                return upper.float(), said
-        damping *= HARDER
-    return torch.diag(diagonal.rsqrt().nan_to_num(nan=1.0)).float(), "Hessian unusable: rounded to nearest instead"
+    moved = weight + (weight @ moments.drift) @ found.inverse
+    return moved if moved.isfinite().all() else weight

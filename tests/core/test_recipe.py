@@ -48,8 +48,10 @@ def test_settings_are_those_that_were_asked_for() -> None:
         "alpha": 0,
         "refine": False,
         "drift": True,
+        "damping": "1e-2",
+        "act-order": False,
     }
-    recipe = Recipe.from_mapping(LEAST | asked | {"schedule": "constant", "sites": "all"})
+    recipe = Recipe.from_mapping(LEAST | asked | {"schedule": "constant", "sites": "all", "axis": "ic"})
     assert recipe.settings == {
         "epochs": 3,
         "batch_size": 2,
@@ -61,6 +63,9 @@ def test_settings_are_those_that_were_asked_for() -> None:
         "sites": "all",
         "refine": False,
         "drift": True,
+        "axis": "ic",
+        "damping": 0.01,
+        "act_order": False,
     }
     assert set(recipe.settings) == {field.name for field in fields(Settings)} - {"seed"}
     assert replace(Settings(), **recipe.settings).epochs == 3
@@ -82,6 +87,7 @@ def test_a_recipe_survives_as_plain_values() -> None:
     recipe = replace(
         recipe, alpha=0.75, schedule="cosine", sites="all", refine=False, drift=False, load_parameters="p.safetensors"
     )
+    recipe = replace(recipe, axis="oc", damping=0.1, act_order=False)
     assert all(getattr(recipe, field.name) != field.default for field in fields(Recipe))
     assert Recipe.from_mapping(recipe.as_dict()) == recipe
     assert set(recipe.as_dict()) == {field.name for field in fields(Recipe)}

@@ -258,7 +258,7 @@ def test_a_run_killed_after_it_saved_goes_on(
 
 @pytest.mark.parametrize(
     ("method", "scheme"),
-    [("lwc", "W3A16g32"), ("let+lwc", "W4A4"), ("pact", "W4A8KV4"), *((method, "W3A16") for method in UNTRAINED)],
+    [("lwc", "W3A16g32"), ("let+lwc", "W4A4"), ("pact", "W4A8KV4"), *((method, "W4A16") for method in UNTRAINED)],
 )
 def test_arithmetic_in_the_checkpoints_dtype(
     method: str, scheme: str, recipe: bitwright.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,5 @@
 """What round to nearest decides; the codes that come of it stand in tests/golden."""
 
-import pytest
 import torch
 from torch import nn
 
@@ -34,7 +33,7 @@ def test_ranges_are_the_smallest_and_the_largest_weight_of_each_tile() -> None:
     assert set(found.linears) == {"a", "b"}
     torch.testing.assert_close(found.linears["a"].scale, steps)
     torch.testing.assert_close(found.linears["b"].scale, 2 * steps)
-    assert found.linears["a"].codes.tolist() == [[15, 0, 11, 15], [2, 0, 0, 15]]
+    assert found.linears["a"].codes.tolist() == [[15, 0, 11, 15], [3, 0, 0, 15]]  # -5 / 0.4 is a tie, to even
 
 
 def test_ranges_and_tiles_decided_before_are_kept() -> None:
@@ -42,4 +41,4 @@ def test_ranges_and_tiles_decided_before_are_kept() -> None:
     parameters, topology = dict(block().module.named_parameters()), block().topology
     before = decide(block(), CONTEXT, BlockDecisions({}, decided))
     found = fold(parameters, topology, before, CONTEXT.scheme, DTYPE).linears["a"]
-    assert found.tile == Tile(2, 1) and found.scale.tolist() == pytest.approx([[0.2] * 4])
+    assert found.tile == Tile(2, 1) and torch.allclose(found.scale, torch.full((1, 4), 0.2))

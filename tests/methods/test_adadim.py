@@ -98,7 +98,7 @@ def test_per_ic_isolates_outliers(streamed: tuple[Skeleton, Stream], block: Bloc
     add_outliers(block)
     chosen, context = decided(block, streamed[1])
     oc, ic, mixed = (errors(block, context, d)["self_attn"] for d in (all_with(block, OC), all_with(block, IC), chosen))
-    assert ic < 0.5 * oc and mixed <= ic * (1 + 1e-6)
+    assert ic < 0.6 * oc and mixed <= ic * (1 + 1e-6)
     assert any(chosen.linear(f"self_attn.{name}_proj").tile == IC for name in "qkv")
 
 

@@ -117,11 +117,13 @@ def speed(
         for key, one in asked.items():
             runs[key].append(kept.row({"row": key, "run": repetition}, partial(_timed, bench, one)))
     last = [found[-1] for found in runs.values()]
+    loads = [found["load_before"] for rows in runs.values() for found in rows]
     kept.write_table(
         title,
         f"{kept.protocol['calibration']}; median (least to most) of {repetitions} runs, the rows in turn, each in a "
-        f"process of its own; {kept.protocol['process']}. Memory is the largest resident set of the whole process, and "
-        f"what of it came while quantizing. {measured_on(last)}{_rivals_versions(asked, last)}",
+        f"process of its own; {kept.protocol['process']}; load of the machine before a run {min(loads):.1f} to "
+        f"{max(loads):.1f}. Memory is the largest resident set of the whole process, and what of it came while "
+        f"quantizing. {measured_on(last)}{_rivals_versions(asked, last)}",
         SPEED_COLUMNS,
         [_names(asked[key]) + _speed_cells([found["account"] for found in rows]) for key, rows in runs.items()],
     )

@@ -9,24 +9,18 @@ table, made anew each time. Perplexity is over consecutive windows of the text (
 the mean of KL(original || quantized) in nats per token over the same windows.
 """
 
-import json
-import os
-import platform
-from datetime import date
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-import yaml
+from rows import Asked, Kept, Row, measured_on
 
 import bitwright
 
-RESULTS = Path(__file__).parent / "results"
-LIBRARIES = ("bitwright", "torch", "transformers", "compressed-tensors")
-Row = dict[str, Any]
+ORIGINAL = "none:W16A16"
+COLUMNS = ("method", "scheme", "bits per weight", "perplexity", "KL from original (nats)", "top-1 agreement")
 
 
 def main(
@@ -42,50 +36,28 @@ def main(
     title: str = "",
 ) -> None:
     """Measures the rows that are missing and writes the table."""
-    RESULTS.mkdir(exist_ok=True)
-    done = _read(RESULTS / f"{name}.jsonl")
-    protocol = {"text": Path(text).name, "seqlen": seqlen, "windows": windows}
-    for key in ["none:W16A16", *row]:
-        if any(found["row"] == key and found["protocol"] == protocol for found in done):
-            continue
-        measured = _measure(key, model, text, seqlen, windows, calibration, samples, calibration_seqlen)
-        measured |= {"row": key, "protocol": protocol, "date": date.today().isoformat()} | _machine()
-        with (RESULTS / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps(measured) + "\n")
-        done.append(measured)
-        print(key, measured)
-    wanted = ["none:W16A16", *row]
-    shown = sorted((r for r in done if r["row"] in wanted), key=lambda r: wanted.index(r["row"]))
-    (RESULTS / f"{name}.md").write_text(_table(title or name, shown))
-
-
-def _measure(
-    key: str,
-    model: Path,
-    text: str,
-    seqlen: int,
-    windows: int,
-    calibration: str | None,
-    samples: int,
-    calibration_seqlen: int,
-) -> Row:
-    method, scheme, seed, settings = _parts(key)
-    if method == "none":
-        found = bitwright.evaluate(model, text, seqlen=seqlen, windows=windows).measurement
-        return {"bits": 16.0, "perplexity": found.perplexity, "kl": 0.0, "agreement": 1.0}
-    recipe = bitwright.Recipe(
-        model=str(model),
-        scheme=scheme,
-        method=method,
-        calibration=calibration,
-        samples=samples,
-        seqlen=calibration_seqlen,
-        seed=seed,
-        **settings,
+    kept = Kept(name, {"text": Path(text).name, "seqlen": seqlen, "windows": windows})
+    asked = {key: Asked.parse(key) for key in (ORIGINAL, *row)}
+    texts: Row = {"calibration": calibration, "samples": samples, "seqlen": calibration_seqlen}
+    where: Row = {"text": text, "seqlen": seqlen, "windows": windows}
+    rows = [kept.row({"row": key}, partial(_measure, one, model, texts, where)) for key, one in asked.items()]
+    kept.write_table(
+        title,
+        f"{windows} windows of {seqlen} tokens of {Path(text).name}, float32 arithmetic, the written folder as "
+        f"transformers loads it. {measured_on(rows)}",
+        COLUMNS,
+        [_cells(asked[found["row"]], found) for found in rows],
     )
+
+
+def _measure(asked: Asked, model: Path, texts: Row, where: Row) -> Row:
+    if asked.method == "none":
+        found = bitwright.evaluate(model, **where).measurement
+        return {"bits": 16.0, "perplexity": found.perplexity, "kl": 0.0, "agreement": 1.0}
+    how: Row = {"scheme": asked.scheme, "method": asked.method, "seed": asked.seed} | texts | asked.settings
     with TemporaryDirectory() as folder:
-        result = bitwright.quantize(recipe, Path(folder) / "out")
-        found = bitwright.evaluate(result.output, text, seqlen=seqlen, windows=windows, reference=model).measurement
+        result = bitwright.quantize(bitwright.Recipe(model=str(model), **how), Path(folder) / "out")
+        found = bitwright.evaluate(result.output, reference=model, **where).measurement
     return {
         "bits": result.bits_per_weight,
         "perplexity": found.perplexity,
@@ -96,44 +68,9 @@ def _measure(
     }
 
 
-def _parts(key: str) -> tuple[str, str, int, Row]:
-    """Method, scheme, seed and settings of a row."""
-    method, scheme, seed, settings = (key.split(":") + ["0", ""][key.count(":") - 1 :])[:4]
-    pairs = [pair.split("=") for pair in settings.split(",") if pair]
-    return method, scheme, int(seed), {name: yaml.safe_load(value) for name, value in pairs}
-
-
-def _machine() -> Row:
-    versions = {name: version(name) for name in LIBRARIES}
-    return {"hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch threads {torch.get_num_threads()}"} | {
-        "versions": versions
-    }
-
-
-def _read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _table(title: str, rows: list[Row]) -> str:
-    protocol, newest = rows[0]["protocol"], max(row["date"] for row in rows)
-    libraries = ", ".join(f"{name} {number}" for name, number in rows[-1]["versions"].items())
-    lines = [
-        f"# {title}",
-        "",
-        f"{protocol['windows']} windows of {protocol['seqlen']} tokens of {protocol['text']}, float32 arithmetic, the "
-        f"written folder as transformers loads it. Measured {newest} on {rows[-1]['hardware']}; {libraries}.",
-        "",
-        "| method | scheme | bits per weight | perplexity | KL from original (nats) | top-1 agreement |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        method, scheme, seed, settings = _parts(row["row"])
-        name = ", ".join([method, *([f"seed {seed}"] if seed else []), *(f"{k} {v}" for k, v in settings.items())])
-        lines.append(
-            f"| {name} | {scheme} | {row['bits']:.3f} | {row['perplexity']:.2f} | {row['kl']:.5f} | "
-            f"{row['agreement']:.2%} |"
-        )
-    return "\n".join(lines) + "\n"
+def _cells(asked: Asked, row: Row) -> list[str]:
+    numbers = f"{row['bits']:.3f}", f"{row['perplexity']:.2f}", f"{row['kl']:.5f}", f"{row['agreement']:.2%}"
+    return [asked.shown, asked.scheme, *numbers]
 
 
 if __name__ == "__main__":

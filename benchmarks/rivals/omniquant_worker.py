@@ -1,4 +1,11 @@
-"""The authors' OmniQuant on one Llama model, in an environment of its own. ``../omniquant_reference.py`` starts it.
+"""The authors' OmniQuant (github.com/OpenGVLab/OmniQuant) on one Llama model: ``lwc`` and ``let+lwc``.
+
+    python3.11 -m venv ENV
+    ENV/bin/pip install torch==2.13.0 transformers==4.31.0 "numpy<2" safetensors termcolor tqdm
+
+Its decoder layers fit transformers 4.31 and not much newer ones. Settings are ``epochs``, ``lwc_lr``, ``let_lr``,
+``alpha`` and ``aug_loss``; where a row says nothing, they are the paper's, as with Bitwright's ``training=paper``. It
+refuses LET under grouped-query attention: ``side_by_side.py all-heads`` makes a copy of a model that has none.
 
 All the work is done by the checkout: ``quantize.omniquant.omniquant``, and for LET ``get_act_scales`` of its
 generate_act_scale_shift.py, with the arguments that its main.py makes. What is put in its way, and why:
@@ -9,7 +16,8 @@ generate_act_scale_shift.py, with the arguments that its main.py makes. What is 
   their places.
 - ``datasets`` and ``datautils`` are empty stand-ins while generate_act_scale_shift.py is imported: it would download
   calibration texts with them, and here the segments are given.
-- Its loss scaler, made just before a block's first epoch, starts the clock; the line it logs after an epoch stops it.
+- Its loss scaler, made just before a block's first epoch, starts the clock of the training; the line it logs after an
+  epoch stops it.
 """
 
 import argparse
@@ -17,7 +25,6 @@ import json
 import logging
 import random
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -33,10 +40,11 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
+from worker import UNQUANTIZED_BITS, Clock, Task, stored_names, write_account, write_dense
 
 NETWORK = "llama"
 """What the reference looks for in the model's name to know the architecture."""
-UNQUANTIZED_BITS = 16
+FEW_BITS = 2
 
 
 class EpochClock(logging.Handler):
@@ -67,47 +75,37 @@ class EpochClock(logging.Handler):
 
 def main() -> None:
     """Writes the quantized model, dense, an account of time and memory, and where windows are given its logits."""
-    options = _options()
-    sys.path.insert(0, str(options.repository))
+    task = Task.given()
+    settings = _settings(task)
+    sys.path.insert(0, task.checkout())
     transformers.logging.set_verbosity_error()  # buffers that it computes itself count as missing from the checkpoint
     warnings.filterwarnings("ignore", "(?i).*cuda")  # that there is none
     for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(options.seed)
+        seed(task.seed)
     nn.Module.half = nn.Module.float
-    model = _load(options.model)
-    stored = {name for name, _ in model.named_parameters()}
-    segments = safetensors.torch.load_file(options.segments)["tokens"]
-    clock = _quantize(model, segments, options)
-    account = {
-        "seconds": sum(map(sum, clock.seconds)),
-        "cpu_seconds": clock.cpu_seconds,
-        "steps": len(segments) * sum(map(len, clock.seconds)),
-        "epoch_seconds": clock.seconds,
-        "peak_bytes": peak_bytes(),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    model, segments = _load(Path(task.model)), task.tokens()
+    with Clock() as clock:
+        epochs = _quantize(model, segments, task, settings)
+    training = {
+        "seconds": sum(map(sum, epochs.seconds)),
+        "cpu_seconds": epochs.cpu_seconds,
+        "steps": len(segments) * sum(map(len, epochs.seconds)),
+        "epoch_seconds": epochs.seconds,
     }
-    _write_model(model, stored, options.model, options.output / "model")
-    (options.output / "account.json").write_text(json.dumps(account))
-    if options.windows is not None:
-        windows = safetensors.torch.load_file(options.windows)["tokens"]
-        safetensors.torch.save_file({"logits": _logits(model, windows)}, options.output / "logits.safetensors")
+    write_account(task, clock, len(epochs.seconds), "torch", "transformers", training=training)
+    _refuse_biases(model, stored_names(Path(task.model)))
+    write_dense(task, model.state_dict())
+    if task.windows is not None:
+        windows = safetensors.torch.load_file(task.windows)["tokens"]
+        logits = {"logits": _logits(model, windows)}
+        safetensors.torch.save_file(logits, Path(task.output) / "logits.safetensors")
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("repository", "model", "segments", "output"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--windows", type=Path, help="tokens to write the quantized model's logits of")
-    for name in ("wbits", "abits", "epochs"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--group-size", type=int, help="one scale per output channel without it")
-    for name in ("lwc-lr", "let-lr", "alpha"):
-        parser.add_argument(f"--{name}", type=float, required=True)
-    parser.add_argument("--aug-loss", action="store_true")
-    parser.add_argument("--let", action="store_true")
-    parser.add_argument("--seed", type=int, required=True)
-    return parser.parse_args()
+def _settings(task: Task) -> dict[str, Any]:
+    """The paper's settings, where the row says nothing."""
+    few = task.bits <= FEW_BITS
+    paper: dict[str, Any] = {"epochs": 40 if few else 20, "lwc_lr": 1e-2, "let_lr": 5e-3, "alpha": 0.5, "aug_loss": few}
+    return task.settled("lwc", "let+lwc", symmetric=False, activations=True, **paper)
 
 
 def _load(folder: Path) -> nn.Module:
@@ -135,7 +133,7 @@ def _freeze(model: nn.Module) -> None:
             module.register_buffer(name, parameter.detach())
 
 
-def _quantize(model: nn.Module, segments: Tensor, options: argparse.Namespace) -> EpochClock:
+def _quantize(model: nn.Module, segments: Tensor, task: Task, settings: dict[str, Any]) -> EpochClock:
     """Runs the reference on the model, in place."""
     import utils  # the checkout's
     from quantize.omniquant import omniquant
@@ -152,34 +150,34 @@ def _quantize(model: nn.Module, segments: Tensor, options: argparse.Namespace) -
 
     utils.NativeScalerWithGradNormCount = ClockedScaler
     batches = [(segment[None],) for segment in segments]
-    scales = _activation_scales(model, batches) if options.let else None
+    scales = _activation_scales(model, batches) if "let" in task.method else None
     _freeze(model)
     device = torch.device("cpu")
     lm = SimpleNamespace(model=model, device=device, _device=device, seqlen=segments.shape[1])
     with TemporaryDirectory() as scratch:
-        omniquant(lm, _arguments(options, len(batches), scratch), batches, scales, None, logger)
+        omniquant(lm, _arguments(task, settings, len(batches), scratch), batches, scales, None, logger)
     return clock
 
 
-def _arguments(options: argparse.Namespace, samples: int, scratch: str) -> argparse.Namespace:
+def _arguments(task: Task, settings: dict[str, Any], samples: int, scratch: str) -> argparse.Namespace:
     """What main.py makes of its own flags and defaults."""
-    tokens = {"n_bits": options.abits, "per_channel_axes": [], "symmetric": False, "dynamic_method": "per_token"}
+    tokens = {"n_bits": task.activation_bits, "per_channel_axes": [], "symmetric": False, "dynamic_method": "per_token"}
     weights = {
-        "n_bits": options.wbits,
+        "n_bits": task.bits,
         "per_channel_axes": [0],
         "symmetric": False,
         "dynamic_method": "per_channel",
-        "group_size": options.group_size,
+        "group_size": task.group_size,
         "lwc": True,
         "disable_zero_point": False,
     }
-    given = {name: getattr(options, name) for name in ("wbits", "abits", "epochs", "lwc_lr", "let_lr", "alpha")}
     return argparse.Namespace(
-        **given,
+        **settings,
+        wbits=task.bits,
+        abits=task.activation_bits,
         net=NETWORK,
-        let=options.let,
+        let="let" in task.method,
         lwc=True,
-        aug_loss=options.aug_loss,
         nsamples=samples,
         batch_size=1,
         wd=0,
@@ -215,33 +213,17 @@ def _stand_ins(**names: str) -> Iterator[None]:
             del sys.modules[module]
 
 
-def _write_model(model: nn.Module, stored: set[str], source: Path, output: Path) -> None:
-    """The dequantized weights in float32, under the original's names and with the files that go along."""
+def _refuse_biases(model: nn.Module, stored: list[str]) -> None:
     state = model.state_dict()
     biases = [name for name in state if name.endswith(".bias") and name not in stored and state[name].any()]
     if biases:
         raise SystemExit(f"the reference made biases that are not zero and that the model has no place for: {biases}")
-    output.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        if path.is_file() and ".safetensors" not in path.name:
-            shutil.copyfile(path, output / path.name)
-    config: dict[str, Any] = json.loads((source / "config.json").read_text())
-    (output / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2))
-    tensors = {name: state[name].contiguous() for name in sorted(stored)}
-    safetensors.torch.save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, windows: Tensor) -> Tensor:
     """Logits [W, T, V] of the quantized model as the reference runs it, activations quantized where it does so."""
     return torch.stack([model(window[None], use_cache=False).logits[0] for window in windows])
-
-
-def peak_bytes() -> int:
-    """The largest resident set of this program. ``ru_maxrss`` would count the process that started it as well."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Runs workers: every row in a process of its own, with the very same segments."""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from jaxtyping import Int
+from rivals.worker import UNQUANTIZED_BITS, Task
+from rows import Asked, Row
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitwright.api.source import BUILTIN, text_of, tokenize
+from bitwright.calibration.segments import segments
+from bitwright.core.scheme import FULL, Scheme
+
+WORKERS = Path(__file__).parent / "rivals"
+LOG_TAIL = 4000
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs have in common. ``threads`` are those of the processes that are started.
+
+    ``pythons`` and ``repositories`` are the interpreters and the authors' checkouts, by implementation.
+    """
+
+    model: Path
+    calibration: str
+    samples: int
+    seqlen: int
+    pythons: dict[str, str]
+    repositories: dict[str, str]
+    threads: int
+
+    @property
+    def protocol(self) -> Row:
+        """The part of a protocol that all runs share."""
+        return {"calibration": f"{self.samples} segments of {self.seqlen} tokens of {Path(self.calibration).name}"}
+
+    def asked(self, keys: list[str]) -> dict[str, Asked]:
+        """What the rows ask for, by their names. Raises typer.BadParameter or SchemeError before anything is run."""
+        known = sorted(path.name.removesuffix("_worker.py") for path in WORKERS.glob("*_worker.py"))
+        found = {}
+        for key in keys:
+            try:
+                found[key] = asked = Asked.parse(key)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+            Scheme.parse(asked.scheme)
+            if asked.who not in known:
+                raise typer.BadParameter(f"there is no implementation '{asked.who}'; there is {', '.join(known)}")
+            if asked.who not in self.pythons:
+                raise typer.BadParameter(f"which interpreter runs {asked.who}? Give --python {asked.who}=INTERPRETER")
+        return found
+
+    def run(self, asked: Asked, output: Path, windows: Int[Tensor, "W T"] | None = None) -> Row:
+        """One run, and its account. OUTPUT/model is what it made. Raises SystemExit with what the worker said."""
+        output.mkdir()
+        (output / "task.json").write_text(self._task(asked, output, windows).as_text())
+        threads = {f"{library}_NUM_THREADS": str(self.threads) for library in ("OMP", "MKL")}
+        with (output / "log.txt").open("w") as log:
+            done = subprocess.run(
+                [self.pythons[asked.who], str(WORKERS / f"{asked.who}_worker.py"), str(output / "task.json")],
+                cwd=output,
+                env=os.environ | threads | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        if done.returncode:
+            said = (output / "log.txt").read_text(errors="replace")[-LOG_TAIL:]
+            raise SystemExit(f"{said}\n{asked.who}, {asked.shown} {asked.scheme}: ended with {done.returncode}")
+        account: Row = json.loads((output / "account.json").read_text())
+        return account
+
+    def _task(self, asked: Asked, output: Path, windows: Int[Tensor, "W T"] | None) -> Task:
+        """What the worker is told, with the segments, and the windows where there are some, in files beside it."""
+        text = tokenize(self.model, text_of(self.calibration, "calibration"))
+        drawn = segments(text, self.samples, self.seqlen, asked.seed, self.calibration)
+        for name, tokens in (("segments", drawn), ("windows", windows)):
+            if tokens is not None:
+                save_file({"tokens": tokens.contiguous()}, output / f"{name}.safetensors")
+        scheme = Scheme.parse(asked.scheme)
+        return Task(
+            model=str(self.model.absolute()),
+            segments=str(output / "segments.safetensors"),
+            output=str(output),
+            calibration=self.calibration if self.calibration == BUILTIN else os.path.abspath(self.calibration),
+            method=asked.method,
+            scheme=asked.scheme,
+            bits=scheme.weight.bits,
+            activation_bits=scheme.activation_bits or UNQUANTIZED_BITS,
+            group_size=None if scheme.tile.in_ == FULL else scheme.tile.in_,
+            symmetric=scheme.weight.symmetric,
+            seed=asked.seed,
+            settings=asked.settings,
+            repository=self.repositories.get(asked.who),
+            windows=None if windows is None else str(output / "windows.safetensors"),
+        )

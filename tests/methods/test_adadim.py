@@ -138,6 +138,10 @@ def test_with_gptq_it_is_written_mixed_and_better_than_rounding(recipe: bitwrigh
     account = json.loads((tmp_path / "gptq" / "bitwright.json").read_text())
     tiles = {tuple(linear["tile"]) for report in account["blocks"] for linear in report["linears"]}
     assert tiles == {(1, 16), (16, 1)} and account["format"] == "bitwright"
+    shown = bitwright.inspect(tmp_path / "gptq").linears
+    assert {(row.name, row.tile) for row in shown if row.tile is not None} == {
+        (linear["name"], tuple(linear["tile"])) for report in account["blocks"] for linear in report["linears"]
+    }
 
 
 def test_learned_ranges_on_per_ic_tiles(recipe: bitwright.Recipe, tmp_path: Path) -> None:

@@ -17,12 +17,16 @@ NOT_LINEAR = ("embed", "wte", "wpe", "norm")
 
 @dataclass(frozen=True)
 class LinearSize:
-    """A linear on disk; ``bits_per_weight`` counts all that is stored for it, scales, zeros and outliers too."""
+    """A linear on disk; ``bits_per_weight`` counts all that is stored for it, scales, zeros and outliers too.
+
+    ``tile`` is how many output and input features share a scale, None where nothing is packed.
+    """
 
     name: str
     shape: tuple[int, int]
     dtype: str
     bits_per_weight: float
+    tile: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,16 @@ def _linear(checkpoint: Checkpoint, name: str) -> LinearSize | None:
     stored = [f"{name}.{part}" for part in PARTS_OF_A_WEIGHT if f"{name}.{part}" in checkpoint]
     bits = 8 * sum(checkpoint.nbytes(part) for part in stored) / max(1, prod(shape))
     dtype = "packed" if packed else str(checkpoint.entry(f"{name}.weight").dtype).removeprefix("torch.")
-    return LinearSize(name, (shape[0], shape[1]), dtype, bits)
+    return LinearSize(name, (shape[0], shape[1]), dtype, bits, _tile(checkpoint, name, shape) if packed else None)
+
+
+def _tile(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The patch that shares a scale, by the number of scales along each dimension."""
+    scale = f"{name}.weight_scale"
+    counts = checkpoint.entry(scale).shape if scale in checkpoint else ()
+    if len(counts) != 2 or not all(counts):
+        return None
+    return shape[0] // counts[0], shape[1] // counts[1]
 
 
 def _packed_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:

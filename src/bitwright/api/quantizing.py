@@ -50,13 +50,17 @@ LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 @dataclass(frozen=True)
 class Result:
-    """What ``quantize`` made. Sizes in bytes; ``bits_per_weight`` is over the quantized linears, all counted."""
+    """What ``quantize`` made. Sizes in bytes; ``bits_per_weight`` is over the quantized linears, all counted.
+
+    ``per_ic`` linears have their groups along the output.
+    """
 
     output: str
     scheme: str
     method: str
     format: str
     linears: int
+    per_ic: int
     bits_per_weight: float
     bytes_in: int
     bytes_out: int
@@ -122,6 +126,7 @@ def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, res
         method=job.method,
         format=account["format"],
         linears=totals["linears"],
+        per_ic=totals["per_ic"],
         bits_per_weight=totals["bits_per_weight"],
         bytes_in=totals["bytes_in"],
         bytes_out=totals["bytes_out"],
@@ -229,6 +234,7 @@ def _account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str,
         "calibration": _calibration_account(job),
         "totals": {
             "linears": len(rows),
+            "per_ic": sum(row["tile"][1] == 1 < row["tile"][0] for row in rows),
             "quantized_weights": weights,
             "bits_per_weight": sum(row["storage_bits"] for row in rows) / weights,
             "bytes_in": job.source.checkpoint.total_bytes,

@@ -38,6 +38,7 @@ def result(console: Console, found: Any) -> None:
         [
             ("method", f"{found.method}, scheme {found.scheme}, format {found.format}"),
             ("linears", found.linears),
+            ("groups", f"along the output in {found.per_ic} of {found.linears} linears" if found.per_ic else None),
             ("bits per weight", f"{found.bits_per_weight:.3f} with scales and zero points"),
             ("size", f"{size(found.bytes_in)} -> {size(found.bytes_out)}"),
             ("relative error", error),
@@ -133,10 +134,14 @@ def inspection(console: Console, found: Any, linears: bool) -> None:
     )
     if linears:
         rows = [
-            (row.name, f"{row.shape[0]} x {row.shape[1]}", row.dtype, f"{row.bits_per_weight:.3f}")
+            (row.name, _product(row.shape), row.dtype, _product(row.tile), f"{row.bits_per_weight:.3f}")
             for row in found.linears
         ]
-        grid(console, "Linears", ("name", "out x in", "stored as", "bits per weight"), rows)
+        grid(console, "Linears", ("name", "out x in", "stored as", "share a scale", "bits per weight"), rows)
+
+
+def _product(sides: tuple[int, int] | None) -> str:
+    return "" if sides is None else f"{sides[0]} x {sides[1]}"
 
 
 def demonstration(console: Console, found: Any) -> None:

@@ -40,7 +40,8 @@ out, err = Console(width=None if Console().is_terminal else WIDE), Console(stder
 
 METHODS = (
     "omniquant, or methods joined by +, in this order: smoothquant, osplus, awq, let; adadim; lwc, pact, lsq; rtn, "
-    "gptq. For example awq, adadim+gptq, let+lwc+gptq. [default: omniquant with text, else rtn]"
+    "gptq (awq, which clips too, goes with these two alone). For example awq, adadim+gptq, let+lwc+gptq. "
+    "[default: omniquant with text, else rtn]"
 )
 KEYS = {field.name for field in fields(Recipe)} | {"output", "save_parameters"}
 

@@ -2,7 +2,7 @@
 
 Outliers of activations sit in input channels. Weights that share a scale along the output of one input channel (per-IC,
 tiles (g, 1)) keep what an outlier does inside their own group; along the input (per-OC, tiles (1, g)) they spread it.
-Which is better differs from linear to linear (section 4.2, eq. 4):
+Which is better differs from linear to linear:
 
     dim* = argmin over {oc, ic} of || F_dim(X) - F(X) ||^2        Fdim: weights rounded to nearest along dim
 

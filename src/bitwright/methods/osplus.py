@@ -1,10 +1,10 @@
 """Outlier Suppression+: Accurate Quantization of Large Language Models (arXiv 2304.09145), by shifting and scaling.
 
-Eq. 3, the shift of channel j:     z_j = (max X_j + min X_j) / 2
-Eq. 5, its scale, of one threshold t for all:   s_j = max(1, max|X_j - z_j| / t)
+The shift of channel j:     z_j = (max X_j + min X_j) / 2
+Its scale, of one threshold t for all:   s_j = max(1, max|X_j - z_j| / t)
 
 so only channels that reach past t are scaled. The threshold is searched, on the output of the linears behind the site
-with weights and activations quantized (eq. 6). Sites of the paper: norm->q,k,v and norm->gate,up (fc1), with the shift
+with weights and activations quantized. Sites of the paper: norm->q,k,v and norm->gate,up (fc1), with the shift
 where the norm has a bias to absorb it; ``sites="all"`` takes every site with linears behind it, among them up->down,
 which the authors' code scales for LLaMA.
 

@@ -4,7 +4,7 @@ With x the inputs of a site's consumers and W their weights, per free channel j 
 as one, with their largest value):
 
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)        SmoothQuant, arXiv 2211.10438, eq. 4
-    delta_j = (max x_j + min x_j) / 2                  Outlier Suppression+, arXiv 2304.09145, eq. 3
+    delta_j = (max x_j + min x_j) / 2                  Outlier Suppression+, arXiv 2304.09145
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,6 @@
 """What a site's transform would do to the output, once the weights behind it are rounded to nearest.
 
-The objective by which AWQ (arXiv 2306.00978, eq. 4) and Outlier Suppression+ (arXiv 2304.09145, eq. 6) choose:
+The objective by which AWQ (arXiv 2306.00978, eq. 4) and Outlier Suppression+ (arXiv 2304.09145) choose:
 
     || F(Q(W s), Q((x - delta) / s)) - F(W, x) ||^2        F the module that encloses the linears behind the site
 """

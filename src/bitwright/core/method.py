@@ -128,12 +128,14 @@ def _no_tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
 class Closed:
     """A method in closed form: from a block and what is decided so far to new decisions.
 
-    ``uses`` are the settings it listens to. ``tiles`` are those it may choose beside the scheme's own.
+    ``uses`` are the settings it listens to. ``tiles`` are those it may choose beside the scheme's own. Without
+    ``reads_stats`` the context may come without ``stats``, which cost a forward pass.
     """
 
     decides: frozenset[Decision]
     decide: Callable[[Block, Context, BlockDecisions], BlockDecisions]
     needs_text: bool = False
+    reads_stats: bool = False
     uses: frozenset[str] = frozenset()
     tiles: Callable[[Scheme, Settings], tuple[Tile, ...]] = _no_tiles
 

@@ -25,9 +25,8 @@ from bitwright.core.method import Closed, Context
 from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.settings import Settings
 from bitwright.steps.apply import parameters_of
-from bitwright.steps.trial import rounded
+from bitwright.steps.trial import TOKENS, rounded
 
-TOKENS = 2**15
 Choice = dict[str, Tile]
 
 

@@ -31,7 +31,6 @@ from bitwright.steps.trial import Trial, best
 
 RATIOS = [n / 20 for n in range(20)]
 SHARES = [1 - n / 20 for n in range(10)]
-TOKENS = 2**15
 
 
 def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
@@ -46,7 +45,7 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
 def _scale(block: Block, site: Site, context: Context, decisions: BlockDecisions) -> SiteDecision:
     means = of_inputs(site, context.stats, lambda found: found.absmean).to(next(block.module.parameters()).device)
     candidates = [SiteDecision(_normalised(means.clamp(min=SMALLEST).pow(ratio))) for ratio in RATIOS]
-    return best(Trial(block, site, context, decisions, TOKENS), candidates)
+    return best(Trial(block, site, context, decisions), candidates)
 
 
 def _normalised(scale: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
@@ -71,4 +70,6 @@ def _clip(block: Block, context: Context, decisions: BlockDecisions) -> BlockDec
     return decisions.with_linears(decided)
 
 
-METHOD = Closed(decides=frozenset({Decision.TRANSFORM, Decision.RANGE}), decide=decide, needs_text=True)
+METHOD = Closed(
+    decides=frozenset({Decision.TRANSFORM, Decision.RANGE}), decide=decide, needs_text=True, reads_stats=True
+)

@@ -24,7 +24,6 @@ from bitwright.steps.migration import LARGEST, SMALLEST, behind_norms, centred, 
 from bitwright.steps.trial import Trial, best
 
 THRESHOLDS, FURTHEST = 40, 1e-3
-TOKENS = 2**13
 
 
 def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
@@ -33,7 +32,7 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
         return decisions
     for site in scalable(block) if context.settings.sites == "all" else behind_norms(block):
         candidates = _candidates(block, site, context)
-        trial = Trial(block, site, context, decisions, TOKENS)
+        trial = Trial(block, site, context, decisions)
         decisions = decisions.with_sites({site.name: best(trial, candidates)})
     return decisions
 
@@ -59,4 +58,6 @@ def _reach(site: Site, context: Context, shift: Float[Tensor, " C"] | None) -> F
     return torch.maximum(high, low)
 
 
-METHOD = Closed(decides=frozenset({Decision.TRANSFORM}), decide=decide, needs_text=True, uses=frozenset({"sites"}))
+METHOD = Closed(
+    decides=frozenset({Decision.TRANSFORM}), decide=decide, needs_text=True, reads_stats=True, uses=frozenset({"sites"})
+)

@@ -28,5 +28,9 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
 
 
 METHOD = Closed(
-    decides=frozenset({Decision.TRANSFORM}), decide=decide, needs_text=True, uses=frozenset({"alpha", "sites"})
+    decides=frozenset({Decision.TRANSFORM}),
+    decide=decide,
+    needs_text=True,
+    reads_stats=True,
+    uses=frozenset({"alpha", "sites"}),
 )

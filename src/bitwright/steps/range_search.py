@@ -14,7 +14,7 @@ the error that the quantized blocks before have left in X'.)
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from bitwright.core.method import Moments, Range
@@ -24,7 +24,10 @@ from bitwright.steps.ranges import minmax
 
 LOWEST, LARGEST, COARSE = 0.35, 0.9995, 24
 STEPS = (0.16, 0.08, 0.04, 0.02, 0.01)
-Move = tuple[float | None, float | None]
+TOGETHER = 2**16
+"""How many weights are judged at once: one candidate is many where tiles are wide, one column of them few."""
+Stage = list[tuple[float | None, float | None]]
+"""Moves of a tile's two ends from where they are, of which it takes the best."""
 
 
 @torch.no_grad()
@@ -37,12 +40,13 @@ def search(
     alone, then two sweeps of small relative moves.
     """
     even = torch.linspace(LOWEST, LARGEST, COARSE).tolist()
-    alone: list[Move] = [*((share, None) for share in even), *((None, share) for share in even)]
-    near: list[Move] = [
-        (1 + a * step, 1 + b * step) for step in STEPS for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b
-    ]
+    alone: list[Stage] = [[(share, None) for share in even], [(None, share) for share in even]]
+    near: list[Stage] = []
+    for less, more in ((1 - step, 1 + step) for step in STEPS):
+        both: Stage = [(low, high) for low in (less, more) for high in (less, more)]
+        near += [both, [(less, None), (more, None)], [(None, less), (None, more)]]
     descent = _Descent(weight, start, grid, tile, scale_dtype, moments)
-    descent.sweep([*((share, share) for share in even), *alone])
+    descent.sweep([[(share, share) for share in even], *alone])
     descent.sweep(alone)
     descent.sweep(near, relative=True)
     descent.sweep(near, relative=True)
@@ -91,51 +95,70 @@ class _Descent:
         differences = [self._difference(q, self.low[:, q], self.high[:, q]) for q in range(self.low.shape[1])]
         self.difference = torch.cat(differences, dim=1)
 
-    def sweep(self, moves: list[Move], relative: bool = False) -> None:
-        """Every tile once, one column of tiles after the other: the moves in turn, each kept where it helps."""
+    def sweep(self, stages: list[Stage], relative: bool = False) -> None:
+        """Every tile once, one column of tiles after the other: the stages in turn, the best of each where it helps."""
+        together = max(1, TOGETHER // (len(self.difference) * self.columns))
         for q in range(self.low.shape[1]):
             here = slice(q * self.columns, (q + 1) * self.columns)
             own, mine = self.hessian[here, here], self.difference[:, here]
             slope = 2 * (self.difference @ self.hessian[:, here] - mine @ own + self.slope[:, here])
             low, high, least = self.low[:, q], self.high[:, q], self._error(mine, own, slope)
-            for move in moves:
-                low_to, high_to = _moved(low, move[0], relative), _moved(high, move[1], relative)
-                tried = self._difference(q, low_to, high_to)
-                error = self._error(tried, own, slope)
-                better = error < least
-                least, low, high = error.where(better, least), low_to.where(better, low), high_to.where(better, high)
-                mine = tried.where(better.repeat_interleave(self.tiles.shape[1])[:, None], mine)
+            for stage in stages:
+                lows, highs = (
+                    _moved(shares, [m[end] for m in stage], relative) for end, shares in ((0, low), (1, high))
+                )
+                for low_to, high_to in zip(lows.split(together), highs.split(together), strict=True):
+                    tried = self._difference(q, low_to, high_to)
+                    error, which = self._error(tried, own, slope).min(dim=0)
+                    better = error < least
+                    least = error.where(better, least)
+                    low, high = _chosen(low_to, which, better, low), _chosen(high_to, which, better, high)
+                    mine = _chosen(self._by_tile(tried), which, better, self._by_tile(mine)).flatten(0, 1)
             self.low[:, q], self.high[:, q], self.difference[:, here] = low, high, mine
 
-    def _error(self, difference: Tensor, hessian: Tensor, slope: Tensor) -> Float[Tensor, " P"]:
+    def _error(self, difference: Tensor, hessian: Tensor, slope: Tensor) -> Float[Tensor, "*C P"]:
         return _per_tile((difference @ hessian + slope) * difference, self.tiles.shape[1])
 
-    def _difference(self, q: int, low: Float[Tensor, " P"], high: Float[Tensor, " P"]) -> Float[Tensor, "O Ti"]:
+    def _difference(self, q: int, low: Float[Tensor, "*C P"], high: Float[Tensor, "*C P"]) -> Float[Tensor, "*C O Ti"]:
         """What is lost of a column of tiles with these shares."""
         ends = low * self.ends[0][:, q], high * self.ends[1][:, q]
         return _lost(self.tiles[:, :, q], *ends, self.grid, self.scale_dtype)
 
+    def _by_tile(self, difference: Float[Tensor, "*C O Ti"]) -> Float[Tensor, "*C P To Ti"]:
+        return difference.view(*difference.shape[:-2], -1, *self.tiles.shape[1::2])
+
 
 def _lost(
     tiles: Float[Tensor, "P To Ti"],
-    low: Float[Tensor, " P"],
-    high: Float[Tensor, " P"],
+    low: Float[Tensor, "*C P"],
+    high: Float[Tensor, "*C P"],
     grid: Grid,
     scale_dtype: torch.dtype,
-) -> Float[Tensor, "O Ti"]:
+) -> Float[Tensor, "*C O Ti"]:
     """W - Wq of a column of tiles with these ranges."""
     scale, zero = affine(low, high, grid, scale_dtype)
-    h = scale.float()[:, None, None]
-    z = torch.zeros_like(h) if zero is None else zero.float()[:, None, None]
+    h = scale.float()[..., None, None]
+    z = torch.zeros_like(h) if zero is None else zero.float()[..., None, None]
     levels = (tiles / h).round_().add_(z).clamp_(grid.qmin, grid.qmax).sub_(z)
-    return (tiles - levels.mul_(h)).flatten(0, 1)
+    return (tiles - levels.mul_(h)).flatten(-3, -2)
 
 
-def _per_tile(values: Float[Tensor, "O Ti"], rows: int) -> Float[Tensor, " P"]:
-    return values.sum(dim=1).view(-1, rows).sum(dim=1)
+def _per_tile(values: Float[Tensor, "*C O Ti"], rows: int) -> Float[Tensor, "*C P"]:
+    each = values.sum(dim=-1)
+    return each.view(*each.shape[:-1], -1, rows).sum(dim=-1)
 
 
-def _moved(shares: Float[Tensor, " P"], to: float | None, relative: bool) -> Float[Tensor, " P"]:
-    if to is None:
-        return shares
-    return (shares * to).clamp(max=LARGEST) if relative else torch.full_like(shares, to)
+def _moved(shares: Float[Tensor, " P"], to: list[float | None], relative: bool) -> Float[Tensor, "C P"]:
+    """Where the moves of one end lead; None leaves it where it is."""
+    if to[0] is None:
+        return shares.expand(len(to), -1)
+    factors = torch.tensor(to, device=shares.device)[:, None]
+    return (shares * factors).clamp(max=LARGEST) if relative else factors.expand(-1, len(shares))
+
+
+def _chosen(
+    tried: Shaped[Tensor, "C P *N"], which: Int[Tensor, " P"], better: Bool[Tensor, " P"], kept: Shaped[Tensor, "P *N"]
+) -> Shaped[Tensor, "P *N"]:
+    """Each tile's best of what was tried, where that is better than what it has."""
+    best = tried[which, torch.arange(len(which), device=which.device)]
+    return best.where(better.view(-1, *[1] * (kept.ndim - 1)), kept)

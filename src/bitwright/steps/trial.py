@@ -17,16 +17,19 @@ from bitwright.core.method import Context, Inspection
 from bitwright.steps.apply import parameters_of, quantize_linear
 from bitwright.steps.transform import apply_site, spread
 
+TOKENS = 2**13
+"""Candidates are judged on so many tokens at most: with four times as many, the same were chosen or as good."""
+
 
 class Trial:
     """A site in front of its linears, their enclosing module ready to be run."""
 
-    def __init__(self, block: Block, site: Site, context: Context, decisions: BlockDecisions, tokens: int) -> None:
-        """``decisions`` are those so far; ``tokens`` is how many the module is run on, at most."""
+    def __init__(self, block: Block, site: Site, context: Context, decisions: BlockDecisions) -> None:
+        """``decisions`` are those so far."""
         assert context.inspect is not None
         self.site, self.context, self.decisions = site, context, decisions
         self.parameters = parameters_of(block, decisions)
-        self.module: Inspection = context.inspect(_enclosing(block, site), decisions, tokens)
+        self.module: Inspection = context.inspect(_enclosing(block, site), decisions, TOKENS)
 
     @torch.no_grad()
     def error(self, scale: Float[Tensor, " C"], shift: Float[Tensor, " C"] | None = None) -> float:

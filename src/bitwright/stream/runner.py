@@ -139,7 +139,7 @@ def _context(block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream | N
     """What methods see, and the block's full-precision outputs; no data for the output layer, and without text."""
     if stream is None or not block.name:
         return Context(plan.scheme, dtype, settings=plan.settings), None
-    reads = any(method.needs_text for method in plan.methods)
+    reads = any(isinstance(method, Learned) or method.reads_stats for method in plan.methods)
     stats, targets = statistics(block, stream) if reads else ({}, None)
     measure, inspect = partial(_moments, block, plan, dtype, stream), partial(_inspect, block, plan, stream)
     return Context(plan.scheme, dtype, stream.activations, stats, plan.settings, measure, inspect), targets

@@ -15,7 +15,7 @@ import torch
 import typer
 from torch import Tensor
 
-from bitwright.api.quantizing import COPIED
+from bitwright.api.companions import COPIED
 from bitwright.api.source import Source
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder

@@ -249,7 +249,7 @@ def test_a_run_killed_after_it_saved_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(quantizing, "_account", killed)
+        patched.setattr(quantizing, "run_account", killed)
         with pytest.raises(KeyboardInterrupt):
             bitwright.quantize(recipe, out, save_parameters=saved)
     assert saved.exists() and not out.exists()

@@ -3,8 +3,8 @@
 from bitwright.api.demonstrating import Demonstration, demo
 from bitwright.api.evaluating import Evaluation, evaluate
 from bitwright.api.inspecting import Inspection, inspect
-from bitwright.api.job import Plan, plan
 from bitwright.api.loading import load
+from bitwright.api.planning import Plan, plan
 from bitwright.api.quantizing import Result, quantize
 
 __all__ = [

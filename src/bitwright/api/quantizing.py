@@ -1,51 +1,32 @@
 """quantize(): a model folder in, a smaller model folder out."""
 
 import os
-import platform
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from bitwright.api.job import Job, plan_of, prepare
+from bitwright.api.account import identity, run_account
+from bitwright.api.companions import write_companions
+from bitwright.api.job import Job, prepare
 from bitwright.api.loading import REPORT
 from bitwright.api.parameters import saved_for
+from bitwright.api.planning import plan_of
 from bitwright.api.sink import FolderSink
 from bitwright.api.source import require_folder
-from bitwright.calibration.segments import fingerprint
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.output import OutputFolder, refuse_existing, refuse_overlap, require_free, work_folder
-from bitwright.checkpoint.writer import copy_file, write_json, write_tensors
+from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
-from bitwright.core.registry import find
-from bitwright.methods import learned, used
+from bitwright.methods import learned
 from bitwright.report.plain import plain
 from bitwright.stream.budget import peak_memory
 from bitwright.stream.runner import RunPlan, run
 
-TIMINGS, JOURNAL, CONFIG = "bitwright-timings.json", "journal.jsonl", "config.json"
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "LICENSE*",
-    "USE_POLICY*",
-    "NOTICE*",
-)
-"""What goes along besides the weights, as file name patterns."""
-LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors")
+TIMINGS, JOURNAL = "bitwright-timings.json", "journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -95,7 +76,7 @@ def quantize(
     checkpoint = job.source.checkpoint
     checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart) as work:
-        journal = Journal.open(work.work / JOURNAL, _identity(job), restart=restart)
+        journal = Journal.open(work.work / JOURNAL, identity(job), restart=restart)
         resumed = len(journal.recorded)
         account = _produce(job, work, FolderSink(work.work, journal, job), saved, listener)
         seconds = monotonic() - start
@@ -109,10 +90,10 @@ def _produce(job: Job, work: OutputFolder, sink: FolderSink, saved: Path | None,
     if not merge_begun(work.work):
         _write_tensors(job, sink, listener)
     merge_shards(sink.parts(), work.path, job.recipe.shard_bytes)
-    _write_companions(job, sink.reports(), work.path)
+    write_companions(job, sink.reports(), work.path)
     if saved is not None:
         write_tensors(saved, sink.learned(), job.belonging)
-    account: dict[str, Any] = plain(_account(job, sink.reports(), work.path))
+    account: dict[str, Any] = plain(run_account(job, sink.reports(), work.path))
     write_json(work.path / REPORT, account)
     return account
 
@@ -181,81 +162,3 @@ def _write_tensors(job: Job, sink: FolderSink, listener: Listener) -> None:
         sink.pass_through(name)
     plan = RunPlan(job.scheme, job.methods, job.settings, job.recipe.quantize_lm_head, job.learned)
     run(job.skeleton, plan, sink, tokens=job.tokens, listener=listener)
-
-
-def _write_companions(job: Job, reports: list[dict[str, Any]], folder: Path) -> None:
-    """config.json with its quantization_config, and the files that go along."""
-    source, config = job.source.checkpoint.folder, dict(job.source.checkpoint.config)
-    if job.recipe.quantize_lm_head:
-        config["tie_word_embeddings"] = False
-    if job.scheme.kv is not None:  # compressed-tensors asks every attention for it
-        config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    described = find("formats", job.settled_format(reports)).quantization_config(job.written(reports))
-    if described is not None:
-        config["quantization_config"] = described
-    write_json(folder / CONFIG, config)
-    for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        copy_file(path, target)
-
-
-def _identity(job: Job) -> dict[str, Any]:
-    """What decides the bytes of the result; a run is continued only where all of it is the same."""
-    recipe = job.recipe.as_dict()
-    # The model and the text are identified by what they hold, not by where they lie.
-    for place in ("model", "calibration", "load_parameters"):
-        del recipe[place]
-    return {
-        "recipe": recipe,
-        "model": job.source.checkpoint.fingerprint(),
-        "calibration": _calibration_account(job),
-        "arithmetic": f"{job.skeleton.device.type} {str(job.skeleton.dtype).removeprefix('torch.')}",
-        "parameters": None if job.learned is None else job.learned.digest(),
-        "versions": _versions(),
-    }
-
-
-def _account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """bitwright.json: the same recipe, seed and machine give the same bytes of it too."""
-    rows = [row for report in reports for row in report["linears"]]
-    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
-    written_as = job.settled_format(reports)
-    return {
-        "bitwright": version("bitwright"),
-        "recipe": job.recipe.as_dict(),
-        "scheme": str(job.scheme),
-        "method": job.method,
-        "format": written_as,
-        "settings": {key: value for key, value in asdict(job.settings).items() if key in used(job.methods)},
-        "seed": job.recipe.seed,
-        "versions": _versions(),
-        "model": job.source.checkpoint.fingerprint(),
-        "calibration": _calibration_account(job),
-        "totals": {
-            "linears": len(rows),
-            "per_ic": sum(row["tile"][1] == 1 < row["tile"][0] for row in rows),
-            "quantized_weights": weights,
-            "bits_per_weight": sum(row["storage_bits"] for row in rows) / weights,
-            "bytes_in": job.source.checkpoint.total_bytes,
-            "bytes_out": sum(path.stat().st_size for path in folder.glob("model*.safetensors")),
-        },
-        "notes": [note for note in (job.note, job.left_out(written_as)) if note is not None],
-        "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
-        "blocks": reports,
-    }
-
-
-def _calibration_account(job: Job) -> dict[str, Any] | None:
-    if job.tokens is None:
-        return None
-    samples, seqlen = job.tokens.shape
-    return {"segments": samples, "seqlen": seqlen, "tokens_sha256": fingerprint(job.tokens)}
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
-
-
-def _unique(texts: Iterable[str]) -> Iterable[str]:
-    return dict.fromkeys(texts)

@@ -1,0 +1,75 @@
+"""What is said of a run: bitwright.json, and what tells one run from another before it is continued."""
+
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bitwright.api.job import Job
+from bitwright.calibration.segments import fingerprint
+from bitwright.methods import used
+
+LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors")
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """What decides the bytes of the result; a run is continued only where all of it is the same."""
+    recipe = job.recipe.as_dict()
+    # The model and the text are identified by what they hold, not by where they lie.
+    for place in ("model", "calibration", "load_parameters"):
+        del recipe[place]
+    return {
+        "recipe": recipe,
+        "model": job.source.checkpoint.fingerprint(),
+        "calibration": _calibration(job),
+        "arithmetic": f"{job.skeleton.device.type} {str(job.skeleton.dtype).removeprefix('torch.')}",
+        "parameters": None if job.learned is None else job.learned.digest(),
+        "versions": _versions(),
+    }
+
+
+def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """bitwright.json: the same recipe, seed and machine give the same bytes of it too."""
+    rows = [row for report in reports for row in report["linears"]]
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    written_as = job.settled_format(reports)
+    return {
+        "bitwright": version("bitwright"),
+        "recipe": job.recipe.as_dict(),
+        "scheme": str(job.scheme),
+        "method": job.method,
+        "format": written_as,
+        "settings": {key: value for key, value in asdict(job.settings).items() if key in used(job.methods)},
+        "seed": job.recipe.seed,
+        "versions": _versions(),
+        "model": job.source.checkpoint.fingerprint(),
+        "calibration": _calibration(job),
+        "totals": {
+            "linears": len(rows),
+            "per_ic": sum(row["tile"][1] == 1 < row["tile"][0] for row in rows),
+            "quantized_weights": weights,
+            "bits_per_weight": sum(row["storage_bits"] for row in rows) / weights,
+            "bytes_in": job.source.checkpoint.total_bytes,
+            "bytes_out": sum(path.stat().st_size for path in folder.glob("model*.safetensors")),
+        },
+        "notes": [note for note in (job.note, job.left_out(written_as)) if note is not None],
+        "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
+        "blocks": reports,
+    }
+
+
+def _calibration(job: Job) -> dict[str, Any] | None:
+    if job.tokens is None:
+        return None
+    samples, seqlen = job.tokens.shape
+    return {"segments": samples, "seqlen": seqlen, "tokens_sha256": fingerprint(job.tokens)}
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def _unique(texts: Iterable[str]) -> Iterable[str]:
+    return dict.fromkeys(texts)

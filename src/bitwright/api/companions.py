@@ -1,0 +1,43 @@
+"""What lies beside the weights: config.json, and the files of the original that go along."""
+
+from pathlib import Path
+from typing import Any
+
+from bitwright.api.job import Job
+from bitwright.checkpoint.writer import copy_file, write_json
+from bitwright.core.registry import find
+
+CONFIG = "config.json"
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "USE_POLICY*",
+    "NOTICE*",
+)
+"""What goes along besides the weights, as file name patterns."""
+
+
+def write_companions(job: Job, reports: list[dict[str, Any]], folder: Path) -> None:
+    """config.json with its quantization_config, and the files that go along."""
+    source, config = job.source.checkpoint.folder, dict(job.source.checkpoint.config)
+    if job.recipe.quantize_lm_head:
+        config["tie_word_embeddings"] = False
+    if job.scheme.kv is not None:  # compressed-tensors asks every attention for it
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    described = find("formats", job.settled_format(reports)).quantization_config(job.written(reports))
+    if described is not None:
+        config["quantization_config"] = described
+    write_json(folder / CONFIG, config)
+    for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        copy_file(path, target)

@@ -1,0 +1,123 @@
+"""The commands: each parses, calls ``api`` and shows what came of it."""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitwright.cli.console import err, out, show
+from bitwright.cli.options import Device, Json
+from bitwright.cli.quantize import quantize
+from bitwright.report import screens
+from bitwright.report.progress import ProgressReport
+
+app = typer.Typer(
+    help="Makes large language models small: 2 to 8 bits a weight, in formats that transformers loads.",
+    add_completion=False,
+    rich_markup_mode=None,  # square brackets in help texts are meant as they stand
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    print_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if print_version:
+        out.print(f"bitwright {version('bitwright')}", highlight=False)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command()(quantize)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text to measure on: a file, a folder, or builtin. [default: builtin, none with --tasks]"),
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per window. [default: 2048, or the model's maximum if shorter]")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows. [default: the whole text]")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The original model: adds KL divergence, top-1 agreement, and its own scores.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas: mmlu,piqa,gsm8k.")] = None,
+    task_files: Annotated[
+        list[Path] | None, typer.Option(help="A task file of lm-eval (YAML), or a folder of them; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task. [default: all]")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Solved examples before each question. [default: the task's own number]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts at once; more is faster on a GPU.")] = 1,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the code that the model writes (humaneval).")
+    ] = False,
+    answers: Annotated[
+        Path | None, typer.Option(help="Keep the model's answers in this file. [default: until the run is done]")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Arithmetic: float32, bfloat16, float16; auto is float32 on a CPU.")
+    ] = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a written folder as transformers loads it: perplexity, divergence from the original, accuracy on tasks.
+
+    Interrupted while tasks run, the same command goes on.
+    """
+    from bitwright import api
+
+    with ProgressReport(err) as listener:
+        numbers = api.evaluate(
+            folder,
+            text,
+            seqlen=seqlen,
+            windows=windows,
+            reference=reference,
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks else (),
+            task_files=task_files or (),
+            limit=limit,
+            shots=shots,
+            batch_size=batch_size,
+            allow_code_execution=allow_code_execution,
+            answers=answers,
+            device=device,
+            dtype=dtype,
+            listener=listener,
+        )
+    show(numbers, screens.evaluation, as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized.")],
+    linears: Annotated[bool, typer.Option("--linears", help="List every linear.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a folder holds: architecture, blocks, linears, sizes, true bits per weight."""
+    from bitwright import api
+
+    show(api.inspect(path), lambda console, found: screens.inspection(console, found, linears), as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the folders here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize the embedded model at 4, 3 and 2 bits and show what it cost. Needs no download."""
+    from bitwright import api
+
+    with ProgressReport(err) as listener:
+        shown = api.demo(None if output is None else os.path.expanduser(output), listener=listener)
+    show(shown, screens.demonstration, as_json)

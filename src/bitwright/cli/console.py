@@ -1,0 +1,21 @@
+"""Where a command prints: results to standard output, everything else to error."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from bitwright.report.plain import plain
+
+WIDE = 1000  # characters; in a pipe or a file no path is to be broken into lines
+out, err = Console(width=None if Console().is_terminal else WIDE), Console(stderr=True)
+
+
+def show(found: Any, screen: Callable[[Console, Any], None], as_json: bool) -> None:
+    """Prints a result, as JSON or by its screen."""
+    if as_json:
+        print(json.dumps(plain(asdict(found)), indent=2))  # ASCII: a path of any bytes can be printed anywhere
+    else:
+        screen(out, found)

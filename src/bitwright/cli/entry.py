@@ -1,0 +1,64 @@
+"""How a command ends: the exit codes, and what is said of an error."""
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from importlib.metadata import version
+from io import TextIOWrapper
+from typing import NoReturn
+
+from bitwright.cli.commands import app
+from bitwright.cli.console import err
+from bitwright.core.errors import UserError
+
+MENDABLE, BUG, INTERRUPTED = 2, 1, 130
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
+ISSUES = "Please report it with the lines above."
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, past the libraries that would make something else of a KeyboardInterrupt."""
+
+
+def main() -> NoReturn:
+    """Runs the command line: exit code 0, 2 for what a user can mend, 1 for a bug, 130 when interrupted."""
+    signal.signal(signal.SIGINT, _interrupt)
+    # compressed-tensors draws a bar per loaded model with tqdm, which reads this when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to fail
+    try:
+        app()
+    except Interrupted:
+        _fail("interrupted; quantize and evaluate --tasks, when repeated, continue where they stopped", INTERRUPTED)
+    except Exception as error:
+        message = _mendable(error)
+        if message is not None:
+            _fail(message, MENDABLE)
+        traceback.print_exc()
+        _fail(f"this is a bug in Bitwright {version('bitwright')}. {ISSUES}", BUG)
+    sys.exit(0)
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to tell a user who can do something about an error; None for what is ours to mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    # torch says it with a RuntimeError of its own on a GPU, and with a plain one on a CPU.
+    signs = ("MemoryError", "OutOfMemoryError", "can't allocate memory")
+    if any(sign in f"{type(error).__name__}: {error}" for sign in signs):
+        return "out of memory; bitwright quantize --dry-run says how much a run needs"
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        return f"the machine did not allow it: {error}; make room or check permissions, then try again"
+    return None
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise Interrupted
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)

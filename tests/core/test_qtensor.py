@@ -158,6 +158,11 @@ def test_outliers_are_exact_and_nothing_else_changes(
     assert kept.outlier_value is not None and kept.outlier_value.dtype == dtype
 
 
+def whole_words(bits: int) -> int:
+    """The bits of as many 32-bit words as hold so many."""
+    return len(range(0, bits, 32)) * 32
+
+
 @few
 @given(GRIDS, TILES, DTYPES, st.integers(0, ROWS * COLUMNS))
 @example(Grid(4), Tile(1, 2), torch.float32, 3)
@@ -166,8 +171,8 @@ def test_storage_counts_everything(grid: Grid, tile: Tile, dtype: torch.dtype, o
     mask[:outliers] = True
     q = rounded(torch.ones(ROWS, COLUMNS), grid, tile, dtype, outliers=mask.view(ROWS, COLUMNS))
     p, columns = tile.counts((ROWS, COLUMNS))
-    bits = ROWS * COLUMNS * grid.bits + p * columns * dtype.itemsize * 8 + outliers * (32 + dtype.itemsize * 8)
-    bits += 0 if grid.symmetric else p * columns * grid.bits
+    bits = ROWS * whole_words(COLUMNS * grid.bits) + p * columns * dtype.itemsize * 8
+    bits += outliers * (32 + dtype.itemsize * 8) + (0 if grid.symmetric else columns * whole_words(p * grid.bits))
     assert q.storage_bits == bits
     assert q.bits_per_weight == bits / (ROWS * COLUMNS)
 

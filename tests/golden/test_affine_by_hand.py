@@ -233,6 +233,18 @@ def test_storage_bits() -> None:
     assert symmetric.storage_bits == 34816
 
 
+def test_storage_bits_of_words_that_are_not_full() -> None:
+    # W [96, 32], 3 bits, groups of 32 along the output, bfloat16 scales: a row of 32 codes is 96 bits, 3 words; a
+    # column has 3 scales, and 3 zeros: 9 bits, in a word of 32.
+    # 96 * 96 + 96 * 16 + 32 * 32 = 9216 + 1536 + 1024 = 11776 bits.
+    along_outputs = quantize_linear(torch.zeros(96, 32), LinearDecision(), Scheme(Grid(3), Tile(32, 1)), torch.bfloat16)
+    assert along_outputs.storage_bits == 11776
+    # W [5, 11], 3 bits, per channel, float32 scales: a row of 11 codes is 33 bits, 2 words; 5 zeros are 15 bits, 1
+    # word. 5 * 64 + 5 * 32 + 32 = 512 bits.
+    ragged = quantize_linear(torch.zeros(5, 11), LinearDecision(), Scheme(Grid(3)), torch.float32)
+    assert ragged.storage_bits == 512
+
+
 def test_a_range_that_is_decided_is_the_one_that_is_used() -> None:
     # Range [-1, 2] decided for weights that reach from -3 to 5: h = 1, z = 1; -3 and 5 are clamped to codes 0 and 3.
     decided = LinearDecision(low=torch.tensor([[-1.0]]), high=torch.tensor([[2.0]]))

@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED
 from bitwright.api.job import Job, prepare
 from bitwright.api.source import architecture
+from bitwright.core.qtensor import packed_bits
 from bitwright.core.recipe import Recipe
-from bitwright.core.scheme import Scheme
 from bitwright.methods import learned
 from bitwright.stream.budget import Budget, estimate
 
@@ -48,7 +46,7 @@ def plan_of(job: Job) -> Plan:
     kept = sum(checkpoint.nbytes(name) for name in checkpoint.names if name not in replaced)
     quantized = sum(job.format.stored_bytes(shape, job.scheme, dtype) for shape in shapes.values())
     weights = sum(rows * columns for rows, columns in shapes.values())
-    bits = sum(_weight_bits(shape, job.scheme, dtype) for shape in shapes.values())
+    bits = sum(packed_bits(shape, job.scheme.weight, job.scheme.tile, dtype) for shape in shapes.values())
     tokens = 0 if job.tokens is None else job.tokens.numel()
     trained = job.tokens is not None and learned(job.methods)
     step = (
@@ -72,12 +70,6 @@ def plan_of(job: Job) -> Plan:
         calibration_tokens=tokens,
         notes=tuple(_notes(job)),
     )
-
-
-def _weight_bits(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
-    p, q = scheme.tile.counts(shape)
-    zero = 0 if scheme.weight.symmetric else scheme.weight.bits
-    return shape[0] * shape[1] * scheme.weight.bits + p * q * (dtype.itemsize * 8 + zero)
 
 
 def _notes(job: Job) -> Iterator[str]:

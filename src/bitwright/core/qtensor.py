@@ -11,6 +11,7 @@ and z = 0. Letters: O output features, I input features, P and Q the tiles along
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from bitwright.core.scheme import Grid, Tile
 
-OUTLIER_INDEX_BITS = 32
+WORD_BITS, OUTLIER_INDEX_BITS = 32, 32
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,9 @@ class QTensor:
 
     @property
     def storage_bits(self) -> int:
-        """Bits that this weight needs: codes, scales, zero points and outliers, without file headers."""
-        bits = self.codes.numel() * self.grid.bits + self.scale.numel() * self.scale.element_size() * 8
-        if self.zero is not None:
-            bits += self.zero.numel() * self.grid.bits
-        if self.outlier_value is not None:
-            bits += self.outlier_value.numel() * (OUTLIER_INDEX_BITS + self.outlier_value.element_size() * 8)
-        return bits
+        """Bits that this weight takes once it is packed: ``packed_bits``."""
+        outliers = 0 if self.outlier_index is None else self.outlier_index.numel()
+        return packed_bits(self.shape, self.grid, self.tile, self.scale.dtype, outliers)
 
     @property
     def bits_per_weight(self) -> float:
@@ -65,6 +62,19 @@ class QTensor:
         if self.outlier_index is not None and self.outlier_value is not None:
             weight.view(-1)[self.outlier_index.long()] = self.outlier_value.to(dtype)
         return weight
+
+
+def packed_bits(shape: tuple[int, int], grid: Grid, tile: Tile, dtype: torch.dtype, outliers: int = 0) -> int:
+    """Bits that a weight [O, I] takes where it is packed, all counted but file headers.
+
+    Scales and outliers are in ``dtype``, each outlier with its position. The codes of one row take whole words of 32
+    bits, and so do the zero points of one column of tiles.
+    """
+    (rows, columns), (p, q) = shape, tile.counts(shape)
+    words = rows * ceil(columns * grid.bits / WORD_BITS)
+    if not grid.symmetric:
+        words += q * ceil(p * grid.bits / WORD_BITS)
+    return words * WORD_BITS + (p * q + outliers) * dtype.itemsize * 8 + outliers * OUTLIER_INDEX_BITS
 
 
 def tiled(weight: Shaped[Tensor, "O I"], tile: Tile) -> Shaped[Tensor, "P To Q Ti"]:

@@ -17,9 +17,9 @@ class LinearReport:
     """The account of one linear.
 
     ``tile`` is the rows and columns that share a scale, ``outliers`` how many weights are kept exactly.
-    ``bits_per_weight`` counts scales, zeros and outliers. ``weight_error`` is ``|W - Wq|^2 / |W|^2``;
-    ``output_error`` is ``|XW' - XWq'|^2 / |XW'|^2`` on the calibration tokens as the full-precision blocks
-    produce them, None without calibration text.
+    ``bits_per_weight`` counts all that is packed, scales, zeros and outliers too. ``weight_error`` is
+    ``|W - Wq|^2 / |W|^2``; ``output_error`` is ``|XW' - XWq'|^2 / |XW'|^2`` on the calibration tokens as the
+    full-precision blocks produce them, None without calibration text.
     """
 
     name: str

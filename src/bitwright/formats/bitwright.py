@@ -11,7 +11,6 @@ own functions: 32 codes in exactly ``bits`` int32 words, zero points along the o
 
 import json
 from collections.abc import Mapping
-from math import ceil
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,12 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from torch import Tensor
 
 from bitwright.core.errors import CheckpointError
-from bitwright.core.qtensor import QTensor
+from bitwright.core.qtensor import QTensor, packed_bits
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Scheme, Tile
 from bitwright.kernels.reference import unpack_down
 
-WORD_BITS = 32
 SHAPE_BYTES = 2 * 8
 
 
@@ -71,10 +69,7 @@ def read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
 
 def stored_bytes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
     """Bytes of one linear's tensors: what ``encode`` makes without outliers, from the shape [O, I] alone."""
-    (rows, columns), (p, q), bits = shape, scheme.tile.counts(shape), scheme.weight.bits
-    zeros = 0 if scheme.weight.symmetric else ceil(p * bits / WORD_BITS) * q
-    words = rows * ceil(columns * bits / WORD_BITS) + zeros
-    return words * WORD_BITS // 8 + p * q * dtype.itemsize + SHAPE_BYTES
+    return packed_bits(shape, scheme.weight, scheme.tile, dtype) // 8 + SHAPE_BYTES
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:

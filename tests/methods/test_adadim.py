@@ -1,47 +1,28 @@
 """AdaDim's claims: per-IC isolates outliers, the chosen axes are never worse than either for all; what is written."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tests.conftest import Checkpoints
+from tests.methods.conftest import Streamed, context_of, divergence
 
 import bitwright
-from bitwright.api.source import Source
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.errors import RecipeError, SchemeError
 from bitwright.core.method import Context
-from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.scheme import Tile
 from bitwright.core.settings import Settings
 from bitwright.methods import adadim
 from bitwright.steps.apply import parameters_of
 from bitwright.steps.trial import rounded
-from bitwright.stream.activations import Stream, enter
-from bitwright.stream.inspection import ModuleInspection
-from bitwright.stream.skeleton import Skeleton
+from bitwright.stream.activations import Stream
 
-TEXT = "".join(f"{n} green bottles hanging on the wall, and {n * n} red ones; " for n in range(120))
-SCHEME = Scheme.parse("W3A16g16")
+SCHEME = "W3A16g16"
 OC, IC = Tile(1, 16), Tile(16, 1)
-
-
-@pytest.fixture(scope="module")
-def streamed(tiny: Checkpoints) -> tuple[Skeleton, Stream]:
-    source = Source.open(tiny("float32"))
-    skeleton = Skeleton(source.checkpoint, source.config, source.family, torch.float32, torch.device("cpu"))
-    tokens = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(5))
-    return skeleton, enter(skeleton, tokens)
-
-
-@pytest.fixture
-def block(streamed: tuple[Skeleton, Stream]) -> Iterator[Block]:
-    with streamed[0].block(0) as found:
-        yield found
 
 
 def add_outliers(block: Block) -> None:
@@ -54,16 +35,8 @@ def add_outliers(block: Block) -> None:
             block.linear(f"self_attn.{name}_proj").weight[:, [3, 40]] /= 64
 
 
-def inspect(
-    block: Block, stream: Stream, scheme: Scheme, module: str, _: BlockDecisions, tokens: int
-) -> ModuleInspection:
-    inputs, kwargs = stream.activations.quantized, stream.kwargs_of(block)
-    return ModuleInspection(block, module, parameters_of(block, BlockDecisions()), scheme, inputs, kwargs, tokens)
-
-
 def decided(block: Block, stream: Stream, axis: str = "auto") -> tuple[BlockDecisions, Context]:
-    look = partial(inspect, block, stream, SCHEME)
-    context = Context(SCHEME, torch.float32, settings=Settings(axis=axis), inspect=look)
+    context = context_of(block, stream, SCHEME, Settings(axis=axis))
     return adadim.METHOD.decide(block, context, BlockDecisions()), context
 
 
@@ -82,9 +55,7 @@ def all_with(block: Block, tile: Tile) -> BlockDecisions:
 
 
 @pytest.mark.parametrize("outliers", [False, True])
-def test_the_choice_is_never_worse_than_either_axis_for_all(
-    streamed: tuple[Skeleton, Stream], block: Block, outliers: bool
-) -> None:
+def test_the_choice_is_never_worse_than_either_axis_for_all(streamed: Streamed, block: Block, outliers: bool) -> None:
     if outliers:
         add_outliers(block)
     chosen, context = decided(block, streamed[1])
@@ -93,7 +64,7 @@ def test_the_choice_is_never_worse_than_either_axis_for_all(
         assert error <= min(oc[module], ic[module]) * (1 + 1e-6), module
 
 
-def test_per_ic_isolates_outliers(streamed: tuple[Skeleton, Stream], block: Block) -> None:
+def test_per_ic_isolates_outliers(streamed: Streamed, block: Block) -> None:
     """The paper's claim: where an input channel is an outlier, its own groups keep what it does to themselves."""
     add_outliers(block)
     chosen, context = decided(block, streamed[1])
@@ -102,34 +73,24 @@ def test_per_ic_isolates_outliers(streamed: tuple[Skeleton, Stream], block: Bloc
     assert any(chosen.linear(f"self_attn.{name}_proj").tile == IC for name in "qkv")
 
 
-def test_one_axis_for_all_where_it_is_asked_for(streamed: tuple[Skeleton, Stream], block: Block) -> None:
+def test_one_axis_for_all_where_it_is_asked_for(streamed: Streamed, block: Block) -> None:
     for axis, tile in (("oc", None), ("ic", IC)):
         found, _ = decided(block, streamed[1], axis)
         assert {found.linear(name).tile for name in block.topology.linears} == {tile}
 
 
-def test_what_does_not_divide_stays_and_says_so(streamed: tuple[Skeleton, Stream], block: Block) -> None:
-    look = partial(inspect, block, streamed[1], SCHEME)
-    context = Context(Scheme.parse("W3A16g64"), torch.float32, inspect=look)  # k and v have 32 outputs
+def test_what_does_not_divide_stays_and_says_so(streamed: Streamed, block: Block) -> None:
+    context = context_of(block, streamed[1], "W3A16g64", Settings())  # k and v have 32 outputs
     found = adadim.METHOD.decide(block, context, BlockDecisions())
     assert [text.partition(":")[0] for text in found.fallbacks] == ["self_attn.k_proj", "self_attn.v_proj"]
     assert found.linear("self_attn.k_proj").tile is None
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> bitwright.Recipe:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text(TEXT)
+def recipe(tiny: Checkpoints, text: str) -> bitwright.Recipe:
     return bitwright.Recipe(
-        model=str(tiny()), scheme="W2A16g16", calibration=str(text), samples=8, seqlen=64, method="adadim+gptq"
+        model=str(tiny()), scheme="W2A16g16", calibration=text, samples=8, seqlen=64, method="adadim+gptq"
     )
-
-
-def divergence(recipe: bitwright.Recipe, out: Path) -> float:
-    bitwright.quantize(recipe, out)
-    found = bitwright.evaluate(out, str(recipe.calibration), seqlen=64, reference=recipe.model).measurement
-    assert found is not None and found.kl_divergence is not None
-    return found.kl_divergence
 
 
 def test_with_gptq_it_is_written_mixed_and_better_than_rounding(recipe: bitwright.Recipe, tmp_path: Path) -> None:

@@ -6,28 +6,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from tests.conftest import Checkpoints
+from tests.methods.conftest import divergence
 
 import bitwright
 from bitwright.core.errors import RecipeError
 from bitwright.methods import compose
 
-TEXT = "".join(f"{n} green bottles hanging on the wall, and {n * n} red ones; " for n in range(120))
-
 
 @pytest.fixture(scope="module")
-def recipe(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> bitwright.Recipe:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text(TEXT)
-    return bitwright.Recipe(
-        model=str(tiny()), scheme="W3A16g32", calibration=str(text), samples=8, seqlen=64, method="gptq"
-    )
-
-
-def divergence(recipe: bitwright.Recipe, out: Path) -> float:
-    bitwright.quantize(recipe, out)
-    found = bitwright.evaluate(out, str(recipe.calibration), seqlen=64, reference=recipe.model).measurement
-    assert found.kl_divergence is not None
-    return found.kl_divergence
+def recipe(tiny: Checkpoints, text: str) -> bitwright.Recipe:
+    return bitwright.Recipe(model=str(tiny()), scheme="W3A16g32", calibration=text, samples=8, seqlen=64, method="gptq")
 
 
 @pytest.mark.parametrize("scheme", ["W3A16", "W2A16g32", "W4A16g16sym", "W4A4"])

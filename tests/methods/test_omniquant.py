@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import Checkpoints
+from tests.methods.conftest import Streamed, context_of, divergence
 from torch import Tensor
 
 import bitwright
@@ -15,43 +16,33 @@ from bitwright.api.source import Source
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.errors import OutputError, RecipeError
-from bitwright.core.method import Context, Learned
+from bitwright.core.method import Learned
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings, ours, paper, settle
 from bitwright.methods import compose, fit
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
-from bitwright.stream.activations import Stream, enter, statistics
+from bitwright.stream.activations import Stream
 from bitwright.stream.forward import forward_all
-from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.train import Objective, Trainer, learnables_of
 
-TEXT = "".join(f"{n} green bottles hanging on the wall, and {n * n} red ones; " for n in range(120))
 UNTRAINED = ("rtn", "gptq", "smoothquant", "osplus", "awq")
 QUICK = Settings(epochs=4, schedule="cosine")
 
 
-@pytest.fixture(scope="module")
-def stream_of(tiny: Checkpoints) -> tuple[Skeleton, Stream]:
-    source = Source.open(tiny("float32"))
-    skeleton = Skeleton(source.checkpoint, source.config, source.family, torch.float32, torch.device("cpu"))
-    tokens = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(5))
-    return skeleton, enter(skeleton, tokens)
-
-
 def trainer(block: Block, stream: Stream, scheme: str, methods: str, training: Settings) -> Trainer:
-    stats, target = statistics(block, stream)
-    context = Context(Scheme.parse(scheme), torch.float32, stream.activations, stats, training)
+    context = context_of(block, stream, scheme, training)
     found = [m for m in compose(methods) if isinstance(m, Learned)]
     learnables = learnables_of(found, block, context, BlockDecisions())
+    target = forward_all(block, {}, stream.activations.reference, stream.kwargs_of(block))
     objective = Objective(stream.activations, target, None, stream.kwargs_of(block))
     return Trainer(block, learnables, context, BlockDecisions(), objective)
 
 
 @pytest.mark.parametrize("methods", ["lwc", "pact", "lsq", "let", "let+lwc", "let+pact", "let+lsq"])
 @pytest.mark.parametrize("scheme", ["W2A16g32", "W3A16sym", "W4A4"])
-def test_training_improves_on_min_max(stream_of: tuple[Skeleton, Stream], methods: str, scheme: str) -> None:
-    skeleton, stream = stream_of
+def test_training_improves_on_min_max(streamed: Streamed, methods: str, scheme: str) -> None:
+    skeleton, stream = streamed
     with skeleton.block(0) as block:
         training = trainer(block, stream, scheme, methods, QUICK)
         zero = training.measure(BlockDecisions())
@@ -62,8 +53,8 @@ def test_training_improves_on_min_max(stream_of: tuple[Skeleton, Stream], method
 
 
 @pytest.mark.parametrize("rate", [1e-2, 3.0, 1e4])
-def test_never_worse_than_min_max_whatever_the_rate(stream_of: tuple[Skeleton, Stream], rate: float) -> None:
-    skeleton, stream = stream_of
+def test_never_worse_than_min_max_whatever_the_rate(streamed: Streamed, rate: float) -> None:
+    skeleton, stream = streamed
     with skeleton.block(1) as block:
         training = trainer(block, stream, "W2A16", "let+lwc", replace(QUICK, lwc_lr=rate, let_lr=rate))
         zero = training.measure(BlockDecisions())
@@ -73,10 +64,8 @@ def test_never_worse_than_min_max_whatever_the_rate(stream_of: tuple[Skeleton, S
         assert decided.fallbacks  # said, not silent
 
 
-def test_a_loss_that_is_not_finite_goes_back_and_slower(
-    stream_of: tuple[Skeleton, Stream], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    skeleton, stream = stream_of
+def test_a_loss_that_is_not_finite_goes_back_and_slower(streamed: Streamed, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton, stream = streamed
     with skeleton.block(0) as block:
         training = trainer(block, stream, "W3A16", "lwc", QUICK)
         real, calls = Objective.loss, []
@@ -96,9 +85,9 @@ def test_a_loss_that_is_not_finite_goes_back_and_slower(
 
 @pytest.mark.parametrize("methods", ["lwc", "let+lwc"])
 @pytest.mark.parametrize("scheme", ["W3A16g32", "W4A4", "W4A4KV16", "W4A16KV4"])
-def test_training_output_is_the_folded_output(stream_of: tuple[Skeleton, Stream], methods: str, scheme: str) -> None:
+def test_training_output_is_the_folded_output(streamed: Streamed, methods: str, scheme: str) -> None:
     """What training saw is what is written: nothing of the learned parameters is needed afterwards."""
-    skeleton, stream = stream_of
+    skeleton, stream = streamed
     with skeleton.block(0) as block:
         training = trainer(block, stream, scheme, methods, QUICK)
         training.run()
@@ -113,8 +102,8 @@ def test_training_output_is_the_folded_output(stream_of: tuple[Skeleton, Stream]
     assert difference < (5e-3 if "A4" in scheme else 1e-5)  # a code of an activation may fall to the other side
 
 
-def test_scales_alone_leave_the_full_precision_block_alone(stream_of: tuple[Skeleton, Stream]) -> None:
-    skeleton, stream = stream_of
+def test_scales_alone_leave_the_full_precision_block_alone(streamed: Streamed) -> None:
+    skeleton, stream = streamed
     with skeleton.block(0) as block:
         training = trainer(block, stream, "W4A4", "let", replace(QUICK, sites="all"))
         training.run()
@@ -179,11 +168,9 @@ def test_let_is_left_out_where_it_cannot_help(tiny: Checkpoints) -> None:
 
 
 @pytest.mark.parametrize("after_let", ["pact", "lsq"])
-def test_thresholds_start_on_the_weights_that_let_starts_with(
-    stream_of: tuple[Skeleton, Stream], after_let: str
-) -> None:
+def test_thresholds_start_on_the_weights_that_let_starts_with(streamed: Streamed, after_let: str) -> None:
     """Before any step, LET with thresholds is LET with min-max."""
-    skeleton, stream = stream_of
+    skeleton, stream = streamed
     with skeleton.block(0) as block:
         alone, both = (trainer(block, stream, "W4A4", text, QUICK) for text in ("let", f"let+{after_let}"))
         start = alone.measure(alone.decisions())
@@ -192,11 +179,9 @@ def test_thresholds_start_on_the_weights_that_let_starts_with(
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> bitwright.Recipe:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text(TEXT)
+def recipe(tiny: Checkpoints, text: str) -> bitwright.Recipe:
     return bitwright.Recipe(
-        model=str(tiny()), scheme="W4A4", calibration=str(text), samples=6, seqlen=48, epochs=2, method="omniquant"
+        model=str(tiny()), scheme="W4A4", calibration=text, samples=6, seqlen=48, epochs=2, method="omniquant"
     )
 
 
@@ -228,15 +213,9 @@ def test_parameters_are_saved_and_loaded(recipe: bitwright.Recipe, tmp_path: Pat
 
 
 def test_the_written_folder_is_better_than_rtn(recipe: bitwright.Recipe, tmp_path: Path) -> None:
-    text = str(recipe.calibration)
-    for method in ("rtn", "omniquant"):
-        epochs = 6 if method == "omniquant" else None
-        bitwright.quantize(replace(recipe, method=method, scheme="W2A16g32", epochs=epochs), tmp_path / method)
-    rtn, omniquant = (
-        bitwright.evaluate(tmp_path / method, text, seqlen=48, reference=recipe.model).measurement.kl_divergence
-        for method in ("rtn", "omniquant")
-    )
-    assert rtn is not None and omniquant is not None and omniquant < rtn
+    asked = replace(recipe, scheme="W2A16g32", epochs=6)
+    rtn = divergence(replace(asked, method="rtn", epochs=None), tmp_path / "rtn")
+    assert divergence(asked, tmp_path / "omniquant") < rtn
 
 
 def test_a_run_killed_after_it_saved_goes_on(

@@ -25,7 +25,10 @@ import json
 import os
 import shutil
 import sys
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
+from inspect import Signature, signature
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -54,35 +57,69 @@ SPEED_COLUMNS = (
     *(*NAMES, "seconds per block", "CPU seconds per block", "peak MB", "of it while quantizing"),
     "training, ms per step",
 )
-Calibration = Annotated[str, typer.Option(help="Text to learn from.")]
-Name = Annotated[str, typer.Option(help="Name of the result files.")]
-Rows = Annotated[list[str], typer.Option(help="[implementation/]method:scheme[:seed[:key=value,...]]; repeatable.")]
-Pythons = Annotated[list[str] | None, typer.Option(help="IMPLEMENTATION=INTERPRETER of its environment; repeatable.")]
-Checkouts = Annotated[list[str] | None, typer.Option(help="IMPLEMENTATION=CHECKOUT of its code; repeatable.")]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
-def quality(
+@dataclass(frozen=True)
+class Run:
+    """What ``quality`` and ``speed`` both ask for: rows by their names, how they are run, the name of the result."""
+
+    bench: Bench
+    asked: dict[str, Asked]
+    name: str
+
+
+def _run(
+    *,
     model: Path,
-    text: Annotated[str, typer.Option(help="Text to measure on; held out from calibration.")],
-    calibration: Calibration,
-    name: Name,
-    row: Rows,
-    python: Pythons = None,
-    repository: Checkouts = None,
+    calibration: Annotated[str, typer.Option(help="Text to learn from.")],
+    name: Annotated[str, typer.Option(help="Name of the result files.")],
+    row: Annotated[list[str], typer.Option(help="[implementation/]method:scheme[:seed[:key=value,...]]; repeatable.")],
+    python: Annotated[
+        list[str] | None, typer.Option(help="IMPLEMENTATION=INTERPRETER of its environment; repeatable.")
+    ] = None,
+    repository: Annotated[
+        list[str] | None, typer.Option(help="IMPLEMENTATION=CHECKOUT of its code; repeatable.")
+    ] = None,
     samples: int = 128,
     calibration_seqlen: int = 256,
+    threads: int = 1,
+) -> Run:
+    pythons = {OURS: sys.executable} | _paths(python)
+    bench = Bench(model, calibration, samples, calibration_seqlen, pythons, _paths(repository), threads)
+    return Run(bench, bench.asked(row), name)
+
+
+def _with_run(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes a Run, made one that takes ``_run``'s flags before its own: typer reads the signature."""
+    _, *own = signature(command).parameters.values()
+    flags = signature(_run).parameters
+
+    @wraps(command)
+    def taking(**given: Any) -> None:
+        run = _run(**{flag: given.pop(flag) for flag in flags})
+        command(run, **given)
+
+    together = [*flags.values(), *own]
+    taking.__signature__ = Signature(together)  # type: ignore[attr-defined]
+    taking.__annotations__ = {flag.name: flag.annotation for flag in together}
+    return taking
+
+
+@app.command()
+@_with_run
+def quality(
+    run: Run,
+    *,
+    text: Annotated[str, typer.Option(help="Text to measure on; held out from calibration.")],
     seqlen: int = 512,
     windows: int = 60,
-    threads: int = 1,
     title: str = "",
 ) -> None:
     """Perplexity of what each implementation made, and its KL divergence from the original."""
-    bench = Bench(model, calibration, samples, calibration_seqlen, _pythons(python), _paths(repository), threads)
-    asked = bench.asked(row)
-    kept = Kept(name, bench.protocol | {"text": f"{windows} windows of {seqlen} tokens of {Path(text).name}"})
-    tokens = consecutive(tokenize(model, text_of(text, "evaluation")), seqlen, windows, text)
+    bench, asked = run.bench, run.asked
+    kept = Kept(run.name, bench.protocol | {"text": f"{windows} windows of {seqlen} tokens of {Path(text).name}"})
+    tokens = consecutive(tokenize(bench.model, text_of(text, "evaluation")), seqlen, windows, text)
     rows = [kept.row({"row": key}, partial(_measured, bench, one, text, tokens)) for key, one in asked.items()]
     kept.write_table(
         title,
@@ -94,25 +131,13 @@ def quality(
 
 
 @app.command()
-def speed(
-    model: Path,
-    calibration: Calibration,
-    name: Name,
-    row: Rows,
-    python: Pythons = None,
-    repository: Checkouts = None,
-    samples: int = 128,
-    calibration_seqlen: int = 256,
-    threads: int = 1,
-    repetitions: int = 3,
-    title: str = "",
-) -> None:
+@_with_run
+def speed(run: Run, *, repetitions: int = 3, title: str = "") -> None:
     """Seconds per block and peak memory, the rows in turn, each time in a fresh process."""
-    bench = Bench(model, calibration, samples, calibration_seqlen, _pythons(python), _paths(repository), threads)
-    asked = bench.asked(row)
+    bench, asked = run.bench, run.asked
     malloc = " ".join(f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("MALLOC_"))
-    kept = Kept(name, bench.protocol | {"process": f"{threads} threads, {malloc or 'malloc untuned'}"})
-    runs: dict[str, list[Row]] = {key: [] for key in row}
+    kept = Kept(run.name, bench.protocol | {"process": f"{bench.threads} threads, {malloc or 'malloc untuned'}"})
+    runs: dict[str, list[Row]] = {key: [] for key in asked}
     for repetition in range(repetitions):
         for key, one in asked.items():
             runs[key].append(kept.row({"row": key, "run": repetition}, partial(_timed, bench, one)))
@@ -152,10 +177,6 @@ def _paths(given: list[str] | None) -> dict[str, str]:
         if not os.path.exists(text.partition("=")[2]):
             raise typer.BadParameter(f"'{text}' should read IMPLEMENTATION=PATH, and the path be there")
     return {name: os.path.abspath(path) for name, path in (text.split("=", 1) for text in given or [])}
-
-
-def _pythons(given: list[str] | None) -> dict[str, str]:
-    return {OURS: sys.executable} | _paths(given)
 
 
 def _measured(bench: Bench, asked: Asked, text: str, windows: Int[Tensor, "W T"]) -> Row:

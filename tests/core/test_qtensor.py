@@ -145,13 +145,14 @@ def test_the_largest_numbers_stay_finite(grid: Grid, dtype: torch.dtype, largest
 
 @few
 @given(weights(2.0**14), GRIDS, TILES, DTYPES, st.sets(st.integers(0, ROWS * COLUMNS - 1)))
-def test_outliers_are_exact_and_nothing_else_changes(
+def test_outliers_are_exact_and_the_rest_is_quantized_as_if_they_were_zero(
     weight: torch.Tensor, grid: Grid, tile: Tile, dtype: torch.dtype, places: set[int]
 ) -> None:
     mask = torch.zeros(ROWS * COLUMNS, dtype=torch.bool)
     mask[list(places)] = True
     mask = mask.view(ROWS, COLUMNS)
-    plain, kept = rounded(weight, grid, tile, dtype), rounded(weight, grid, tile, dtype, outliers=mask)
+    without = weight.masked_fill(mask, 0.0)
+    plain, kept = rounded(without, grid, tile, dtype), rounded(weight, grid, tile, dtype, outliers=mask)
     values = kept.dequantize()
     assert torch.equal(values[mask], weight.to(dtype)[mask])
     assert torch.equal(values[~mask], plain.dequantize()[~mask])

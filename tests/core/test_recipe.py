@@ -50,6 +50,10 @@ def test_settings_are_those_that_were_asked_for() -> None:
         "drift": True,
         "damping": "1e-2",
         "act-order": False,
+        "outliers": 3,
+        "range": "paper",
+        "norm": 1.5,
+        "alignment": 4,
     }
     recipe = Recipe.from_mapping(LEAST | asked | {"schedule": "constant", "sites": "all", "axis": "ic"})
     assert recipe.settings == {
@@ -66,6 +70,10 @@ def test_settings_are_those_that_were_asked_for() -> None:
         "axis": "ic",
         "damping": 0.01,
         "act_order": False,
+        "outliers": "3",
+        "range": "paper",
+        "norm": 1.5,
+        "alignment": 4,
     }
     assert set(recipe.settings) == {field.name for field in fields(Settings)} - {"seed"}
     assert replace(Settings(), **recipe.settings).epochs == 3
@@ -88,6 +96,7 @@ def test_a_recipe_survives_as_plain_values() -> None:
         recipe, alpha=0.75, schedule="cosine", sites="all", refine=False, drift=False, load_parameters="p.safetensors"
     )
     recipe = replace(recipe, axis="oc", damping=0.1, act_order=False)
+    recipe = replace(recipe, outliers="0.5%", range="fitted", norm=3.0, alignment=2.0)
     assert all(getattr(recipe, field.name) != field.default for field in fields(Recipe))
     assert Recipe.from_mapping(recipe.as_dict()) == recipe
     assert set(recipe.as_dict()) == {field.name for field in fields(Recipe)}

@@ -23,9 +23,9 @@ def nothing(block: Block, context: Context, decisions: BlockDecisions) -> Learna
 def three(monkeypatch: pytest.MonkeyPatch) -> dict[str, Method]:
     """Methods of which one transforms, one chooses an axis, and one chooses ranges and rounds."""
     known: dict[str, Method] = {
-        "turn": Learned(frozenset({Decision.TRANSFORM}), nothing),
-        "axis": Closed(frozenset({Decision.AXIS}), unchanged, needs_text=True),
-        "round": Closed(frozenset({Decision.RANGE, Decision.ROUNDING}), unchanged),
+        "turn": Learned(decides=frozenset({Decision.TRANSFORM}), learn=nothing),
+        "axis": Closed(decides=frozenset({Decision.AXIS}), decide=unchanged, needs_text=True),
+        "round": Closed(decides=frozenset({Decision.RANGE, Decision.ROUNDING}), decide=unchanged),
     }
 
     def found(room: str, name: str) -> ModuleType:
@@ -99,13 +99,14 @@ def test_methods_that_go_together_in_no_order_are_not_told_to_change_places() ->
     [
         *("smoothquant+gptq", "awq+gptq", "lwc+gptq", "adadim+gptq", "adadim+lwc", "let+lwc+gptq", "smoothquant+rtn"),
         *("osplus+adadim+lwc+gptq", "adadim+rtn", "lwc+rtn", "smoothquant+lwc"),
+        *("awq+lwc", "easyquant+lwc+gptq", "easyquant-outliers+adadim+gptq", "smoothquant+easyquant"),
     ],
 )
 def test_what_goes_together(text: str) -> None:
     assert len(methods.compose(text)) == len(text.split("+"))
 
 
-@pytest.mark.parametrize("text", ["gptq+awq", "smoothquant+let", "awq+lwc", "gptq+adadim", "rtn+gptq", "lwc+adadim"])
+@pytest.mark.parametrize("text", ["gptq+awq", "smoothquant+let", "awq+pact", "gptq+adadim", "rtn+gptq", "lwc+adadim"])
 def test_what_does_not(text: str) -> None:
     with pytest.raises(RecipeError, match="decide"):
         methods.compose(text)

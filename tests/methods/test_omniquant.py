@@ -119,8 +119,10 @@ def test_scales_alone_leave_the_full_precision_block_alone(streamed: Streamed) -
 def test_the_preset_is_the_papers() -> None:
     plain = paper(Scheme.parse("W2A16g64"))
     assert (plain.epochs, plain.aug_loss, plain.lwc_lr, plain.let_lr) == (40, True, 1e-2, 5e-3)
-    assert paper(Scheme.parse("W3A16")) == Settings(epochs=20)
-    assert settle("paper", Scheme.parse("W3A16"), 7, {"epochs": 2, "alpha": None}) == Settings(epochs=2, seed=7)
+    assert paper(Scheme.parse("W3A16sym")) == Settings(epochs=20)
+    assert settle("paper", Scheme.parse("W3A16"), 7, {"epochs": 2, "alpha": None}) == Settings(
+        epochs=2, range="fitted", seed=7
+    )
     assert not paper(Scheme.parse("W4A4")).refine
 
 

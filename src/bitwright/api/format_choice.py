@@ -8,7 +8,7 @@ from types import ModuleType
 
 from bitwright.core.decisions import Decision
 from bitwright.core.errors import RecipeError
-from bitwright.core.method import Closed, Method
+from bitwright.core.method import Method
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.registry import find
 from bitwright.core.scheme import Scheme
@@ -24,12 +24,16 @@ def encoder(named: str | None) -> ModuleType:
 
 def expected(named: str | None, scheme: Scheme, methods: tuple[Method, ...], settings: Settings) -> str:
     """The format as far as it is known at the start. Raises RecipeError where the one named may not hold the result."""
-    outliers = any(Decision.OUTLIERS in method.decides for method in methods)
-    chosen = [tile for method in methods if isinstance(method, Closed) for tile in method.tiles(scheme, settings)]
+    outliers = settings.outlier_rule is not None and any(Decision.OUTLIERS in method.decides for method in methods)
+    chosen = [tile for method in methods for tile in method.tiles(scheme, settings)]
     possible = [scheme.tile, *chosen]
     fits = [find("formats", WIDELY_LOADED if named is None else named).holds(tile, outliers) for tile in possible]
     if named is None:
-        if (settings.axis == "ic" and chosen) or not find("formats", WIDELY_LOADED).holds(scheme.tile, False):
+        if (
+            outliers
+            or (settings.axis == "ic" and chosen)
+            or not find("formats", WIDELY_LOADED).holds(scheme.tile, False)
+        ):
             return HOLDS_ALL
         return WIDELY_LOADED if all(fits) else f"{WIDELY_LOADED} or {HOLDS_ALL}"
     if not all(fits):

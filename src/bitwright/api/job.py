@@ -25,12 +25,12 @@ from bitwright.api.source import (
 )
 from bitwright.calibration.segments import segments
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
-from bitwright.core.method import Closed, Learned, Method
+from bitwright.core.method import Learned, Method
 from bitwright.core.quantized import WrittenModel, departures
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find, names
 from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
-from bitwright.core.settings import AXES, Settings, settle
+from bitwright.core.settings import Settings, settle
 from bitwright.methods import TRANSFORM, compose, fit, learned, used
 from bitwright.stream.skeleton import Skeleton
 
@@ -179,8 +179,8 @@ def _check_dtypes(job: Job) -> None:
 def _check_tiles(job: Job) -> None:
     """Every linear must divide into the scheme's tiles, and into those that were asked for in their place."""
     tiles = [job.scheme.tile]
-    if job.settings.axis != AXES[0]:
-        tiles += [tile for m in job.methods if isinstance(m, Closed) for tile in m.tiles(job.scheme, job.settings)]
+    if job.settings.axis == "ic":
+        tiles += [tile for m in job.methods for tile in m.tiles(job.scheme, job.settings)]
     for (name, shape), tile in product(job.linears(), tiles):
         try:
             tile.counts(shape)

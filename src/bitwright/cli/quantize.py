@@ -17,8 +17,9 @@ from bitwright.report.progress import ProgressReport
 
 PLACES = ("model", "output", "calibration", "save_parameters", "load_parameters")
 METHODS = (
-    "omniquant, or methods joined by +, in this order: smoothquant, osplus, awq, let; adadim; lwc, pact, lsq; rtn, "
-    "gptq (awq, which clips too, goes with these two alone). For example awq, adadim+gptq, let+lwc+gptq. "
+    "omniquant, or methods joined by +, in this order: smoothquant, osplus, awq, let; easyquant-outliers; adadim; "
+    "easyquant, lwc, pact, lsq; rtn, gptq. lwc starts from the ranges of easyquant or awq; easyquant decides outliers "
+    "and axis too. For example easyquant, awq, adadim+gptq, let+lwc+gptq. "
     "[default: omniquant with text, else rtn]"
 )
 KEYS = {field.name for field in fields(Recipe)} | {"output", "save_parameters"}
@@ -97,7 +98,8 @@ def quantize(
         ),
     ] = None,
     axis: Annotated[
-        str | None, typer.Option(help="Groups of adadim: auto, oc (along the input), ic. [default: auto]")
+        str | None,
+        typer.Option(help="Groups of adadim, easyquant: auto, oc (along the input), ic. [default: auto; oc]"),
     ] = None,
     damping: Annotated[
         float | None, typer.Option(help="gptq: share of the mean diagonal added to the Hessian. [default: 0.01]")
@@ -105,6 +107,18 @@ def quantize(
     act_order: Annotated[
         bool | None,
         typer.Option("--act-order/--no-act-order", help="gptq: columns by falling activations. [default: on]"),
+    ] = None,
+    outliers: Annotated[
+        str | None,
+        typer.Option(help="easyquant: weights kept exactly: 3 (standard deviations), 0.5%, or 0. [default: 3]"),
+    ] = None,
+    range: Annotated[
+        str | None, typer.Option(help="easyquant: fitted, or paper (symmetric schemes). [default: fitted]")
+    ] = None,
+    norm: Annotated[float | None, typer.Option(help="easyquant: p, the range of least |error|^p. [default: 2]")] = None,
+    alignment: Annotated[
+        float | None,
+        typer.Option(help="easyquant: how many times more errors along the weights count. [default: 16; paper: 0]"),
     ] = None,
     save_parameters: Annotated[
         Path | None, typer.Option(help="Also write what was learned to this .safetensors file.")

@@ -42,6 +42,10 @@ class LinearDecision:
     outliers: Bool[Tensor, "O I"] | None = None
     codes: Int[Tensor, "O I"] | None = None
 
+    def inside(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+        """What codes stand for: the weight, with zeros where its outliers are."""
+        return weight if self.outliers is None else weight.masked_fill(self.outliers, 0.0)
+
 
 @dataclass(frozen=True)
 class BlockDecisions:

@@ -1,4 +1,4 @@
-"""The contract of a method: which decisions it takes, and how: in closed form, or by training."""
+"""The contract of a method: which decisions it takes, and how: in closed form, data-free, or by training."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitwright.core.block import Block
-from bitwright.core.decisions import BlockDecisions, Decision
+from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision
 from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.settings import Settings
 
@@ -124,35 +124,47 @@ def _no_tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
     return ()
 
 
-@dataclass(frozen=True)
-class Closed:
-    """A method in closed form: from a block and what is decided so far to new decisions.
-
-    ``uses`` are the settings it listens to. ``tiles`` are those it may choose beside the scheme's own. Without
-    ``reads_stats`` the context may come without ``stats``, which cost a forward pass.
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """``decides`` what; ``uses`` are the settings it listens to (a learned one beside the trainer's); ``tiles`` those
+    it may choose beside the scheme's own; ``starts_from`` are decisions that it changes where they are taken already.
     """
 
     decides: frozenset[Decision]
-    decide: Callable[[Block, Context, BlockDecisions], BlockDecisions]
-    needs_text: bool = False
-    reads_stats: bool = False
     uses: frozenset[str] = frozenset()
     tiles: Callable[[Scheme, Settings], tuple[Tile, ...]] = _no_tiles
+    starts_from: frozenset[Decision] = frozenset()
+    needs_text: bool = False
 
 
-@dataclass(frozen=True)
-class Learned:
-    """A method that is trained, jointly with the learned methods beside it in a recipe.
+@dataclass(frozen=True, kw_only=True)
+class Closed(_Kind):
+    """A method in closed form: from a block and what is decided so far to new decisions.
 
-    ``uses`` are the settings it listens to beside the trainer's. ``refines`` says that its learnables set their
-    parameters in closed form too, for which training may be left out.
+    Without ``reads_stats`` the context may come without ``stats``, which cost a forward pass.
     """
 
-    decides: frozenset[Decision]
+    decide: Callable[[Block, Context, BlockDecisions], BlockDecisions]
+    reads_stats: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFree(_Kind):
+    """A method that needs one weight alone [O, I], float32, and what is decided about it: no text, no block."""
+
+    decide: Callable[[Tensor, Context, LinearDecision], LinearDecision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(_Kind):
+    """A method that is trained, jointly with the learned methods beside it in a recipe.
+
+    ``refines`` says that its learnables set their parameters in closed form too, for which training may be left out.
+    """
+
     learn: Callable[[Block, Context, BlockDecisions], Learnable]
     needs_text: bool = True
-    uses: frozenset[str] = frozenset()
     refines: bool = False
 
 
-Method = Closed | Learned
+Method = Closed | DataFree | Learned

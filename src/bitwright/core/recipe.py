@@ -43,6 +43,10 @@ class Recipe:
     axis: str | None = None
     damping: float | None = None
     act_order: bool | None = None
+    outliers: str | None = None
+    range: str | None = None
+    norm: float | None = None
+    alignment: float | None = None
     load_parameters: str | None = None
 
     def __post_init__(self) -> None:
@@ -91,7 +95,7 @@ class Recipe:
         for key in ("model", "scheme"):
             if written.get(key) is None:
                 raise RecipeError(f"the recipe does not say which {key}: give --{key} or the key '{key}' in the recipe")
-        return cls(**{key: _number(key, value, hints) for key, value in written.items()})
+        return cls(**{key: _as_wanted(key, value, hints) for key, value in written.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as written into bitwright.json."""
@@ -102,8 +106,10 @@ _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) *(KB|MB|GB|TB)", re.IGNORECAS
 _FACTORS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def _number(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
-    """``1e-2`` as a number where one is wanted: YAML reads it as a text."""
+def _as_wanted(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
+    """``1e-2`` as a number where one is wanted, ``outliers: 3`` as text: YAML reads them otherwise."""
+    if key == "outliers" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
     if not isinstance(value, str) or float not in get_args(hints[key]):
         return value
     try:

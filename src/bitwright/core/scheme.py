@@ -73,6 +73,11 @@ class Tile:
     out: int
     in_: int
 
+    @property
+    def turned(self) -> "Tile":
+        """The same number of weights along the other dimension."""
+        return Tile(self.in_, self.out)
+
     def size(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of one tile of a weight of this shape [O, I]."""
         return (shape[0] if self.out == FULL else self.out, shape[1] if self.in_ == FULL else self.in_)
@@ -90,6 +95,10 @@ class Tile:
                     f"{extent} {which} features do not divide into groups of {tile}; what divides them: {sizes}"
                 )
         return rows // t_o, columns // t_i
+
+    def divides(self, shape: tuple[int, int]) -> bool:
+        """Whether a weight of this shape [O, I] is made of whole tiles."""
+        return not any(extent % tile for extent, tile in zip(shape, self.size(shape), strict=True))
 
 
 @dataclass(frozen=True)

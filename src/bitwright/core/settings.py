@@ -5,12 +5,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.outlier_rule import OutlierRule
 from bitwright.core.scheme import Scheme
 
 SCHEDULES = ("cosine", "constant")
 SITES = ("paper", "all")
 AXES = ("auto", "oc", "ic")
+RANGES = ("fitted", "paper")
 FEW_BITS = 2
+SMALLEST_NORM, LARGEST_NORM = 0.5, 4.0
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,13 @@ class Settings:
     Of transforms: ``alpha`` is SmoothQuant's migration strength, at which LET starts too; ``sites`` are those of the
     method's own "paper", or "all". Of the range: ``refine`` searches what was learned once more in closed form, where
     a method can (``lwc``); 0 epochs leave it at that. ``drift`` has closed forms (there, and ``gptq``) make good what
-    the quantized blocks before have changed in a linear's input. Of AdaDim: the ``axis``, "auto", "oc" or "ic". Of
-    GPTQ: ``damping``, the share of the mean diagonal that is added to the Hessian's; ``act_order``, columns by falling
-    diagonal.
+    the quantized blocks before have changed in a linear's input. Of AdaDim and EasyQuant: the ``axis``, "auto", "oc" or
+    "ic"; None is auto for the first, the scheme's own for the second. Of GPTQ: ``damping``, the share of the mean
+    diagonal that is added to the Hessian's; ``act_order``, columns by falling diagonal.
+
+    Of EasyQuant: which weights are ``outliers`` (``core/outlier_rule.py``); ``range`` "fitted" by least squares, in
+    which errors along the weights count ``alignment`` times more, or by the "paper"'s gradient descent; ``norm`` p,
+    where other than 2, has it searched for the least sum of |error|^p.
     """
 
     epochs: int = 20
@@ -39,9 +46,13 @@ class Settings:
     sites: str = "paper"
     refine: bool = False
     drift: bool = False
-    axis: str = "auto"
+    axis: str | None = None
     damping: float = 0.01
     act_order: bool = True
+    outliers: str = "3"
+    range: str = "paper"
+    norm: float = 2.0
+    alignment: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,9 +66,19 @@ class Settings:
             raise RecipeError(f"alpha is {self.alpha}; the migration strength is between 0 and 1")
         if not 0 < self.damping <= 1:
             raise RecipeError(f"damping is {self.damping}; it is a share of the mean diagonal, such as 0.01")
-        for key, known in (("schedule", SCHEDULES), ("sites", SITES), ("axis", AXES)):
-            if getattr(self, key) not in known:
+        if not 0 <= self.alignment < float("inf"):
+            raise RecipeError(f"alignment is {self.alignment}; it is 0 or more, such as 16")
+        if not SMALLEST_NORM <= self.norm <= LARGEST_NORM:
+            raise RecipeError(f"norm is {self.norm}; it is between {SMALLEST_NORM} and {LARGEST_NORM}")
+        _ = self.outlier_rule
+        for key, known in (("schedule", SCHEDULES), ("sites", SITES), ("axis", AXES), ("range", RANGES)):
+            if getattr(self, key) not in (known if getattr(type(self), key) else (None, *known)):
                 raise RecipeError(f"there is no {key} '{getattr(self, key)}'; {nearest(getattr(self, key), known)}")
+
+    @property
+    def outlier_rule(self) -> OutlierRule | None:
+        """The outliers that are asked for; None where there are to be none. Raises RecipeError."""
+        return OutlierRule.parse(self.outliers)
 
 
 ASKED = tuple(field.name for field in fields(Settings) if field.name != "seed")
@@ -69,9 +90,10 @@ def paper(scheme: Scheme, closed: bool = False) -> Settings:
 
     OmniQuant (arXiv 2308.13137, section 4.1 and the authors' scripts): 20 epochs, batch 1, learning rates 1e-2 (LWC)
     and 5e-3 (LET), constant; 40 epochs and the augmented loss at 2 bits. Nothing in closed form, no drift made good.
+    EasyQuant (arXiv 2403.02775): its gradient descent where the scheme is symmetric, as it must be for that.
     """
     few = scheme.weight.bits <= FEW_BITS
-    return Settings(epochs=40 if few else 20, aug_loss=few)
+    return Settings(epochs=40 if few else 20, aug_loss=few, range="paper" if scheme.weight.symmetric else "fitted")
 
 
 def ours(scheme: Scheme, closed: bool = False) -> Settings:
@@ -80,7 +102,14 @@ def ours(scheme: Scheme, closed: bool = False) -> Settings:
 
     Measured in docs/methods/omniquant.md.
     """
-    return replace(paper(scheme), epochs=0 if closed else 5, aug_loss=False, schedule="cosine", refine=True, drift=True)
+    return Settings(
+        epochs=0 if closed else 5,
+        schedule="cosine",
+        refine=True,
+        drift=True,
+        range="fitted",
+        alignment=16.0,
+    )
 
 
 PRESETS = {"bitwright": ours, "paper": paper}
@@ -91,5 +120,9 @@ def settle(preset: str, scheme: Scheme, seed: int, asked: Mapping[str, Any], clo
     if preset not in PRESETS:
         raise RecipeError(f"there are no training settings '{preset}'; {nearest(preset, PRESETS)}")
     wanted = {key: value for key, value in asked.items() if value is not None}
+    if wanted.get("range") == "paper" and not scheme.weight.symmetric:
+        raise RecipeError(
+            f"range paper is symmetric and scheme {scheme} is not; add sym to its weights, or leave it out"
+        )
     closed = closed and wanted.get("refine", True)
     return replace(PRESETS[preset](scheme, closed), seed=seed, **wanted)

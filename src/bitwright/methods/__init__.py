@@ -28,7 +28,7 @@ def compose(text: str) -> tuple[Method, ...]:
     for name in _parts(text):
         method = _named(name)
         for decision in sorted(method.decides, key=_ORDER.index):
-            _refuse_conflict(name, decision, writers)
+            _refuse_conflict(name, method, decision, writers)
         writers |= dict.fromkeys(method.decides, name)
         methods.append(method)
     return tuple(methods)
@@ -80,8 +80,8 @@ def _named(name: str) -> Method:
 _ORDER = list(Decision)
 
 
-def _refuse_conflict(name: str, decision: Decision, writers: dict[Decision, str]) -> None:
-    if decision in writers:
+def _refuse_conflict(name: str, method: Method, decision: Decision, writers: dict[Decision, str]) -> None:
+    if decision in writers and not (decision in method.starts_from and not learned((_named(writers[decision]),))):
         raise RecipeError(f"{writers[decision]} and {name} both decide the {decision}; keep one of them")
     later = sorted((d for d in writers if _ORDER.index(d) > _ORDER.index(decision)), key=_ORDER.index)
     if later:

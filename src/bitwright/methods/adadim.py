@@ -30,11 +30,6 @@ from bitwright.steps.trial import TOKENS, rounded
 Choice = dict[str, Tile]
 
 
-def turned(tile: Tile) -> Tile:
-    """The same number of weights along the other dimension."""
-    return Tile(tile.in_, tile.out)
-
-
 def tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
     """What may be chosen, or must: per-IC tiles unless the axis is fixed to per-OC.
 
@@ -42,7 +37,7 @@ def tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
     """
     if scheme.tile.in_ == 1:
         raise SchemeError(f"scheme {scheme} fixes the axis that adadim is to choose; leave ic out, or adadim")
-    return () if settings.axis == "oc" else (turned(scheme.tile),)
+    return () if settings.axis == "oc" else (scheme.tile.turned,)
 
 
 @torch.no_grad()
@@ -54,10 +49,10 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
         able = [name for name in group.linears if _divides(block, name, context.scheme)]
         unable = [f"{n}: its output does not divide into groups, stays per-OC" for n in group.linears if n not in able]
         decisions = replace(decisions, fallbacks=(*decisions.fallbacks, *unable))
-        if context.settings.axis == "auto" and able:
+        if context.settings.axis in (None, "auto") and able:
             chosen = _choose(block, group, able, context, decisions)
         else:
-            chosen = dict.fromkeys(able if context.settings.axis == "ic" else (), turned(context.scheme.tile))
+            chosen = dict.fromkeys(able if context.settings.axis == "ic" else (), context.scheme.tile.turned)
         decisions = _with_tiles(decisions, chosen)
     return decisions
 
@@ -69,7 +64,7 @@ def _choose(block: Block, group: LinearGroup, able: list[str], context: Context,
     parameters = parameters_of(block, decisions)
 
     def error(per_ic: frozenset[str], linears: tuple[str, ...]) -> float:
-        tried = _with_tiles(decisions, dict.fromkeys(per_ic, turned(context.scheme.tile)))
+        tried = _with_tiles(decisions, dict.fromkeys(per_ic, context.scheme.tile.turned))
         return module.error(rounded(parameters, linears, context, tried))
 
     chosen = frozenset[str]()
@@ -79,7 +74,7 @@ def _choose(block: Block, group: LinearGroup, able: list[str], context: Context,
             chosen |= {name}
     candidates: list[frozenset[str]] = [frozenset(), chosen, frozenset(able)]
     errors = [error(candidate, group.linears) for candidate in candidates]
-    return dict.fromkeys(candidates[errors.index(min(errors))], turned(context.scheme.tile))
+    return dict.fromkeys(candidates[errors.index(min(errors))], context.scheme.tile.turned)
 
 
 def _with_tiles(decisions: BlockDecisions, chosen: Choice) -> BlockDecisions:
@@ -88,11 +83,7 @@ def _with_tiles(decisions: BlockDecisions, chosen: Choice) -> BlockDecisions:
 
 def _divides(block: Block, name: str, scheme: Scheme) -> bool:
     rows, columns = block.weight(name).shape
-    try:
-        turned(scheme.tile).counts((rows, columns))
-    except SchemeError:
-        return False
-    return True
+    return scheme.tile.turned.divides((rows, columns))
 
 
 METHOD = Closed(

@@ -7,7 +7,8 @@ per-IC tiles (AdaDim, arXiv 2309.15531: GPTQ-ada) those of each column as update
 
 Where we differ, unless ``drift`` is off: what is rounded is W + W C H^-1, C = E[(x - x') x'^T], the weight that on the
 inputs x' of the quantized stream comes nearest to what the full-precision linear makes of x. Unless ``refine`` is off,
-per-IC ranges are not min-max but those that lose least of the column.
+per-IC ranges are not min-max but those that lose least of the column. Outliers (``easyquant-outliers``) keep their own
+value: what has been moved on to them is moved on from there.
 """
 
 from dataclasses import replace
@@ -31,8 +32,10 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
         for name in group.linears:
             so_far, tile = decisions.linear(name), decisions.tile(name, context.scheme)
             known = None if so_far.low is None or so_far.high is None else (so_far.low, so_far.high)
-            ranges = Ranges(weights[name], known, context.scheme.weight, tile, context.scale_dtype, settings.refine)
-            codes = compensated(making_good(weights[name], found, curved), ranges, curved)
+            weight, grid, stored = weights[name], context.scheme.weight, context.scale_dtype
+            ranges = Ranges(so_far.inside(weight), known, grid, tile, stored, settings.refine)
+            kept = None if so_far.outliers is None else (so_far.outliers, weight)
+            codes = compensated(making_good(weight, found, curved), ranges, curved, kept)
             decided[name] = replace(so_far, low=ranges.low, high=ranges.high, codes=codes)
             fallbacks += [f"{name}: {curved.fallback}"] if curved.fallback else []
         decisions = decisions.with_linears(decided)

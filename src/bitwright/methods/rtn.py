@@ -11,14 +11,15 @@ Where we differ: the scale h is rounded to the dtype it is stored in before z an
 that the written model has exactly the weights that were rounded.
 """
 
-from bitwright.core.block import Block
-from bitwright.core.decisions import BlockDecisions, Decision
-from bitwright.core.method import Closed, Context
+from torch import Tensor
+
+from bitwright.core.decisions import Decision, LinearDecision
+from bitwright.core.method import Context, DataFree
 
 
-def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
-    """The decisions as they are: no codes decided is rounding to nearest."""
-    return decisions
+def decide(weight: Tensor, context: Context, decided: LinearDecision) -> LinearDecision:
+    """What is decided, as it is: no codes is rounding to nearest."""
+    return decided
 
 
-METHOD = Closed(decides=frozenset({Decision.ROUNDING}), decide=decide)
+METHOD = DataFree(decides=frozenset({Decision.ROUNDING}), decide=decide)

@@ -84,14 +84,14 @@ def quantize_linear(
     weight: Float[Tensor, "O I"], decision: LinearDecision, scheme: Scheme, scale_dtype: torch.dtype
 ) -> QTensor:
     """The QTensor that a linear's decisions make of its (transformed) weight."""
-    tile = decision.tile or scheme.tile
+    tile, inside = decision.tile or scheme.tile, decision.inside(weight)
     low, high = decision.low, decision.high
     if low is None or high is None:
-        low, high = minmax(weight, tile)
+        low, high = minmax(inside, tile)
     scale, zero = affine(low, high, scheme.weight, scale_dtype)
     codes = decision.codes
     if codes is None:
-        codes = quantize(weight, scale, zero, scheme.weight, tile)
+        codes = quantize(inside, scale, zero, scheme.weight, tile)
     if decision.outliers is None:
         return QTensor(codes, scale, zero, scheme.weight, tile)
     index = decision.outliers.flatten().nonzero().flatten().to(torch.int32)

@@ -32,9 +32,16 @@ Stage = list[tuple[float | None, float | None]]
 
 @torch.no_grad()
 def search(
-    weight: Float[Tensor, "O I"], start: Range, grid: Grid, tile: Tile, scale_dtype: torch.dtype, moments: Moments
+    weight: Float[Tensor, "O I"],
+    start: Range,
+    grid: Grid,
+    tile: Tile,
+    scale_dtype: torch.dtype,
+    moments: Moments,
+    ends: Range | None = None,
 ) -> Range:
-    """How far each tile's range reaches, as shares in (0, 1) of its smallest and its largest weight.
+    """How far each tile's range reaches, as shares in (0, 1) of ``ends``: its smallest and its largest weight, where
+    nothing else is said.
 
     ``start`` are such shares; a sweep on an even grid for both ends together and for each alone, one more for each
     alone, then two sweeps of small relative moves.
@@ -45,7 +52,7 @@ def search(
     for less, more in ((1 - step, 1 + step) for step in STEPS):
         both: Stage = [(low, high) for low in (less, more) for high in (less, more)]
         near += [both, [(less, None), (more, None)], [(None, less), (None, more)]]
-    descent = _Descent(weight, start, grid, tile, scale_dtype, moments)
+    descent = _Descent(weight, start, ends or minmax(weight, tile), grid, tile, scale_dtype, moments)
     descent.sweep([[(share, share) for share in even], *alone])
     descent.sweep(alone)
     descent.sweep(near, relative=True)
@@ -84,10 +91,17 @@ class _Descent:
     """The shares as they are now, and the difference D = W - Wq that they make."""
 
     def __init__(
-        self, weight: Tensor, start: Range, grid: Grid, tile: Tile, scale_dtype: torch.dtype, moments: Moments
+        self,
+        weight: Tensor,
+        start: Range,
+        ends: Range,
+        grid: Grid,
+        tile: Tile,
+        scale_dtype: torch.dtype,
+        moments: Moments,
     ) -> None:
         self.tiles, self.grid, self.scale_dtype = tiled(weight, tile), grid, scale_dtype
-        self.ends = minmax(weight, tile)
+        self.ends = ends
         self.low, self.high = (share.detach().clamp(max=LARGEST) for share in start)
         self.hessian = moments.inputs
         self.slope = weight @ moments.drift

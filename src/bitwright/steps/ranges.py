@@ -8,6 +8,8 @@ from bitwright.core.qtensor import affine, tiled
 from bitwright.core.scheme import Grid, Tile
 
 SHARES = torch.linspace(0.4, 1.0, 13)
+TOGETHER = 2**22
+"""Weights times candidates at a time."""
 
 
 def minmax(weight: Float[Tensor, "O I"], tile: Tile) -> tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]:
@@ -17,20 +19,38 @@ def minmax(weight: Float[Tensor, "O I"], tile: Tile) -> tuple[Float[Tensor, "P Q
 
 
 def nearest_to_weights(
-    weight: Float[Tensor, "O I"], grid: Grid, tile: Tile, scale_dtype: torch.dtype
+    weight: Float[Tensor, "O I"], grid: Grid, tile: Tile, scale_dtype: torch.dtype, *, norm: float = 2.0
 ) -> tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]:
-    """Of each tile, the range whose rounded weights are nearest, || W - Wq ||^2, among shares of its two ends.
+    """Of each tile, the range whose rounded weights are nearest, sum |W - Wq|^p, among shares of its two ends.
 
     Min-max is among them, so it is never worse than that.
     """
-    tiles, (low, high) = tiled(weight, tile).float(), minmax(weight, tile)
-    shares = SHARES.to(low)
-    lows, highs = (torch.cartesian_prod(shares, shares).T[:, :, None, None] * end for end in (low, high))
-    lows, highs = lows[0], highs[1]
+    tiles, (low, high) = tiled(weight, tile), minmax(weight, tile)
+    shares = torch.cartesian_prod(SHARES, SHARES).T[:, :, None, None].to(low)
+    at_once = max(1, TOGETHER // (shares.shape[1] * tiles[0].numel()))
+    found = [
+        _nearest(part[0], part[1], part[2], shares, grid, scale_dtype, norm)
+        for part in zip(*(x.split(at_once) for x in (tiles, low, high)), strict=True)
+    ]
+    lows, highs = zip(*found, strict=True)
+    return torch.cat(lows), torch.cat(highs)
+
+
+def _nearest(
+    tiles: Float[Tensor, "P To Q Ti"],
+    low: Float[Tensor, "P Q"],
+    high: Float[Tensor, "P Q"],
+    shares: Float[Tensor, "2 C 1 1"],
+    grid: Grid,
+    scale_dtype: torch.dtype,
+    norm: float,
+) -> tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]:
+    tiles, lows, highs = tiles.float(), shares[0] * low, shares[1] * high
     scale, zero = affine(lows, highs, grid, scale_dtype)
     h = scale.float()[:, :, None, :, None]
     z = torch.zeros_like(h) if zero is None else zero.float()[:, :, None, :, None]
     levels = (tiles / h).round_().add_(z).clamp_(grid.qmin, grid.qmax).sub_(z)
-    lost = levels.mul_(h).sub_(tiles).square_().sum(dim=(2, 4))
+    error = levels.mul_(h).sub_(tiles)
+    lost = (error.square_() if norm == 2 else error.abs_().pow_(norm)).sum(dim=(2, 4))
     best = lost.flip(0).argmin(0, keepdim=True)  # flipped, so that of equals the widest is taken
     return lows.flip(0).gather(0, best)[0], highs.flip(0).gather(0, best)[0]

@@ -10,7 +10,7 @@ H^-1 = U^T U:
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitwright.core.method import Moments, Range
@@ -108,10 +108,16 @@ def curvature(hessian: Float[Tensor, "I I"], *, damping: float = DAMPING, act_or
 
 
 @torch.no_grad()
-def compensated(weight: Float[Tensor, "O I"], ranges: Ranges, found: Curvature) -> Int[Tensor, "O I"]:
+def compensated(
+    weight: Float[Tensor, "O I"],
+    ranges: Ranges,
+    found: Curvature,
+    kept: tuple[Bool[Tensor, "O I"], Float[Tensor, "O I"]] | None = None,
+) -> Int[Tensor, "O I"]:
     """Codes of a weight rounded, its error moved on column by column; the ranges they are on are then ``ranges``'s.
 
-    Updates reach the columns outside of a batch of 128 only at its end (lazy batches), which changes nothing.
+    ``kept`` are the weights that become no codes, and the values they have whatever was moved on to them. Updates
+    reach the columns outside of a batch of 128 only at its end (lazy batches), which changes nothing.
     """
     columns, factor, at = weight.shape[1], found.factor, found.order.tolist()
     w = weight.float()[:, found.order].clone()
@@ -121,10 +127,13 @@ def compensated(weight: Float[Tensor, "O I"], ranges: Ranges, found: Curvature) 
         errors = torch.empty_like(w[:, start:end])
         for j in range(start, end):
             column = w[:, j : j + 1]
-            h, z = ranges.of(at[j], column)
-            codes[:, j : j + 1] = quantize(column, h, z, ranges.grid, EACH)
+            here = slice(at[j], at[j] + 1)
+            inside = column if kept is None else column.masked_fill(kept[0][:, here], 0.0)
+            h, z = ranges.of(at[j], inside)
+            codes[:, j : j + 1] = quantize(inside, h, z, ranges.grid, EACH)
             levels = codes[:, j : j + 1].float() if z is None else codes[:, j : j + 1].float() - z.float()
-            errors[:, j - start] = ((column - levels * h) / factor[j, j])[:, 0]
+            stands = levels * h if kept is None else kept[1][:, here].where(kept[0][:, here], levels * h)
+            errors[:, j - start] = ((column - stands) / factor[j, j])[:, 0]
             w[:, j:end] -= errors[:, j - start, None] * factor[j, j:end]
         w[:, end:] -= errors @ factor[start:end, end:]
     return codes[:, torch.argsort(found.order)]

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
-from bitwright.core.method import Closed, Context, Learned, Method, Moments
+from bitwright.core.method import Closed, Context, DataFree, Learned, Method, Moments
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.quantized import BlockReport, LinearReport, QuantizedBlock
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
-from bitwright.steps.apply import Folded, fold, parameters_of
+from bitwright.steps.apply import Folded, fold, parameters_of, weights_of
 from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
 from bitwright.stream.budget import keep_freed_memory, peak_memory
 from bitwright.stream.forward import forward_all
@@ -124,8 +124,7 @@ def _decide(
     for is_learned, methods in groupby(plan.methods, lambda method: isinstance(method, Learned)):
         if not is_learned:
             for method in methods:
-                assert isinstance(method, Closed)
-                decisions = method.decide(block, context, decisions)
+                decisions = _decided(method, block, context, decisions)
         elif stream is not None and targets is not None:
             learnables = learnables_of([m for m in methods if isinstance(m, Learned)], block, context, decisions)
             objective = _objective(block, plan, stream, targets)
@@ -135,11 +134,19 @@ def _decide(
     return decisions, learned
 
 
+def _decided(method: Method, block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+    if isinstance(method, Closed):
+        return method.decide(block, context, decisions)
+    assert isinstance(method, DataFree)
+    weights = weights_of(block, decisions)
+    return decisions.with_linears({n: method.decide(w, context, decisions.linear(n)) for n, w in weights.items()})
+
+
 def _context(block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream | None) -> tuple[Context, Tensor | None]:
     """What methods see, and the block's full-precision outputs; no data for the output layer, and without text."""
     if stream is None or not block.name:
         return Context(plan.scheme, dtype, settings=plan.settings), None
-    reads = any(isinstance(method, Learned) or method.reads_stats for method in plan.methods)
+    reads = any(isinstance(m, Learned) or (isinstance(m, Closed) and m.reads_stats) for m in plan.methods)
     stats, targets = statistics(block, stream) if reads else ({}, None)
     measure, inspect = partial(_moments, block, plan, dtype, stream), partial(_inspect, block, plan, stream)
     return Context(plan.scheme, dtype, stream.activations, stats, plan.settings, measure, inspect), targets

@@ -141,10 +141,13 @@ class Trainer:
             parameters = learnable.transform(parameters)
         quantized = dict(parameters)
         for name in self.block.topology.linears:
-            weight, tile = parameters[f"{name}.weight"], self.decided.tile(name, scheme)
+            decided, tile = self.decided.linear(name), self.decided.tile(name, scheme)
+            whole = parameters[f"{name}.weight"]
+            weight = decided.inside(whole)
             ranges = [r for learnable in self.learnables if (r := learnable.range(name, weight, tile)) is not None]
             low, high = ranges[0] if ranges else minmax(weight, tile)
-            quantized[f"{name}.weight"] = fake_quantize(weight, low, high, scheme.weight, tile, dtype)
+            made = fake_quantize(weight, low, high, scheme.weight, tile, dtype)
+            quantized[f"{name}.weight"] = made if decided.outliers is None else whole.where(decided.outliers, made)
         return quantized
 
     def _refine(self, trained: float) -> float:
@@ -158,7 +161,7 @@ class Trainer:
             found = moments(self.block, group.linears[0], folded, scheme, inputs, kwargs, with_drift=with_drift)
             for name in group.linears:
                 for learnable in self.learnables:
-                    learnable.refine(name, folded.full[f"{name}.weight"], found)
+                    learnable.refine(name, self.decided.linear(name).inside(folded.full[f"{name}.weight"]), found)
         loss = self.measure(self.decisions())
         if loss < trained:
             return loss

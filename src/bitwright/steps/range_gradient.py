@@ -1,0 +1,36 @@
+"""The range decision as EasyQuant takes it (arXiv 2403.02775): by gradient descent on the scale, symmetric.
+
+    L(h) = || W - h q ||^2,   q = clip(round(W / h)),   dL/dh = -2 sum q (W - h q)       the codes held
+
+from the min-max range, with Adam. Tiles are independent; the last step is what counts, as in the paper. The learning
+rate is relative to the scale at the start, so that it suits weights of any magnitude.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.core.method import Range
+from bitwright.core.qtensor import affine, tiled
+from bitwright.core.scheme import Grid, Tile
+from bitwright.steps.ranges import minmax
+
+STEPS, RATE = 200, 3e-3
+
+
+def by_gradient(weight: Float[Tensor, "O I"], grid: Grid, tile: Tile, scale_dtype: torch.dtype) -> Range:
+    """The range [-r, r] of each tile [P, Q] on a symmetric grid."""
+    low, high = minmax(weight, tile)
+    start = affine(low, high, grid, scale_dtype)[0].float()
+    tiles, theta = tiled(weight, tile).float(), torch.ones_like(start).requires_grad_()
+    optimizer = torch.optim.Adam([theta], lr=RATE)
+    size = tiles.square().sum((1, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+    with torch.no_grad():
+        for _ in range(STEPS):
+            h = (theta * start)[:, None, :, None]
+            q = (tiles / h).round_().clamp_(grid.qmin, grid.qmax)
+            theta.grad = -2 * (q * (tiles - h * q)).sum((1, 3)) * start / size
+            optimizer.step()
+            theta.clamp_(min=RATE)
+        end = theta * start * (grid.steps / 2)
+    return -end, end

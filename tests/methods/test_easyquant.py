@@ -1,0 +1,192 @@
+"""EasyQuant: what is kept is exact, what is not loses less, and others go on from there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tests.conftest import Checkpoints
+from tests.methods.conftest import Streamed, context_of
+
+import bitwright
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.block import Block
+from bitwright.core.decisions import BlockDecisions, LinearDecision
+from bitwright.core.errors import UserError
+from bitwright.core.method import Context
+from bitwright.core.outlier_rule import OutlierRule
+from bitwright.core.qtensor import QTensor
+from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.settings import Settings
+from bitwright.formats.bitwright import read
+from bitwright.methods import easyquant, easyquant_outliers, gptq, lwc
+from bitwright.steps.apply import quantize_linear, weights_of
+from bitwright.steps.outliers import outliers
+from bitwright.steps.range_fit import fitted
+from bitwright.steps.rounding import Ranges, compensated, curvature
+
+
+def rows_of(output: str) -> list[dict[str, object]]:
+    report = json.loads((Path(output) / "bitwright.json").read_text())
+    return [row for block in report["blocks"] for row in block["linears"]]
+
+
+def decided(weight: torch.Tensor, scheme: str, **settings: object) -> tuple[LinearDecision, QTensor]:
+    context = Context(Scheme.parse(scheme), torch.float32, settings=Settings(**settings))  # type: ignore[arg-type]
+    found = easyquant.decide(weight, context, LinearDecision())
+    return found, quantize_linear(weight, found, context.scheme, torch.float32)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W3A16g32", "W4A16sym", "W2A16g32ic"])
+def test_outliers_are_written_exactly_and_few(tiny: Checkpoints, tmp_path: Path, scheme: str) -> None:
+    source = tiny("bfloat16")
+    result = bitwright.quantize(bitwright.Recipe(str(source), scheme, "easyquant"), tmp_path / "out")
+    assert result.format == "bitwright"
+    original, parsed = Checkpoint.open(source), Scheme.parse(scheme)
+    rows = rows_of(result.output)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for row in rows:
+        name = str(row["name"])
+        weight, written = original.read(f"{name}.weight"), read(tensors, name, parsed.weight)
+        expected = outliers(weight.float(), OutlierRule(3.0))
+        count = 0 if expected is None else int(expected.sum())
+        assert row["outliers"] == count <= 0.01 * weight.numel()
+        if expected is not None:
+            assert torch.equal(written.dequantize()[expected], weight[expected])
+    assert sum(row["outliers"] for row in rows) > 0  # type: ignore[misc]
+
+
+def test_plain_transformers_loads_it_where_no_outlier_is_kept(tiny: Checkpoints, tmp_path: Path) -> None:
+    recipe = bitwright.Recipe(str(tiny("bfloat16")), "W4A16g32", "easyquant", outliers="0")
+    result = bitwright.quantize(recipe, tmp_path / "out")
+    assert result.format == "compressed-tensors"
+    assert not any(row["outliers"] for row in rows_of(result.output))
+
+
+@pytest.mark.parametrize("kept", ["0", "3"])
+@pytest.mark.parametrize("scheme", ["W4A16", "W3A16g32", "W2A16g32"])
+def test_every_linear_loses_less_than_rounded_to_nearest(
+    tiny: Checkpoints, tmp_path: Path, scheme: str, kept: str
+) -> None:
+    found = {}
+    for method, settings in (("rtn", {}), ("easyquant", {"outliers": kept, "alignment": 0.0})):
+        recipe = bitwright.Recipe(str(tiny("bfloat16")), scheme, method, **settings)  # type: ignore[arg-type]
+        rows = rows_of(bitwright.quantize(recipe, tmp_path / method).output)
+        found[method] = [float(row["weight_error"]) for row in rows]  # type: ignore[arg-type]
+    assert all(ours < plain for ours, plain in zip(found["easyquant"], found["rtn"], strict=True))
+
+
+def test_the_axis_is_the_one_that_loses_less() -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    weight *= 2.0 ** (torch.arange(64) % 6)
+    found = {
+        axis: decided(weight, "W3A16g32", axis=axis, outliers="0", range="fitted") for axis in ("oc", "ic", "auto")
+    }
+    errors = {axis: float((q.dequantize() - weight).square().sum()) for axis, (_, q) in found.items()}
+    assert errors["auto"] == errors["ic"] < errors["oc"]
+    assert found["auto"][0].tile == Tile(32, 1)
+    assert decided(weight.T, "W3A16g32", axis="auto", outliers="0", range="fitted")[0].tile == Tile(1, 32)
+
+
+def test_gptq_rounds_around_outliers(streamed: Streamed, block: Block) -> None:
+    """Against GPTQ in its plainest form, a column at a time and every later column updated at once."""
+    _, stream = streamed
+    context = context_of(block, stream, "W3A16g32", Settings(act_order=False))
+    decisions = BlockDecisions(
+        linears={
+            n: easyquant_outliers.decide(w, context, LinearDecision())
+            for n, w in weights_of(block, BlockDecisions()).items()
+        }
+    )
+    after = gptq.decide(block, context, decisions)
+    name = block.topology.groups[0].linears[0]
+    weight, kept, one = block.weight(name).float(), decisions.linear(name).outliers, after.linear(name)
+    assert kept is not None and one.low is not None and one.high is not None
+    assert context.moments is not None
+    found = curvature(context.moments(name, decisions).inputs, damping=0.01, act_order=False)
+    left, expected = weight.clone(), torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        codes = quantize_linear(
+            left.masked_fill(kept, 0), LinearDecision(low=one.low, high=one.high), context.scheme, torch.float32
+        )
+        expected[:, j] = torch.where(kept[:, j], weight[:, j], codes.dequantize()[:, j])
+        error = (left[:, j] - expected[:, j]) / found.factor[j, j]
+        left[:, j + 1 :] -= error[:, None] * found.factor[j, j + 1 :]
+    written = quantize_linear(weight, one, context.scheme, torch.float32)
+    assert torch.equal(written.dequantize()[kept], weight[kept])
+    assert (written.dequantize() - expected).abs().max() < 1e-5
+
+
+def test_moving_errors_on_past_outliers_pays(streamed: Streamed, block: Block) -> None:
+    _, stream = streamed
+    context = context_of(block, stream, "W2A16g32", Settings())
+    assert context.moments is not None
+    name = block.topology.groups[0].linears[0]
+    weight, hessian = block.weight(name).float(), context.moments(name, BlockDecisions()).inputs
+    one = easyquant_outliers.decide(weight, context, LinearDecision())
+    ranges = Ranges(one.inside(weight), None, context.scheme.weight, context.scheme.tile, torch.float32)
+    assert one.outliers is not None
+    codes = compensated(weight, ranges, curvature(hessian), (one.outliers, weight))
+    lost = []
+    for decision in (one, LinearDecision(low=ranges.low, high=ranges.high, outliers=one.outliers, codes=codes)):
+        off = quantize_linear(weight, decision, context.scheme, torch.float32).dequantize() - weight
+        lost.append(float(((off @ hessian) * off).sum()))
+    assert lost[1] < 0.9 * lost[0]
+
+
+def test_lwc_starts_from_the_ranges_found(streamed: Streamed, block: Block) -> None:
+    _, stream = streamed
+    context = context_of(block, stream, "W2A16g32", Settings(range="fitted", alignment=16.0))
+    weights = weights_of(block, BlockDecisions())
+    start = BlockDecisions(linears={n: easyquant.decide(w, context, LinearDecision()) for n, w in weights.items()})
+    learnable = lwc.Clipping(block, context, start)
+    after = learnable.decide({f"{n}.weight": w for n, w in weights.items()}, start)
+    for name, weight in weights.items():
+        before, now = start.linear(name), after.linear(name)
+        assert before.low is not None and now.low is not None
+        inside, tile = before.inside(weight), context.scheme.tile
+        written = [quantize_linear(weight, one, context.scheme, torch.float32).dequantize() for one in (before, now)]
+        assert torch.linalg.vector_norm(written[0] - written[1]) < 0.1 * torch.linalg.vector_norm(weight - written[0])
+        ends = fitted(inside, context.scheme.weight, tile, torch.float32, alignment=16.0)
+        assert torch.equal(ends[0], before.low)
+
+
+@pytest.mark.parametrize(
+    "method", ["easyquant+lwc", "easyquant-outliers+gptq", "easyquant-outliers+lwc+gptq", "easyquant+gptq"]
+)
+def test_composed(tiny: Checkpoints, tmp_path: Path, text: str, method: str) -> None:
+    """What follows keeps the outliers, and ends with less error at the block's output than easyquant alone."""
+    errors = []
+    for name in ("easyquant", method):
+        recipe = bitwright.Recipe(str(tiny("float32")), "W2A16g32", name, calibration=text, samples=8, seqlen=32)
+        result = bitwright.quantize(recipe, tmp_path / name)
+        assert sum(row["outliers"] for row in rows_of(result.output)) > 0  # type: ignore[misc]
+        assert result.output_error is not None
+        errors.append(result.output_error)
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        ("easyquant", {"outliers": "6%"}, "48 bits"),
+        ("easyquant", {"range": "paper"}, "symmetric"),
+        ("easyquant", {"range": "widest"}, "there is no range"),
+        ("easyquant", {"norm": 9.0}, "between 0.5 and 4"),
+        ("easyquant", {"alignment": -1.0}, "0 or more"),
+        ("easyquant", {"format": "compressed-tensors"}, "cannot hold outliers"),
+        ("rtn", {"outliers": "3"}, "has no use for outliers"),
+        ("easyquant+easyquant-outliers", {}, "both decide the outliers"),
+        ("lwc+easyquant", {}, "easyquant"),
+        ("pact+lwc", {}, "both decide the range"),
+        ("lwc+lwc", {}, "both decide the range"),
+    ],
+)
+def test_refused_before_any_weight_is_read(
+    tiny: Checkpoints, method: str, settings: dict[str, object], said: str
+) -> None:
+    recipe = bitwright.Recipe(str(tiny("bfloat16")), "W4A16", method, **settings)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=said):
+        bitwright.plan(recipe)

@@ -56,7 +56,7 @@ def _measure(asked: Asked, model: Path, texts: Row, where: Row) -> Row:
         return {"bits": 16.0, "perplexity": found.perplexity, "kl": 0.0, "agreement": 1.0}
     how: Row = {"scheme": asked.scheme, "method": asked.method, "seed": asked.seed} | texts | asked.settings
     with TemporaryDirectory() as folder:
-        result = bitwright.quantize(bitwright.Recipe(model=str(model), **how), Path(folder) / "out")
+        result = bitwright.quantize(bitwright.Recipe.from_mapping({"model": str(model)} | how), Path(folder) / "out")
         found = bitwright.evaluate(result.output, reference=model, **where).measurement
     return {
         "bits": result.bits_per_weight,

@@ -1,6 +1,7 @@
 """EasyQuant: what is kept is exact, what is not loses less, and others go on from there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,12 @@ def test_refused_before_any_weight_is_read(
     recipe = bitwright.Recipe(str(tiny("bfloat16")), "W4A16", method, **settings)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=said):
         bitwright.plan(recipe)
+
+
+def test_the_plan_says_that_outliers_are_not_in_it(tiny: Checkpoints, tmp_path: Path) -> None:
+    recipe = bitwright.Recipe(str(tiny("bfloat16")), "W4A16", "easyquant")
+    assert any("on top" in note for note in bitwright.plan(recipe).notes)
+    result = bitwright.quantize(recipe, tmp_path / "out")
+    assert not any("on top" in note for note in result.notes)
+    assert result.outliers == sum(row["outliers"] for row in rows_of(result.output)) > 0  # type: ignore[misc]
+    assert not any("on top" in note for note in bitwright.plan(replace(recipe, outliers="0")).notes)

@@ -49,6 +49,7 @@ def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[s
         "totals": {
             "linears": len(rows),
             "per_ic": sum(row["tile"][1] == 1 < row["tile"][0] for row in rows),
+            "outliers": sum(row["outliers"] for row in rows),
             "quantized_weights": weights,
             "bits_per_weight": sum(row["storage_bits"] for row in rows) / weights,
             "bytes_in": job.source.checkpoint.total_bytes,

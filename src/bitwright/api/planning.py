@@ -1,11 +1,12 @@
 """The plan of what running a recipe will do."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED
 from bitwright.api.job import Job, prepare
 from bitwright.api.source import architecture
+from bitwright.core.decisions import Decision
 from bitwright.core.qtensor import packed_bits
 from bitwright.core.recipe import Recipe
 from bitwright.methods import learned
@@ -35,7 +36,12 @@ class Plan:
 
 def plan(recipe: Recipe, device: str = "auto") -> Plan:
     """What ``quantize`` would do with this recipe; reads no weight and writes nothing."""
-    return plan_of(prepare(recipe, device))
+    job = prepare(recipe, device)
+    found = plan_of(job)
+    if job.settings.outlier_rule is None or not any(Decision.OUTLIERS in method.decides for method in job.methods):
+        return found
+    note = f"outliers ({job.settings.outliers}) come on top of these bits and bytes, some 48 bits each"
+    return replace(found, notes=(*found.notes, note))
 
 
 def plan_of(job: Job) -> Plan:

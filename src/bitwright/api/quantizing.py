@@ -33,7 +33,7 @@ TIMINGS, JOURNAL = "bitwright-timings.json", "journal.jsonl"
 class Result:
     """What ``quantize`` made. Sizes in bytes; ``bits_per_weight`` is over the quantized linears, all counted.
 
-    ``per_ic`` linears have their groups along the output.
+    ``per_ic`` linears have their groups along the output; ``outliers`` weights are kept exactly.
     """
 
     output: str
@@ -42,6 +42,7 @@ class Result:
     format: str
     linears: int
     per_ic: int
+    outliers: int
     bits_per_weight: float
     bytes_in: int
     bytes_out: int
@@ -108,6 +109,7 @@ def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, res
         format=account["format"],
         linears=totals["linears"],
         per_ic=totals["per_ic"],
+        outliers=totals["outliers"],
         bits_per_weight=totals["bits_per_weight"],
         bytes_in=totals["bytes_in"],
         bytes_out=totals["bytes_out"],

@@ -13,9 +13,9 @@ def outliers(weight: Float[Tensor, "O I"], rule: OutlierRule) -> Bool[Tensor, "O
 
     By EasyQuant's rule (arXiv 2403.02775, section 3.1) those at least n standard deviations away, or else a share.
     """
-    distance = (weight - weight.mean(dtype=torch.float64).to(weight)).abs_()
+    distance = (weight - weight.mean()).abs_()
     if rule.deviations is not None:
-        found = distance >= rule.deviations * weight.double().std(correction=0).to(weight)
+        found = distance >= rule.deviations * weight.std(correction=0)
         found &= distance > 0  # all weights alike: no deviation, and none that stands out
     else:
         count = int(rule.share * weight.numel())

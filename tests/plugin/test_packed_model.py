@@ -47,7 +47,7 @@ def mixed(block: Block, context: Context, decisions: BlockDecisions) -> BlockDec
     return decisions.with_linears(decided)
 
 
-MIXED = Closed(frozenset({Decision.AXIS, Decision.OUTLIERS, Decision.RANGE, Decision.ROUNDING}), mixed)
+MIXED = Closed(decides=frozenset({Decision.AXIS, Decision.OUTLIERS, Decision.RANGE, Decision.ROUNDING}), decide=mixed)
 
 
 @pytest.fixture

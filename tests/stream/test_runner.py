@@ -72,7 +72,13 @@ def test_one_block_is_in_memory_at_a_time(text: bool, tiny: Checkpoints, skeleto
         seen.append((block.name, parts, context.activations is not None))
         return decisions
 
-    go(made, Memory(), tokens if text else None, [Closed(frozenset({Decision.AXIS}), spy), rtn.METHOD], with_head=True)
+    go(
+        made,
+        Memory(),
+        tokens if text else None,
+        [Closed(decides=frozenset({Decision.AXIS}), decide=spy), rtn.METHOD],
+        with_head=True,
+    )
     assert seen == [
         ("model.layers.0", {"model.layers.0"}, text),
         ("model.layers.1", {"model.layers.1"}, text),
@@ -195,7 +201,7 @@ def test_fallbacks_reach_the_report(tiny: Checkpoints, skeleton: SkeletonOf) -> 
     def falls_back(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
         return BlockDecisions(fallbacks=(f"{block.name}: something else was done",))
 
-    sink = go(skeleton(tiny()), Memory(), None, [Closed(frozenset({Decision.RANGE}), falls_back)])
+    sink = go(skeleton(tiny()), Memory(), None, [Closed(decides=frozenset({Decision.RANGE}), decide=falls_back)])
     assert sink.units["model.layers.1"].report.fallbacks == ("model.layers.1: something else was done",)
 
 

@@ -29,11 +29,7 @@ def expected(named: str | None, scheme: Scheme, methods: tuple[Method, ...], set
     possible = [scheme.tile, *chosen]
     fits = [find("formats", WIDELY_LOADED if named is None else named).holds(tile, outliers) for tile in possible]
     if named is None:
-        if (
-            outliers
-            or (settings.axis == "ic" and chosen)
-            or not find("formats", WIDELY_LOADED).holds(scheme.tile, False)
-        ):
+        if (settings.axis == "ic" and chosen) or not find("formats", WIDELY_LOADED).holds(scheme.tile, False):
             return HOLDS_ALL
         return WIDELY_LOADED if all(fits) else f"{WIDELY_LOADED} or {HOLDS_ALL}"
     if not all(fits):

@@ -176,6 +176,8 @@ def test_composed(tiny: Checkpoints, tmp_path: Path, text: str, method: str) -> 
         ("easyquant", {"range": "paper"}, "symmetric"),
         ("easyquant", {"range": "widest"}, "there is no range"),
         ("easyquant", {"norm": 9.0}, "between 0.5 and 4"),
+        ("easyquant", {"norm": 1.0, "alignment": 4.0}, "alignment changes nothing beside norm"),
+        ("easyquant", {"range": "paper", "norm": 1.0, "scheme": "W4A16sym"}, "norm changes nothing beside range paper"),
         ("easyquant", {"alignment": -1.0}, "0 or more"),
         ("easyquant", {"format": "compressed-tensors"}, "cannot hold outliers"),
         ("rtn", {"outliers": "3"}, "has no use for outliers"),
@@ -188,7 +190,7 @@ def test_composed(tiny: Checkpoints, tmp_path: Path, text: str, method: str) -> 
 def test_refused_before_any_weight_is_read(
     tiny: Checkpoints, method: str, settings: dict[str, object], said: str
 ) -> None:
-    recipe = bitwright.Recipe(str(tiny("bfloat16")), "W4A16", method, **settings)  # type: ignore[arg-type]
+    recipe = bitwright.Recipe(model=str(tiny("bfloat16")), method=method, **({"scheme": "W4A16"} | settings))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=said):
         bitwright.plan(recipe)
 

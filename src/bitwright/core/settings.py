@@ -125,4 +125,17 @@ def settle(preset: str, scheme: Scheme, seed: int, asked: Mapping[str, Any], clo
             f"range paper is symmetric and scheme {scheme} is not; add sym to its weights, or leave it out"
         )
     closed = closed and wanted.get("refine", True)
-    return replace(PRESETS[preset](scheme, closed), seed=seed, **wanted)
+    settled = replace(PRESETS[preset](scheme, closed), seed=seed, **wanted)
+    _refuse_idle(settled, wanted)
+    return settled
+
+
+def _refuse_idle(settled: Settings, wanted: Mapping[str, Any]) -> None:
+    """Refuses what was asked for and what another setting leaves without effect."""
+    idle = {"range paper": ["norm", "alignment"]} if settled.range == "paper" else {}
+    if settled.norm != 2:
+        idle |= {f"norm {settled.norm:g}": ["alignment"]}
+    for other, keys in idle.items():
+        for key in keys:
+            if key in wanted:
+                raise RecipeError(f"{key} changes nothing beside {other}; leave one of them out")

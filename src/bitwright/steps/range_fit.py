@@ -5,8 +5,8 @@ With e = W_q - W and W_q = (code - z) h, over a tile:
     minimise  sum e^2 + lambda (sum e W)^2 / sum W^2
 
 At lambda = 0 that is the squared error (EasyQuant, arXiv 2403.02775). The second term is ours. A range that clips
-makes the large weights of a tile smaller, so that e points against W, and that is the direction which matters most:
-what a layer reads is no noise, it is aligned with the weights that read it. Errors along W count 1 + lambda times.
+makes the large weights of a tile smaller, so that e points against W; and what a linear reads varies more along its own
+weights than elsewhere (``benchmarks/alignment.py``). Errors along W count 1 + lambda times.
 
 For codes that stay as they are, the best h, or h and z, is a linear least-squares problem with a closed form; with it
 the codes are found again. That ends in a local minimum near its start, so it starts from the best few of many shrunken
@@ -73,7 +73,7 @@ class _Fit:
         self.grid, self.dtype, self.alignment = grid, dtype, alignment
         self.before = torch.nn.functional.pad(self.sorted.double().cumsum(1), (1, 0))
         """Sums of the smallest 0, 1, ... n weights."""
-        self.w = self.before[:, -1]
+        self.total = self.before[:, -1]
         self.ww = self.sorted.double().square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
         self.codes = torch.arange(grid.qmin, grid.qmax, device=weights.device)
 
@@ -113,7 +113,7 @@ class _Fit:
         return _Sums(
             qq=top.square() * self.n - ((2 * levels + 1) * below).sum(1, dtype=torch.float64),
             q=top * self.n - below.sum(1),
-            qw=top * self.w - self.before.gather(1, below).sum(1),
+            qw=top * self.total - self.before.gather(1, below).sum(1),
         )
 
     def _loss(self, h: Float[Tensor, " M"], sums: _Sums) -> Float[Tensor, " M"]:
@@ -125,12 +125,12 @@ class _Fit:
         """The best h and z for codes as they are: W ~ h q + b, then z moved by the whole number nearest to b / h."""
         k, qq, qw = self.alignment / self.ww, sums.qq, sums.qw
         if not self.grid.symmetric:
-            a, b, c = qq + k * qw.square(), sums.q + k * qw * self.w, self.n + k * self.w.square()
-            of_q, of_one = (1 + self.alignment) * qw, (1 + self.alignment) * self.w
+            a, b, c = qq + k * qw.square(), sums.q + k * qw * self.total, self.n + k * self.total.square()
+            of_q, of_one = (1 + self.alignment) * qw, (1 + self.alignment) * self.total
             shift = (of_one * a - of_q * b) / (of_q * c - of_one * b)
             to = (z - shift).nan_to_num(0.0, 0.0, 0.0).round().clamp(self.grid.qmin, self.grid.qmax)
             by, z = z - to, to.float()
-            qq, qw = qq + by * (2 * sums.q + by * self.n), qw + by * self.w
+            qq, qw = qq + by * (2 * sums.q + by * self.n), qw + by * self.total
         found = ((1 + self.alignment) * qw / (qq + k * qw.square())).to(self.dtype).float()
         return found.where(found.isfinite() & (found > 0), h), z
 

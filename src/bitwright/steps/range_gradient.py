@@ -2,8 +2,8 @@
 
     L(h) = || W - h q ||^2,   q = clip(round(W / h)),   dL/dh = -2 sum q (W - h q)       the codes held
 
-from the min-max range, with Adam. Tiles are independent; the last step is what counts, as in the paper. The learning
-rate is relative to the scale at the start, so that it suits weights of any magnitude.
+from the min-max range, with Adam. Tiles are independent; the last step is what counts. Where we differ: the learning
+rate is relative to the scale at the start, so that it suits weights of any magnitude; rate and steps are ours.
 """
 
 import torch

@@ -29,8 +29,7 @@ class Ranges:
 
     Where they are known from the start they stay (static groups). Where they are not, min-max of the weight as it is at
     the start; but tiles within one column take theirs from the column as updated so far (AdaDim, arXiv
-    2309.15531): all its weights are rounded at once and weigh the same, so with ``search`` the range that loses
-    least
+    2309.15531): all its weights are rounded at once and weigh the same, so with ``search`` the range that loses least
     of them is the best there is.
     """
 

@@ -18,7 +18,8 @@ from bitwright.steps.apply import parameters_of, quantize_linear
 from bitwright.steps.transform import apply_site, spread
 
 TOKENS = 2**13
-"""Candidates are judged on so many tokens at most: with four times as many, the same were chosen or as good."""
+"""Candidates are judged on so many tokens at most: with four times as many AdaDim ended where it ends now, and AWQ
+at a KL divergence of 0.0785 instead of 0.0789 (en-llama, W2A16g128)."""
 
 
 class Trial:

@@ -60,6 +60,11 @@ def test_another_seed_changes_every_tensor(model: Path, tmp_path: Path) -> None:
     assert not [name for name, tensor in tensors(model).items() if torch.equal(tensor, other[name])]
 
 
+def test_no_two_tensors_are_the_same(model: Path) -> None:
+    found = tensors(model)
+    assert len({tensor.view(torch.uint8).numpy().tobytes() for tensor in found.values()}) == len(found)
+
+
 def test_shards_change_no_tensor(model: Path, tmp_path: Path) -> None:
     told = list[Progress]()
     total = write_checkpoint(tmp_path / "shards", TINY, shard_bytes=200_000, listener=told.append)

@@ -7,10 +7,14 @@ Tensors of a linear X [O, I] with P x Q tiles and K outliers: ``X.weight_packed`
 ``X.weight_zero_point`` (asymmetric grids), ``X.weight_shape``, as compressed-tensors packs and names them (by its
 own functions: 32 codes in exactly ``bits`` int32 words, zero points along the output dimension), and
 ``X.outlier_index``, ``X.outlier_value`` where K > 0. O / P by I / Q is the tile: no reader has to be told.
+
+A weight that is fused over experts, N [E, A, B], is E such linears [A, B], their tensors stacked; X is N without an
+ending ``.weight``.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,7 +29,10 @@ from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Scheme, Tile
 from bitwright.kernels.reference import unpack_down
 
-SHAPE_BYTES = 2 * 8
+SIZE_BYTES = 8
+"""Bytes of one number of ``weight_shape``."""
+STACKED, CHAINED = ("weight_packed", "weight_scale", "weight_zero_point"), ("outlier_index", "outlier_value")
+"""How tensors of slices come together: along a new first dimension, or one after the other."""
 
 
 def holds(tile: Tile, outliers: bool) -> bool:
@@ -67,9 +74,46 @@ def read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
     return QTensor(_own(codes, grid), scale, zero, grid, tile, *outliers)
 
 
-def stored_bytes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
-    """Bytes of one linear's tensors: what ``encode`` makes without outliers, from the shape [O, I] alone."""
-    return packed_bits(shape, scheme.weight, scheme.tile, dtype) // 8 + SHAPE_BYTES
+def encode_stacked(name: str, slices: Sequence[QTensor]) -> dict[str, Tensor]:
+    """The tensors to write for a weight [E, A, B] that is called ``name`` on disk, one QTensor [A, B] per slice.
+
+    Raises ValueError for slices that differ in shape, grid, tile or dtype, and for none at all.
+    """
+    x = stem(name)
+    if len({(q.shape, q.grid, q.tile.size(q.shape), q.scale.dtype) for q in slices}) != 1:
+        raise ValueError(f"{name}: {len(slices)} slices; to be stacked they need one shape, grid, tile and dtype")
+    parts = [encode(x, q) for q in slices]
+    kept = [0 if q.outlier_index is None else q.outlier_index.numel() for q in slices]
+    stacked = [leaf for leaf in STACKED if f"{x}.{leaf}" in parts[0]]
+    tensors = {f"{x}.{leaf}": torch.stack([part[f"{x}.{leaf}"] for part in parts]) for leaf in stacked}
+    tensors[f"{x}.weight_shape"] = torch.tensor([len(slices), *slices[0].shape])
+    if any(kept):
+        for leaf in CHAINED:
+            tensors[f"{x}.{leaf}"] = torch.cat([part[f"{x}.{leaf}"] for part in parts if f"{x}.{leaf}" in part])
+        tensors[f"{x}.outlier_count"] = torch.tensor(kept)
+    return tensors
+
+
+def decode_stacked(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Float[Tensor, "E A B"]:
+    """The weight [E, A, B] of this name as written, in the dtype of its scales."""
+    return torch.stack([q.dequantize() for q in read_stacked(tensors, name, grid)])
+
+
+def read_stacked(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> list[QTensor]:
+    """The QTensors behind the tensors that ``encode_stacked`` wrote, one per slice."""
+    x = stem(name)
+    return [read(part, x, grid) for part in _slices(tensors, x)]
+
+
+def stem(name: str) -> str:
+    """What the tensors of a weight are called after: its own name without an ending ``.weight``."""
+    return name.removesuffix(".weight")
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
+    """Bytes of what ``encode`` makes without outliers, from the shape [O, I] alone; ``encode_stacked``, [E, A, B]."""
+    *stack, rows, columns = shape
+    return prod(stack) * packed_bits((rows, columns), scheme.weight, scheme.tile, dtype) // 8 + SIZE_BYTES * len(shape)
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
@@ -95,6 +139,19 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
 def queries_left_out(scheme: Scheme) -> Grid | None:
     """None: the config says them."""
     return None
+
+
+def _slices(tensors: Mapping[str, Tensor], x: str) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each slice, called as those of a linear are."""
+    shape, counts = tensors[f"{x}.weight_shape"], tensors.get(f"{x}.outlier_count")
+    stop = 0
+    for e in range(int(shape[0])):
+        part = {f"{x}.{leaf}": tensors[f"{x}.{leaf}"][e] for leaf in STACKED if f"{x}.{leaf}" in tensors}
+        part[f"{x}.weight_shape"] = shape[1:]
+        if counts is not None and int(counts[e]):
+            start, stop = stop, stop + int(counts[e])
+            part |= {f"{x}.{leaf}": tensors[f"{x}.{leaf}"][start:stop] for leaf in CHAINED}
+        yield part
 
 
 Extent = Literal[-1] | PositiveInt
@@ -132,7 +189,8 @@ class Weights(Integers):
 
 
 class Exceptional(_Described):
-    """A linear that differs: its own tile, and how many of its weights are stored exactly."""
+    """A weight that differs: its own tile, and how many of its numbers are stored exactly. Of a weight that is stacked
+    over experts, the tile is that of a slice, the outliers are those of all slices."""
 
     tile: tuple[Extent, Extent]
     outliers: NonNegativeInt
@@ -140,8 +198,8 @@ class Exceptional(_Described):
 
 class Config(_Described):
     """The quantization_config of a folder in the bitwright format. Every linear of the model is converted but those
-    that are named. Inputs of linears are quantized per token, queries, keys and values per token and head, as the
-    model runs; null leaves them alone."""
+    that are named. Names are those of the folder. Inputs of linears are quantized per token, queries, keys and values
+    per token and head, as the model runs; null leaves them alone."""
 
     quant_method: Literal["bitwright"]
     version: Literal[1]
@@ -164,11 +222,11 @@ class Config(_Described):
             ) from None
 
     def tile(self, linear: str) -> Tile:
-        """The tile of a linear, by its name in the model."""
+        """The tile of a linear or of a slice of stacked experts, by its name in the folder."""
         return Tile(*(self.exceptions[linear].tile if linear in self.exceptions else self.weights.tile))
 
     def outliers(self, linear: str) -> int:
-        """How many weights of a linear are stored exactly."""
+        """How many weights of a linear, or of all slices of stacked experts, are stored exactly."""
         return self.exceptions[linear].outliers if linear in self.exceptions else 0
 
     @property

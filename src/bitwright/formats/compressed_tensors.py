@@ -6,7 +6,8 @@ are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``
 ``formats/bitwright.py``, which can hold more; only what config.json says is this file's own.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from torch import Tensor
@@ -18,7 +19,16 @@ from bitwright.core.scheme import FULL, Grid, Scheme, Tile
 from bitwright.formats import bitwright
 from bitwright.formats.bitwright import decode, read, stored_bytes
 
-__all__ = ["decode", "encode", "holds", "quantization_config", "queries_left_out", "read", "stored_bytes"]
+__all__ = [
+    "decode",
+    "encode",
+    "encode_stacked",
+    "holds",
+    "quantization_config",
+    "queries_left_out",
+    "read",
+    "stored_bytes",
+]
 
 INSTEAD = (
     "compressed-tensors holds neither groups along the output nor outliers, and one tile for all linears. Leave "
@@ -36,6 +46,14 @@ def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
     if not holds(weight.tile, weight.outlier_index is not None):
         raise RecipeError(f"{name}: {INSTEAD}")
     return bitwright.encode(name, weight)
+
+
+def encode_stacked(name: str, slices: Sequence[QTensor]) -> NoReturn:
+    """Raises RecipeError: the format's tensors are two-dimensional."""
+    raise RecipeError(
+        f"{name}: compressed-tensors holds no weight that is fused over {len(slices)} experts. Leave --format out, or "
+        "take --format bitwright (transformers loads it after 'import bitwright') or --format dense"
+    )
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:

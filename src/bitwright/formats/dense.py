@@ -3,7 +3,8 @@
 For engines that know no quantized format, and to measure a scheme anywhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -31,9 +32,19 @@ def decode(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Float[Tensor
     return tensors[f"{name}.weight"]
 
 
-def stored_bytes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> int:
-    """Bytes of one linear's tensors."""
-    return shape[0] * shape[1] * dtype.itemsize
+def encode_stacked(name: str, slices: Sequence[QTensor]) -> dict[str, Tensor]:
+    """The tensor to write for a weight [E, A, B], called ``name`` as it is on disk, one QTensor [A, B] per slice."""
+    return {name: torch.stack([q.dequantize() for q in slices])}
+
+
+def decode_stacked(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Float[Tensor, "E A B"]:
+    """The weight [E, A, B] of this name as written."""
+    return tensors[name]
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
+    """Bytes of the tensors of one linear [O, I], or of a weight [E, A, B]."""
+    return prod(shape) * dtype.itemsize
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:

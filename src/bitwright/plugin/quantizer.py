@@ -12,9 +12,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
+
+    from bitwright.plugin.dense_loading import DensePlan
 
 NAME = "bitwright"
+HOOK = "update_weight_conversions"
+"""Where transformers lets a quantizer take part in its conversions; releases before it cannot load experts for us."""
 
 
 def register() -> None:
@@ -40,33 +44,55 @@ class BitwrightConfig(QuantizationConfigMixin):
 
 
 class BitwrightQuantizer(HfQuantizer):
-    """Puts packed linears into a model before its weights are loaded, and checks them afterwards.
+    """Puts packed linears into a model before its weights are loaded, has experts dequantized as they are, and checks
+    both afterwards.
 
-    Its weights stay packed; saved again, they are the same tensors.
+    Weights of linears stay packed; saved again, they are the same tensors. Experts are dense, so a model that has them
+    is not saved.
     """
 
     requires_calibration = True
     quantization_config: BitwrightConfig
+    folder: Path | None = None
+    plan: "DensePlan | None" = None
 
     def _process_model_before_weight_loading(
-        self, model: "nn.Module", checkpoint_files: Sequence[str] | None = None, **_: Any
+        self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        from bitwright.plugin.packed_model import check_headers, pack_linears
+        from bitwright.plugin.loading import without_conversions, without_folder
 
-        packed = pack_linears(model, self.quantization_config.described)
-        if checkpoint_files:
-            check_headers(packed, Path(checkpoint_files[0]).parent)
+        described, self.model = self.quantization_config.described, model
+        if not checkpoint_files:
+            without_folder(model, described)
+        elif hasattr(HfQuantizer, HOOK):  # later, with the conversions
+            self.folder = Path(checkpoint_files[0]).parent
+        else:
+            without_conversions(model, described, Path(checkpoint_files[0]).parent)
 
-    def _process_model_after_weight_loading(self, model: "nn.Module", **_: Any) -> "nn.Module":
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any, **__: Any) -> list[Any]:
+        """The model's conversions, and before them ours: called once transformers knows them, before it loads."""
+        from bitwright.plugin.loading import with_conversions
+
+        if self.folder is None:
+            return weight_conversions
+        described = self.quantization_config.described
+        self.plan, ours = with_conversions(self.model, described, self.folder, weight_conversions)
+        return [*ours, *weight_conversions]
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
+        from bitwright.plugin.loading import check_loaded
         from bitwright.plugin.packed_model import check_values, quantize_attention_of
 
+        del self.model
+        if self.folder is not None:
+            check_loaded(self.folder, self.plan)
         check_values(model)
         quantize_attention_of(model, self.quantization_config.described)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Yes: the tensors in memory are those on disk."""
-        return True
+        """Whether the tensors in memory are those on disk: unless there are experts."""
+        return self.plan is None or not self.plan.destinations
 
     @property
     def is_trainable(self) -> bool:

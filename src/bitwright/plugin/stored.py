@@ -1,0 +1,108 @@
+"""Packed weights that a model holds dense: held to what their folder says, and dequantized. Nothing is believed."""
+
+from collections.abc import Mapping
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.errors import CheckpointError, SchemeError
+from bitwright.formats import bitwright as format
+from bitwright.formats.bitwright import Config
+from bitwright.kernels.reference import WORD_BITS
+
+AGAIN = "the folder is damaged: download it again, or quantize the model again"
+LEAVES = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "outlier_index",
+    "outlier_value",
+    "outlier_count",
+)
+Kind = tuple[torch.dtype, tuple[int, ...]]
+
+
+def check_stored(checkpoint: Checkpoint, name: str, config: Config) -> None:
+    """Refuses a packed weight whose tensors are not what its shape and the config call for. CheckpointError."""
+    for leaf, wanted in _wanted(checkpoint, name, config).items():
+        check_kind(checkpoint, f"{name}.{leaf}", wanted)
+
+
+def check_kind(checkpoint: Checkpoint, tensor: str, wanted: Kind) -> None:
+    """Refuses a folder without this tensor of this dtype and shape. CheckpointError."""
+    folder = checkpoint.folder
+    if tensor not in checkpoint:
+        raise CheckpointError(f"{folder} has no tensor {tensor}, which its quantization_config calls for; {AGAIN}")
+    found = checkpoint.entry(tensor)
+    if (found.dtype, found.shape) != wanted:
+        raise CheckpointError(
+            f"{folder}: {tensor} is {_said(found.dtype)} {list(found.shape)}, and its config calls for "
+            f"{_said(wanted[0])} {list(wanted[1])}; {AGAIN}"
+        )
+
+
+def check_numbers(name: str, scale: Tensor, index: Tensor | None, value: Tensor | None, size: int) -> None:
+    """Refuses scales and outliers that are no numbers, positions outside of ``size`` weights or out of order."""
+    if not bool(scale.isfinite().all()):
+        raise CheckpointError(f"{name}.weight_scale holds NaN or infinity; {AGAIN}")
+    if index is None or value is None or not index.numel():
+        return
+    index = index.long()
+    inside = int(index[0]) >= 0 and int(index[-1]) < size
+    if not (inside and bool((index.diff() > 0).all()) and bool(value.isfinite().all())):
+        raise CheckpointError(f"{name}: outliers outside the weight, out of order, or no numbers; {AGAIN}")
+
+
+def dequantized(tensors: Mapping[str, Tensor], name: str, config: Config) -> Tensor:
+    """The weight [A, B], or [E, A, B], behind checked tensors, in the config's dtype.
+
+    Raises CheckpointError for values that no writer writes.
+    """
+    *stack, rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    if f"{name}.outlier_count" in tensors:
+        counts = tensors[f"{name}.outlier_count"]
+        if int(counts.min()) < 0 or int(counts.sum()) != tensors[f"{name}.outlier_index"].numel():
+            raise CheckpointError(f"{name}.outlier_count is not the number of its outliers; {AGAIN}")
+    grid = config.weights.grid
+    slices = format.read_stacked(tensors, name, grid) if stack else [format.read(tensors, name, grid)]
+    for q in slices:
+        check_numbers(name, q.scale, q.outlier_index, q.outlier_value, rows * columns)
+    dense = [q.dequantize() for q in slices]
+    return torch.stack(dense) if stack else dense[0]
+
+
+def _wanted(checkpoint: Checkpoint, name: str, config: Config) -> dict[str, Kind]:
+    """What ``formats.bitwright`` writes for a weight of this shape, by the end of the tensor's name."""
+    shape, bits, outliers = _shape(checkpoint, name), config.weights.bits, config.outliers(name)
+    *stack, rows, columns = shape
+    try:
+        p, q = config.tile(name).counts((rows, columns))
+    except SchemeError as error:
+        raise CheckpointError(f"the tile that the quantization_config says of {name}: {error}; {AGAIN}") from None
+    wanted: dict[str, Kind] = {
+        "weight_packed": (torch.int32, (*stack, rows, ceil(columns * bits / WORD_BITS))),
+        "weight_scale": (config.dtype, (*stack, p, q)),
+    }
+    if not config.weights.symmetric:
+        wanted["weight_zero_point"] = (torch.int32, (*stack, ceil(p * bits / WORD_BITS), q))
+    if outliers:
+        wanted |= {"outlier_index": (torch.int32, (outliers,)), "outlier_value": (config.dtype, (outliers,))}
+        wanted |= {"outlier_count": (torch.int64, tuple(stack))} if stack else {}
+    return wanted
+
+
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """What weight_shape says, [A, B] or [E, A, B]."""
+    tensor, dimensions = f"{name}.weight_shape", len(checkpoint.entry(f"{name}.weight_packed").shape)
+    check_kind(checkpoint, tensor, (torch.int64, (3 if dimensions == 3 else 2,)))
+    shape = checkpoint.read(tensor).tolist()
+    if min(shape) < 1:
+        raise CheckpointError(f"{checkpoint.folder}: {tensor} says {shape}; {AGAIN}")
+    return tuple(shape)
+
+
+def _said(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

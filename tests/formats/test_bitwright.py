@@ -1,6 +1,7 @@
 """The bitwright format: written, read back, and read by a decoder that knows docs/formats/bitwright.md alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,51 @@ def test_the_page_says_enough_to_read_it(grid: Grid, tile: Tile, tmp_path: Path)
             config["weights"]["tile"] = [tile.out, tile.in_]
         found = bitwright_page.weight(plain(load_file(tmp_path / "x.safetensors")), "x.y", config)
         np.testing.assert_array_equal(found, q.dequantize().double().numpy())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("tile", [Tile(1, FULL), Tile(35, 1), Tile(2, 8)], ids=str)
+def test_the_page_says_enough_to_read_slices(grid: Grid, tile: Tile, tmp_path: Path) -> None:
+    """Some with outliers, some without; none at all; a name with and without ".weight"."""
+    for name, kept in (("x.y", (0, 3, 0, 17)), ("x.y.weight", (0, 0, 0)), ("x.weight.y", (1, 0))):
+        slices = [some((70, 40), grid, tile, torch.bfloat16, outliers) for outliers in kept]
+        x = name.removesuffix(".weight")
+        save_file(format.encode_stacked(name, slices), tmp_path / "x.safetensors")
+        departed = {x: Departure(tile.size((70, 40)), sum(kept))}
+        config = json.loads(json.dumps(written(str(Scheme(grid)), departures=departed)))
+        tensors = load_file(tmp_path / "x.safetensors")
+        assert all(n.startswith(f"{x}.") for n in tensors) and (f"{x}.outlier_count" in tensors) == any(kept)
+        want = torch.stack([q.dequantize() for q in slices])
+        np.testing.assert_array_equal(
+            bitwright_page.stacked_weight(plain(tensors), name, config), want.double().numpy()
+        )
+        assert torch.equal(format.decode_stacked(tensors, name, grid), want)
+        counted = sum(t.numel() * t.element_size() for n, t in tensors.items() if "outlier" not in n)
+        assert format.stored_bytes((len(kept), 70, 40), Scheme(grid, tile), torch.bfloat16) == counted
+
+
+def test_slices_read_back_as_they_were() -> None:
+    slices = [some((8, 12), Grid(3), Tile(4, 6), torch.float32, outliers) for outliers in (5, 0)]
+    back = format.read_stacked(format.encode_stacked("a", slices), "a", Grid(3))
+    assert [q.outlier_index is None for q in back] == [False, True]
+    for q, was in zip(back, slices, strict=True):
+        assert q.zero is not None and was.zero is not None and torch.equal(q.zero, was.zero)
+        assert torch.equal(q.codes, was.codes) and torch.equal(q.scale, was.scale) and q.tile == was.tile
+
+
+def test_an_empty_list_of_outliers_is_none_at_all() -> None:
+    q = some((8, 12), Grid(3), Tile(4, 6), torch.float32, 1)
+    empty = replace(q, outlier_index=torch.empty(0, dtype=torch.int32), outlier_value=torch.empty(0))
+    assert not [n for n in {**format.encode("a", empty), **format.encode_stacked("a", [empty])} if "outlier" in n]
+    assert torch.equal(format.decode_stacked(format.encode_stacked("a", [q, empty]), "a", Grid(3))[0], q.dequantize())
+
+
+@pytest.mark.parametrize("other", [((8, 6), Grid(3)), ((8, 12), Grid(4)), None], ids=str)
+def test_slices_that_differ_are_not_stacked(other: tuple[tuple[int, int], Grid] | None) -> None:
+    one = some((8, 12), Grid(3), Tile(4, 6), torch.float32)
+    slices = [] if other is None else [one, some(*other, Tile(4, 6), torch.float32)]
+    with pytest.raises(ValueError, match="slices; to be stacked they need one shape, grid, tile and dtype"):
+        format.encode_stacked("x", slices)
 
 
 def test_the_example_of_the_page() -> None:

@@ -118,6 +118,12 @@ def test_groups_along_the_output_are_refused(tile: Tile) -> None:
         format.encode("a.b", some((16, 32), Grid(4), tile, torch.float32))
 
 
+def test_weights_fused_over_experts_are_refused() -> None:
+    q = quantize_linear(torch.randn(4, 8), LinearDecision(), Scheme(Grid(4)), torch.float32)
+    with pytest.raises(RecipeError, match=r"a\.b: compressed-tensors holds no weight that is fused over 3 experts"):
+        format.encode_stacked("a.b", [q] * 3)
+
+
 def test_outliers_are_refused() -> None:
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     kept = LinearDecision(outliers=weight > 1)

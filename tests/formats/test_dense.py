@@ -27,6 +27,16 @@ def test_what_the_codes_stand_for_and_outliers_too(tile: Tile, dtype: torch.dtyp
     assert dense.stored_bytes((6, 8), Scheme(Grid(3)), dtype) == written.numel() * written.element_size()
 
 
+def test_slices_are_one_tensor_under_its_own_name() -> None:
+    weights = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    slices = [quantize_linear(w, LinearDecision(), Scheme(Grid(3)), torch.float32) for w in weights]
+    tensors = dense.encode_stacked("a.output.weight", slices)
+    assert set(tensors) == {"a.output.weight"}
+    assert torch.equal(tensors["a.output.weight"][1], slices[1].dequantize())
+    assert torch.equal(dense.decode_stacked(tensors, "a.output.weight", Grid(3)), tensors["a.output.weight"])
+    assert dense.stored_bytes((3, 6, 8), Scheme(Grid(3)), torch.float32) == 3 * 6 * 8 * 4
+
+
 @pytest.mark.parametrize("text", ["W4A4", "W8A8", "W4A16KV4", "W4A4KV16"])
 def test_activations_have_no_place_in_it(text: str, tiny: Checkpoints) -> None:
     family = llama.describe(AutoConfig.from_pretrained(tiny()))

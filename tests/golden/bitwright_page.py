@@ -7,6 +7,7 @@ import numpy as np
 from tests.golden.affine import rounded
 
 Array = np.ndarray[Any, np.dtype[Any]]
+STACKED = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
 def weight(tensors: Mapping[str, Array], name: str, config: Mapping[str, Any]) -> Array:
@@ -34,6 +35,24 @@ def weight(tensors: Mapping[str, Array], name: str, config: Mapping[str, Any]) -
         for place, value in zip(tensors[f"{name}.outlier_index"], tensors[f"{name}.outlier_value"], strict=True):
             values[place // in_, place % in_] = value
     return values
+
+
+def stacked_weight(tensors: Mapping[str, Array], name: str, config: Mapping[str, Any]) -> Array:
+    """W [E, A, B] of a weight of this name that is fused over experts, as float64."""
+    x = name.removesuffix(".weight")
+    slices, *shape = (int(extent) for extent in tensors[f"{x}.weight_shape"])
+    exception = config["exceptions"].get(x, {"tile": config["weights"]["tile"], "outliers": 0})
+    kept = [int(k) for k in tensors[f"{x}.outlier_count"]] if exception["outliers"] else [0] * slices
+    assert len(kept) == slices and sum(kept) == exception["outliers"]
+    found = []
+    for e in range(slices):
+        parts = {end: tensors[f"{x}.{end}"][e] for end in STACKED if f"{x}.{end}" in tensors}
+        parts["weight_shape"] = np.array(shape)
+        own = slice(sum(kept[:e]), sum(kept[: e + 1]))
+        parts |= {end: tensors[f"{x}.{end}"][own] for end in ("outlier_index", "outlier_value") if kept[e]}
+        said = {**config, "exceptions": {"slice": {"tile": exception["tile"], "outliers": kept[e]}}}
+        found.append(weight({f"slice.{end}": part for end, part in parts.items()}, "slice", said))
+    return np.array(found)
 
 
 def numbers(words: Array, bits: int, count: int) -> list[int]:

@@ -96,7 +96,7 @@ def quantized(model: str, scheme: str, outliers: bool, tmp_path: Path, dtype: to
             stacked = whole[name].dim() == 3
             x = name.removesuffix(".weight")
             tensors |= room.encode_stacked(name, slices) if stacked else room.encode(x, slices[0])
-        _write(tmp_path / "original", to, tensors, None if room is dense else _config(asked, weights, kept, dtype))
+        write(tmp_path / "original", to, tensors, None if room is dense else _config(asked, weights, kept, dtype))
     return Folders(tmp_path / "packed", tmp_path / "dense", weights)
 
 
@@ -124,7 +124,8 @@ def _config(
     return None if config is None else config | {"modules_to_not_convert": names}
 
 
-def _write(original: Path, folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None) -> None:
+def write(original: Path, folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None) -> None:
+    """A copy of a folder with these tensors and this quantization_config."""
     shutil.copytree(original, folder)
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     if config is not None:

@@ -91,6 +91,15 @@ def test_an_expert_that_was_not_quantized(tmp_path: Path) -> None:
     assert torch.equal(logits(load(folders.packed)), logits(load(folders.dense)))
 
 
+@pytest.mark.parametrize("model", ["Qwen3Moe", "GptOss"])
+def test_experts_that_are_not_quantized_at_all(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.plugin.experts.LINEAR", re.compile(r"self_attn.*_proj\.weight$"))
+    folders = quantized(model, "W3A16g32", True, tmp_path)
+    assert not any("experts" in name for name in folders.config["exceptions"])
+    found = load(folders.packed)
+    assert len(packed(found)) == 8 and torch.equal(logits(found), logits(load(folders.dense)))
+
+
 def test_a_linear_that_the_model_calls_otherwise_stays_packed(tmp_path: Path) -> None:
     folders = quantized("GPTNeoX", "W4A16g32", True, tmp_path)
     assert "embed_out.weight_packed" in folders.tensors

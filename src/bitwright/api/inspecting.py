@@ -11,7 +11,9 @@ from bitwright.api.source import architecture, open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
 
-PARTS_OF_A_WEIGHT = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "outlier_index", "outlier_value")
+PARTS_OF_A_WEIGHT = (
+    "weight", "weight_packed", "weight_scale", "weight_zero_point", "outlier_index", "outlier_value", "outlier_count",
+)  # fmt: skip
 NOT_LINEAR = ("embed", "wte", "wpe", "norm")
 
 
@@ -19,11 +21,12 @@ NOT_LINEAR = ("embed", "wte", "wpe", "norm")
 class LinearSize:
     """A linear on disk; ``bits_per_weight`` counts all that is stored for it, scales, zeros and outliers too.
 
-    ``tile`` is how many output and input features share a scale, None where nothing is packed.
+    ``tile`` is how many output and input features share a scale, None where nothing is packed. A packed weight that
+    is fused over experts has a ``shape`` of three numbers.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     bits_per_weight: float
     tile: tuple[int, int] | None = None
@@ -31,7 +34,8 @@ class LinearSize:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a folder holds. ``linears`` are the two-dimensional weights that are neither embedding nor norm.
+    """What a folder holds. ``linears`` are the two-dimensional weights that are neither embedding nor norm, and
+    packed experts.
 
     ``bits_per_weight`` is over the quantized linears (all linears where none is), ``model_bits_per_weight`` over
     every parameter of the folder. ``scheme`` is what bitwright.json says, where there is one.
@@ -82,34 +86,35 @@ def _linears(checkpoint: Checkpoint) -> list[LinearSize]:
 def _linear(checkpoint: Checkpoint, name: str) -> LinearSize | None:
     packed = f"{name}.weight_packed" in checkpoint
     shape = _packed_shape(checkpoint, name) if packed else checkpoint.entry(f"{name}.weight").shape
-    if len(shape) != 2 or any(part in name.lower() for part in NOT_LINEAR):
+    if (len(shape) != 2 and not packed) or any(part in name.lower() for part in NOT_LINEAR):
         return None
     stored = [f"{name}.{part}" for part in PARTS_OF_A_WEIGHT if f"{name}.{part}" in checkpoint]
     bits = 8 * sum(checkpoint.nbytes(part) for part in stored) / max(1, prod(shape))
     dtype = "packed" if packed else str(checkpoint.entry(f"{name}.weight").dtype).removeprefix("torch.")
-    return LinearSize(name, (shape[0], shape[1]), dtype, bits, _tile(checkpoint, name, shape) if packed else None)
+    return LinearSize(name, tuple(shape), dtype, bits, _tile(checkpoint, name, shape) if packed else None)
 
 
 def _tile(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
     """The patch that shares a scale, by the number of scales along each dimension."""
     scale = f"{name}.weight_scale"
     counts = checkpoint.entry(scale).shape if scale in checkpoint else ()
-    if len(counts) != 2 or not all(counts):
+    if len(counts) != len(shape) or not all(counts):
         return None
-    return shape[0] // counts[0], shape[1] // counts[1]
+    return shape[-2] // counts[-2], shape[-1] // counts[-1]
 
 
-def _packed_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-    """What weight_shape says [O, I]. Raises CheckpointError where the packed words cannot be a weight of that shape."""
-    rows, *_ = checkpoint.entry(f"{name}.weight_packed").shape or (0,)
+def _packed_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """What weight_shape says, [O, I] or [E, A, B]. Raises CheckpointError where the packed words cannot be a weight of
+    that shape."""
+    words = checkpoint.entry(f"{name}.weight_packed").shape
     said = checkpoint.entry(f"{name}.weight_shape")
-    if not said.dtype.is_floating_point and said.shape == (2,):
-        shape = checkpoint.read(f"{name}.weight_shape").tolist()
-        if shape[0] == rows and shape[1] > 0:
-            return (shape[0], shape[1])
+    if not said.dtype.is_floating_point and len(words) in (2, 3) and said.shape == (len(words),):
+        shape = tuple(checkpoint.read(f"{name}.weight_shape").tolist())
+        if shape[:-1] == words[:-1] and shape[-1] > 0:
+            return shape
     raise CheckpointError(
-        f"{checkpoint.folder}: {name}.weight_shape does not say the shape of {name}.weight_packed, which has {rows} "
-        "rows; the folder is damaged, quantize the model again"
+        f"{checkpoint.folder}: {name}.weight_shape does not say the shape of {name}.weight_packed, which has "
+        f"{words[-2] if len(words) > 1 else 0} rows; the folder is damaged, quantize the model again"
     )
 
 

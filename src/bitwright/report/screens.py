@@ -141,8 +141,8 @@ def inspection(console: Console, found: Any, linears: bool) -> None:
         grid(console, "Linears", ("name", "out x in", "stored as", "share a scale", "bits per weight"), rows)
 
 
-def _product(sides: tuple[int, int] | None) -> str:
-    return "" if sides is None else f"{sides[0]} x {sides[1]}"
+def _product(sides: tuple[int, ...] | None) -> str:
+    return "" if sides is None else " x ".join(map(str, sides))
 
 
 def demonstration(console: Console, found: Any) -> None:

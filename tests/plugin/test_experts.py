@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 import bitwright
 from bitwright.core.errors import CheckpointError
 from bitwright.kernels.reference import PackedLinear
+from bitwright.plugin.dense_loading import FromPacked
 from bitwright.plugin.quantizer import BitwrightQuantizer
 
 TOKENS = torch.arange(0, 250, 5)[None]
@@ -118,6 +119,18 @@ def test_a_router_that_is_no_common_linear_is_dense(tmp_path: Path, monkeypatch:
     assert torch.equal(logits(found), logits(load(folders.dense)))
 
 
+@pytest.mark.parametrize("model", ["Mixtral", "GptOss"])
+def test_inspect_counts_all_that_is_stored(model: str, tmp_path: Path) -> None:
+    folders = quantized(model, "W3A16g32", True, tmp_path)
+    rows = {row.name: row for row in bitwright.inspect(folders.packed).linears if row.dtype == "packed"}
+    assert rows.keys() == {name.removesuffix(".weight") for name in folders.weights}
+    for name, slices in folders.weights.items():
+        row, size = rows[name.removesuffix(".weight")], slices[0].codes.numel() * len(slices)
+        counts = 64 * len(slices) if len(slices) > 1 else 0
+        assert row.bits_per_weight * size == pytest.approx(sum(q.storage_bits for q in slices) + counts)
+        assert row.shape[-2:] == slices[0].shape and row.tile == slices[0].tile.size(slices[0].shape)
+
+
 def test_a_model_with_experts_is_not_saved_again(tmp_path: Path) -> None:
     model = load(quantized("Mixtral", "W3A16g32", False, tmp_path).packed)
     with pytest.raises(ValueError, match="bitwright and is not serializable"):
@@ -139,6 +152,18 @@ def test_what_a_quantizer_did_not_get_to_see(tmp_path: Path, monkeypatch: pytest
         patched.setattr(BitwrightQuantizer, "update_weight_conversions", lambda *given: real(*given)[1:])
         with pytest.raises(CheckpointError, match=r"does not load model\.layers\.0\..*down_proj for the"):
             load(folder)
+
+
+def test_experts_that_come_in_parts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tensors do that are loaded for one of several devices."""
+    folder, real = quantized("GptOss", "W3A16g32", False, tmp_path).packed, FromPacked.materialize_tensors
+
+    def cut(self: FromPacked) -> dict[str, list[Tensor]]:
+        return {name: [tensors[0][:2]] for name, tensors in real(self).items()}
+
+    monkeypatch.setattr(FromPacked, "materialize_tensors", cut)
+    with pytest.raises(CheckpointError, match=r"came as \[2, .*load the model without tensor or expert parallelism"):
+        load(folder)
 
 
 def test_without_the_hook_a_model_without_experts_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,18 +54,20 @@ class BitwrightQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: BitwrightConfig
     folder: Path | None = None
+    model: "PreTrainedModel | None" = None
     plan: "DensePlan | None" = None
+    all_packed = True
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         from bitwright.plugin.loading import without_conversions, without_folder
 
-        described, self.model = self.quantization_config.described, model
+        described = self.quantization_config.described
         if not checkpoint_files:
             without_folder(model, described)
         elif hasattr(HfQuantizer, HOOK):  # later, with the conversions
-            self.folder = Path(checkpoint_files[0]).parent
+            self.folder, self.model = Path(checkpoint_files[0]).parent, model
         else:
             without_conversions(model, described, Path(checkpoint_files[0]).parent)
 
@@ -73,7 +75,7 @@ class BitwrightQuantizer(HfQuantizer):
         """The model's conversions, and before them ours: called once transformers knows them, before it loads."""
         from bitwright.plugin.loading import with_conversions
 
-        if self.folder is None:
+        if self.folder is None or self.model is None:
             return weight_conversions
         described = self.quantization_config.described
         self.plan, ours = with_conversions(self.model, described, self.folder, weight_conversions)
@@ -83,16 +85,17 @@ class BitwrightQuantizer(HfQuantizer):
         from bitwright.plugin.loading import check_loaded
         from bitwright.plugin.packed_model import check_values, quantize_attention_of
 
-        del self.model
         if self.folder is not None:
             check_loaded(self.folder, self.plan)
+            self.all_packed = self.plan is not None and not self.plan.destinations
+        self.model = self.plan = None
         check_values(model)
         quantize_attention_of(model, self.quantization_config.described)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Whether the tensors in memory are those on disk: unless there are experts."""
-        return self.plan is None or not self.plan.destinations
+        return self.all_packed
 
     @property
     def is_trainable(self) -> bool:

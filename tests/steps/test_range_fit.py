@@ -139,3 +139,28 @@ def test_another_norm_is_the_least_of_what_it_counts() -> None:
     for p in found:
         sums = {other: float((made - weight).abs().pow(p).sum()) for other, made in found.items()}
         assert min(sums, key=lambda other: sums[other]) == p
+
+
+@pytest.mark.parametrize("tile", [Tile(1, 128), Tile(1, -1), Tile(-1, -1)], ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_same_with_any_number_of_threads_and_however_weights_are_split(
+    bits: int, tile: Tile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitwright.steps.range_fit as module
+
+    weight, found, threads = heavy(96, 1024), [], torch.get_num_threads()
+    try:
+        for count, together, part in ((1, 2**21, 2**17), (2, 2**21, 2**17), (1, 2**14, 2**10), (2, 2**12, 2**12)):
+            torch.set_num_threads(count)
+            monkeypatch.setattr(module, "TOGETHER", together)
+            monkeypatch.setattr(module, "PART", part)
+            found.append(torch.stack(fitted(weight, Grid(bits, False), tile, torch.bfloat16, alignment=16.0)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_magnitudes_that_the_scales_dtype_does_not_hold_are_no_trouble() -> None:
+    weight, grid, tile = heavy(8, 64).bfloat16() * 1e30, Grid(4, False), Tile(1, -1)
+    weight[1] = 1e6
+    assert all(end.isfinite().all() for end in fitted(weight, grid, tile, torch.float16, alignment=16.0))

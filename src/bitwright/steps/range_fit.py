@@ -12,11 +12,10 @@ For codes that stay as they are, the best h, or h and z, is a linear least-squar
 the codes are found again. That ends in a local minimum near its start, so it starts from the best few of many shrunken
 min-max ranges, and the best that was seen is kept; min-max is among them.
 
-The loss needs three sums over a tile, of q^2, q and q W with q = code - z. In a sorted tile each code is a stretch, so
-they follow from where the stretches end: a few searches instead of a pass over all weights.
+Every trial passes over the weights, a part at a time that stays in the processor's cache, and leaves a few sums of each
+tile, with q = code - z; what follows is arithmetic on those, in float64.
 """
 
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -28,12 +27,15 @@ from bitwright.core.qtensor import affine, tiled
 from bitwright.core.scheme import Grid, Tile
 
 POLISHED, PASSES = 2, 4
-TOGETHER = 2**21
-"""Weights at a time."""
+TOGETHER, PART = 2**21, 2**17
+"""Weights whose tiles are decided at a time, and those of them that are passed over at a time."""
+PIECE = 2**12
+"""Tiles are halved into pieces of this length up to twice it, where they can be. A piece is summed up in float32, the
+pieces of a tile in float64: as exact as needed, and the same whatever the number of threads."""
 FEW, MANY = 3, 4
 """Bits."""
-Steps = tuple[Float[Tensor, " M"], Float[Tensor, " M"]]
-"""h and z of M tiles; z is 0 on a symmetric grid."""
+Steps = tuple[Float[Tensor, "S M"], Float[Tensor, "S M"]]
+"""h and z, S of them for each of M tiles; z is 0 on a symmetric grid."""
 
 
 @torch.no_grad()
@@ -56,83 +58,121 @@ def fitted(
     return low.view(p, q), high.view(p, q)
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Over a tile: of q^2, of q, and of q W."""
-
-    qq: Float[Tensor, " M"]
-    q: Float[Tensor, " M"]
-    qw: Float[Tensor, " M"]
-
-
 class _Fit:
     """Some tiles, their weights in rows."""
 
     def __init__(self, weights: Float[Tensor, "M n"], grid: Grid, dtype: torch.dtype, alignment: float) -> None:
-        self.sorted, self.n = weights.sort(dim=1).values, weights.shape[1]
-        self.grid, self.dtype, self.alignment = grid, dtype, alignment
-        self.before = torch.nn.functional.pad(self.sorted.double().cumsum(1), (1, 0))
-        """Sums of the smallest 0, 1, ... n weights."""
-        self.total = self.before[:, -1]
-        self.ww = self.sorted.double().square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
-        self.codes = torch.arange(grid.qmin, grid.qmax, device=weights.device)
+        self.weights, self.grid, self.dtype, self.alignment = weights, grid, dtype, alignment
+        self.n, self.piece = weights.shape[1], _piece(weights.shape[1])
+        rows = max(1, (PART if weights.device.type == "cpu" else TOGETHER) // self.n)
+        self.room = weights.new_empty(2, min(rows, len(weights)), self.n)
+        self.parts = [slice(start, start + rows) for start in range(0, len(weights), rows)]
+        self.low, self.high = weights.amin(1), weights.amax(1)
+        most = torch.maximum(self.high, -self.low)
+        self.most = most.where(most > 0, torch.ones_like(most))
+        ww, self.total = self._whole([self._own(part) for part in self.parts])
+        self.ww = (ww * self.most.double().square()).clamp(min=torch.finfo(torch.float64).tiny)
 
-    def best(self) -> Steps:
+    def best(self) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
         """The best h and z of all that is tried."""
-        low, high = self.sorted[:, 0], self.sorted[:, -1]
-        starts = [self._minmax(a * low, b * high) for a, b in _shares(self.grid)]
-        losses = torch.stack([self._loss(steps[0], self._sums(*steps)) for steps in starts])
-        hs, zs = (torch.stack(values) for values in zip(*starts, strict=True))
-        best = self._exact(low, high)
-        least = self._loss(best[0], self._sums(*best))
-        for at in losses.argsort(dim=0, stable=True)[:POLISHED]:
-            h, z = hs.gather(0, at[None])[0], zs.gather(0, at[None])[0]
-            for _ in range(PASSES):
-                sums = self._sums(h, z)
-                lost = self._loss(h, sums)
-                better = lost < least
-                least, best = lost.where(better, least), (h.where(better, best[0]), z.where(better, best[1]))
-                h, z = self._polished(h, z, sums)
-        return best
+        h, z = self._starts()
+        losses = self._loss(h, self._sums(h, z, polishing=False))
+        exact, tried = (losses[-1:], h[-1:], z[-1:]), []
+        h, z = _first(POLISHED, losses[:-1], h[:-1], z[:-1])
+        for _ in range(PASSES):
+            sums = self._sums(h, z, polishing=True)
+            tried.append((self._loss(h, sums), h, z))
+            h, z = self._polished(h, z, sums)
+        h, z = _first(1, *(torch.cat(each) for each in zip(*tried, exact, strict=True)))
+        return h[0], z[0]
 
-    def _minmax(self, low: Float[Tensor, " M"], high: Float[Tensor, " M"]) -> Steps:
-        h, z = affine(low[:, None], high[:, None], self.grid, self.dtype)
-        return h[:, 0].float(), torch.zeros_like(low) if z is None else z[:, 0].float()
+    def _own(self, part: slice) -> Float[Tensor, "2 m*pieces"]:
+        """Piece by piece, the norm of W over the largest magnitude, and the sum of W."""
+        w = self.weights[part]
+        return torch.stack([self._norm(w / self.most[part, None]), self._by_piece(w)])
 
-    def _exact(self, low: Float[Tensor, " M"], high: Float[Tensor, " M"]) -> Steps:
-        """h the largest magnitude itself: nothing is lost of a tile that holds one value, or that and zeros."""
-        most, negative = torch.maximum(high, -low), (-low > high).float()
-        h = torch.where(most > 0, most, torch.ones_like(most)).to(self.dtype).float()
-        return h, torch.zeros_like(h) if self.grid.symmetric else negative
+    def _starts(self) -> Steps:
+        """Shares of min-max; last, the largest magnitude as h: a tile of one value, or that and zeros, is exact."""
+        shares = torch.tensor(_shares(self.grid), device=self.low.device).T[:, :, None]
+        h, z = affine(shares[0] * self.low, shares[1] * self.high, self.grid, self.dtype)
+        h = torch.cat([h, self.most[None].to(self.dtype)]).float()
+        return h, torch.zeros_like(h) if z is None else torch.cat([z, (-self.low > self.high)[None]]).float()
 
-    def _sums(self, h: Float[Tensor, " M"], z: Float[Tensor, " M"]) -> _Sums:
-        """With everything at the highest code, less what each boundary between two codes takes off below it."""
-        levels = self.codes - z[:, None]
-        below = torch.searchsorted(self.sorted, (levels + 0.5) * h[:, None])
-        top = (self.grid.qmax - z).double()
-        return _Sums(
-            qq=top.square() * self.n - ((2 * levels + 1) * below).sum(1, dtype=torch.float64),
-            q=top * self.n - below.sum(1),
-            qw=top * self.total - self.before.gather(1, below).sum(1),
-        )
+    def _sums(self, h: Float[Tensor, "S M"], z: Float[Tensor, "S M"], *, polishing: bool) -> Float[Tensor, "K S M"]:
+        """Of (e / h)^2; of q W where that is asked for; for polishing of q^2 and of q."""
+        found, ends = [], (self.grid.qmin - z, self.grid.qmax - z)
+        for part in self.parts:
+            w = self.weights[part]
+            room = self.room[0, : len(w)], self.room[1, : len(w)]
+            trials = zip(*(steps[:, part, None] for steps in (h, *ends)), strict=True)
+            found.append(torch.stack([self._trial(w, room, trial, polishing) for trial in trials], dim=1))
+        return self._whole(found)
 
-    def _loss(self, h: Float[Tensor, " M"], sums: _Sums) -> Float[Tensor, " M"]:
-        """e = h q - W, put into the sums."""
-        error = h * (h * sums.qq - 2 * sums.qw) + self.ww
-        return error + self.alignment * (h * sums.qw - self.ww).square() / self.ww
+    def _whole(self, found: list[Float[Tensor, "K *S m*pieces"]]) -> Float[Tensor, "K *S M"]:
+        """Sums over tiles of norms and sums over pieces, which alternate."""
+        sums = torch.cat(found, dim=-1).double()
+        sums[::2] *= sums[::2]
+        return sums.view(*sums.shape[:-1], len(self.weights), -1).sum(-1)
 
-    def _polished(self, h: Float[Tensor, " M"], z: Float[Tensor, " M"], sums: _Sums) -> Steps:
+    def _trial(
+        self, w: Float[Tensor, "m n"], room: tuple[Tensor, Tensor], trial: tuple[Tensor, ...], polishing: bool
+    ) -> Float[Tensor, "K m*pieces"]:
+        """What ``_sums`` sums up, piece by piece, and norms where it says squares."""
+        (h, lowest, highest), (q, spare) = trial, room
+        torch.round(torch.div(w, h, out=spare), out=q)
+        torch.minimum(torch.maximum(q, lowest, out=q), highest, out=q)
+        sums = [self._norm(spare.sub_(q))]
+        if polishing or self.alignment:
+            sums.append(self._by_piece(torch.mul(q, w, out=spare)))
+        if polishing:
+            sums += [self._norm(q), self._by_piece(q)]
+        return torch.stack(sums)
+
+    def _by_piece(self, values: Tensor) -> Tensor:
+        return values.view(-1, self.piece).sum(1)
+
+    def _norm(self, values: Tensor) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(values.view(-1, self.piece), dim=1)
+        return norms
+
+    def _loss(self, h: Float[Tensor, "S M"], sums: Float[Tensor, "K S M"]) -> Float[Tensor, "S M"]:
+        lost = h.double().square() * sums[0]
+        if self.alignment:
+            lost += self.alignment * (h * sums[1] - self.ww).square() / self.ww
+        return lost.nan_to_num(torch.inf, torch.inf)
+
+    def _polished(self, h: Float[Tensor, "S M"], z: Float[Tensor, "S M"], sums: Float[Tensor, "4 S M"]) -> Steps:
         """The best h and z for codes as they are: W ~ h q + b, then z moved by the whole number nearest to b / h."""
-        k, qq, qw = self.alignment / self.ww, sums.qq, sums.qw
+        _, qw, qq, q = sums
+        k = self.alignment / self.ww
         if not self.grid.symmetric:
-            a, b, c = qq + k * qw.square(), sums.q + k * qw * self.total, self.n + k * self.total.square()
+            a, b, c = qq + k * qw.square(), q + k * qw * self.total, self.n + k * self.total.square()
             of_q, of_one = (1 + self.alignment) * qw, (1 + self.alignment) * self.total
             shift = (of_one * a - of_q * b) / (of_q * c - of_one * b)
             to = (z - shift).nan_to_num(0.0, 0.0, 0.0).round().clamp(self.grid.qmin, self.grid.qmax)
             by, z = z - to, to.float()
-            qq, qw = qq + by * (2 * sums.q + by * self.n), qw + by * self.total
+            qq, qw = qq + by * (2 * q + by * self.n), qw + by * self.total
         found = ((1 + self.alignment) * qw / (qq + k * qw.square())).to(self.dtype).float()
         return found.where(found.isfinite() & (found > 0), h), z
+
+
+def _first(
+    count: int, losses: Float[Tensor, "S M"], h: Float[Tensor, "S M"], z: Float[Tensor, "S M"]
+) -> tuple[Float[Tensor, "count M"], Float[Tensor, "count M"]]:
+    """Of each tile, the steps that lose least, that many of them."""
+    found = []
+    for _ in range(count):
+        found.append(losses.min(0, keepdim=True).indices)
+        losses = losses.scatter(0, found[-1], torch.inf)
+    at = torch.cat(found)
+    return h.gather(0, at), z.gather(0, at)
+
+
+def _piece(n: int) -> int:
+    """How many of the weights of a tile are summed up at a time."""
+    while n >= 2 * PIECE and n % 2 == 0:
+        n //= 2
+    return n
 
 
 def _shares(grid: Grid) -> list[tuple[float, float]]:

@@ -14,11 +14,12 @@ new implementation. Finished rows are kept in benchmarks/results/NAME.jsonl, so 
 NAME.md is the table, made anew.
 
 ``quality`` measures the folder that was made with ``bitwright.evaluate``: perplexity over consecutive windows, and
-KL(original || quantized) in nats per token. Where a rival quantizes activations too, the windows go through its own
-forward pass, since no folder of its making says how. ``speed`` runs the rows in turn and counts the quantization alone,
-on a model that is loaded (Bitwright reads and writes block by block, and that counts as well). Memory is the largest
-resident set of the whole process, libraries included (from /proc: Linux only). ``all-heads`` copies a model into the
-same function without grouped-query attention, which the authors' OmniQuant asks for where LET is trained.
+KL(original || quantized) in nats per token; bits per weight are of what an implementation stores, where its worker
+counts them. Where a rival quantizes activations too, the windows go through its own forward pass, since no folder of
+its making says how. ``speed`` runs the rows in turn and counts the quantization alone, on a model that is loaded
+(Bitwright reads and writes block by block, and that counts as well). Memory is the largest resident set of the whole
+process, libraries included (from /proc: Linux only). ``all-heads`` copies a model into the same function without
+grouped-query attention, which the authors' OmniQuant asks for where LET is trained.
 """
 
 import json
@@ -52,7 +53,7 @@ from bitwright.evaluation.measure import Measurement, measure
 from bitwright.evaluation.windows import consecutive
 
 NAMES = ("implementation", "method", "scheme")
-QUALITY_COLUMNS = (*NAMES, "perplexity", "KL from original (nats)", "top-1 agreement")
+QUALITY_COLUMNS = (*NAMES, "bits per weight", "perplexity", "KL from original (nats)", "top-1 agreement")
 SPEED_COLUMNS = (
     *(*NAMES, "seconds per block", "CPU seconds per block", "peak MB", "of it while quantizing"),
     "training, ms per step",
@@ -226,7 +227,9 @@ def _names(asked: Asked) -> list[str]:
 
 
 def _quality_cells(row: Row) -> list[str]:
-    return [f"{row['perplexity']:.2f}", f"{row['kl']:.5f}", f"{row['agreement']:.2%}"]
+    bits = row["account"].get("bits")
+    stored = "-" if bits is None else f"{bits:.3f}"
+    return [stored, f"{row['perplexity']:.2f}", f"{row['kl']:.5f}", f"{row['agreement']:.2%}"]
 
 
 def _speed_cells(runs: list[Row]) -> list[str]:

@@ -53,10 +53,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Kept:
-    """The rows of one file of results. One that was measured under the same protocol is not measured again."""
+    """The rows of one file of results. One that was measured under the same protocol is not measured again.
+
+    ``libraries`` are those whose versions are written down.
+    """
 
     name: str
     protocol: Row
+    libraries: tuple[str, ...] = LIBRARIES
 
     def row(self, identity: Row, measured: Callable[[], Row]) -> Row:
         """The row of this identity: as it was found, or measured now and written down at once."""
@@ -64,7 +68,7 @@ class Kept:
         for found in self._found():
             if all(found.get(key) == value for key, value in wanted.items()):
                 return found
-        row = wanted | measured() | machine()
+        row = wanted | measured() | machine(self.libraries)
         RESULTS.mkdir(exist_ok=True)
         with (RESULTS / f"{self.name}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -84,12 +88,12 @@ class Kept:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def machine() -> Row:
+def machine(libraries: Iterable[str] = LIBRARIES) -> Row:
     """When, on what, and with which versions a row was measured."""
     return {
         "date": date.today().isoformat(),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch threads {torch.get_num_threads()}",
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: version(name) for name in libraries},
     }
 
 

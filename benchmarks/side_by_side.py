@@ -124,8 +124,8 @@ def quality(
     rows = [kept.row({"row": key}, partial(_measured, bench, one, text, tokens)) for key, one in asked.items()]
     kept.write_table(
         title,
-        f"Calibrated on {kept.protocol['calibration']}, the same for all, measured on {kept.protocol['text']}, float32 "
-        f"arithmetic. {measured_on(rows)}{_rivals_versions(asked, rows)}",
+        f"Who takes text is given {kept.protocol['calibration']}, the same for all; measured on "
+        f"{kept.protocol['text']}, float32 arithmetic. {measured_on(rows)}{_rivals_versions(asked, rows)}",
         QUALITY_COLUMNS,
         [_names(asked[found["row"]]) + _quality_cells(found) for found in rows],
     )

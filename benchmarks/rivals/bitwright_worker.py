@@ -1,8 +1,8 @@
 """Bitwright's own methods, in a process and with an account like everybody else's.
 
-Settings are keys of a recipe. The clock counts ``stream.runner.run``: the embedding of the segments, and for every
-block reading it, deciding, both streams, and writing its packed tensors. ``training`` counts the epochs of learned
-methods alone, and their steps of one batch.
+Settings are keys of a recipe. Methods that need no text are given none. The clock counts ``stream.runner.run``: for
+every block reading it, deciding, and writing its packed tensors; with text also the embedding of the segments and both
+streams. ``training`` counts the epochs of learned methods alone, and their steps of one batch.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from worker import Clock, Task, write_account
 
 import bitwright
 from bitwright.api import quantizing
+from bitwright.methods import compose
 from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.train import Trainer
 
@@ -26,15 +27,17 @@ def main() -> None:
     account = _time_blocks(segments)
     training = _time_training()
     samples, seqlen = segments.shape
-    recipe = bitwright.Recipe(
-        model=task.model,
-        scheme=task.scheme,
-        method=task.method,
-        calibration=task.calibration,
-        samples=samples,
-        seqlen=seqlen,
-        seed=task.seed,
-        **task.settings,
+    recipe = bitwright.Recipe.from_mapping(
+        {
+            "model": task.model,
+            "scheme": task.scheme,
+            "method": task.method,
+            "calibration": task.calibration if any(method.needs_text for method in compose(task.method)) else None,
+            "samples": samples,
+            "seqlen": seqlen,
+            "seed": task.seed,
+        }
+        | task.settings
     )
     result = bitwright.quantize(recipe, Path(task.output) / "model")
     more = {"bits": result.bits_per_weight} | ({"training": training} if training["steps"] else {})

@@ -28,7 +28,7 @@ from bitwright.core.scheme import Grid, Tile
 
 POLISHED, PASSES = 2, 4
 TOGETHER, PART = 2**21, 2**17
-"""Weights whose tiles are decided at a time, and those of them that are passed over at a time."""
+"""Weights whose tiles are decided at a time, and of them how many each thread of a processor passes over at a time."""
 PIECE = 2**12
 """Tiles are halved into pieces of this length up to twice it, where they can be. A piece is summed up in float32, the
 pieces of a tile in float64: as exact as needed, and the same whatever the number of threads."""
@@ -64,7 +64,7 @@ class _Fit:
     def __init__(self, weights: Float[Tensor, "M n"], grid: Grid, dtype: torch.dtype, alignment: float) -> None:
         self.weights, self.grid, self.dtype, self.alignment = weights, grid, dtype, alignment
         self.n, self.piece = weights.shape[1], _piece(weights.shape[1])
-        rows = max(1, (PART if weights.device.type == "cpu" else TOGETHER) // self.n)
+        rows = max(1, (PART * torch.get_num_threads() if weights.device.type == "cpu" else TOGETHER) // self.n)
         self.room = weights.new_empty(2, min(rows, len(weights)), self.n)
         self.parts = [slice(start, start + rows) for start in range(0, len(weights), rows)]
         self.low, self.high = weights.amin(1), weights.amax(1)

@@ -4,8 +4,8 @@ A safetensors folder whose config.json describes itself; docs/formats/bitwright.
 docs/formats/bitwright.schema.json is ``Config`` as a JSON schema. Transformers loads it after ``import bitwright``.
 
 Tensors of a linear X [O, I] with P x Q tiles and K outliers: ``X.weight_packed``, ``X.weight_scale``,
-``X.weight_zero_point`` (asymmetric grids), ``X.weight_shape``, as compressed-tensors packs and names them (by its
-own functions: 32 codes in exactly ``bits`` int32 words, zero points along the output dimension), and
+``X.weight_zero_point`` (asymmetric grids), ``X.weight_shape``, as compressed-tensors packs and names them (32
+codes in exactly ``bits`` int32 words, zero points along the output dimension), and
 ``X.outlier_index``, ``X.outlier_value`` where K > 0. O / P by I / Q is the tile: no reader has to be told.
 
 A weight that is fused over experts, N [E, A, B], is E such linears [A, B], their tensors stacked; X is N without an
@@ -18,16 +18,15 @@ from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
 from bitwright.core.errors import CheckpointError
+from bitwright.core.packing import pack, pack_down, unpack, unpack_down
 from bitwright.core.qtensor import QTensor, packed_bits
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Scheme, Tile
-from bitwright.kernels.reference import unpack_down
 
 SIZE_BYTES = 8
 """Bytes of one number of ``weight_shape``."""
@@ -42,14 +41,13 @@ def holds(tile: Tile, outliers: bool) -> bool:
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
     """The tensors to write for one linear."""
-    bits = weight.grid.bits
     tensors = {
-        f"{name}.weight_packed": pack_to_int32(_signed(weight.codes, weight.grid), bits),
+        f"{name}.weight_packed": pack(weight.codes, weight.grid),
         f"{name}.weight_scale": weight.scale.contiguous(),
         f"{name}.weight_shape": torch.tensor(weight.shape),
     }
     if weight.zero is not None:
-        tensors[f"{name}.weight_zero_point"] = pack_to_int32(_signed(weight.zero, weight.grid), bits, packed_dim=0)
+        tensors[f"{name}.weight_zero_point"] = pack_down(weight.zero, weight.grid)
     if weight.outlier_index is not None and weight.outlier_value is not None and weight.outlier_index.numel():
         tensors[f"{name}.outlier_index"] = weight.outlier_index
         tensors[f"{name}.outlier_value"] = weight.outlier_value.to(weight.scale.dtype)
@@ -65,13 +63,11 @@ def read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
     """The QTensor behind the tensors that ``encode`` wrote."""
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     scale = tensors[f"{name}.weight_scale"]
-    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], grid.bits, torch.Size((rows, columns)))
-    zero = None
-    if not grid.symmetric:
-        zero = _own(unpack_down(tensors[f"{name}.weight_zero_point"], grid.bits, len(scale)), grid)
+    codes = unpack(tensors[f"{name}.weight_packed"], grid, columns)
+    zero = None if grid.symmetric else unpack_down(tensors[f"{name}.weight_zero_point"], grid, len(scale))
     outliers = (tensors.get(f"{name}.outlier_index"), tensors.get(f"{name}.outlier_value"))
     tile = Tile(rows // scale.shape[0], columns // scale.shape[1])
-    return QTensor(_own(codes, grid), scale, zero, grid, tile, *outliers)
+    return QTensor(codes, scale, zero, grid, tile, *outliers)
 
 
 def encode_stacked(name: str, slices: Sequence[QTensor]) -> dict[str, Tensor]:
@@ -132,7 +128,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         activations=_said(scheme.activations),
         queries=_said(scheme.activations),
         keys_values=_said(scheme.kv),
-        modules_to_not_convert=() if model.with_head else (model.family.head,),
+        modules_to_not_convert=model.kept,
     ).model_dump(mode="json")
 
 
@@ -251,16 +247,3 @@ def _first(error: Exception) -> str:
     first = error.errors(include_url=False)[0]
     found = "" if first["type"] == "missing" else f", found {first['input']!r:.60}"
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}{found}"
-
-
-def _signed(codes: Int[Tensor, "O I"], grid: Grid) -> Int[Tensor, "O I"]:
-    """The library's codes are signed; a shift of codes and zero points alike changes no ``code - zero``."""
-    if grid.symmetric:
-        return codes
-    return torch.sub(codes.to(torch.int16), 2 ** (grid.bits - 1)).to(torch.int8)
-
-
-def _own(codes: Int[Tensor, "O I"], grid: Grid) -> Int[Tensor, "O I"]:
-    if grid.symmetric:
-        return codes
-    return torch.add(codes.to(torch.int16), 2 ** (grid.bits - 1)).to(torch.uint8)

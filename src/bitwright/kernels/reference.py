@@ -1,18 +1,18 @@
 """A linear that computes from its packed weight: what is right, not what is fast.
 
 A slab of output rows is unpacked, dequantized by the one formula of ``core/qtensor.py`` and multiplied, then the next:
-the whole weight never stands in memory. Every shape of tile goes the same way. Unpacking is compressed-tensors' own.
+the whole weight never stands in memory. Every shape of tile goes the same way.
 """
 
 from collections.abc import Iterator
 from math import ceil, prod
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitwright.core.fake_quant import fake_quantize_tokens
+from bitwright.core.packing import unpack, unpack_down
 from bitwright.core.qtensor import dequantize
 from bitwright.core.scheme import Grid, Tile
 
@@ -73,8 +73,7 @@ class PackedLinear(nn.Module):
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "R I"]:
         """Rows [start, stop) of the weight, dequantized in ``dtype``."""
-        size = torch.Size((stop - start, self.in_features))
-        codes = unpack_from_int32(self.weight_packed[start:stop], self.grid.bits, size)
+        codes = unpack(self.weight_packed[start:stop], self.grid, self.in_features)
         t_o, t_i = self.tile.size((self.out_features, self.in_features))
         first, tiles = start // t_o, torch.arange(start, stop, device=codes.device) // t_o
         scale, zero = self.weight_scale[tiles].to(self.dtype), self._zero(first, ceil(stop / t_o))
@@ -85,6 +84,11 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> Float[Tensor, "O I"]:
         """The whole weight, which the forward pass never makes."""
         return torch.cat([self.rows(start, stop) for start, stop in self._slabs()])
+
+    @property
+    def weight(self) -> Float[Tensor, "O I"]:
+        """``dequantize``, for models that look at a linear's weight, which most do for its dtype alone."""
+        return self.dequantize()
 
     def extra_repr(self) -> str:
         """Shape, grid and tile, for ``print(model)``."""
@@ -102,7 +106,7 @@ class PackedLinear(nn.Module):
             return None
         p, bits, run, until = len(self.weight_scale), self.grid.bits, first // CODES_PER_RUN, ceil(last / CODES_PER_RUN)
         words = self.weight_zero_point[run * bits : until * bits]
-        unpacked = unpack_down(words, bits, min(until * CODES_PER_RUN, p) - run * CODES_PER_RUN)
+        unpacked = unpack_down(words, self.grid, min(until * CODES_PER_RUN, p) - run * CODES_PER_RUN)
         return unpacked[first - run * CODES_PER_RUN : last - run * CODES_PER_RUN]
 
     def _place_outliers(self, weight: Float[Tensor, "R I"], start: int) -> None:
@@ -113,17 +117,6 @@ class PackedLinear(nn.Module):
         low, high = torch.searchsorted(self.outlier_index.long(), ends).tolist()
         place = self.outlier_index[low:high].long() - begin
         weight.view(-1)[place] = self.outlier_value[low:high].to(weight.dtype)
-
-
-def unpack_down(words: Int[Tensor, "words Q"], bits: int, rows: int) -> Int[Tensor, "rows Q"]:
-    """Signed codes that were packed along the output dimension.
-
-    The library's own way (``packed_dim=0``) trips over a single word per column at 4 bits, in 0.20: it views a
-    transposed tensor as bytes. A copy has the strides that it needs.
-    """
-    turned = words.t().clone(memory_format=torch.contiguous_format)
-    unpacked: Tensor = unpack_from_int32(turned, bits, torch.Size((words.shape[1], rows)))
-    return unpacked.t()
 
 
 def _words(*shape: int) -> Int[Tensor, "..."]:

@@ -1,0 +1,94 @@
+"""Codes <-> dense 32-bit words, as compressed-tensors lays them out: code c of a row takes bits c*b to (c+1)*b - 1.
+
+Codes are stored as 0 to 2^b - 1, symmetric ones with 2^(b-1) added. Bit p of a row is bit p % 32 of its word p // 32,
+which in little-endian memory is bit p % 8 of byte p // 8: eight codes make exactly b bytes.
+"""
+
+import sys
+from math import ceil
+
+import torch
+from jaxtyping import Int, Int32, UInt8
+from torch import Tensor
+
+from bitwright.core.scheme import Grid
+
+WORD_BITS, BYTE_BITS, WORD_BYTES = 32, 8, 4
+TOGETHER = 2**20
+"""Codes at a time, which bounds the temporaries."""
+
+
+def pack(codes: Int[Tensor, "R C"], grid: Grid) -> Int32[Tensor, "R W"]:
+    """The words of each row of codes; what is left of a row's last word is zeros."""
+    rows, columns = codes.shape
+    words = torch.empty(rows, ceil(columns * grid.bits / WORD_BITS), dtype=torch.int32, device=codes.device)
+    for here in _few(rows, columns):
+        stored = codes[here].view(torch.uint8) + _offset(grid)
+        words[here] = _packed(stored, grid.bits, words.shape[1])
+    return words
+
+
+def unpack(words: Int32[Tensor, "R W"], grid: Grid, columns: int) -> Int[Tensor, "R C"]:
+    """The codes of each row of words: uint8, or int8 on a symmetric grid."""
+    stored = torch.empty(len(words), columns, dtype=torch.uint8, device=words.device)
+    for here in _few(len(words), columns):
+        stored[here] = _unpacked(words[here], grid.bits, columns)
+    return (stored - _offset(grid)).view(torch.int8) if grid.symmetric else stored
+
+
+def pack_down(codes: Int[Tensor, "R C"], grid: Grid) -> Int32[Tensor, "W C"]:
+    """The words of each column of codes, as zero points are stored."""
+    return pack(codes.t().contiguous(), grid).t().contiguous()
+
+
+def unpack_down(words: Int32[Tensor, "W C"], grid: Grid, rows: int) -> Int[Tensor, "R C"]:
+    """The codes of each column of words."""
+    return unpack(words.t().contiguous(), grid, rows).t().contiguous()
+
+
+def _offset(grid: Grid) -> int:
+    return 2 ** (grid.bits - 1) if grid.symmetric else 0
+
+
+def _few(rows: int, columns: int) -> list[slice]:
+    at_once = max(1, TOGETHER // max(1, columns))
+    return [slice(start, start + at_once) for start in range(0, rows, at_once)]
+
+
+def _pieces(bits: int) -> list[tuple[int, int, int]]:
+    """(code, byte, shift): the code, shifted up by so many bits, falls into the byte; down where it is negative."""
+    found = []
+    for number in range(BYTE_BITS):
+        byte, shift = divmod(number * bits, BYTE_BITS)
+        found.append((number, byte, shift))
+        if shift + bits > BYTE_BITS:
+            found.append((number, byte + 1, shift - BYTE_BITS))
+    return found
+
+
+def _packed(codes: UInt8[Tensor, "R C"], bits: int, words: int) -> Int32[Tensor, "R W"]:
+    rows, columns = codes.shape
+    eights = ceil(words * WORD_BYTES / bits)
+    codes = torch.nn.functional.pad(codes, (0, eights * BYTE_BITS - columns)).view(rows, eights, BYTE_BITS)
+    made = torch.zeros(rows, eights, bits, dtype=torch.uint8, device=codes.device)
+    for number, byte, shift in _pieces(bits):  # bits that do not fit into a byte fall off
+        made[..., byte] |= codes[..., number] << shift if shift >= 0 else codes[..., number] >> -shift
+    made = _little_endian(made.view(rows, eights * bits)[:, : words * WORD_BYTES])
+    return made.reshape(-1).view(torch.int32).view(rows, words)
+
+
+def _unpacked(words: Int32[Tensor, "R W"], bits: int, columns: int) -> UInt8[Tensor, "R C"]:
+    stored = _little_endian(words.reshape(-1).view(torch.uint8).view(len(words), -1))
+    rows, eights = len(words), ceil(columns / BYTE_BITS)
+    missing = max(0, eights * bits - stored.shape[1])
+    stored = torch.nn.functional.pad(stored, (0, missing))[:, : eights * bits].view(rows, eights, bits)
+    codes = torch.zeros(rows, eights, BYTE_BITS, dtype=torch.uint8, device=words.device)
+    for number, byte, shift in _pieces(bits):
+        codes[..., number] |= stored[..., byte] >> shift if shift >= 0 else stored[..., byte] << -shift
+    return codes.bitwise_and_(2**bits - 1).view(rows, -1)[:, :columns]
+
+
+def _little_endian(stored: UInt8[Tensor, "R bytes"]) -> UInt8[Tensor, "R bytes"]:
+    if sys.byteorder == "little":
+        return stored
+    return stored.view(len(stored), -1, WORD_BYTES).flip(-1).reshape(stored.shape)

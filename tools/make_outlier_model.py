@@ -35,11 +35,12 @@ def main(
 ) -> None:
     """Writes the outlier version of a model folder."""
     source = Source.open(model)
+    family, config = source.described()
     generator = torch.Generator().manual_seed(seed)
-    sites = [site for site in source.family.topology.sites if _takes_outliers(site)]
+    sites = [site for site in family.topology.sites if _takes_outliers(site)]
     with OutputFolder.claim(output) as folder:
         parts = [folder.work / "part-outside.safetensors"]
-        blocks = [f"{source.family.blocks}.{index}." for index in range(source.config.num_hidden_layers)]
+        blocks = [f"{family.blocks}.{index}." for index in range(config.num_hidden_layers)]
         outside = [name for name in source.checkpoint.names if not name.startswith(tuple(blocks))]
         write_tensors(parts[0], {name: source.checkpoint.read(name) for name in outside})
         for number, prefix in enumerate(blocks):

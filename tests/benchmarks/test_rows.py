@@ -27,7 +27,7 @@ def test_what_is_no_row_is_refused(key: str) -> None:
 
 def test_a_row_is_measured_once_per_protocol(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(rows, "machine", lambda: {"date": "2026-01-01"})
+    monkeypatch.setattr(rows, "machine", lambda _: {"date": "2026-01-01"})
     measured = iter(range(9))
     asked = [("a", 1), ("b", 1), ("a", 1), ("a", 2)]
     found = [

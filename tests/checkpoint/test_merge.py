@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from bitwright.checkpoint import merge
+from bitwright.checkpoint import ranges
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.ranges import pieces
 from bitwright.checkpoint.reader import Checkpoint
@@ -108,7 +108,7 @@ def test_killed_while_data_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 yield piece
 
         with monkeypatch.context() as patched:
-            patched.setattr(merge, "pieces", stopping)
+            patched.setattr(ranges, "pieces", stopping)
             with pytest.raises(KeyboardInterrupt):
                 merge_shards(parts, folder, 640)
         merge_shards(parts, folder, 640)
@@ -145,7 +145,7 @@ def test_a_full_disk_is_reported_and_the_merge_goes_on(tmp_path: Path, monkeypat
         return pieces(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(merge, "pieces", second_shard_fails)
+        patched.setattr(ranges, "pieces", second_shard_fails)
         with pytest.raises(OutputError, match=r"model-00002-of-00003\.safetensors: writing \d+ bytes failed: No space"):
             merge_shards(parts, folder, 640)
     monkeypatch.undo()

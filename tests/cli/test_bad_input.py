@@ -136,9 +136,17 @@ class TestWeightFiles:
 
     @pytest.mark.parametrize(("value", "count"), [("nan", "1 NaN"), ("-inf", "1 infinite")])
     def test_weights_that_are_no_numbers(self, quantize: Refused, model: Path, value: str, count: str) -> None:
+        """With text hours follow, and they are found before."""
         change_tensors(model, lambda tensors: tensors[UP][3].__setitem__(5, float(value)))
-        message = quantize()
+        message = quantize("--method", "gptq", "--calibration", "builtin", "--seqlen", 32, "--samples", 2)
         assert f"'{UP}'" in message and count in message
+
+    @pytest.mark.parametrize("name", [UP, "model.norm.weight"])
+    def test_they_are_found_when_they_are_read(self, run: Run, model: Path, tmp_path: Path, name: str) -> None:
+        change_tensors(model, lambda tensors: tensors[name].view(-1).__setitem__(5, float("nan")))
+        ran = run("quantize", model, "--scheme", SCHEME, "--method", "easyquant", "-o", tmp_path / "out")
+        assert ran.code == 2 and f"'{name}'" in ran.error and "1 NaN" in ran.error
+        assert not (tmp_path / "out").exists()
 
     def test_missing_tensor(self, quantize: Refused, model: Path) -> None:
         change_tensors(model, lambda tensors: tensors.pop(UP))
@@ -164,8 +172,9 @@ class TestConfig:
         assert str(model / "config.json") in quantize()
 
     def test_unknown_architecture(self, quantize: Refused, model: Path) -> None:
+        """With text; without, any architecture will do."""
         change_config(model, model_type="lama")
-        message = quantize()
+        message = quantize("--method", "gptq", "--calibration", "builtin")
         assert "nobody has described the architecture 'lama'" in message
         assert "did you mean llama?" in message
 

@@ -40,7 +40,7 @@ class TestQuantize:
         ran = quantize()
         assert ran.code == 0
         assert f"Wrote {tmp_path / 'out'}" in ran.out and "4.625" in ran.out
-        assert "quantize 2/2" in ran.err and "quantize 2/2" not in ran.out
+        assert "quantize 100%" in ran.err and "quantize 100%" not in ran.out
         assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
     def test_json(self, quantize: Run, text: Path, tmp_path: Path) -> None:

@@ -133,16 +133,18 @@ def stop_after_a_block(monkeypatch: pytest.MonkeyPatch, error: type[BaseExceptio
 
 
 SIGNALLED = """
-import os
+import os, time
 from bitwright.api.sink import FolderSink
 from bitwright.cli import main
 
-write = FolderSink.write
+made = FolderSink.made
 
-def stopping(self, *arguments):
-    write(self, *arguments)
-    os.kill(os.getpid(), {number})
+def stopping(self, unit, report):
+    made(self, unit, report)
+    if unit.weights:
+        os.kill(os.getpid(), {number})
+        time.sleep(2)  # the signal is for the main thread
 
-FolderSink.write = stopping
+FolderSink.made = stopping
 main()
 """

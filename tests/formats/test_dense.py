@@ -46,5 +46,5 @@ def test_activations_have_no_place_in_it(text: str, tiny: Checkpoints) -> None:
 
 def test_it_is_an_ordinary_model(tiny: Checkpoints) -> None:
     family = llama.describe(AutoConfig.from_pretrained(tiny()))
-    written = WrittenModel(Scheme.parse("W4A16"), family, 16, torch.bfloat16, with_head=True)
+    written = WrittenModel(Scheme.parse("W4A16"), family, 16, torch.bfloat16)
     assert dense.quantization_config(written) is None

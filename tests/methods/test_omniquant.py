@@ -11,7 +11,7 @@ from tests.methods.conftest import Streamed, context_of, divergence
 from torch import Tensor
 
 import bitwright
-from bitwright.api import job, quantizing
+from bitwright.api import block_work, quantizing
 from bitwright.api.source import Source
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
@@ -245,7 +245,7 @@ def test_arithmetic_in_the_checkpoints_dtype(
     method: str, scheme: str, recipe: bitwright.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: the block computes in bfloat16, what is learned stays in float32."""
-    monkeypatch.setattr(job, "pick_dtype", lambda name, device, stored: stored)
+    monkeypatch.setattr(block_work, "pick_dtype", lambda name, device, stored: stored)
     epochs = None if method in UNTRAINED else 2
     result = bitwright.quantize(replace(recipe, method=method, scheme=scheme, epochs=epochs), tmp_path / "out")
     assert result.output_error is not None and 0 < result.output_error < 0.5

@@ -5,7 +5,7 @@ from bitwright.api.evaluating import Evaluation, evaluate
 from bitwright.api.inspecting import Inspection, inspect
 from bitwright.api.loading import load
 from bitwright.api.planning import Plan, plan
-from bitwright.api.quantizing import Result, quantize
+from bitwright.api.quantizing import Result, quantize, speaks
 
 __all__ = [
     "Demonstration",
@@ -19,4 +19,5 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "speaks",
 ]

@@ -24,7 +24,7 @@ def identity(job: Job) -> dict[str, Any]:
         "recipe": recipe,
         "model": job.source.checkpoint.fingerprint(),
         "calibration": _calibration(job),
-        "arithmetic": f"{job.skeleton.device.type} {str(job.skeleton.dtype).removeprefix('torch.')}",
+        "arithmetic": f"{job.work.device.type} {str(job.work.dtype).removeprefix('torch.')}",
         "parameters": None if job.learned is None else job.learned.digest(),
         "versions": _versions(),
     }

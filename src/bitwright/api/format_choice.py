@@ -22,14 +22,26 @@ def encoder(named: str | None) -> ModuleType:
     return find("formats", HOLDS_ALL if named is None else named)
 
 
-def expected(named: str | None, scheme: Scheme, methods: tuple[Method, ...], settings: Settings) -> str:
-    """The format as far as it is known at the start. Raises RecipeError where the one named may not hold the result."""
+def expected(
+    named: str | None, scheme: Scheme, methods: tuple[Method, ...], settings: Settings, only_ours: str | None = None
+) -> str:
+    """The format as far as it is known at the start; ``only_ours`` is a weight that transformers needs our plugin for.
+
+    Raises RecipeError where the one named may not hold the result.
+    """
+    if only_ours and named == WIDELY_LOADED:
+        raise RecipeError(
+            f"transformers cannot load {only_ours} from format {named}: of linears it takes ordinary ones, of experts "
+            "those that are each a tensor of its own, all quantized, symmetric (W4A16g128sym). Leave --format out, or "
+            f"take --format {HOLDS_ALL} (transformers loads it after 'import bitwright') or --format dense"
+        )
     outliers = settings.outlier_rule is not None and any(Decision.OUTLIERS in method.decides for method in methods)
     chosen = [tile for method in methods for tile in method.tiles(scheme, settings)]
     possible = [scheme.tile, *chosen]
     fits = [find("formats", WIDELY_LOADED if named is None else named).holds(tile, outliers) for tile in possible]
     if named is None:
-        if (settings.axis == "ic" and chosen) or not find("formats", WIDELY_LOADED).holds(scheme.tile, False):
+        must = only_ours or (settings.axis == "ic" and chosen)
+        if must or not find("formats", WIDELY_LOADED).holds(scheme.tile, False):
             return HOLDS_ALL
         return WIDELY_LOADED if all(fits) else f"{WIDELY_LOADED} or {HOLDS_ALL}"
     if not all(fits):
@@ -45,5 +57,5 @@ def settled(named: str | None, written: WrittenModel) -> str:
     """The format of a result whose every linear is known."""
     if named is not None:
         return named
-    fits = find("formats", WIDELY_LOADED).holds(written.scheme.tile, False) and not written.departures
-    return WIDELY_LOADED if fits else HOLDS_ALL
+    alike = not (written.departures or written.only_ours)
+    return WIDELY_LOADED if alike and find("formats", WIDELY_LOADED).holds(written.scheme.tile, False) else HOLDS_ALL

@@ -1,43 +1,81 @@
 """A recipe made ready to run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.api.block_work import BlockWork
 from bitwright.api.format_choice import encoder, expected, settled
 from bitwright.api.parameters import LearnedParameters, belonging
-from bitwright.api.source import (
-    DTYPES,
-    Source,
-    blaming_the_config,
-    check_vocabulary,
-    pick_device,
-    pick_dtype,
-    sequence_length,
-    text_of,
-    tokenize,
-)
-from bitwright.calibration.segments import segments
+from bitwright.api.source import DTYPES, Source
+from bitwright.api.tensor_work import TensorWork
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
-from bitwright.core.method import Learned, Method
+from bitwright.core.method import DataFree, Learned, Method
 from bitwright.core.quantized import WrittenModel, departures
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find, names
 from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
 from bitwright.core.settings import Settings, settle
+from bitwright.core.weight import Weight
 from bitwright.methods import TRANSFORM, compose, fit, learned, used
-from bitwright.stream.skeleton import Skeleton
+from bitwright.stream.budget import Budget
+
+
+class Work(Protocol):
+    """How the model is gone through: block by block (``BlockWork``), or tensor by tensor (``TensorWork``).
+
+    ``tokens`` is None where no calibration text was named. ``device`` and ``dtype`` are those of the arithmetic.
+    """
+
+    tokens: Int[Tensor, "N T"] | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def weights(self) -> Sequence[Weight]:
+        """What will be quantized, in the order of the model."""
+
+    @property
+    def kept(self) -> Mapping[str, str]:
+        """The tensors that stay as they are, and why."""
+
+    @property
+    def outside(self) -> Sequence[str]:
+        """Names of the tensors that are written one by one as they are, before everything else."""
+
+    @property
+    def units(self) -> Sequence[str]:
+        """Names of what is written part by part after that, in the order of the model."""
+
+    @property
+    def blocks(self) -> int:
+        """How many decoder blocks there are."""
+
+    @property
+    def copied_head(self) -> bool:
+        """Whether an output layer that shares its weight with the embedding gets a weight of its own."""
+
+    @property
+    def kept_linears(self) -> Sequence[str]:
+        """The linears of the model that stay as they are, by their names in it."""
+
+    def only_ours(self, scheme: Scheme) -> str | None:
+        """A weight for whose sake transformers needs our plugin, whatever its codes."""
+
+    def budget(self, settings: Settings, trained: bool) -> Budget:
+        """The memory that it needs."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run needs, checked. ``tokens`` is None where no calibration text was named.
+    """Everything a run needs, checked.
 
     ``format`` makes the tensors; ``expected`` is the format as far as it is known before the methods have decided.
     """
@@ -50,18 +88,27 @@ class Job:
     format: ModuleType
     expected: str
     source: Source
-    skeleton: Skeleton
-    tokens: Int[Tensor, "N T"] | None
+    work: BlockWork | TensorWork
     note: str | None
     learned: LearnedParameters | None
 
+    @property
+    def tokens(self) -> Int[Tensor, "N T"] | None:
+        """The calibration segments, None where no text was named."""
+        return self.work.tokens
+
     def written(self, reports: Sequence[dict[str, Any]] = ()) -> WrittenModel:
         """What config.json has to say once these blocks are done."""
-        config, scheme = self.source.config, self.scheme
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        found = departures(scheme, [row for report in reports for row in report["linears"]])
-        dtype = self.source.checkpoint.dtype_of_weights
-        return WrittenModel(scheme, self.source.family, width, dtype, self.recipe.quantize_lm_head, found)
+        rows = [row for report in reports for row in report["linears"]]
+        return WrittenModel(
+            self.scheme,
+            self.source.family,
+            self.source.head_dim,
+            self.source.checkpoint.dtype_of_weights,
+            tuple(self.work.kept_linears),
+            departures(self.scheme, rows),
+            self.work.only_ours(self.scheme) is not None,
+        )
 
     def settled_format(self, reports: Sequence[dict[str, Any]]) -> str:
         """The format of the result, its blocks done."""
@@ -85,50 +132,33 @@ class Job:
         sites = self.settings.sites if TRANSFORM in self.method.split("+") else ""
         return belonging(self.source.checkpoint, str(self.scheme), self.method, sites)
 
-    def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Name and shape [O, I] of every linear that will be quantized."""
-        for index in range(len(self.skeleton.block_names)):
-            block = self.skeleton.meta_block(index)
-            for name in block.topology.linears:
-                rows, columns = block.weight(name).shape
-                yield block.path(name), (rows, columns)
-        if self.recipe.quantize_lm_head:
-            rows, columns = self.skeleton.model.get_parameter(f"{self.source.family.head}.weight").shape
-            yield self.source.family.head, (rows, columns)
-
-    def outside(self) -> tuple[str, ...]:
-        """The checkpoint's tensors that are in no block and are passed through: embedding, final norm, output layer."""
-        blocks = tuple(f"{name}." for name in self.skeleton.block_names)
-        head = {f"{self.source.family.head}.weight"} if self.recipe.quantize_lm_head else set()
-        return tuple(n for n in self.source.checkpoint.names if not n.startswith(blocks) and n not in head)
-
+    @property
     def units(self) -> tuple[str, ...]:
         """What is written one by one: tensors outside of the blocks, the blocks, and an output layer of its own."""
-        head = (self.source.family.head,) if self.recipe.quantize_lm_head else ()
-        return self.outside() + self.skeleton.block_names + head
+        return (*self.work.outside, *self.work.units)
 
 
 def prepare(recipe: Recipe, device: str = "auto") -> Job:
     """Checks a recipe against the model without reading any weight. Raises UserError."""
     scheme = Scheme.parse(recipe.scheme)
     chosen = encoder(recipe.format)
-    compose(recipe.settled_method)
+    methods = compose(recipe.settled_method)
     source = Source.open(Path(recipe.model))
-    where = pick_device(device)
-    dtype = pick_dtype("auto", where, source.checkpoint.dtype_of_weights)
-    with blaming_the_config(source.checkpoint.folder):
-        skeleton = Skeleton(source.checkpoint, source.config, source.family, dtype, where)
-    method, note = fit(recipe.settled_method, scheme, source.family.topology, recipe.sites)
+    free = recipe.calibration is None and all(isinstance(method, DataFree) for method in methods)
+    work = (TensorWork if free else BlockWork).of(recipe, source, device)
+    topology = source.family.topology if source.family else None
+    method, note = fit(recipe.settled_method, scheme, topology, recipe.sites)
     methods = compose(method)
     settings = _settings(recipe, scheme, method, methods)
-    known = expected(recipe.format, scheme, methods, settings)
-    job = Job(recipe, scheme, method, methods, settings, chosen, known, source, skeleton, None, note, None)
+    known = expected(recipe.format, scheme, methods, settings, work.only_ours(scheme))
+    job = Job(recipe, scheme, method, methods, settings, chosen, known, source, work, note, None)
+    _check_scheme(job)
     chosen.quantization_config(job.written())  # refuses a scheme that it has no words for
     _check_dtypes(job)
     _check_tiles(job)
     if recipe.load_parameters is not None:
         job = replace(job, learned=_load_parameters(job, recipe.load_parameters))
-    return replace(job, tokens=_calibration(recipe, source, methods))
+    return replace(job, work=work.with_text(recipe, methods))
 
 
 def _settings(recipe: Recipe, scheme: Scheme, method: str, methods: tuple[Method, ...]) -> Settings:
@@ -143,21 +173,6 @@ def _settings(recipe: Recipe, scheme: Scheme, method: str, methods: tuple[Method
     return settle(recipe.training, scheme, recipe.seed, recipe.settings, closed=all(refines))
 
 
-def _calibration(recipe: Recipe, source: Source, methods: tuple[Method, ...]) -> Int[Tensor, "N T"] | None:
-    seqlen = sequence_length(recipe.seqlen, source.config)
-    if recipe.calibration is None:
-        if any(method.needs_text for method in methods):
-            raise RecipeError(
-                f"{recipe.settled_method} learns from text and none was named; "
-                "give --calibration FILE.txt, or --calibration builtin"
-            )
-        return None
-    text = text_of(recipe.calibration, "calibration")
-    tokens = tokenize(source.checkpoint.folder, text)
-    check_vocabulary(tokens, source.config, source.checkpoint.folder)
-    return segments(tokens, recipe.samples, seqlen, recipe.seed, recipe.calibration)
-
-
 def _load_parameters(job: Job, path: str) -> LearnedParameters:
     if not learned(job.methods):
         raise RecipeError(f"{job.method} learns nothing, so it has no use for --load-parameters {path}")
@@ -167,8 +182,9 @@ def _load_parameters(job: Job, path: str) -> LearnedParameters:
 def _check_dtypes(job: Job) -> None:
     """Refuses weights that are no ordinary floating-point numbers, such as the float8 of models quantized already."""
     checkpoint, known = job.source.checkpoint, set(DTYPES.values())
-    for name in [f"{job.source.family.embedding}.weight", *(f"{name}.weight" for name, _ in job.linears())]:
-        found = checkpoint.entry(job.skeleton.source(name)).dtype
+    embedding = [f"{job.source.family.embedding}.weight"] if job.source.family else []
+    for name in [*embedding, *(weight.tensor for weight in job.work.weights)]:
+        found = checkpoint.entry(name).dtype
         if found not in known:
             raise CheckpointError(
                 f"{name} in {checkpoint.folder} is stored as {str(found).removeprefix('torch.')}; Bitwright quantizes "
@@ -181,8 +197,19 @@ def _check_tiles(job: Job) -> None:
     tiles = [job.scheme.tile]
     if job.settings.axis == "ic":
         tiles += [tile for m in job.methods for tile in m.tiles(job.scheme, job.settings)]
-    for (name, shape), tile in product(job.linears(), tiles):
+    for weight, tile in product(job.work.weights, tiles):
         try:
-            tile.counts(shape)
+            weight.tile(tile).counts(weight.slice)
         except SchemeError as error:
-            raise SchemeError(f"{name} {list(shape)} under scheme {job.scheme}: {error}") from None
+            instead = "" if job.source.family else f". Or leave it as it is: --exclude '{weight.name}'"
+            what = f"{weight.name} {list(weight.shape)} under scheme {job.scheme}: {error}"
+            raise SchemeError(what + instead) from None
+
+
+def _check_scheme(job: Job) -> None:
+    """Refuses what has to know the architecture where nobody has described it."""
+    if job.source.family is None and (job.scheme.activations or job.scheme.kv):
+        raise RecipeError(
+            f"scheme {job.scheme} quantizes activations, which takes an architecture that Bitwright knows, and "
+            f"'{job.source.model_type}' is none ({', '.join(names('families'))}); take a scheme with A16"
+        )

@@ -2,20 +2,25 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
+from bitwright.api.crew import crew_of
 from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED
 from bitwright.api.job import Job, prepare
 from bitwright.api.source import architecture
+from bitwright.api.tensor_kinds import TensorKind, tensors_of
 from bitwright.core.decisions import Decision
 from bitwright.core.qtensor import packed_bits
 from bitwright.core.recipe import Recipe
+from bitwright.core.scheme import Scheme
+from bitwright.core.weight import Weight
 from bitwright.methods import learned
-from bitwright.stream.budget import Budget, estimate
+from bitwright.stream.budget import Budget
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do: sizes in bytes, tokens as counted."""
+    """What a run will do: sizes in bytes, tokens as counted. ``memory`` is of one process, ``memory_bytes`` of all."""
 
     model: str
     architecture: str
@@ -30,14 +35,17 @@ class Plan:
     bytes_out: int
     memory: Budget
     memory_bytes: int
+    workers: int
     calibration_tokens: int
+    tensors: tuple[TensorKind, ...]
     notes: tuple[str, ...]
 
 
-def plan(recipe: Recipe, device: str = "auto") -> Plan:
+def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_memory: str | None = None) -> Plan:
     """What ``quantize`` would do with this recipe; reads no weight and writes nothing."""
     job = prepare(recipe, device)
-    found = plan_of(job)
+    crew = crew_of(job, workers, max_memory)
+    found = replace(plan_of(job), workers=crew.workers, memory_bytes=crew.memory_bytes)
     if job.settings.outlier_rule is None or not any(Decision.OUTLIERS in method.decides for method in job.methods):
         return found
     note = f"outliers ({job.settings.outliers}) come on top of these bits and bytes, some 48 bits each"
@@ -46,36 +54,36 @@ def plan(recipe: Recipe, device: str = "auto") -> Plan:
 
 def plan_of(job: Job) -> Plan:
     """The plan of a job that is ready."""
-    checkpoint, dtype = job.source.checkpoint, job.source.checkpoint.dtype_of_weights
-    shapes = dict(job.linears())
-    replaced = {f"{name}.weight" for name in shapes}  # a tied output layer that is quantized leaves the embedding
+    checkpoint, dtype, work = job.source.checkpoint, job.source.checkpoint.dtype_of_weights, job.work
+    replaced = {w.tensor for w in work.weights if w.tensor.removesuffix(".weight") == w.name}
     kept = sum(checkpoint.nbytes(name) for name in checkpoint.names if name not in replaced)
-    quantized = sum(job.format.stored_bytes(shape, job.scheme, dtype) for shape in shapes.values())
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    bits = sum(packed_bits(shape, job.scheme.weight, job.scheme.tile, dtype) for shape in shapes.values())
-    tokens = 0 if job.tokens is None else job.tokens.numel()
-    trained = job.tokens is not None and learned(job.methods)
-    step = (
-        min(job.settings.batch_size, len(job.tokens)) * job.tokens.shape[1] if trained and job.tokens is not None else 0
-    )
-    budget = estimate(job.skeleton, tokens, step, job.settings.aug_loss)
+    quantized = sum(w.slices * job.format.stored_bytes(w.slice, _scheme(job, w), dtype) for w in work.weights)
+    count = sum(prod(weight.shape) for weight in work.weights)
+    bits = sum(w.slices * packed_bits(w.slice, job.scheme.weight, w.tile(job.scheme.tile), dtype) for w in work.weights)
+    budget = work.budget(job.settings, learned(job.methods))
     return Plan(
         model=job.recipe.model,
         architecture=architecture(checkpoint.config),
         method=job.method,
         scheme=str(job.scheme),
         format=job.expected,
-        blocks=len(job.skeleton.block_names),
-        linears=len(shapes),
-        quantized_weights=weights,
-        bits_per_weight=bits / weights,
+        blocks=work.blocks,
+        linears=len(work.weights),
+        quantized_weights=count,
+        bits_per_weight=bits / count,
         bytes_in=checkpoint.total_bytes,
         bytes_out=kept + quantized,
         memory=budget,
         memory_bytes=budget.total,
-        calibration_tokens=tokens,
+        workers=1,
+        calibration_tokens=0 if job.tokens is None else job.tokens.numel(),
+        tensors=tensors_of(job),
         notes=tuple(_notes(job)),
     )
+
+
+def _scheme(job: Job, weight: Weight) -> Scheme:
+    return replace(job.scheme, tile=weight.tile(job.scheme.tile))
 
 
 def _notes(job: Job) -> Iterator[str]:
@@ -86,7 +94,7 @@ def _notes(job: Job) -> Iterator[str]:
         yield left_out
     if job.recipe.quantize_lm_head and any(method.needs_text for method in job.methods):
         yield f"the output layer gets min-max ranges, rounded to nearest: {job.method} works on the blocks"
-    if job.recipe.quantize_lm_head and job.skeleton.tied:
+    if job.work.copied_head:
         yield "the output layer is tied to the embedding: it is quantized as a copy of its own, the embedding stays"
     if job.tokens is not None and not any(method.needs_text for method in job.methods):
         yield f"{job.method} needs no calibration text; it is used to report output errors"

@@ -8,12 +8,15 @@ from typing import Any
 
 from bitwright.api.account import identity, run_account
 from bitwright.api.companions import write_companions
+from bitwright.api.crew import Crew, crew_of
 from bitwright.api.job import Job, prepare
 from bitwright.api.loading import REPORT
 from bitwright.api.parameters import saved_for
 from bitwright.api.planning import plan_of
 from bitwright.api.sink import FolderSink
 from bitwright.api.source import require_folder
+from bitwright.api.tensor_run import run_tensors
+from bitwright.api.tensor_work import TensorWork
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.output import OutputFolder, refuse_existing, refuse_overlap, require_free, work_folder
@@ -23,10 +26,11 @@ from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
 from bitwright.methods import learned
 from bitwright.report.plain import plain
-from bitwright.stream.budget import peak_memory
+from bitwright.stream.memory import peak_memory
+from bitwright.stream.ranks import Ranks
 from bitwright.stream.runner import RunPlan, run
 
-TIMINGS, JOURNAL = "bitwright-timings.json", "journal.jsonl"
+TIMINGS, JOURNAL, OTHER_JOURNALS = "bitwright-timings.json", "journal.jsonl", "journal-*.jsonl"
 
 
 @dataclass(frozen=True)
@@ -62,44 +66,89 @@ def quantize(
     restart: bool = False,
     save_parameters: Path | str | None = None,
     device: str = "auto",
+    workers: int | None = None,
+    max_memory: str | None = None,
     listener: Listener = silent,
 ) -> Result:
     """Runs a recipe and writes a folder that its format's clients load. Raises UserError.
 
     Works in ``OUTPUT.partial`` and renames it at the end, so an output that exists is complete. Killed at any
-    moment, the same call continues; a changed recipe is refused unless ``restart``.
+    moment, the same call continues; a changed recipe is refused unless ``restart``. ``workers`` and ``max_memory``
+    ("2GB", of all processes together) are for methods without text, which share tensors out between processes, under
+    torchrun on several machines; the bytes are the same.
     """
-    start, output = monotonic(), Path(output)
+    start, output, ranks = monotonic(), Path(output), Ranks.here()
     refuse_output(Path(recipe.model), output, overwrite)
     job = prepare(recipe, device)
+    crew = crew_of(job, workers, max_memory, ranks)
+    if not ranks.first:
+        return _help(job, output, crew, ranks)
     saved = None if save_parameters is None else _place_to_save(job, Path(save_parameters), output)
     _require_free(job, output)
-    checkpoint = job.source.checkpoint
-    checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
+    if not isinstance(job.work, TensorWork):  # hours follow; where minutes do, each tensor is checked when it is read
+        checkpoint = job.source.checkpoint
+        checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart) as work:
         journal = Journal.open(work.work / JOURNAL, identity(job), restart=restart)
+        _adopt_others(journal)
         resumed = len(journal.recorded)
-        account = _produce(job, work, FolderSink(work.work, journal, job), saved, listener)
-        seconds = monotonic() - start
-        write_json(work.path / TIMINGS, {"seconds": seconds, "peak_bytes": peak_memory(), "resumed_units": resumed})
+        sink = FolderSink(work.work, journal, job)
+        account, beside = _produce(job, work, sink, saved, crew, ranks, listener)
+        seconds, peak = monotonic() - start, peak_memory() + beside
+        write_json(work.path / TIMINGS, {"seconds": seconds, "peak_bytes": peak, "resumed_units": resumed})
         work.publish()
-    return _result(job, output, account, seconds, resumed)
+    return ranks.from_first(_result(job, output, account, seconds, peak, resumed))
 
 
-def _produce(job: Job, work: OutputFolder, sink: FolderSink, saved: Path | None, listener: Listener) -> dict[str, Any]:
-    """Everything that becomes the output, in the work folder; returns what bitwright.json says."""
+def speaks() -> bool:
+    """Whether this process is the one to say what came of it: of those that torchrun starts, the first."""
+    return Ranks.here().first
+
+
+def _help(job: Job, output: Path, crew: Crew, ranks: Ranks) -> Result:
+    """What every process but the first does: its share, noted in a journal of its own that the first takes over."""
+    ranks.wait_for_all()  # the first has the folder
+    work = work_folder(output.resolve())
+    journal = Journal.open(work / f"journal-{ranks.index}.jsonl", identity(job), restart=True)
+    run_tensors(job, FolderSink(work, journal, job), crew, ranks, silent)
+    ranks.wait_for_all()
+    return ranks.from_first(None)
+
+
+def _adopt_others(journal: Journal) -> None:
+    for other in sorted(journal.path.parent.glob(OTHER_JOURNALS)):
+        journal.adopt(other)
+
+
+def _produce(
+    job: Job,
+    work: OutputFolder,
+    sink: FolderSink,
+    saved: Path | None,
+    crew: Crew,
+    ranks: Ranks,
+    listener: Listener,
+) -> tuple[dict[str, Any], int]:
+    """Everything that becomes the output, in the work folder; what bitwright.json says, and the peak bytes of worker
+    processes."""
+    beside = 0
+    ranks.wait_for_all()
     if not merge_begun(work.work):
-        _write_tensors(job, sink, listener)
+        beside = _write_tensors(job, sink, crew, ranks, listener)
+    elif ranks.count > 1:
+        run_tensors(job, sink, crew, ranks, listener)  # nothing is left to do, for the others neither
+    ranks.wait_for_all()
+    _adopt_others(sink.journal)
     merge_shards(sink.parts(), work.path, job.recipe.shard_bytes)
     write_companions(job, sink.reports(), work.path)
     if saved is not None:
         write_tensors(saved, sink.learned(), job.belonging)
     account: dict[str, Any] = plain(run_account(job, sink.reports(), work.path))
     write_json(work.path / REPORT, account)
-    return account
+    return account, beside
 
 
-def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, resumed: int) -> Result:
+def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, peak: int, resumed: int) -> Result:
     totals = account["totals"]
     errors = [block["output_error"] for block in account["blocks"] if block["output_error"] is not None]
     return Result(
@@ -115,7 +164,7 @@ def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, res
         bytes_out=totals["bytes_out"],
         output_error=errors[-1] if errors else None,
         seconds=seconds,
-        peak_bytes=peak_memory(),
+        peak_bytes=peak,
         resumed=resumed,
         notes=plan_of(job).notes,
         fallbacks=tuple(account["fallbacks"]),
@@ -159,8 +208,12 @@ def _require_free(job: Job, output: Path) -> None:
     require_free(output, max(0, total + min(total, job.recipe.shard_bytes) - written))
 
 
-def _write_tensors(job: Job, sink: FolderSink, listener: Listener) -> None:
-    for name in job.outside():
+def _write_tensors(job: Job, sink: FolderSink, crew: Crew, ranks: Ranks, listener: Listener) -> int:
+    """Every part that is not there yet; the peak bytes of worker processes."""
+    if isinstance(job.work, TensorWork):
+        return run_tensors(job, sink, crew, ranks, listener)
+    for name in job.work.outside:
         sink.pass_through(name)
     plan = RunPlan(job.scheme, job.methods, job.settings, job.recipe.quantize_lm_head, job.learned)
-    run(job.skeleton, plan, sink, tokens=job.tokens, listener=listener)
+    run(job.work.skeleton, plan, sink, tokens=job.tokens, listener=listener)
+    return 0

@@ -11,7 +11,7 @@ from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.recipe import Recipe
 
 OUTPUT = "output"
-KNOWN = {field.name for field in fields(Recipe)} | {OUTPUT, "save_parameters"}
+KNOWN = {field.name for field in fields(Recipe)} | {OUTPUT, "save_parameters", "workers", "max_memory"}
 
 
 class OnceEach(yaml.SafeLoader):

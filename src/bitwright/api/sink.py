@@ -11,10 +11,12 @@ from torch import Tensor
 
 from bitwright.api.job import Job
 from bitwright.checkpoint.journal import Journal
+from bitwright.checkpoint.ranges import Stored
 from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.block import Block
 from bitwright.core.errors import OutputError
-from bitwright.core.quantized import QuantizedBlock
+from bitwright.core.quantized import BlockReport, QuantizedBlock
+from bitwright.stream.units import Unit
 
 
 class FolderSink:
@@ -22,16 +24,22 @@ class FolderSink:
 
     def __init__(self, folder: Path, journal: Journal, job: Job) -> None:
         self.folder, self.journal, self.job = folder, journal, job
-        self.files = {unit: f"part-{n:05d}.safetensors" for n, unit in enumerate(job.units())}
+        self.files = {unit: f"part-{n:05d}.safetensors" for n, unit in enumerate(job.units)}
 
     def parts(self) -> list[Path]:
         """Every unit's part, in the order of the model; some may have been merged away."""
         return [self.folder / file for file in self.files.values()]
 
     def reports(self) -> list[dict[str, Any]]:
-        """The reports of the blocks, in their order."""
-        found = [self.journal.recorded[unit]["report"] for unit in self.files]
-        return [report for report in found if report]
+        """The reports of the blocks, in their order; what several parts say of one block is one report."""
+        found: dict[str, dict[str, Any]] = {}
+        for unit in self.files:
+            report = self.journal.recorded[unit]["report"]
+            if report and report["name"] in found:
+                found[report["name"]]["linears"] += report["linears"]
+            elif report:
+                found[report["name"]] = {**report, "linears": [*report["linears"]]}
+        return list(found.values())
 
     def finished(self, unit: str) -> bool:
         """Whether the journal has this unit, and its part is there."""
@@ -53,7 +61,7 @@ class FolderSink:
 
     def write(self, unit: str, result: QuantizedBlock) -> None:
         """Writes a unit's part and notes it, with its report, in the journal."""
-        tensors = dict(result.passed)
+        tensors: dict[str, Tensor | Stored] = dict(result.passed)
         for name, weight in result.linears.items():
             tensors |= self.job.format.encode(name, weight)
         if result.learned:
@@ -68,9 +76,13 @@ class FolderSink:
     def pass_through(self, name: str) -> None:
         """Copies a tensor that is in no block as it is, unless an earlier run has."""
         if not self.finished(name):
-            self._record(name, {name: self.job.source.checkpoint.read(name)}, {})
+            self._record(name, {name: self.job.source.checkpoint.stored(name)}, {})
 
-    def _record(self, unit: str, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
+    def made(self, unit: Unit, report: BlockReport | None) -> None:
+        """Notes a unit whose part has been written already."""
+        self.journal.record(unit.name, unit.file, asdict(report) if report else {})
+
+    def _record(self, unit: str, tensors: Mapping[str, Tensor | Stored], report: dict[str, Any]) -> None:
         write_tensors(self.folder / self.files[unit], tensors)
         self.journal.record(unit, self.files[unit], report)
 

@@ -28,11 +28,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Source:
-    """A full-precision model on disk, of an architecture that a file in ``families/`` describes."""
+    """A full-precision model on disk. ``config`` and ``family`` are None for an architecture that no file in
+    ``families/`` describes."""
 
     checkpoint: Checkpoint
-    config: PretrainedConfig
-    family: Family
+    model_type: str
+    config: PretrainedConfig | None
+    family: Family | None
 
     @classmethod
     def open(cls, folder: Path) -> "Source":
@@ -42,13 +44,34 @@ class Source:
         if how is not None:
             method = how.get("quant_method", "an unknown method") if isinstance(how, dict) else "an unknown method"
             raise CheckpointError(f"{folder} is quantized already ({method}); start from the full-precision model")
-        model_type = _known_model_type(checkpoint)
+        model_type = _model_type(checkpoint)
+        if model_type not in names("families"):
+            require_tokenizer(folder)
+            return cls(checkpoint, model_type, None, None)
         config = model_config(folder)
         _check_blocks(checkpoint, config)
         with blaming_the_config(folder):
             family: Family = find("families", model_type).describe(config)
         require_tokenizer(folder)
-        return cls(checkpoint, config, family)
+        return cls(checkpoint, model_type, config, family)
+
+    def described(self) -> tuple[Family, PretrainedConfig]:
+        """Family and configuration of an architecture that is described; RecipeError for another."""
+        if self.family is None or self.config is None:
+            raise RecipeError(
+                f"{self.checkpoint.folder}: nobody has described the architecture '{self.model_type}' to Bitwright "
+                f"yet; {nearest(self.model_type, names('families'))}. One short file in families/ describes a new one; "
+                "rtn and easyquant, without --calibration, do with any"
+            )
+        return self.family, self.config
+
+    @property
+    def head_dim(self) -> int:
+        """Features of an attention head; 0 where that is not known."""
+        config = self.config
+        if config is None:
+            return 0
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 @contextmanager
@@ -65,18 +88,12 @@ def blaming_the_config(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _known_model_type(checkpoint: Checkpoint) -> str:
-    """The architecture; RecipeError for one that no file in ``families/`` describes."""
+def _model_type(checkpoint: Checkpoint) -> str:
     found = checkpoint.config.get("model_type")
     if not isinstance(found, str) or not found:
         raise CheckpointError(
             f"{checkpoint.folder}/config.json does not say which architecture this is: its model_type is {found!r}; "
             "is it the config.json of a transformers model?"
-        )
-    if found not in names("families"):
-        raise RecipeError(
-            f"{checkpoint.folder}: nobody has described the architecture '{found}' to Bitwright yet; "
-            f"{nearest(found, names('families'))}. One short file in families/ describes a new one"
         )
     return found
 

@@ -15,7 +15,7 @@ NARROW_CHUNK_BYTES = CHUNK_BYTES // 4  # float8 has no min and max of its own an
 
 def check_tensor(header: Header, entry: TensorEntry) -> None:
     """CheckpointError when the floating tensor `entry` has a NaN or an infinity, with how many of each."""
-    if all(_is_finite(chunk) for chunk in _chunks(header, entry)):
+    if all(is_finite(chunk) for chunk in _chunks(header, entry)):
         return
     nans = infinities = 0
     for chunk in _chunks(header, entry):
@@ -28,8 +28,8 @@ def check_tensor(header: Header, entry: TensorEntry) -> None:
     )
 
 
-def _is_finite(chunk: torch.Tensor) -> bool:
-    """Whether a floating chunk [elements] is finite throughout: NaN and infinity show in its minimum or maximum."""
+def is_finite(chunk: torch.Tensor) -> bool:
+    """Whether a floating tensor is finite throughout: NaN and infinity show in its minimum or maximum."""
     low, high = torch.aminmax(chunk)
     return bool(low.isfinite() and high.isfinite())
 

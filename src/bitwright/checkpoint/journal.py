@@ -74,6 +74,26 @@ class Journal:
             ) from error
         self.recorded[unit] = self.done[unit] = json.loads(text)
 
+    def adopt(self, other: Path) -> None:
+        """Takes over what the journal of another process of this run has, and removes it.
+
+        One that was begun with another identity, or is damaged, says nothing: its units are made again.
+        """
+        own, lines = _whole_lines(self.path)[0], list[dict[str, Any]]()
+        try:
+            lines = _whole_lines(other)
+        except OutputError:
+            pass
+        except OSError as error:
+            raise OutputError(f"{other}: cannot be read: {error}; check its permissions") from error
+        if lines and lines[0] == own and all(_is_unit(line) for line in lines[1:]):
+            for line in lines[1:]:
+                _append(self.path, _line(line))
+                self.recorded[line["unit"]] = line
+                if _file_is_there(self.path.parent, line):
+                    self.done[line["unit"]] = line
+        other.unlink(missing_ok=True)
+
 
 def _line(value: Mapping[str, Any]) -> str:
     """One line of the journal."""

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from bitwright.checkpoint.header import Header, TensorEntry, build_header, file_order, read_header
 from bitwright.checkpoint.layout import INDEX, SINGLE
-from bitwright.checkpoint.ranges import pieces
+from bitwright.checkpoint.ranges import Stored
 from bitwright.checkpoint.strict_json import shown
-from bitwright.checkpoint.writer import COPY_BYTES, atomic, sync_folder, write_json
+from bitwright.checkpoint.writer import atomic, sync_folder, write_json
 from bitwright.core.errors import CheckpointError, OutputError
 
 PLAN = "merge.json"
@@ -151,12 +151,10 @@ def _write_shard(work: Path, folder: Path, shard: Shard) -> None:
     start = build_header(entries, METADATA)
     if missing or hashlib.sha256(start).hexdigest() != shard.header_sha256:
         raise OutputError(f"{work}: the parts of {shard.file} changed since the merge began; begin anew with --restart")
-    buffer = memoryview(bytearray(COPY_BYTES))
     with atomic(folder / shard.file, len(start) + shard.data_bytes) as file:
         file.write(start)
         for entry in file_order(entries):
-            for piece in pieces(headers[shard.parts[entry.name]], entry.start, entry.end, buffer):
-                file.write(piece)
+            Stored(headers[shard.parts[entry.name]], entry).copy_to(file)
 
 
 def _remove_parts(work: Path, parts: list[str]) -> None:

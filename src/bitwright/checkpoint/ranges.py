@@ -2,13 +2,30 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from bitwright.checkpoint.header import Header
+from bitwright.checkpoint.header import Header, TensorEntry
 from bitwright.core.errors import CheckpointError
+
+COPY_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor where it lies on disk, to be copied without being held in memory."""
+
+    header: Header
+    entry: TensorEntry
+
+    def copy_to(self, file: BinaryIO) -> None:
+        """Writes the tensor's bytes, 4 MiB at a time; CheckpointError as ``pieces``."""
+        buffer = memoryview(bytearray(min(COPY_BYTES, self.entry.nbytes)))
+        for piece in pieces(self.header, self.entry.start, self.entry.end, buffer):
+            file.write(piece)
 
 
 def read_into(header: Header, start: int, target: memoryview) -> None:

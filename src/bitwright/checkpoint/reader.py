@@ -10,7 +10,7 @@ import torch
 from bitwright.checkpoint import fingerprint, finite
 from bitwright.checkpoint.header import Header, TensorEntry
 from bitwright.checkpoint.layout import CONFIG, INDEX, find_weights, read_bytes, read_config
-from bitwright.checkpoint.ranges import memory_of, read_into
+from bitwright.checkpoint.ranges import Stored, memory_of, read_into
 from bitwright.core.errors import CheckpointError, nearest
 
 
@@ -69,6 +69,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: no tensor is floating point; is this model quantized already?")
         return elements.most_common(1)[0][0]
 
+    def stored(self, name: str) -> Stored:
+        """A tensor as it lies on disk, to be copied as it is."""
+        return Stored(self._header(name), self.entry(name))
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU in its stored dtype and shape: the exact bytes, a copy of one's own."""
         return self._read(name, self.entry(name).shape, 0)
@@ -94,11 +98,16 @@ class Checkpoint:
         done, total = 0, self.total_bytes
         for name in sorted(self.names, key=lambda name: (self._homes[name], self.entry(name).start)):
             entry = self.entry(name)
-            if entry.dtype.is_floating_point:
-                finite.check_tensor(self._header(name), entry)
+            self.check_finite_tensor(name)
             done += entry.nbytes
             if progress is not None:
                 progress(done, total)
+
+    def check_finite_tensor(self, name: str) -> None:
+        """Reads one tensor, 64 MiB at a time; CheckpointError where it is floating and has a NaN or infinity."""
+        entry = self.entry(name)
+        if entry.dtype.is_floating_point:
+            finite.check_tensor(self._header(name), entry)
 
     def _read(self, name: str, shape: tuple[int, ...], skipped_rows: int) -> torch.Tensor:
         """`shape` of the tensor, after as many of its rows."""

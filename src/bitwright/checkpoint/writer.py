@@ -16,10 +16,9 @@ from typing import Any, BinaryIO
 import torch
 
 from bitwright.checkpoint.header import METADATA, TensorEntry, build_header, file_order
-from bitwright.checkpoint.ranges import memory_of
+from bitwright.checkpoint.ranges import COPY_BYTES, Stored, memory_of
 from bitwright.core.errors import CheckpointError, OutputError
 
-COPY_BYTES = 4 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # file systems that cannot sync a folder say one of these
 
@@ -47,21 +46,28 @@ def atomic(path: Path, nbytes: int) -> Iterator[BinaryIO]:
         raise
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> int:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor | Stored], metadata: Mapping[str, str] | None = None
+) -> int:
     """Writes a safetensors file atomically and returns its size in bytes; the same tensors give the same bytes.
 
-    Tensors of any device and stride; one at a time is copied where it is not contiguous on the CPU. ValueError for the
+    Tensors of any device and stride; one at a time is copied where it is not contiguous on the CPU; or from another
+    file, whose CheckpointError for what has changed under the run is passed on. ValueError for the
     name the format keeps for itself, TypeError for a dtype it does not know.
     """
     if METADATA in tensors:
         raise ValueError(f"no tensor can be called {METADATA} in a safetensors file")
-    entries = [TensorEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    entries = [_entry(name, tensor) for name, tensor in tensors.items()]
     header = build_header(entries, metadata)
     size = len(header) + sum(entry.nbytes for entry in entries)
     with atomic(path, size) as file:
         file.write(header)
         for entry in file_order(entries):
-            file.write(memory_of(tensors[entry.name].detach().cpu().contiguous()))
+            tensor = tensors[entry.name]
+            if isinstance(tensor, Stored):
+                tensor.copy_to(file)
+            else:
+                file.write(memory_of(tensor.detach().cpu().contiguous()))
     return size
 
 
@@ -112,6 +118,12 @@ def free_bytes(path: Path) -> int:
     """Bytes free to this user on the file system that `path` is, or would be, on."""
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(there).free
+
+
+def _entry(name: str, tensor: torch.Tensor | Stored) -> TensorEntry:
+    if isinstance(tensor, Stored):
+        return TensorEntry(name, tensor.entry.dtype, tensor.entry.shape)
+    return TensorEntry(name, tensor.dtype, tuple(tensor.shape))
 
 
 def _remove(path: Path) -> None:

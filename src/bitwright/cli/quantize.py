@@ -22,7 +22,8 @@ METHODS = (
     "and axis too. For example easyquant, awq, adadim+gptq, let+lwc+gptq. "
     "[default: omniquant with text, else rtn]"
 )
-KEYS = {field.name for field in fields(Recipe)} | {"output", "save_parameters"}
+BESIDE = ("output", "save_parameters", "workers", "max_memory")
+KEYS = {field.name for field in fields(Recipe)} | set(BESIDE)
 
 
 def quantize(
@@ -120,6 +121,20 @@ def quantize(
         float | None,
         typer.Option(help="easyquant: how many times more errors along the weights count. [default: 16; paper: 0]"),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Quantize these tensors too: a name with * and ?; repeatable. Methods without text."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave these tensors as they are; repeatable. Methods without text.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that share the tensors, for methods without text. [default: as many as pay]"),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="What all processes together may take, 4GB: fewer workers. Methods without text.")
+    ] = None,
     save_parameters: Annotated[
         Path | None, typer.Option(help="Also write what was learned to this .safetensors file.")
     ] = None,
@@ -141,12 +156,12 @@ def quantize(
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
     written = read_recipe(recipe) if recipe else {}
     asked = _at_home(written | {key: value for key, value in flags.items() if value is not None})
-    target, saved = asked.pop("output", None), asked.pop("save_parameters", None)
+    target, saved, workers, max_memory = (asked.pop(key, None) for key in BESIDE)
     if asked.get("model") is None:
         raise RecipeError("which model? Name its folder: bitwright quantize MODEL, or the key 'model' in the recipe")
     wanted = Recipe.from_mapping(asked)
     if dry_run:
-        show(api.plan(wanted, device), screens.plan, as_json)
+        show(api.plan(wanted, device, workers, max_memory), screens.plan, as_json)
         return
     if target is None:
         raise RecipeError("where should the result go? Give --output DIR, or the key 'output' in the recipe")
@@ -158,9 +173,12 @@ def quantize(
             restart=restart,
             save_parameters=None if saved is None else Path(saved),
             device=device,
+            workers=workers,
+            max_memory=max_memory,
             listener=listener,
         )
-    show(result, screens.result, as_json)
+    if api.speaks():
+        show(result, screens.result, as_json)
 
 
 def _at_home(asked: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision
+from bitwright.core.outlier_rule import Bounds
 from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.settings import Settings
 
@@ -73,6 +74,9 @@ class Context:
     ``moments`` measures what a linear reads once everything before it is quantized as decided. ``inspect`` shows a
     module, by its name in the block, on the quantized blocks' output, in front of it the block transformed as decided
     and in full precision, on so many tokens at most. Both are None without text.
+
+    A data-free method may be given a weight in panels of whole rows, one after the other; ``bounds`` are then what
+    makes an outlier of the whole.
     """
 
     scheme: Scheme
@@ -82,6 +86,7 @@ class Context:
     settings: Settings = field(default_factory=Settings)
     moments: Callable[[str, BlockDecisions], Moments] | None = None
     inspect: Callable[[str, BlockDecisions, int], Inspection] | None = None
+    bounds: Bounds | None = None
 
 
 class Learnable:
@@ -150,7 +155,10 @@ class Closed(_Kind):
 
 @dataclass(frozen=True, kw_only=True)
 class DataFree(_Kind):
-    """A method that needs one weight alone [O, I], float32, and what is decided about it: no text, no block."""
+    """A method that needs one weight alone, float32, and what is decided about it: no text, no block.
+
+    It may be given a weight [O, I] or some of its rows, cut between tiles (``core/panels.py``), unless it ``tiles``.
+    """
 
     decide: Callable[[Tensor, Context, LinearDecision], LinearDecision]
 

@@ -13,6 +13,14 @@ _RULE = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,9})?) *(%?)")
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """What a rule comes to in one weight: outliers are at least ``distance`` from the ``mean``."""
+
+    mean: float
+    distance: float
+
+
+@dataclass(frozen=True)
 class OutlierRule:
     """Weights at least so many standard deviations from the mean of a linear's, or else the share furthest from it."""
 

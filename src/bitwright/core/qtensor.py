@@ -10,6 +10,7 @@ zero, so that z fits in the weight's own bits. A symmetric grid takes the range 
 and z = 0. Letters: O output features, I input features, P and Q the tiles along each, K outliers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -62,6 +63,35 @@ class QTensor:
         if self.outlier_index is not None and self.outlier_value is not None:
             weight.view(-1)[self.outlier_index.long()] = self.outlier_value.to(dtype)
         return weight
+
+    @classmethod
+    def of_rows(cls, parts: Sequence["QTensor"]) -> "QTensor":
+        """One weight of several that lie below one another; none of them may cut a tile of another."""
+        first, *more = parts
+        if not more:
+            return first
+        index, value = _outliers_below(parts)
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zeros) if zeros else None,
+            first.grid,
+            first.tile,
+            index,
+            value,
+        )
+
+
+def _outliers_below(parts: Sequence[QTensor]) -> tuple[Int[Tensor, " K"] | None, Float[Tensor, " K"] | None]:
+    """Positions and values of all parts' outliers in the whole; None where no part has any."""
+    indices, values, before = [], [], 0
+    for part in parts:
+        if part.outlier_index is not None and part.outlier_value is not None:
+            indices.append(part.outlier_index + before)
+            values.append(part.outlier_value)
+        before += part.codes.numel()
+    return (torch.cat(indices), torch.cat(values)) if indices else (None, None)
 
 
 def packed_bits(shape: tuple[int, int], grid: Grid, tile: Tile, dtype: torch.dtype, outliers: int = 0) -> int:

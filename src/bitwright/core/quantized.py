@@ -69,15 +69,20 @@ class Departure:
 
 @dataclass(frozen=True)
 class WrittenModel:
-    """What the config of a written model has to say. ``dtype`` is that of the checkpoint and of the scales;
-    ``departures`` are by the linears' names in the model."""
+    """What the config of a written model has to say.
+
+    ``family`` is None for an architecture that nobody has described. ``dtype`` is that of the checkpoint and of the
+    scales. ``kept`` are the linears that stay as they are, by their names in the model, and ``departures`` those unlike
+    the others, by their names on disk. ``only_ours``: there are weights that transformers needs our plugin for.
+    """
 
     scheme: Scheme
-    family: Family
+    family: Family | None
     head_dim: int
     dtype: torch.dtype
-    with_head: bool = False
+    kept: tuple[str, ...] = ()
     departures: Mapping[str, Departure] = field(default_factory=dict)
+    only_ours: bool = False
 
 
 def departures(scheme: Scheme, rows: Iterable[Mapping[str, Any]]) -> dict[str, Departure]:

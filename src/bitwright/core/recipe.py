@@ -15,7 +15,8 @@ class Recipe:
 
     ``seqlen`` None is 2048 tokens, or the model's own maximum where that is shorter. ``method`` None is ``omniquant``
     where calibration text is named and ``rtn`` where none is. ``format`` None is ``compressed-tensors`` where every
-    linear fits into it and ``bitwright`` where one does not. ``training`` names the preset of the methods'
+    linear fits into it and ``bitwright`` where one does not. ``include`` and ``exclude`` are patterns of names, with
+    commas between them, for methods that need no text. ``training`` names the preset of the methods'
     settings; the keys after it are single settings (``core/settings.py``), None is what the preset says for the scheme.
     """
 
@@ -47,6 +48,8 @@ class Recipe:
     range: str | None = None
     norm: float | None = None
     alignment: float | None = None
+    include: str | None = None
+    exclude: str | None = None
     load_parameters: str | None = None
 
     def __post_init__(self) -> None:
@@ -79,10 +82,7 @@ class Recipe:
     @property
     def shard_bytes(self) -> int:
         """The size in bytes above which the result is split. Raises RecipeError for a text that is no size."""
-        match = _SIZE.fullmatch(self.shard_size.strip())
-        if match is None or not float(match[1]):
-            raise RecipeError(f"shard size '{self.shard_size}' is no size; write a number and a unit: 500MB, 5GB")
-        return int(float(match[1]) * _FACTORS[match[2].upper()])
+        return size_in_bytes(self.shard_size, "shard size")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Recipe":
@@ -106,8 +106,18 @@ _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) *(KB|MB|GB|TB)", re.IGNORECAS
 _FACTORS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+def size_in_bytes(text: str, what: str) -> int:
+    """Bytes of ``500MB`` or ``5GB``. Raises RecipeError for a text that is no size; ``what`` is what it was to be."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise RecipeError(f"{what} '{text}' is no size; write a number and a unit: 500MB, 5GB")
+    return int(float(match[1]) * _FACTORS[match[2].upper()])
+
+
 def _as_wanted(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
-    """``1e-2`` as a number where one is wanted, ``outliers: 3`` as text: YAML reads them otherwise."""
+    """``1e-2`` as a number where one is wanted, ``outliers: 3`` as text, lists of patterns joined."""
+    if key in ("include", "exclude") and isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or None
     if key == "outliers" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or float not in get_args(hints[key]):

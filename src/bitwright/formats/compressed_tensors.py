@@ -1,6 +1,6 @@
 """compressed-tensors, ``pack-quantized``: what transformers and vLLM load with no Bitwright installed.
 
-Packing and config classes are the library's own (compressed-tensors >= 0.15). Its codes are signed,
+Config classes are the library's own (compressed-tensors >= 0.15). Its codes are signed,
 ``-2**(bits-1) .. 2**(bits-1) - 1``, 32 of them in exactly ``bits`` int32 words; asymmetric codes and zero points
 are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``. The tensors are those of
 ``formats/bitwright.py``, which can hold more; only what config.json says is this file's own.
@@ -68,7 +68,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     scheme, family = model.scheme, model.family
     groups = {"group_0": _linears(scheme, ["Linear"], None)}
     kv = None if scheme.kv is None else _dynamic(scheme.kv, model.head_dim)
-    if scheme.activations is not None:
+    if scheme.activations is not None and family is not None:
         # The library takes dimensions 0 and 1 of an input for batch and token: rows of a matrix would share a scale.
         rows = [_linears(scheme, [f"re:.*{name}$"], width) for name, width in family.flattened]
         groups = {f"group_{n}": group for n, group in enumerate([*rows, *groups.values()])}
@@ -79,7 +79,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         config_groups=groups,
         format="pack-quantized",
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[] if model.with_head else [family.head],
+        ignore=list(model.kept),
         kv_cache_scheme=kv,
     )
     written = dict(config.to_dict())

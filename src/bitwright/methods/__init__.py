@@ -34,13 +34,16 @@ def compose(text: str) -> tuple[Method, ...]:
     return tuple(methods)
 
 
-def fit(text: str, scheme: Scheme, topology: Topology, sites: str | None = None) -> tuple[str, str | None]:
+def fit(text: str, scheme: Scheme, topology: Topology | None, sites: str | None = None) -> tuple[str, str | None]:
     """The recipe that is really run, and what to say about it.
 
     With 16-bit activations and no site that can absorb a shift (RMSNorm architectures) ``let`` is left out, as
-    OmniQuant's authors do, unless the recipe names the ``sites`` where it acts.
+    OmniQuant's authors do, unless the recipe names the ``sites`` where it acts. ``topology`` is None where there are no
+    blocks to transform.
     """
     listed = _parts(text)
+    if topology is None:
+        return "+".join(listed), None
     quantizes_activations = scheme.activations is not None or scheme.kv is not None
     keep = sites is not None or quantizes_activations or any(site.shift for site in topology.sites)
     parts = [part for part in listed if keep or part != TRANSFORM] or [CLIPPING]

@@ -59,7 +59,7 @@ class ProgressReport:
 
     def _line(self, progress: Progress) -> None:
         now = monotonic()
-        whole = progress.unit not in _COUNTED and not progress.part
+        whole = (progress.unit not in _COUNTED and not progress.part) or progress.done == progress.total
         due = whole or now - self._last_line > SECONDS_BETWEEN_LINES
         if not due or progress.position == 0:
             return
@@ -68,7 +68,8 @@ class ProgressReport:
         left = spent / progress.position * (progress.total - progress.position)
         memory = f", peak memory {size(progress.peak_bytes)}" if progress.peak_bytes else ""
         share = f"{progress.done}/{progress.total}" if progress.unit != "bytes" else _percent(progress)
-        detail = f", {progress.unit} {progress.detail}" if progress.detail else ""
+        unit = progress.unit if progress.unit not in _COUNTED else ""
+        detail = f", {unit} {progress.detail}".replace("  ", " ") if progress.detail else ""
         times = f"{duration(spent)} so far, about {duration(left)} left"
         self._console.print(f"{progress.stage} {share}{detail}, {times}{memory}", highlight=False)
 

@@ -23,10 +23,22 @@ def plan(console: Console, found: Any) -> None:
             ("bytes in", size(found.bytes_in)),
             ("bytes out", f"about {size(found.bytes_out)} ({found.bytes_out / found.bytes_in:.0%})"),
             ("memory", f"about {size(found.memory_bytes)} at the largest moment"),
+            ("workers", f"{found.workers} processes" if found.workers > 1 else None),
             ("calibration", f"{tokens:,} tokens" if tokens else "none"),
             *(("note", note) for note in found.notes),
         ],
     )
+    rows = [
+        (
+            kind.name,
+            " x ".join(map(str, kind.shape)),
+            str(kind.count),
+            "quantized" if kind.quantized else "kept",
+            kind.why,
+        )
+        for kind in found.tensors
+    ]
+    grid(console, "Tensors", ("name", "shape", "how many", "what happens", "why"), rows)
 
 
 def result(console: Console, found: Any) -> None:

@@ -1,24 +1,49 @@
 """The outlier decision without data: which weights are kept exactly, since one of them would stretch a whole range."""
 
+import math
+from collections.abc import Callable, Iterable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bitwright.core.outlier_rule import OutlierRule
+from bitwright.core.outlier_rule import Bounds, OutlierRule
+
+Panels = Callable[[], Iterable[Float[Tensor, "R I"]]]
+"""The panels of a weight, once more at each call, on one device."""
 
 
 @torch.no_grad()
-def outliers(weight: Float[Tensor, "O I"], rule: OutlierRule) -> Bool[Tensor, "O I"] | None:
-    """The weights furthest from the mean of all of them; None where there are none.
+def bounds(panels: Panels, rule: OutlierRule) -> Bounds:
+    """What makes an outlier of the weight in these panels.
 
-    By EasyQuant's rule (arXiv 2403.02775, section 3.1) those at least n standard deviations away, or else a share.
+    By EasyQuant's rule (arXiv 2403.02775, section 3.1) a distance of n standard deviations; else what leaves at most
+    the share asked for (less where many lie equally far).
     """
-    distance = (weight - weight.mean()).abs_()
-    if rule.deviations is not None:
-        found = distance >= rule.deviations * weight.std(correction=0)
-        found &= distance > 0  # all weights alike: no deviation, and none that stands out
-    else:
-        count = int(rule.share * weight.numel())
-        found = torch.zeros_like(weight, dtype=torch.bool)
-        found.view(-1)[distance.flatten().topk(count, sorted=False).indices] = True
+    count, total = 0, 0.0
+    for panel in panels():
+        count, total = count + panel.numel(), total + float(panel.sum(dtype=torch.float64))
+    mean = total / max(1, count)
+    if rule.deviations is None:
+        return Bounds(mean, _beyond(panels, mean, int(rule.share * count)))
+    squares = sum(float((panel.double() - mean).square_().sum()) for panel in panels())
+    return Bounds(mean, rule.deviations * math.sqrt(squares / max(1, count)))
+
+
+def outliers(weight: Float[Tensor, "O I"], bounds: Bounds) -> Bool[Tensor, "O I"] | None:
+    """The weights that these bounds make outliers; None where there are none."""
+    distance = (weight.float() - bounds.mean).abs_()
+    found = (distance >= bounds.distance) & (distance > 0)  # all weights alike: none of them stands out
     return found if found.any() else None
+
+
+def _beyond(panels: Panels, mean: float, count: int) -> float:
+    """The smallest distance that at most ``count`` weights reach: just above that of the next one."""
+    largest = None
+    for panel in panels():
+        distance = (panel.float() - mean).abs_().flatten()
+        distance = distance if largest is None else torch.cat((largest, distance))
+        largest = distance.topk(min(count + 1, len(distance)), sorted=True).values
+    if largest is None or len(largest) <= count:
+        return 0.0
+    return float(torch.nextafter(largest[-1], torch.tensor(math.inf, device=largest.device)))

@@ -1,29 +1,22 @@
-"""Memory: what a run will need, and what it has needed so far."""
+"""What memory a run will need."""
 
-import ctypes
-import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import psutil
-
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.panels import PANEL
 from bitwright.stream.forward import TOKENS_PER_PASS
 from bitwright.stream.skeleton import Skeleton
+from bitwright.stream.units import Unit
 
 ARRAYS_PER_PASS = 8
 TRAINED_BYTES = 4 + 4 + (4 + 1) + 4  # master, fake-quantized, slope and mask, gradient
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+PANEL_BYTES = 96
+"""Of temporaries per weight of a panel, while its ranges are searched."""
 RUNTIME_BYTES = 560 * 2**20
 """Python, torch and transformers themselves, before any weight (measured on Linux with a CPU build)."""
-
-
-def peak_memory() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+WORKER_BYTES = 260 * 2**20
+"""The same of a worker process, which needs no transformers."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +60,17 @@ def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bo
     return Budget(block, streams + within, outside * (compute // stored + 1 if tokens else 1))
 
 
-def keep_freed_memory() -> None:
-    """Has glibc's malloc keep what is freed: a training step asks for the same temporaries again, and to get them from
-    the kernel each time, page by page, can cost as much as the arithmetic. Larger ones than 32 MiB still go back.
+def estimate_tensors(units: Iterable[Unit], checkpoint: Checkpoint) -> Budget:
+    """The memory of one process that goes through tensors.
 
-    Does nothing where the C library knows no such setting.
+    The largest slice as stored, with the next one read ahead, and its codes, joined from panels; a panel's temporaries;
+    the parts of two units, one being made and one being written, in at most the dtype they came in.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+    largest = parts = 0
+    for unit in units:
+        for weight in unit.weights:
+            rows, columns = weight.slice
+            largest = max(largest, rows * columns)
+        parts = max(parts, sum(checkpoint.nbytes(weight.tensor) for weight in unit.weights))
+    stored = checkpoint.dtype_of_weights.itemsize
+    return Budget(largest * (2 * stored + 2), PANEL * PANEL_BYTES, 2 * parts)

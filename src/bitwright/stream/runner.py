@@ -23,9 +23,9 @@ from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
 from bitwright.steps.apply import Folded, fold, parameters_of, weights_of
 from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
-from bitwright.stream.budget import keep_freed_memory, peak_memory
 from bitwright.stream.forward import forward_all
 from bitwright.stream.inspection import ModuleInspection
+from bitwright.stream.memory import keep_freed_memory, peak_memory
 from bitwright.stream.moments import moments
 from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.train import Objective, Trainer, learnables_of

@@ -1,0 +1,89 @@
+"""What a user's patterns, and transformers' view of the model, make of a division into weights and kept tensors."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from bitwright.api.model_view import ModelView
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.errors import RecipeError
+from bitwright.core.weight import Division, Kept, Weight
+from bitwright.families.discover import hidden_size, in_order, weight
+
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Names with ``*`` and ``?``, as ``--include`` and ``--exclude`` take them."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, include: str | None, exclude: str | None) -> "Patterns":
+        """Patterns that are separated by commas."""
+        return cls(_split(include), _split(exclude))
+
+
+def chosen(found: Division, patterns: Patterns, checkpoint: Checkpoint, view: ModelView | None) -> Division:
+    """The division after the patterns; what is excluded wins. Raises RecipeError for a pattern that fits nothing, or
+    fits what cannot be quantized."""
+    weights = {w.name: w for w in found.weights}
+    kept = {k.tensor: k for k in found.kept}
+    if view is not None:
+        _keep(weights, kept, _no_linears(found.weights, view), "no linear in the model that transformers makes")
+    shapes = {name: checkpoint.entry(name).shape for name in checkpoint.names}
+    for pattern in patterns.include:
+        for name in _fitting(pattern, checkpoint.names, "--include"):
+            if name in kept:
+                _require_matrix(name, pattern, checkpoint, view)
+                weights[name.removesuffix(".weight")] = weight(name, shapes, hidden_size(checkpoint.config))
+                del kept[name]
+    for pattern in patterns.exclude:
+        names = set(_fitting(pattern, checkpoint.names, "--exclude"))
+        _keep(weights, kept, [w for w in weights.values() if w.tensor in names], f"excluded by {pattern}")
+    order = {name: at for at, name in enumerate(in_order(checkpoint.names))}
+    added = [w for w in weights.values() if w not in found.weights]
+    in_place = [w for w in found.weights if w.name in weights]
+    ordered = sorted([*in_place, *added], key=lambda w: order[w.tensor]) if added else in_place
+    return Division(tuple(ordered), tuple(sorted(kept.values(), key=lambda k: order[k.tensor])))
+
+
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def _no_linears(weights: Iterable[Weight], view: ModelView) -> list[Weight]:
+    """Single matrices that stay under their own name and are no linear's weight there: Conv1D, layers left out."""
+    alone = [w for w in weights if not w.stacked and view.places.get(w.tensor) == w.tensor and w.name != "lm_head"]
+    return [w for w in alone if view.linear(w.tensor) is None]
+
+
+def _keep(weights: dict[str, Weight], kept: dict[str, Kept], gone: list[Weight], why: str) -> None:
+    for one in gone:
+        del weights[one.name]
+        kept[one.tensor] = Kept(one.tensor, why)
+
+
+def _fitting(pattern: str, names: Iterable[str], flag: str) -> list[str]:
+    found = [name for name in names if any(fnmatchcase(n, pattern) for n in (name, name.removesuffix(".weight")))]
+    if not found:
+        close = get_close_matches(pattern, list(names), n=SHOWN, cutoff=0.3)
+        hint = f"; near it: {', '.join(close)}" if close else ""
+        raise RecipeError(f"{flag} {pattern} fits no tensor of the checkpoint{hint}; * stands for any text, dots too")
+    return found
+
+
+def _require_matrix(name: str, pattern: str, checkpoint: Checkpoint, view: ModelView | None) -> None:
+    entry = checkpoint.entry(name)
+    found = None
+    if not entry.dtype.is_floating_point:
+        found = f"holds {str(entry.dtype).removeprefix('torch.')}"
+    elif len(entry.shape) not in (2, 3):
+        found = f"has shape {list(entry.shape)}: a linear has two dimensions, a stack of experts three"
+    elif view is not None and view.linear(name) is None and view.places.get(name) == name and len(entry.shape) == 2:
+        found = "is no linear in the model that transformers makes, which could not load it packed"
+    if found:
+        raise RecipeError(f"--include {pattern} fits {name}, which {found}; name the tensors more exactly")

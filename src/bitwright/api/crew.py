@@ -1,0 +1,65 @@
+"""How many worker processes go through the tensors, and what memory they may take."""
+
+import os
+from dataclasses import dataclass
+from math import ceil, prod
+
+from bitwright.api.job import Job
+from bitwright.api.tensor_work import TensorWork
+from bitwright.core.errors import RecipeError
+from bitwright.core.recipe import size_in_bytes
+from bitwright.stream.budget import RUNTIME_BYTES, WORKER_BYTES
+from bitwright.stream.ranks import Ranks
+
+WORTH_A_PROCESS = 2**25
+"""Weights. For fewer a process of its own takes longer to start than to work."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """``workers`` processes beside this one, or none where it is 1; ``memory_bytes`` is what all of them need."""
+
+    workers: int
+    memory_bytes: int
+
+
+def crew_of(job: Job, workers: int | None, max_memory: str | None, ranks: Ranks | None = None) -> Crew:
+    """As many as were asked for, else as there are cores; fewer where memory allows no more.
+
+    Raises RecipeError for what cannot be: no worker at all, less memory than one needs, workers for what goes block by
+    block.
+    """
+    ranks = ranks or Ranks()
+    limit = None if max_memory is None else size_in_bytes(max_memory, "--max-memory")
+    if workers is not None and workers < 1:
+        raise RecipeError(f"--workers {workers}: at least one is needed")
+    each = job.work.budget(job.settings, False)
+    if not isinstance(job.work, TensorWork):
+        _refuse_for_blocks(job, workers, max_memory, ranks)
+        return Crew(1, each.total)
+    count = 1 if job.work.device.type != "cpu" else workers or _worth_while(job, ranks)
+    alone, beside = each.total, each.total - RUNTIME_BYTES + WORKER_BYTES
+    if limit is not None and limit < alone:
+        raise RecipeError(
+            f"--max-memory {max_memory}: one process alone needs about {alone / 1e9:.1f} GB for the largest tensor; "
+            f"allow {ceil(alone / 1e8) / 10:g}GB, or leave it as it is with --exclude"
+        )
+    if limit is not None:
+        count = max(1, min(count, (limit - RUNTIME_BYTES) // beside))
+    return Crew(count, alone if count == 1 else RUNTIME_BYTES + count * beside)
+
+
+def _worth_while(job: Job, ranks: Ranks) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    weights = sum(prod(weight.shape) for weight in job.work.weights)
+    return max(1, min(cores // ranks.beside, weights // WORTH_A_PROCESS))
+
+
+def _refuse_for_blocks(job: Job, workers: int | None, max_memory: str | None, ranks: Ranks) -> None:
+    asked = {"--workers": workers, "--max-memory": max_memory, "torchrun": ranks.count if ranks.count > 1 else None}
+    for flag, value in asked.items():
+        if value is not None:
+            raise RecipeError(
+                f"{flag} shares tensors out between processes, and {job.method} with text goes block by block, each on "
+                "what the block before it gives; leave it out, or take rtn or easyquant without --calibration"
+            )

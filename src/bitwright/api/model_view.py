@@ -1,0 +1,70 @@
+"""How transformers sees a checkpoint: which of its tensors become linears, under which names. No weight is read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bitwright.checkpoint.reader import Checkpoint
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """``linears`` are the model's, by their names in it, and ``ordinary`` those of no class of their own; ``places`` is
+    the parameter that each tensor of the checkpoint becomes, or a part of which it becomes."""
+
+    linears: frozenset[str]
+    ordinary: frozenset[str]
+    places: Mapping[str, str]
+
+    def linear(self, tensor: str) -> str | None:
+        """The linear whose weight a tensor becomes; None where it becomes something else, as merged experts do."""
+        module = self.places.get(tensor, tensor).removesuffix(".weight")
+        return module if module in self.linears else None
+
+    def merges(self, tensor: str) -> bool:
+        """Whether a matrix becomes a part of a parameter with another name, together with others."""
+        place = self.places.get(tensor, tensor)
+        return tensor.endswith(".weight") and not place.endswith(".weight")
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "ModelView | None":
+        """The view of an architecture that transformers knows, without remote code; None of any other."""
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+            with torch.device("meta"):
+                return cls.of_model(_class(config)._from_config(config), checkpoint)
+        except Exception:  # whatever a configuration that it does not know makes transformers raise
+            return None
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel, checkpoint: Checkpoint) -> "ModelView":
+        """The view of a model on the meta device."""
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        ordinary = frozenset(name for name, module in linears.items() if type(module) is nn.Linear)
+        rename = _renaming(model)
+        return cls(frozenset(linears), ordinary, {name: rename(name) for name in checkpoint.names})
+
+
+def _class(config: Any) -> Any:
+    """The class that the configuration names, else the one for causal language models."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    return getattr(transformers, named, None) or AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """What loading makes of a tensor's name; the name itself where this transformers does not say."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return str
+    found = get_model_conversion_mapping(model)
+    renamings = [one for one in found if isinstance(one, WeightRenaming)]
+    converters = [one for one in found if isinstance(one, WeightConverter)]
+    state = dict(model.state_dict())
+    return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]

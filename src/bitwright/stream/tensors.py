@@ -1,0 +1,200 @@
+"""One tensor in memory at a time: what needs no model is read, quantized, encoded and written.
+
+Reading runs ahead of the arithmetic and writing behind it, each in a thread of its own. The same ``work`` is done in
+this process, in worker processes (``parallel.py``) and on other machines (``ranks.py``).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitwright.checkpoint.finite import is_finite
+from bitwright.checkpoint.ranges import Stored
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.checkpoint.writer import write_tensors
+from bitwright.core.decisions import Decision, LinearDecision
+from bitwright.core.method import Context, DataFree
+from bitwright.core.outlier_rule import Bounds
+from bitwright.core.panels import panels
+from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import BlockReport, LinearReport
+from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.settings import Settings
+from bitwright.core.weight import Weight
+from bitwright.steps.apply import quantize_linear
+from bitwright.steps.outliers import bounds
+from bitwright.stream.ahead import ahead
+from bitwright.stream.memory import keep_freed_memory
+from bitwright.stream.units import Unit
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What to do with every weight, in a form that can be handed to another process.
+
+    ``dtype`` is that of scales and outliers. ``encode`` makes the tensors of a linear, ``encode_stacked`` those of
+    experts in one tensor; ``folder`` takes the parts.
+    """
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    scheme: Scheme
+    methods: tuple[DataFree, ...]
+    settings: Settings
+    device: str
+    encode: Callable[[str, QTensor], dict[str, Tensor]]
+    encode_stacked: Callable[[str, Sequence[QTensor]], dict[str, Tensor]]
+    folder: Path
+
+
+Started = Callable[[str], None]
+Finished = Callable[[Unit, BlockReport | None], None]
+
+
+def work(units: Iterable[Unit], plan: TensorPlan, started: Started, finished: Finished) -> None:
+    """Makes the part of every unit. ``finished`` is called from another thread, one call at a time, when the part of a
+    unit is durable; ``started`` with each tensor before its arithmetic. Raises UserError."""
+    keep_freed_memory()
+    with ThreadPoolExecutor(1, "behind") as behind:
+        writing: Future[None] | None = None
+        for _, read in groupby(ahead(_read(units, plan)), lambda item: item[0].name):
+            made = _made(read, plan, started)
+            if writing is not None:
+                writing.result()
+            writing = behind.submit(_write, made, plan, finished)
+        if writing is not None:
+            writing.result()
+
+
+_Read = tuple[Unit, Weight | None, Tensor]
+_NOTHING = torch.empty(0)
+
+
+def _read(units: Iterable[Unit], plan: TensorPlan) -> Iterator[_Read]:
+    """Every slice of every weight, as it is stored; a unit without weights comes once, with nothing."""
+    for unit in units:
+        if not unit.weights:
+            yield unit, None, _NOTHING
+        for weight in unit.weights:
+            for number in range(weight.slices):
+                yield unit, weight, _slice(plan.checkpoint, weight, number)
+
+
+def _slice(checkpoint: Checkpoint, weight: Weight, number: int) -> Float[Tensor, "O I"]:
+    """One slice, finite throughout. Raises CheckpointError."""
+    name = weight.tensor
+    stored = checkpoint.read_slice(name, number, number + 1)[0] if weight.stacked else checkpoint.read(name)
+    if not is_finite(stored):
+        checkpoint.check_finite_tensor(name)
+    return stored
+
+
+@dataclass
+class _Made:
+    """What has become of a unit so far."""
+
+    unit: Unit
+    tensors: dict[str, Tensor | Stored] = field(default_factory=dict)
+    rows: list[LinearReport] = field(default_factory=list)
+
+
+def _made(read: Iterator[_Read], plan: TensorPlan, started: Started) -> _Made:
+    """The tensors of a unit, and the account of its linears."""
+    first = next(read)
+    made = _Made(first[0])
+    for weight, slices in groupby(chain((first,), read), itemgetter(1)):
+        if weight is None:
+            continue
+        started(weight.tensor)
+        account = _Account(weight)
+        quantized = (_quantized(stored, weight, plan, account) for _, _, stored in slices)
+        if weight.stacked:
+            made.tensors |= plan.encode_stacked(weight.tensor, list(quantized))
+        else:
+            made.tensors |= plan.encode(weight.name, next(quantized))
+        made.rows.append(account.report())
+    return made
+
+
+def _write(made: _Made, plan: TensorPlan, finished: Finished) -> None:
+    for name in made.unit.copied:
+        plan.checkpoint.check_finite_tensor(name)
+        made.tensors[name] = plan.checkpoint.stored(name)
+    write_tensors(plan.folder / made.unit.file, made.tensors)
+    finished(made.unit, BlockReport(made.unit.block, tuple(made.rows)) if made.rows else None)
+
+
+@torch.no_grad()
+def _quantized(stored: Float[Tensor, "O I"], weight: Weight, plan: TensorPlan, account: "_Account") -> QTensor:
+    """A linear, a panel of rows at a time."""
+    scheme, settings = replace(plan.scheme, tile=weight.tile(plan.scheme.tile)), plan.settings
+    if weight.turned:
+        settings = replace(settings, axis=None)  # its groups go along what is stored as the output already
+    rows = _rows(stored, scheme, settings, plan.methods)
+    context = Context(scheme, plan.dtype, settings=settings, bounds=_bounds(stored, scheme.tile, plan))
+    parts = []
+    for here in rows:
+        panel, decided = stored[here].to(plan.device, torch.float32), LinearDecision()
+        for method in plan.methods:
+            decided = method.decide(panel, context, decided)
+        part = quantize_linear(panel, decided, scheme, plan.dtype)
+        account.compare(panel, part)
+        parts.append(part)
+    return account.add(QTensor.of_rows(parts))
+
+
+def _rows(stored: Tensor, scheme: Scheme, settings: Settings, methods: Iterable[DataFree]) -> list[slice]:
+    """Where a weight may be cut: nowhere, if a method chooses between tiles by the whole of it."""
+    if any(method.tiles(scheme, settings) for method in methods):
+        return [slice(None)]
+    return panels((stored.shape[0], stored.shape[1]), scheme.tile)
+
+
+def _bounds(stored: Tensor, tile: Tile, plan: TensorPlan) -> Bounds | None:
+    """What makes an outlier of the whole weight, where outliers are decided at all."""
+    rule = plan.settings.outlier_rule
+    if rule is None or not any(Decision.OUTLIERS in method.decides for method in plan.methods):
+        return None
+    rows = panels((stored.shape[0], stored.shape[1]), tile)
+    return bounds(lambda: (stored[here].to(plan.device) for here in rows), rule)
+
+
+class _Account:
+    """The sums over the slices of a weight that its report is made of."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight, self.bits, self.outliers, self.error, self.size = weight, 0, 0, 0.0, 0.0
+        self.tile = (0, 0)
+
+    def compare(self, panel: Float[Tensor, "R I"], made: QTensor) -> None:
+        """Adds what is lost of some rows."""
+        self.size += float(torch.linalg.vector_norm(panel).double() ** 2)
+        self.error += float(torch.linalg.vector_norm(panel - made.dequantize().float()).double() ** 2)
+
+    def add(self, made: QTensor) -> QTensor:
+        """Adds what a slice takes; the slice."""
+        self.tile = made.tile.size(made.shape)
+        self.bits += made.storage_bits
+        self.outliers += 0 if made.outlier_index is None else made.outlier_index.numel()
+        return made
+
+    def report(self) -> LinearReport:
+        """The account of the weight; experts in one tensor count as one linear with the rows of all of them."""
+        rows, columns = self.weight.slice
+        return LinearReport(
+            name=self.weight.name,
+            shape=(self.weight.slices * rows, columns),
+            tile=self.tile,
+            bits_per_weight=self.bits / (self.weight.slices * rows * columns),
+            storage_bits=self.bits,
+            weight_error=self.error / self.size if self.size else 0.0,
+            output_error=None,
+            outliers=self.outliers,
+        )

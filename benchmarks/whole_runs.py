@@ -1,0 +1,127 @@
+"""Whole runs of methods that need no text, on a checkpoint of any size: time, and memory of all processes.
+
+    python tools/make_random_checkpoint.py 3B --size 3B
+    python benchmarks/whole_runs.py 3B --work FOLDER --name data-free-3b --rounds 3 \
+        --row rtn:W4A16 --row easyquant:W4A16 --workers 1 --workers 2
+
+Every row is ``bitwright quantize`` as a user runs it, reading and writing and importing included, with so many
+``--workers`` of one thread each; rounds are run in turn, row after row. Memory is sampled every 0.2 seconds: the sum of
+the anonymous pages of the process and its workers (what files lend is left out; Linux only), at its largest. Rows
+[method:scheme[:seed[:key=value,...]]] are those of ``quality.py``; finished ones are kept in results/NAME.jsonl.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import monotonic, sleep
+from typing import Annotated
+
+import psutil
+import typer
+from rows import Asked, Kept, Row, measured_on
+
+SECONDS_BETWEEN_SAMPLES = 0.2
+COLUMNS = ("method", "scheme", "workers", "seconds", "CPU seconds", "ns per weight", "times rtn", "peak anonymous MB")
+
+
+def main(
+    model: Path,
+    work: Annotated[Path, typer.Option(help="Folder for what is written; emptied after each run.")],
+    name: Annotated[str, typer.Option(help="Name of the result files.")],
+    row: Annotated[list[str], typer.Option(help="method:scheme[:seed[:key=value,...]]; repeatable.")],
+    workers: Annotated[list[int], typer.Option(help="Worker processes; repeatable.")],
+    rounds: int = 3,
+    title: str = "",
+) -> None:
+    """Measures the rows that are missing and writes the table: the median of the rounds."""
+    kept = Kept(name, {"model": model.name})
+    found = []
+    for number in range(rounds):
+        for key in row:
+            for count in workers:
+                asked = {"row": key, "workers": count, "round": number}
+                found.append(kept.row(asked, partial(_measured, Asked.parse(key), model, work, count)))
+    kept.write_table(
+        title,
+        f"{model.name}: {found[0]['weights']:,} weights in linears; the median of {rounds} rounds, in turn. "
+        + measured_on(found),
+        COLUMNS,
+        [_cells(key, count, found) for key in row for count in workers],
+    )
+
+
+def _measured(asked: Asked, model: Path, work: Path, workers: int) -> Row:
+    output = work / "out"
+    shutil.rmtree(output, ignore_errors=True)
+    flags = [text for key, value in asked.settings.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+    what = ["--scheme", asked.scheme, "--method", asked.method, "--workers", str(workers), "--json", *flags]
+    command = [sys.executable, "-m", "bitwright", "quantize", str(model), "--output", str(output), *what]
+    start, before = monotonic(), os.times()
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    peak = _peak_anonymous(running)
+    seconds, after = monotonic() - start, os.times()
+    if running.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with code {running.returncode}")
+    result = json.loads(running.stdout.read() if running.stdout else "")
+    account = json.loads((output / "bitwright.json").read_text())
+    shutil.rmtree(output)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": after.children_user + after.children_system - before.children_user - before.children_system,
+        "peak_anonymous_bytes": peak,
+        "weights": account["totals"]["quantized_weights"],
+        "bits": result["bits_per_weight"],
+    }
+
+
+def _peak_anonymous(running: "subprocess.Popen[str]") -> int:
+    """Bytes, sampled until the process ends."""
+    peak, first = 0, psutil.Process(running.pid)
+    while running.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            peak = max(peak, sum(map(_anonymous, [first, *first.children(recursive=True)])))
+        sleep(SECONDS_BETWEEN_SAMPLES)
+    return peak
+
+
+def _anonymous(process: psutil.Process) -> int:
+    try:
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    except (OSError, ProcessLookupError):  # it has just ended
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+
+def _cells(key: str, workers: int, found: list[Row]) -> list[str]:
+    asked = Asked.parse(key)
+    seconds, processor = (_median(found, field, row=key, workers=workers) for field in ("seconds", "cpu_seconds"))
+    plain = [r for r in found if r["row"].startswith(f"rtn:{asked.scheme}")]
+    times = seconds / _median(plain, "seconds", workers=workers) if plain else 0.0
+    weights = found[0]["weights"]
+    peak = max(r["peak_anonymous_bytes"] for r in found if (r["row"], r["workers"]) == (key, workers))
+    return [
+        asked.shown,
+        asked.scheme,
+        str(workers),
+        f"{seconds:.0f}",
+        f"{processor:.0f}",
+        f"{processor / weights * 1e9:.1f}",
+        f"{times:.2f}" if times else "",
+        f"{peak / 1e6:.0f}",
+    ]
+
+
+def _median(found: list[Row], field: str, **of: object) -> float:
+    return median(r[field] for r in found if all(r[key] == value for key, value in of.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,7 +1,6 @@
 """The identity of a checkpoint, taken without reading all of it: enough to notice that a model was exchanged."""
 
 import hashlib
-from pathlib import Path
 
 from bitwright.checkpoint.header import Header
 from bitwright.checkpoint.ranges import read_into
@@ -22,16 +21,6 @@ def of_weights(header: Header) -> str:
     of_header = hashlib.sha256(_bytes(header, 0, header.data_start))
     of_samples = hashlib.sha256(b"".join(_bytes(header, start, length) for start in starts))
     return f"{header.size} bytes, header sha256 {of_header.hexdigest()}, samples sha256 {of_samples.hexdigest()}"
-
-
-def of_file(path: Path) -> tuple[int, str]:
-    """(bytes, sha256) of a whole file, read 4 MiB at a time; OSError as the file system reports it."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while piece := file.read(4 * 2**20):
-            digest.update(piece)
-            size += len(piece)
-    return size, digest.hexdigest()
 
 
 def _bytes(header: Header, start: int, length: int) -> bytearray:

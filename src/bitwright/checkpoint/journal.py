@@ -1,7 +1,7 @@
 """What a run has finished, line by line, so that a run which was killed goes on where it stopped.
 
 A JSON-lines file in the work folder. The first line is the identity of the run; each other line is a unit whose file
-is durable: {"unit": "block.3", "file": "part-00003.safetensors", "bytes": n, "sha256": ..., "report": {...}}.
+is durable: {"unit": "block.3", "file": "part-00003.safetensors", "bytes": n, "report": {...}}.
 """
 
 import json
@@ -11,14 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint import fingerprint
 from bitwright.checkpoint.strict_json import shown
 from bitwright.checkpoint.writer import write_text
 from bitwright.core.errors import OutputError
 
 SHOWN_DIFFERENCES = 8
 ABSENT = "(absent)"
-UNIT_KEYS = {"unit": str, "file": str, "bytes": int, "sha256": str, "report": dict}
+UNIT_KEYS = {"unit": str, "file": str, "bytes": int, "report": dict}
 
 
 class Journal:
@@ -59,12 +58,12 @@ class Journal:
     def record(self, unit: str, file: str | Path, report: Mapping[str, Any]) -> None:
         """Notes that `unit` is finished and stands in `file` (durable, in the journal's folder), with its report.
 
-        The file is read once for its sha256. OutputError when the line cannot be written, or there is no such file.
+        OutputError when the line cannot be written, or there is no such file.
         """
         name = Path(file).name
         try:
-            size, sha256 = fingerprint.of_file(self.path.parent / name)
-            line = {"unit": unit, "file": name, "bytes": size, "sha256": sha256, "report": dict(report)}
+            size = (self.path.parent / name).stat().st_size
+            line = {"unit": unit, "file": name, "bytes": size, "report": dict(report)}
             text = _line(line)
             _append(self.path, text)
         except OSError as error:

@@ -5,6 +5,9 @@ as one, with their largest value):
 
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)        SmoothQuant, arXiv 2211.10438, eq. 4
     delta_j = (max x_j + min x_j) / 2                  Outlier Suppression+, arXiv 2304.09145
+    s_j = sqrt(r1_j / r2_j)                            cross-layer equalization, arXiv 1906.04721, eq. 11
+
+In the last, which needs no inputs, r1 is the size of what makes channel j and r2 that of the weights that read it.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,6 +57,22 @@ def centred(site: Site, stats: Stats) -> Float[Tensor, " C"] | None:
     if not site.shift:
         return None
     return (of_inputs(site, stats, lambda found: found.max) - of_inputs(site, stats, lambda found: -found.min)) / 2
+
+
+def equalized(site: Site, block: Block, least: float) -> Float[Tensor, " C"]:
+    """The scale that makes producers and consumers alike in size, of channels where it departs at least ``least`` times
+    from what it is of most; 1 elsewhere. Powers of two, which every dtype multiplies by exactly; on the CPU."""
+    made = _tied(site, [(side.index, _size_of_rows(block, side.module)) for side in site.producers])
+    read = _tied(site, [(side.index, block.weight(side.module).float().norm(dim=0)) for side in site.consumers])
+    scale = (made.clamp(min=SMALLEST) / read.clamp(min=SMALLEST)).sqrt()
+    power = (scale / scale.median()).log2()
+    return torch.exp2(power.round() * (power.abs() >= torch.tensor(least).log2())).clamp(SMALLEST, LARGEST)
+
+
+def _size_of_rows(block: Block, module: str) -> Float[Tensor, " C"]:
+    """Of each output channel: the norm of a linear's row, or the gain of a norm."""
+    weight = block.module.get_submodule(module).get_parameter("weight").detach().float()
+    return weight.norm(dim=1) if weight.dim() == 2 else weight.abs()
 
 
 def _tied(site: Site, channels: list[tuple[tuple[int, ...] | None, Tensor]]) -> Float[Tensor, " C"]:

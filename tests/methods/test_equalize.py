@@ -1,0 +1,81 @@
+"""Equalization: channels that stand out are brought back to the others' size, exactly, and no text is needed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.conftest import Checkpoints
+from tests.methods.conftest import Streamed
+
+import bitwright
+from bitwright.core.block import Block
+from bitwright.core.decisions import BlockDecisions
+from bitwright.core.errors import RecipeError
+from bitwright.core.method import Context
+from bitwright.core.scheme import Scheme
+from bitwright.methods import equalize
+from bitwright.steps.apply import fold
+from bitwright.stream.forward import forward_all
+
+CONTEXT = Context(Scheme.parse("W4A16"), torch.float32)
+
+
+def plant(tensors: dict[str, torch.Tensor], prefix: str = "") -> None:
+    """Outlier channels without a change of function: channel 3 in front of the MLP, channel 5 of down_proj's inputs."""
+    tensors[f"{prefix}post_attention_layernorm.weight"][3] *= 64
+    for linear in ("gate_proj", "up_proj"):
+        tensors[f"{prefix}mlp.{linear}.weight"][:, 3] /= 64
+    tensors[f"{prefix}mlp.up_proj.weight"][5] *= 32
+    tensors[f"{prefix}mlp.down_proj.weight"][:, 5] /= 32
+
+
+def test_nothing_stands_out(block: Block) -> None:
+    assert not equalize.METHOD.decide(block, CONTEXT, BlockDecisions()).sites
+
+
+def test_channels_that_stand_out(streamed: Streamed, block: Block) -> None:
+    with torch.no_grad():
+        plant(dict(block.module.named_parameters()))
+    found = equalize.METHOD.decide(block, CONTEXT, BlockDecisions()).sites
+    assert set(found) == {"norm->gate,up", "up->down"}
+    for name, channel, size in (("norm->gate,up", 3, 64), ("up->down", 5, 32)):
+        scale = found[name].scale
+        assert scale[channel] in (size / 2, size, size * 2)
+        assert scale.sum() == scale[channel] + len(scale) - 1, "the others have none"
+    folded = fold(
+        dict(block.module.named_parameters()), block.topology, BlockDecisions(found), CONTEXT.scheme, torch.float32
+    )
+    x, kwargs = streamed[1].activations.reference, streamed[1].kwargs_of(block)
+    after, before = forward_all(block, folded.full, x, kwargs), forward_all(block, {}, x, kwargs)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    down = folded.full["mlp.down_proj.weight"].norm(dim=0)
+    assert 0.3 < float(down[5] / down.median()) < 3
+
+
+@pytest.mark.parametrize("method", ["equalize+rtn", "equalize+easyquant"])
+def test_what_outliers_cost_is_won_back(method: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in tiny("bfloat16").iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    for layer in range(2):
+        plant(tensors, f"model.layers.{layer}.")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    lost = {}
+    for name in (method.removeprefix("equalize+"), method):
+        out = tmp_path / name
+        bitwright.quantize(bitwright.Recipe(str(model), "W4A16", name), out)
+        lost[name] = bitwright.evaluate(out, "builtin", seqlen=64, windows=8, reference=model).measurement
+    plain, equalized = (found.kl_divergence for found in lost.values() if found is not None)
+    assert plain is not None and equalized is not None and equalized < 0.8 * plain
+
+
+def test_it_comes_first(tiny: Checkpoints, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"write equalize\+easyquant"):
+        bitwright.quantize(bitwright.Recipe(str(tiny()), "W4A16", "easyquant+equalize"), tmp_path / "out")
+    with pytest.raises(RecipeError, match="both decide the transform"):
+        bitwright.quantize(
+            bitwright.Recipe(str(tiny()), "W4A16", "equalize+smoothquant+rtn", calibration="builtin"), tmp_path / "out"
+        )

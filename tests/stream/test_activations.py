@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, SiteDecision
+from bitwright.core.method import Activations
 from bitwright.core.scheme import Scheme
 from bitwright.steps.activations import GRIDS
 from bitwright.steps.apply import Folded, fold
@@ -200,6 +201,37 @@ def test_a_block_that_was_finished_before_is_passed_as_it_was_then(
         assert torch.equal(again.activations.quantized, after.activations.quantized)
         assert errors.block > 0
         stream = after
+
+
+@pytest.mark.parametrize("scheme", ["W3A16g32", "W4A4"])
+@pytest.mark.parametrize("transformed", [False, True])
+@torch.no_grad()
+def test_streams_that_are_given_up_lend_their_memory(
+    scheme: str, transformed: bool, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor
+) -> None:
+    """But not where both are still one; and what comes out is the same to the last bit."""
+    made, wanted = skeleton(tiny("float32")), Scheme.parse(scheme)
+    first = enter(made, tokens)
+    with made.block(0) as block:
+        found = folded(block, scaled(block) if transformed else None, wanted)
+        stream, _ = advance(block, found, found.written(), wanted, first, in_place=True)
+        kept, _ = advance(block, found, found.written(), wanted, first)
+    with made.block(1) as block:
+        found = folded(block, scaled(block) if transformed else None, wanted)
+        want, errors = advance(block, found, found.written(), wanted, kept)
+        replayed = replay(block, found.written(), wanted, copied(stream), in_place=True)
+        after, same = advance(block, found, found.written(), wanted, stream, in_place=True)
+    assert same == errors
+    for name in ("reference", "quantized"):
+        before, now = getattr(stream.activations, name), getattr(after.activations, name)
+        assert now is before
+        assert torch.equal(now, getattr(want.activations, name))
+        assert torch.equal(now, getattr(replayed.activations, name))
+
+
+def copied(stream: Stream) -> Stream:
+    inputs = stream.activations
+    return replace(stream, activations=Activations(inputs.reference.clone(), inputs.quantized.clone()))
 
 
 def scaled(block: Block) -> BlockDecisions:

@@ -18,8 +18,8 @@ from bitwright.core.progress import Progress, silent
 from bitwright.core.quantized import QuantizedBlock
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
-from bitwright.methods import rtn
-from bitwright.stream import forward
+from bitwright.methods import compose, rtn
+from bitwright.stream import budget, forward, moments
 from bitwright.stream.budget import estimate
 from bitwright.stream.runner import RunPlan, run
 from bitwright.stream.skeleton import Skeleton
@@ -263,15 +263,20 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+@pytest.mark.parametrize("methods", ["rtn", "lwc", "let+lwc"])
+@pytest.mark.parametrize("aug_loss", [False, True])
 def test_the_budget_holds_the_activations(
-    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
+    methods: str, aug_loss: bool, tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two streams and the outputs of one pass, where something is trained too; one more with a second target."""
     tokens = torch.randint(0, 256, (128, 128), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(forward, "TOKENS_PER_PASS", 256)
-    made = skeleton(tiny())
+    for place in (forward, moments, budget):
+        monkeypatch.setattr(place, "TOKENS_PER_PASS", 256)
+    made, settings = skeleton(tiny()), Settings(epochs=1, refine=True, drift=True, aug_loss=aug_loss)
     weights = sum(parameter.numel() * 4 for parameter in made.model.parameters())
     with Live() as live:
-        go(made, Memory(), tokens)
+        run(made, RunPlan(SCHEME, compose(methods), settings, False), Memory(), tokens=tokens, listener=silent)
     stream = tokens.numel() * made.model.config.hidden_size * 4
     assert live.peak > 3 * stream > 5 * weights, "activations are what is measured here"
-    assert live.peak < estimate(made, tokens.numel()).activations + weights
+    wanted = estimate(made, tokens.numel(), 128 if methods != "rtn" else 0, aug_loss)
+    assert live.peak < wanted.activations + wanted.block

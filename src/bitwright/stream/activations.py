@@ -1,8 +1,10 @@
 """The two streams of activations: through the full-precision blocks, and through the quantized ones."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from bitwright.core.method import Activations, LinearStats
 from bitwright.core.scheme import Scheme
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import Folded
-from bitwright.stream.forward import forward_all
+from bitwright.stream.forward import forward_all, forward_batches
 from bitwright.stream.skeleton import Recorder, Skeleton
 
 
@@ -24,6 +26,11 @@ class Stream:
 
     activations: Activations
     kwargs: list[dict[str, Any]]
+
+    @property
+    def shared(self) -> bool:
+        """Whether both streams are one tensor, as they are in front of the first block."""
+        return self.activations.reference is self.activations.quantized
 
     def kwargs_of(self, block: Block) -> dict[str, Any]:
         """What the block is called with beside the hidden states; nothing for the output layer."""
@@ -98,27 +105,44 @@ class _Sums:
 
 
 def advance(
-    block: Block, folded: Folded, written: Mapping[str, Tensor], scheme: Scheme, stream: Stream
+    block: Block,
+    folded: Folded,
+    written: Mapping[str, Tensor],
+    scheme: Scheme,
+    stream: Stream,
+    *,
+    in_place: bool = False,
 ) -> tuple[Stream, StreamErrors]:
-    """Both streams after a block, and the errors that its quantized weights (and activations) make."""
-    kwargs = stream.kwargs_of(block)
+    """Both streams after a block, and the errors that its quantized weights (and activations) make.
+
+    ``in_place`` gives up the streams before it: those after it take their memory.
+    """
+    kwargs, before = stream.kwargs_of(block), stream.activations
+    passes = partial(forward_all, block, kwargs=kwargs, in_place=in_place and not stream.shared)
+    reference = before.reference
     with _measured(block, folded, written) as sums:
-        reference = forward_all(block, folded.full, stream.activations.reference, kwargs)
+        if folded.transformed:
+            deque(forward_batches(block, folded.full, reference, kwargs), maxlen=0)  # the errors alone are wanted
+        else:
+            reference = passes(folded.full, reference)
     if folded.transformed:  # the original's own rounding, so that a run which is continued sees the same stream
-        reference = forward_all(block, {}, stream.activations.reference, kwargs)
+        reference = passes({}, reference)
     with quantized_activations(block, scheme):
-        outputs = forward_all(block, written, stream.activations.quantized, kwargs)
+        outputs = passes(written, before.quantized)
     linears = {name: _ratio(error, signal) for name, (error, signal) in sums.items()}
     errors = StreamErrors(linears, _relative_error(outputs, reference))
     return Stream(Activations(reference, outputs), stream.kwargs), errors
 
 
-def replay(block: Block, written: Mapping[str, Tensor], scheme: Scheme, stream: Stream) -> Stream:
-    """Both streams after a block that an earlier run finished."""
-    kwargs = stream.kwargs_of(block)
-    reference = forward_all(block, {}, stream.activations.reference, kwargs)
+def replay(
+    block: Block, written: Mapping[str, Tensor], scheme: Scheme, stream: Stream, *, in_place: bool = False
+) -> Stream:
+    """Both streams after a block that an earlier run finished; ``in_place`` as ``advance``."""
+    kwargs, before = stream.kwargs_of(block), stream.activations
+    passes = partial(forward_all, block, kwargs=kwargs, in_place=in_place and not stream.shared)
+    reference = passes({}, before.reference)
     with quantized_activations(block, scheme):
-        outputs = forward_all(block, written, stream.activations.quantized, kwargs)
+        outputs = passes(written, before.quantized)
     return Stream(Activations(reference, outputs), stream.kwargs)
 
 

@@ -37,9 +37,10 @@ def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bo
     """The memory that a run over so many calibration tokens (0: no forward passes) needs.
 
     A block is there as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its
-    largest linear; the two streams hold their inputs and outputs at once, and one pass its own activations. Training,
-    on ``step_tokens`` at a time, adds the block's float32 masters, their fake-quantized values, what those keep for
-    their backward pass and their gradients, the targets, and the activations of a step with their gradients.
+    largest linear; there are the two streams and the outputs of one pass (in the first block both streams are one, and
+    their outputs two), and a pass has activations of its own. Training, on ``step_tokens`` at a time, adds the block's
+    float32 masters, their fake-quantized values, what those keep for their backward pass and their gradients, and the
+    activations of a step with their gradients. The outputs are its targets; the augmented loss has a second target.
     """
     numel = [
         sum(p.numel() for p in skeleton.meta_block(i).module.parameters()) for i in range(len(skeleton.block_names))
@@ -51,11 +52,10 @@ def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bo
     hidden = skeleton.model.config.hidden_size
     widest = max(max(p.shape) for p in skeleton.meta_block(0).module.parameters())
     outside = max(skeleton.checkpoint.nbytes(name) for name in skeleton.checkpoint.names)
-    streams = 4 * tokens * hidden * compute
+    streams = (4 if step_tokens and aug_loss else 3) * tokens * hidden * compute
     within = ARRAYS_PER_PASS * min(tokens, TOKENS_PER_PASS) * widest * compute
     if step_tokens:
         block += max(numel) * TRAINED_BYTES
-        streams += (2 if aug_loss else 1) * tokens * hidden * compute
         within = max(within, 2 * ARRAYS_PER_PASS * step_tokens * widest * 4)
     return Budget(block, streams + within, outside * (compute // stored + 1 if tokens else 1))
 

@@ -1,6 +1,6 @@
 """One block's forward pass: the real transformers module with other parameters put in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import Any
 
@@ -56,17 +56,32 @@ def call_of(
 
 
 @torch.no_grad()
-def forward_all(
+def forward_batches(
     block: Block, parameters: Mapping[str, Tensor], inputs: Float[Tensor, "N T D"], kwargs: Mapping[str, Any]
-) -> Float[Tensor, "N T D"]:
-    """The block's outputs for many segments, a few at a time; kept on the CPU."""
+) -> Iterator[tuple[slice, Float[Tensor, "B T D"]]]:
+    """The block's outputs for many segments, a few at a time, each batch on the CPU with where it belongs."""
     place = next(block.module.parameters())
     given = {name: p.to(place) for name, p in parameters.items()}
     rows = max(1, TOKENS_PER_PASS // inputs.shape[1])
-    outputs = torch.empty(0)
     for start in range(0, len(inputs), rows):
-        batch = forward(block, given, inputs[start : start + rows].to(place.device), kwargs)
-        if start == 0:  # filled in place: a list of batches would be a second copy of the stream when it is joined
+        here = slice(start, start + rows)
+        yield here, forward(block, given, inputs[here].to(place.device), kwargs).cpu()
+
+
+@torch.no_grad()
+def forward_all(
+    block: Block,
+    parameters: Mapping[str, Tensor],
+    inputs: Float[Tensor, "N T D"],
+    kwargs: Mapping[str, Any],
+    *,
+    in_place: bool = False,
+) -> Float[Tensor, "N T D"]:
+    """The block's outputs for many segments, kept on the CPU; in the inputs' own memory where they may go."""
+    outputs = inputs if in_place else torch.empty(0)
+    for here, batch in forward_batches(block, parameters, inputs, kwargs):
+        if here.start == 0 and (outputs.shape[1:], outputs.dtype) != (batch.shape[1:], batch.dtype):
+            # Filled in place: a list of batches would be a second copy of the stream when it is joined.
             outputs = torch.empty((len(inputs), *batch.shape[1:]), dtype=batch.dtype)
-        outputs[start : start + rows] = batch
+        outputs[here] = batch
     return outputs

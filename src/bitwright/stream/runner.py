@@ -78,7 +78,7 @@ def run(
             if not sink.finished(unit):
                 stream = _quantize(block, unit, skeleton, plan, sink, stream, inside)
             elif stream is not None and block.name:
-                stream = replay(block, sink.written(unit, block), plan.scheme, stream)
+                stream = replay(block, sink.written(unit, block), plan.scheme, stream, in_place=True)
     listener(Progress("quantize", len(units), len(units), "all blocks", peak_memory()))
 
 
@@ -104,7 +104,7 @@ def _quantize(
     folded = fold(parameters, block.topology, decisions, plan.scheme, dtype)
     after, errors = stream, None
     if stream is not None and block.name:  # the output layer's outputs would be logits of every calibration token
-        after, errors = advance(block, folded, folded.written(), plan.scheme, stream)
+        after, errors = advance(block, folded, folded.written(), plan.scheme, stream, in_place=True)
     report = _report(block, unit, folded, decisions, errors)
     by_path = {block.path(name): q for name, q in folded.linears.items()}
     sink.write(unit, QuantizedBlock(by_path, _passed(skeleton, block, folded), report, learned))

@@ -25,7 +25,7 @@ from bitwright.core.method import Activations, Context, Learnable, Learned
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
 from bitwright.steps.ranges import minmax
-from bitwright.stream.forward import forward, forward_all
+from bitwright.stream.forward import forward, forward_batches
 from bitwright.stream.moments import moments
 
 RETRIES = 3
@@ -125,12 +125,12 @@ class Trainer:
 
     def measure(self, decisions: BlockDecisions) -> float:
         """The objective of the folded block, over all segments."""
-        scheme, dtype = self.context.scheme, self.context.scale_dtype
-        written = fold(self.base, self.block.topology, decisions, scheme, dtype).written()
-        with quantized_activations(self.block, scheme):
-            outputs = forward_all(self.block, written, self.objective.inputs.quantized, self.objective.kwargs)
-        # Segment by segment: float32 copies of the whole stream would be larger than the stream.
-        losses = [float(self.objective.loss(outputs[n : n + 1], slice(n, n + 1))) for n in range(len(outputs))]
+        objective, scheme, losses = self.objective, self.context.scheme, list[float]()
+        written = fold(self.base, self.block.topology, decisions, scheme, self.context.scale_dtype).written()
+        with quantized_activations(self.block, scheme):  # by batches: the outputs of all would be one more stream
+            for here, batch in forward_batches(self.block, written, objective.inputs.quantized, objective.kwargs):
+                rows = zip(batch.split(1), range(here.start, here.start + len(batch)), strict=True)
+                losses += [float(objective.loss(output, slice(n, n + 1))) for output, n in rows]
         return sum(losses) / len(losses)
 
     def substituted(self) -> dict[str, Tensor]:

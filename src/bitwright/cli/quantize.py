@@ -18,8 +18,8 @@ from bitwright.report.progress import ProgressReport
 PLACES = ("model", "output", "calibration", "save_parameters", "load_parameters")
 METHODS = (
     "omniquant, or methods joined by +, in this order: equalize, smoothquant, osplus, awq, let; easyquant-outliers; "
-    "adadim; easyquant, lwc, pact, lsq; rtn, gptq. lwc starts from the ranges of easyquant or awq; easyquant decides outliers "
-    "and axis too. For example easyquant, awq, adadim+gptq, let+lwc+gptq. "
+    "adadim; easyquant, lwc, pact, lsq; rtn, gptq. lwc starts from the ranges of easyquant or awq; easyquant decides "
+    "outliers and axis too. For example easyquant, awq, adadim+gptq, let+lwc+gptq. "
     "[default: omniquant with text, else rtn]"
 )
 BESIDE = ("output", "save_parameters", "workers", "max_memory")

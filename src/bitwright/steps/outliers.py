@@ -26,7 +26,7 @@ def bounds(panels: Panels, rule: OutlierRule) -> Bounds:
     mean = total / max(1, count)
     if rule.deviations is None:
         return Bounds(mean, _beyond(panels, mean, int(rule.share * count)))
-    squares = sum(float((panel.double() - mean).square_().sum()) for panel in panels())
+    squares = sum(float((panel.float() - mean).square_().sum(dtype=torch.float64)) for panel in panels())
     return Bounds(mean, rule.deviations * math.sqrt(squares / max(1, count)))
 
 

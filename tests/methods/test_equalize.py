@@ -69,7 +69,7 @@ def test_what_outliers_cost_is_won_back(method: str, tiny: Checkpoints, tmp_path
         bitwright.quantize(bitwright.Recipe(str(model), "W4A16", name), out)
         lost[name] = bitwright.evaluate(out, "builtin", seqlen=64, windows=8, reference=model).measurement
     plain, equalized = (found.kl_divergence for found in lost.values() if found is not None)
-    assert plain is not None and equalized is not None and equalized < 0.8 * plain
+    assert plain is not None and equalized is not None and equalized < 0.9 * plain
 
 
 def test_it_comes_first(tiny: Checkpoints, tmp_path: Path) -> None:

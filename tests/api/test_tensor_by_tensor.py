@@ -154,7 +154,7 @@ class TestPatterns:
         ({"exclude": "*.dwn_proj"}, r"--exclude \*\.dwn_proj fits no tensor.*near it: .*down_proj"),
         ({"include": "*norm*"}, r"which has shape \[64\]: a linear has two dimensions"),
         ({"include": "model.embed_tokens"}, "is no linear in the model that transformers makes"),
-        ({"exclude": "*"}, "nothing to quantize"),
+        ({"exclude": "*"}, r"(?s)nothing to quantize.*14 such as .*: excluded by \*.*--exclude leaves nothing"),
         ({"exclude": "*q_proj", "calibration": "builtin"}, "--include and --exclude go with methods that need no text"),
     ])  # fmt: skip
     def test_refused(self, how: dict[str, Any], says: str, tiny: Checkpoints, tmp_path: Path) -> None:
@@ -298,11 +298,14 @@ class TestProcesses:
         def touch(progress: Any) -> None:
             os.utime(model / "model.safetensors", (1, 1))
 
+        recipe = Recipe(str(model), "W4A16", "rtn")
         with pytest.raises(UserError, match="changed under the run: it was written to since it was opened"):
-            bitwright.quantize(Recipe(str(model), "W4A16", "rtn"), tmp_path / "out", workers=workers, listener=touch)
+            bitwright.quantize(recipe, tmp_path / "out", workers=workers, listener=touch)
+        assert bitwright.quantize(recipe, tmp_path / "out").resumed == 0, "what was made of two models is not used"
 
     @pytest.mark.parametrize(("how", "says"), [
         ({"workers": 0}, "at least one is needed"),
+        ({"max_memory": "5"}, "'5' is no size"),
         ({"max_memory": "10MB"}, r"one process alone needs about \d\.\d GB .* allow \d"),
         ({"max_memory": "much"}, "'much' is no size"),
     ])  # fmt: skip
@@ -342,6 +345,14 @@ main()
 def _children(pid: int) -> Iterator[int]:
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         yield from map(int, task.read_text().split())
+
+
+def test_more_outliers_than_usual_are_said(tiny: Checkpoints, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny()), "W4A16", "easyquant", outliers="2.2")
+    result = bitwright.quantize(recipe, tmp_path / "out")
+    assert any("more outliers than the 1% that are usual" in note for note in result.notes)
+    rows = [row for b in json.loads((tmp_path / "out/bitwright.json").read_text())["blocks"] for row in b["linears"]]
+    assert all(row["outlier_share"] == row["outliers"] / (row["shape"][0] * row["shape"][1]) for row in rows)
 
 
 def test_weights_that_are_all_alike_are_exact(tiny: Checkpoints, tmp_path: Path) -> None:

@@ -153,3 +153,16 @@ def test_no_recipe(refused: Refused, tmp_path: Path, raw: bytes, says: str) -> N
 def test_no_file(refused: Refused, tmp_path: Path) -> None:
     assert "No such file" in refused("quantize", "--recipe", tmp_path / "nothing.yaml")
     assert "Is a directory" in refused("quantize", "--recipe", tmp_path)
+
+
+@pytest.mark.parametrize("patterns", [["*.v_proj", "*.down_proj"], "*.v_proj,*.down_proj"])
+def test_patterns_and_how_to_run(run: Run, write: Write, tmp_path: Path, patterns: Any) -> None:
+    ran = run("quantize", "--recipe", write(exclude=patterns, include="lm_head", workers=1, max_memory="4GB"), "--json")
+    assert ran.code == 0 and ran.json["linears"] == 2 * 5 + 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"), [({"workers": "two"}, "workers is 'two'"), ({"max_memory": 5}, "'5' is no size")]
+)
+def test_how_to_run_wrongly(refused: Refused, write: Write, keys: dict[str, Any], says: str) -> None:
+    assert says in refused("quantize", "--recipe", write(**keys))

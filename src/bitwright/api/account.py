@@ -11,6 +11,8 @@ from bitwright.api.job import Job
 from bitwright.calibration.segments import fingerprint
 from bitwright.methods import used
 
+EXPECTED_SHARE = 0.01
+"""Of weights beyond three standard deviations, in trained models."""
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 
@@ -55,10 +57,20 @@ def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[s
             "bytes_in": job.source.checkpoint.total_bytes,
             "bytes_out": sum(path.stat().st_size for path in folder.glob("model*.safetensors")),
         },
-        "notes": [note for note in (job.note, job.left_out(written_as)) if note is not None],
+        "notes": [note for note in (job.note, job.left_out(written_as), _many_outliers(rows)) if note is not None],
         "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
         "blocks": reports,
     }
+
+
+def _many_outliers(rows: list[dict[str, Any]]) -> str | None:
+    most = max(rows, key=lambda row: row["outlier_share"])
+    if most["outlier_share"] <= EXPECTED_SHARE:
+        return None
+    return (
+        f"more outliers than the {EXPECTED_SHARE:.0%} that are usual: {most['outlier_share']:.1%} of {most['name']}. "
+        "They take 48 bits each; --outliers 4, or a share such as --outliers 0.5%, keeps fewer"
+    )
 
 
 def _calibration(job: Job) -> dict[str, Any] | None:

@@ -30,9 +30,9 @@ def crew_of(job: Job, workers: int | None, max_memory: str | None, ranks: Ranks 
     block.
     """
     ranks = ranks or Ranks()
-    limit = None if max_memory is None else size_in_bytes(max_memory, "--max-memory")
+    limit = None if max_memory is None else size_in_bytes(max_memory, "max memory")
     if workers is not None and workers < 1:
-        raise RecipeError(f"--workers {workers}: at least one is needed")
+        raise RecipeError(f"workers {workers}: at least one is needed")
     each = job.work.budget(job.settings, False)
     if not isinstance(job.work, TensorWork):
         _refuse_for_blocks(job, workers, max_memory, ranks)

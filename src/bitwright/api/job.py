@@ -14,7 +14,7 @@ from torch import Tensor
 from bitwright.api.block_work import BlockWork
 from bitwright.api.format_choice import encoder, expected, settled
 from bitwright.api.parameters import LearnedParameters, belonging
-from bitwright.api.source import DTYPES, Source
+from bitwright.api.source import DTYPES, FAMILIES, Source
 from bitwright.api.tensor_work import TensorWork
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.method import DataFree, Learned, Method
@@ -211,5 +211,5 @@ def _check_scheme(job: Job) -> None:
     if job.source.family is None and (job.scheme.activations or job.scheme.kv):
         raise RecipeError(
             f"scheme {job.scheme} quantizes activations, which takes an architecture that Bitwright knows, and "
-            f"'{job.source.model_type}' is none ({', '.join(names('families'))}); take a scheme with A16"
+            f"'{job.source.model_type}' is none ({', '.join(FAMILIES)}); take a scheme with A16"
         )

@@ -45,7 +45,8 @@ class ModelView:
     def of_model(cls, model: PreTrainedModel, checkpoint: Checkpoint) -> "ModelView":
         """The view of a model on the meta device."""
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        ordinary = frozenset(name for name, module in linears.items() if type(module) is nn.Linear)
+        special = getattr(model.config, "is_encoder_decoder", False)  # T5 looks at a linear's weight before it uses it
+        ordinary = frozenset(name for name, module in linears.items() if type(module) is nn.Linear and not special)
         rename = _renaming(model)
         return cls(frozenset(linears), ordinary, {name: rename(name) for name in checkpoint.names})
 

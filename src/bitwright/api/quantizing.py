@@ -21,7 +21,7 @@ from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.output import OutputFolder, refuse_existing, refuse_overlap, require_free, work_folder
 from bitwright.checkpoint.writer import write_json, write_tensors
-from bitwright.core.errors import OutputError, RecipeError
+from bitwright.core.errors import ChangedError, OutputError, RecipeError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
 from bitwright.methods import learned
@@ -93,7 +93,11 @@ def quantize(
         _adopt_others(journal)
         resumed = len(journal.recorded)
         sink = FolderSink(work.work, journal, job)
-        account, beside = _produce(job, work, sink, saved, crew, ranks, listener)
+        try:
+            account, beside = _produce(job, work, sink, saved, crew, ranks, listener)
+        except ChangedError:
+            journal.discard()
+            raise
         seconds, peak = monotonic() - start, peak_memory() + beside
         write_json(work.path / TIMINGS, {"seconds": seconds, "peak_bytes": peak, "resumed_units": resumed})
         work.publish()
@@ -166,7 +170,7 @@ def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, pea
         seconds=seconds,
         peak_bytes=peak,
         resumed=resumed,
-        notes=plan_of(job).notes,
+        notes=tuple(dict.fromkeys((*plan_of(job).notes, *account["notes"]))),
         fallbacks=tuple(account["fallbacks"]),
     )
 

@@ -21,6 +21,8 @@ from bitwright.core.registry import find, names
 from bitwright.demo import texts
 
 BUILTIN = "builtin"
+FAMILIES = tuple(name for name in names("families") if name != "discover")
+"""Architectures that somebody has described."""
 DEFAULT_SEQLEN = 2048
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +47,7 @@ class Source:
             method = how.get("quant_method", "an unknown method") if isinstance(how, dict) else "an unknown method"
             raise CheckpointError(f"{folder} is quantized already ({method}); start from the full-precision model")
         model_type = _model_type(checkpoint)
-        if model_type not in names("families"):
+        if model_type not in FAMILIES:
             require_tokenizer(folder)
             return cls(checkpoint, model_type, None, None)
         config = model_config(folder)
@@ -60,7 +62,7 @@ class Source:
         if self.family is None or self.config is None:
             raise RecipeError(
                 f"{self.checkpoint.folder}: nobody has described the architecture '{self.model_type}' to Bitwright "
-                f"yet; {nearest(self.model_type, names('families'))}. One short file in families/ describes a new one; "
+                f"yet; {nearest(self.model_type, FAMILIES)}. One short file in families/ describes a new one; "
                 "rtn and easyquant, without --calibration, do with any"
             )
         return self.family, self.config

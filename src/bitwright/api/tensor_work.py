@@ -152,10 +152,16 @@ def _discovered(checkpoint: Checkpoint, recipe: Recipe) -> tuple[ModelView | Non
 
 
 def _why_nothing(division: Division, checkpoint: Checkpoint) -> str:
+    """What became of the matrices, a line for each reason."""
     matrices = [kept for kept in division.kept if len(checkpoint.entry(kept.tensor).shape) == 2]
-    some = max(matrices, key=lambda kept: checkpoint.nbytes(kept.tensor), default=None)
-    told = f"; {some.tensor}, the largest, is kept: {some.why}" if some else ""
-    return f"none of its {len(checkpoint.names)} tensors is taken for a linear{told}. --include PATTERN takes more"
+    reasons: dict[str, list[str]] = {}
+    for kept in matrices:
+        reasons.setdefault(kept.why, []).append(kept.tensor)
+    lines = [f"  {len(names)} such as {names[0]}: {why}" for why, names in reasons.items()]
+    remedy = (
+        "--exclude leaves nothing" if any(why.startswith("excluded") for why in reasons) else "--include takes more"
+    )
+    return "\n".join([f"all of its {len(matrices)} matrices are kept as they are", *lines, remedy])
 
 
 def _by_rules(checkpoint: Checkpoint) -> Division:

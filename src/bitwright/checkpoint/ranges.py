@@ -10,7 +10,7 @@ from typing import BinaryIO
 import torch
 
 from bitwright.checkpoint.header import Header, TensorEntry
-from bitwright.core.errors import CheckpointError
+from bitwright.core.errors import ChangedError, CheckpointError
 
 COPY_BYTES = 4 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -86,9 +86,12 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def changed(path: Path, how: str) -> CheckpointError:
+def changed(path: Path, how: str) -> ChangedError:
     """The error for a file that is no longer what it was when its header was checked."""
-    return CheckpointError(f"{path}: changed under the run: {how}; start again from an unchanged checkpoint")
+    return ChangedError(
+        f"{path}: changed under the run: {how}; start again from an unchanged checkpoint. What was made of this one is "
+        "not used again"
+    )
 
 
 def _check_unchanged(header: Header, file: BinaryIO) -> None:

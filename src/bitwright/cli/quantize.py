@@ -123,7 +123,9 @@ def quantize(
     ] = None,
     include: Annotated[
         list[str] | None,
-        typer.Option(help="Quantize these tensors too: a name with * and ?; repeatable. Methods without text."),
+        typer.Option(
+            help="Quantize these tensors too: names with * and ?, repeatable or with commas. Methods without text."
+        ),
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Leave these tensors as they are; repeatable. Methods without text.")
@@ -152,11 +154,15 @@ def quantize(
     from bitwright.api.recipe_file import read_recipe
 
     # The parameters of this command that are keys of a recipe, as they were given.
-    flags = {key: value for key, value in context.params.items() if key in KEYS}
+    flags = {key: value or None for key, value in context.params.items() if key in ("include", "exclude")}
+    flags |= {key: value for key, value in context.params.items() if key in KEYS - flags.keys()}
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
     written = read_recipe(recipe) if recipe else {}
     asked = _at_home(written | {key: value for key, value in flags.items() if value is not None})
     target, saved, workers, max_memory = (asked.pop(key, None) for key in BESIDE)
+    if not isinstance(workers, int | None) or isinstance(workers, bool):
+        raise RecipeError(f"workers is {workers!r}; it takes a whole number")
+    max_memory = None if max_memory is None else str(max_memory)
     if asked.get("model") is None:
         raise RecipeError("which model? Name its folder: bitwright quantize MODEL, or the key 'model' in the recipe")
     wanted = Recipe.from_mapping(asked)

@@ -23,6 +23,10 @@ class CheckpointError(UserError):
     """A model folder or a file in it that cannot be read as it claims to be."""
 
 
+class ChangedError(CheckpointError):
+    """A checkpoint that was written to while it was read: what was made of it so far may be of two models."""
+
+
 class OutputError(UserError):
     """A place that cannot be written to: it exists, it is full, another run holds it."""
 

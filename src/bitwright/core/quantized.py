@@ -16,7 +16,8 @@ from bitwright.core.scheme import Scheme
 class LinearReport:
     """The account of one linear.
 
-    ``tile`` is the rows and columns that share a scale, ``outliers`` how many weights are kept exactly.
+    ``tile`` is the rows and columns that share a scale, ``outliers`` how many weights are kept exactly,
+    ``outlier_share`` of all.
     ``bits_per_weight`` counts all that is packed, scales, zeros and outliers too. ``weight_error`` is
     ``|W - Wq|^2 / |W|^2``; ``output_error`` is ``|XW' - XWq'|^2 / |XW'|^2`` on the calibration tokens as the
     full-precision blocks produce them, None without calibration text.
@@ -30,6 +31,7 @@ class LinearReport:
     weight_error: float
     output_error: float | None
     outliers: int = 0
+    outlier_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -204,4 +204,5 @@ def _linear_report(block: Block, name: str, folded: Folded, output_error: float 
         weight_error=(float(torch.linalg.vector_norm(error)) / size) ** 2 if size else 0.0,
         output_error=output_error,
         outliers=0 if q.outlier_index is None else q.outlier_index.numel(),
+        outlier_share=0.0 if q.outlier_index is None else q.outlier_index.numel() / weight.numel(),
     )

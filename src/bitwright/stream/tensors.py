@@ -197,4 +197,5 @@ class _Account:
             weight_error=self.error / self.size if self.size else 0.0,
             output_error=None,
             outliers=self.outliers,
+            outlier_share=self.outliers / (self.weight.slices * rows * columns),
         )

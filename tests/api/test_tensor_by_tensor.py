@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ class TestPatterns:
         ({"include": "*norm*"}, r"which has shape \[64\]: a linear has two dimensions"),
         ({"include": "model.embed_tokens"}, "is no linear in the model that transformers makes"),
         ({"exclude": "*"}, r"(?s)nothing to quantize.*14 such as .*: excluded by \*.*--exclude leaves nothing"),
-        ({"exclude": "*q_proj", "calibration": "builtin"}, "--include and --exclude go with methods that need no text"),
+        ({"exclude": "*q_proj", "calibration": "builtin"}, "--include and --exclude go with methods"),
     ])  # fmt: skip
     def test_refused(self, how: dict[str, Any], says: str, tiny: Checkpoints, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=says):
@@ -318,6 +319,11 @@ class TestProcesses:
         told = Recipe(str(tiny()), "W4A16", "gptq", calibration="builtin", samples=2, seqlen=32)
         with pytest.raises(RecipeError, match="--workers shares tensors out"):
             bitwright.quantize(told, tmp_path / "out", workers=2)
+
+    def test_the_plan_of_a_training_counts_it(self, tiny: Checkpoints) -> None:
+        told = Recipe(str(tiny()), "W4A16", "lwc", calibration="builtin", samples=4, seqlen=64)
+        found = bitwright.plan(told)
+        assert found.memory_bytes == found.memory.total > bitwright.plan(replace(told, method="rtn")).memory_bytes
 
     def test_memory_bounds_the_workers(self, recipe: Recipe) -> None:
         many = bitwright.plan(recipe, workers=8)

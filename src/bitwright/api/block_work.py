@@ -43,8 +43,8 @@ class BlockWork:
         belong to the configuration."""
         if recipe.include or recipe.exclude:
             raise RecipeError(
-                f"{recipe.settled_method} with text works on whole blocks, whose linears are known; --include and "
-                "--exclude go with methods that need no text (rtn, easyquant), and without --calibration"
+                f"{recipe.settled_method} works on whole blocks here, whose linears are known; --include and --exclude "
+                "go with methods that look at one weight alone (rtn, easyquant), and without --calibration"
             )
         return cls(source, skeleton_of(source, device), recipe.quantize_lm_head)
 

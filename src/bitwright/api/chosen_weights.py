@@ -45,7 +45,8 @@ def chosen(found: Division, patterns: Patterns, checkpoint: Checkpoint, view: Mo
         names = set(_fitting(pattern, checkpoint.names, "--exclude"))
         _keep(weights, kept, [w for w in weights.values() if w.tensor in names], f"excluded by {pattern}")
     order = {name: at for at, name in enumerate(in_order(checkpoint.names))}
-    added = [w for w in weights.values() if w not in found.weights]
+    before = set(found.weights)
+    added = [w for w in weights.values() if w not in before]
     in_place = [w for w in found.weights if w.name in weights]
     ordered = sorted([*in_place, *added], key=lambda w: order[w.tensor]) if added else in_place
     return Division(tuple(ordered), tuple(sorted(kept.values(), key=lambda k: order[k.tensor])))

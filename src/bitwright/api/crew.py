@@ -8,6 +8,7 @@ from bitwright.api.job import Job
 from bitwright.api.tensor_work import TensorWork
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import size_in_bytes
+from bitwright.methods import learned
 from bitwright.stream.budget import RUNTIME_BYTES, WORKER_BYTES
 from bitwright.stream.ranks import Ranks
 
@@ -33,7 +34,7 @@ def crew_of(job: Job, workers: int | None, max_memory: str | None, ranks: Ranks 
     limit = None if max_memory is None else size_in_bytes(max_memory, "max memory")
     if workers is not None and workers < 1:
         raise RecipeError(f"workers {workers}: at least one is needed")
-    each = job.work.budget(job.settings, False)
+    each = job.work.budget(job.settings, learned(job.methods))
     if not isinstance(job.work, TensorWork):
         _refuse_for_blocks(job, workers, max_memory, ranks)
         return Crew(1, each.total)
@@ -60,6 +61,6 @@ def _refuse_for_blocks(job: Job, workers: int | None, max_memory: str | None, ra
     for flag, value in asked.items():
         if value is not None:
             raise RecipeError(
-                f"{flag} shares tensors out between processes, and {job.method} with text goes block by block, each on "
-                "what the block before it gives; leave it out, or take rtn or easyquant without --calibration"
+                f"{flag} shares tensors out between processes, and {job.method} goes block by block here; leave it "
+                "out, or take methods that look at one weight alone (rtn, easyquant), without --calibration"
             )

@@ -57,7 +57,7 @@ def plan_of(job: Job) -> Plan:
     checkpoint, dtype, work = job.source.checkpoint, job.source.checkpoint.dtype_of_weights, job.work
     replaced = {w.tensor for w in work.weights if w.tensor.removesuffix(".weight") == w.name}
     kept = sum(checkpoint.nbytes(name) for name in checkpoint.names if name not in replaced)
-    quantized = sum(w.slices * job.format.stored_bytes(w.slice, _scheme(job, w), dtype) for w in work.weights)
+    quantized = sum(job.format.stored_bytes(w.shape, _scheme(job, w), dtype) for w in work.weights)
     count = sum(prod(weight.shape) for weight in work.weights)
     bits = sum(w.slices * packed_bits(w.slice, job.scheme.weight, w.tile(job.scheme.tile), dtype) for w in work.weights)
     budget = work.budget(job.settings, learned(job.methods))

@@ -1,6 +1,8 @@
 """quantize(): a model folder in, a smaller model folder out."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -93,11 +95,8 @@ def quantize(
         _adopt_others(journal)
         resumed = len(journal.recorded)
         sink = FolderSink(work.work, journal, job)
-        try:
+        with _forgetting_what_changed(work.work):
             account, beside = _produce(job, work, sink, saved, crew, ranks, listener)
-        except ChangedError:
-            journal.discard()
-            raise
         seconds, peak = monotonic() - start, peak_memory() + beside
         write_json(work.path / TIMINGS, {"seconds": seconds, "peak_bytes": peak, "resumed_units": resumed})
         work.publish()
@@ -114,9 +113,21 @@ def _help(job: Job, output: Path, crew: Crew, ranks: Ranks) -> Result:
     ranks.wait_for_all()  # the first has the folder
     work = work_folder(output.resolve())
     journal = Journal.open(work / f"journal-{ranks.index}.jsonl", identity(job), restart=True)
-    run_tensors(job, FolderSink(work, journal, job), crew, ranks, silent)
+    with _forgetting_what_changed(work):
+        run_tensors(job, FolderSink(work, journal, job), crew, ranks, silent)
     ranks.wait_for_all()
     return ranks.from_first(None)
+
+
+@contextmanager
+def _forgetting_what_changed(work: Path) -> Iterator[None]:
+    """Removes every journal where the checkpoint changed under the run: the parts may be of two models."""
+    try:
+        yield
+    except ChangedError:
+        for journal in (work / JOURNAL, *work.glob(OTHER_JOURNALS)):
+            journal.unlink(missing_ok=True)
+        raise
 
 
 def _adopt_others(journal: Journal) -> None:

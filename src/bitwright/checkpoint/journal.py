@@ -73,10 +73,6 @@ class Journal:
             ) from error
         self.recorded[unit] = self.done[unit] = json.loads(text)
 
-    def discard(self) -> None:
-        """Forgets everything: the same call begins anew."""
-        self.path.unlink(missing_ok=True)
-
     def adopt(self, other: Path) -> None:
         """Takes over what the journal of another process of this run has, and removes it.
 

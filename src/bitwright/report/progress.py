@@ -68,8 +68,8 @@ class ProgressReport:
         left = spent / progress.position * (progress.total - progress.position)
         memory = f", peak memory {size(progress.peak_bytes)}" if progress.peak_bytes else ""
         share = f"{progress.done}/{progress.total}" if progress.unit != "bytes" else _percent(progress)
-        unit = progress.unit if progress.unit not in _COUNTED else ""
-        detail = f", {unit} {progress.detail}".replace("  ", " ") if progress.detail else ""
+        named = (progress.unit if progress.unit not in _COUNTED else "", progress.detail)
+        detail = f", {' '.join(filter(None, named))}" if progress.detail else ""
         times = f"{duration(spent)} so far, about {duration(left)} left"
         self._console.print(f"{progress.stage} {share}{detail}, {times}{memory}", highlight=False)
 

@@ -29,14 +29,22 @@ from bitwright.stream.budget import Budget
 
 
 class Work(Protocol):
-    """How the model is gone through: block by block (``BlockWork``), or tensor by tensor (``TensorWork``).
+    """How the model is gone through: block by block (``BlockWork``), or tensor by tensor (``TensorWork``)."""
 
-    ``tokens`` is None where no calibration text was named. ``device`` and ``dtype`` are those of the arithmetic.
-    """
+    def with_text(self, recipe: Recipe, methods: Sequence[Method]) -> "Work":
+        """The same with the segments of the text that was named."""
 
-    tokens: Int[Tensor, "N T"] | None
-    device: torch.device
-    dtype: torch.dtype
+    @property
+    def tokens(self) -> Int[Tensor, "N T"] | None:
+        """The calibration segments, None where no text was named."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arithmetic is done."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is done in."""
 
     @property
     def weights(self) -> Sequence[Weight]:
@@ -88,7 +96,7 @@ class Job:
     format: ModuleType
     expected: str
     source: Source
-    work: BlockWork | TensorWork
+    work: Work
     note: str | None
     learned: LearnedParameters | None
 
@@ -145,7 +153,7 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     methods = compose(recipe.settled_method)
     source = Source.open(Path(recipe.model))
     free = recipe.calibration is None and all(isinstance(method, DataFree) for method in methods)
-    work = (TensorWork if free else BlockWork).of(recipe, source, device)
+    work: Work = (TensorWork if free else BlockWork).of(recipe, source, device)
     topology = source.family.topology if source.family else None
     method, note = fit(recipe.settled_method, scheme, topology, recipe.sites)
     methods = compose(method)

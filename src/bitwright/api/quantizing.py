@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 from bitwright.api.account import identity, run_account
+from bitwright.api.block_work import BlockWork
 from bitwright.api.companions import write_companions
 from bitwright.api.crew import Crew, crew_of
 from bitwright.api.job import Job, prepare
@@ -227,6 +228,7 @@ def _write_tensors(job: Job, sink: FolderSink, crew: Crew, ranks: Ranks, listene
     """Every part that is not there yet; the peak bytes of worker processes."""
     if isinstance(job.work, TensorWork):
         return run_tensors(job, sink, crew, ranks, listener)
+    assert isinstance(job.work, BlockWork)
     for name in job.work.outside:
         sink.pass_through(name)
     plan = RunPlan(job.scheme, job.methods, job.settings, job.recipe.quantize_lm_head, job.learned)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import CheckpointError
 from bitwright.core.qtensor import QTensor
-from bitwright.core.quantized import Departure, WrittenModel, departures
+from bitwright.core.quantized import Departure, Described, WrittenModel, departures
 from bitwright.core.scheme import FULL, Grid, Scheme, Tile
 from bitwright.families import llama
 from bitwright.formats import bitwright as format
@@ -60,7 +60,7 @@ def test_what_is_written_reads_back_bit_for_bit(
     shape = (p * rows, q * columns)
     weight = some(shape, grid, tile, dtype, min(outliers, shape[0] * shape[1]))
     tensors = format.encode("a.b", weight)
-    back = format.read(tensors, "a.b", grid)
+    back = format.read(tensors, "a.b", Described(grid))
     assert torch.equal(back.codes, weight.codes) and torch.equal(back.scale, weight.scale)
     assert (back.zero is None) == (weight.zero is None)
     assert back.zero is None or weight.zero is None or torch.equal(back.zero, weight.zero)

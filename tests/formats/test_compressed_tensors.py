@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor
-from bitwright.core.quantized import WrittenModel
+from bitwright.core.quantized import Described, WrittenModel
 from bitwright.core.scheme import FULL, Grid, Scheme, Tile
 from bitwright.families import llama
 from bitwright.formats import compressed_tensors as format
@@ -70,7 +70,7 @@ def test_what_is_written_reads_back_bit_for_bit(grid: Grid, dtype: torch.dtype, 
         q = some(shape, grid, tile, dtype)
         save_file(format.encode("a.b", q), tmp_path / "x.safetensors")
         tensors = load_file(tmp_path / "x.safetensors")
-        back = format.read(tensors, "a.b", grid)
+        back = format.read(tensors, "a.b", Described(grid))
         assert same(back.codes, q.codes) and same(back.scale, q.scale) and same(back.zero, q.zero)
         assert (back.grid, back.tile.size(shape), back.shape) == (grid, tile.size(shape), shape)
         assert same(format.decode(tensors, "a.b", grid), q.dequantize())
@@ -83,7 +83,7 @@ def test_extreme_codes_survive() -> None:
         codes = every.repeat(2 * 33)[: 33 * len(every)].view(33, -1).to(torch.int8 if grid.symmetric else torch.uint8)
         zero = None if grid.symmetric else every.repeat(33)[:33, None].to(torch.uint8)
         q = QTensor(codes, torch.ones(33, 1), zero, grid, Tile(1, FULL))
-        back = format.read(format.encode("x", q), "x", grid)
+        back = format.read(format.encode("x", q), "x", Described(grid))
         assert same(back.codes, codes) and same(back.zero, zero)
 
 

@@ -18,6 +18,7 @@ from bitwright.core.errors import UserError
 from bitwright.core.method import Context
 from bitwright.core.outlier_rule import OutlierRule
 from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import Described
 from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.settings import Settings
 from bitwright.formats.bitwright import read
@@ -50,7 +51,7 @@ def test_outliers_are_written_exactly_and_few(tiny: Checkpoints, tmp_path: Path,
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for row in rows:
         name = str(row["name"])
-        weight, written = original.read(f"{name}.weight"), read(tensors, name, parsed.weight)
+        weight, written = original.read(f"{name}.weight"), read(tensors, name, Described(parsed.weight))
         expected = outliers(weight.float(), bounds([weight].copy, OutlierRule(3.0)))
         count = 0 if expected is None else int(expected.sum())
         assert row["outliers"] == count <= 0.01 * weight.numel()

@@ -24,6 +24,7 @@ from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.method import Closed, Context
 from bitwright.core.progress import Progress
+from bitwright.core.quantized import Described
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Tile
 from bitwright.formats import bitwright as format
@@ -118,7 +119,7 @@ def test_weights_and_report_of_a_mixed_model(dtype: str, tiny: Checkpoints, tmp_
     for name, row in rows.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, PackedLinear)
-        q = format.read(tensors, name, linear.grid)
+        q = format.read(tensors, name, Described(linear.grid))
         assert torch.equal(linear.dequantize(), q.dequantize())
         assert list(q.tile.size(q.shape)) == row["tile"]
         kept = 0 if q.outlier_index is None else len(q.outlier_index)

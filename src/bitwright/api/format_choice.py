@@ -38,10 +38,11 @@ def expected(
     outliers = settings.outlier_rule is not None and any(Decision.OUTLIERS in method.decides for method in methods)
     chosen = [tile for method in methods for tile in method.tiles(scheme, settings)]
     possible = [scheme.tile, *chosen]
-    fits = [find("formats", WIDELY_LOADED if named is None else named).holds(tile, outliers) for tile in possible]
+    candidate = find("formats", WIDELY_LOADED if named is None else named)
+    fits = [candidate.holds(scheme.weight, tile, outliers) for tile in possible]
     if named is None:
         must = only_ours or (settings.axis == "ic" and chosen)
-        if must or not find("formats", WIDELY_LOADED).holds(scheme.tile, False):
+        if must or not find("formats", WIDELY_LOADED).holds(scheme.weight, scheme.tile, False):
             return HOLDS_ALL
         return WIDELY_LOADED if all(fits) else f"{WIDELY_LOADED} or {HOLDS_ALL}"
     if not all(fits):
@@ -57,5 +58,6 @@ def settled(named: str | None, written: WrittenModel) -> str:
     """The format of a result whose every linear is known."""
     if named is not None:
         return named
-    alike = not (written.departures or written.only_ours)
-    return WIDELY_LOADED if alike and find("formats", WIDELY_LOADED).holds(written.scheme.tile, False) else HOLDS_ALL
+    alike, scheme = not (written.departures or written.only_ours), written.scheme
+    fits = alike and find("formats", WIDELY_LOADED).holds(scheme.weight, scheme.tile, False)
+    return WIDELY_LOADED if fits else HOLDS_ALL

@@ -1,15 +1,16 @@
 """What comes out of a block, and the account that is given of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bitwright.core.block import Family
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Grid, Scheme
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,68 @@ def departures(scheme: Scheme, rows: Iterable[Mapping[str, Any]]) -> dict[str, D
         if tile != scheme.tile.size(shape) or row["outliers"]:
             found[row["name"]] = Departure(tile, row["outliers"])
     return found
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the quantization_config of a folder says of it, whoever wrote it.
+
+    ``grid`` is that of its linears, in whose ``codes`` they are read; ``kept`` the linears that are not quantized.
+    ``variant`` is what else a format needs to know to read its tensors.
+    """
+
+    grid: Grid
+    activations: Grid | None = None
+    kv: Grid | None = None
+    kept: tuple[str, ...] = ()
+    variant: str = ""
+
+    def grid_of(self, linear: str) -> Grid:
+        """The grid of one linear."""
+        return self.grid
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a linear lost on its way into another format.
+
+    ``codes``: whether it kept them; ``error`` is ``|Wq - Wx|^2 / |Wq|^2`` between the weights [O, I] as the folder that
+    was read says them, and as the client of the new format will compute them, both in float32.
+    """
+
+    name: str
+    codes: bool
+    error: float
+
+
+class QuantizedModel(Protocol):
+    """A quantized model that can be read linear by linear, whatever format it is in."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies, its tokenizer beside it."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json without its quantization_config."""
+
+    @property
+    def described(self) -> Described | None:
+        """What the quantization_config says; None where nothing is quantized."""
+
+    @property
+    def linears(self) -> Sequence[str]:
+        """Names of the quantized linears, without ``.weight``, in the order of the model."""
+
+    @property
+    def passed(self) -> Sequence[str]:
+        """Names of all other tensors."""
+
+    def read(self, linear: str) -> QTensor:
+        """A quantized linear."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Another tensor as it is stored."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a quantized linear [O, I], or of another tensor; nothing but its header is read."""

@@ -13,7 +13,7 @@ ending ``.weight``.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -25,16 +25,20 @@ from torch import Tensor
 from bitwright.core.errors import CheckpointError
 from bitwright.core.packing import pack, pack_down, unpack, unpack_down
 from bitwright.core.qtensor import QTensor, packed_bits
-from bitwright.core.quantized import WrittenModel
+from bitwright.core.quantized import Described, WrittenModel
 from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Scheme, Tile
 
 SIZE_BYTES = 8
 """Bytes of one number of ``weight_shape``."""
 STACKED, CHAINED = ("weight_packed", "weight_scale", "weight_zero_point"), ("outlier_index", "outlier_value")
 """How tensors of slices come together: along a new first dimension, or one after the other."""
+LEAVES = (*STACKED, "weight_shape", *CHAINED, "outlier_count")
+"""How the names of a weight's tensors end; the first is always there."""
+SCALES: torch.dtype | None = None
+"""The dtype of scales; None: that of the checkpoint."""
 
 
-def holds(tile: Tile, outliers: bool) -> bool:
+def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for such a linear: always."""
     return True
 
@@ -56,11 +60,27 @@ def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
 
 def decode(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Float[Tensor, "O I"]:
     """The weight [O, I] of one linear as written, in the dtype of its scales."""
-    return read(tensors, name, grid).dequantize()
+    return _read(tensors, name, grid).dequantize()
 
 
-def read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
+def described(config: Mapping[str, Any]) -> Described:
+    """What the quantization_config of a folder says. Raises CheckpointError for one that cannot be read."""
+    said = Config.parse(config)
+    activations, kv = (None if one is None else one.grid for one in (said.activations, said.keys_values))
+    return Described(said.weights.grid, activations, kv, said.modules_to_not_convert)
+
+
+def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:
+    """The shape of a weight, [O, I] or [E, A, B], from the shapes of its tensors or what is in them."""
+    return tuple(read("weight_shape").tolist())
+
+
+def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTensor:
     """The QTensor behind the tensors that ``encode`` wrote."""
+    return _read(tensors, name, described.grid_of(name))
+
+
+def _read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     scale = tensors[f"{name}.weight_scale"]
     codes = unpack(tensors[f"{name}.weight_packed"], grid, columns)
@@ -98,7 +118,7 @@ def decode_stacked(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Floa
 def read_stacked(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> list[QTensor]:
     """The QTensors behind the tensors that ``encode_stacked`` wrote, one per slice."""
     x = stem(name)
-    return [read(part, x, grid) for part in _slices(tensors, x)]
+    return [_read(part, x, grid) for part in _slices(tensors, x)]
 
 
 def stem(name: str) -> str:

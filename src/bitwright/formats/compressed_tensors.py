@@ -6,29 +6,38 @@ are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``
 ``formats/bitwright.py``, which can hold more; only what config.json says is this file's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from torch import Tensor
 
-from bitwright.core.errors import RecipeError
+from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.qtensor import QTensor
-from bitwright.core.quantized import WrittenModel
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.quantized import Described, WrittenModel
+from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
 from bitwright.formats import bitwright
-from bitwright.formats.bitwright import decode, read, stored_bytes
+from bitwright.formats.bitwright import SCALES, decode, read, shape, stored_bytes
 
 __all__ = [
+    "LEAVES",
+    "SCALES",
     "decode",
+    "described",
     "encode",
     "encode_stacked",
     "holds",
     "quantization_config",
     "queries_left_out",
     "read",
+    "shape",
     "stored_bytes",
 ]
+
+PACKED = "pack-quantized"
+LEAVES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+"""How the names of a weight's tensors end; the first is always there."""
+READABLE = "of compressed-tensors, Bitwright reads pack-quantized integer weights of 2 to 8 bits"
 
 INSTEAD = (
     "compressed-tensors holds neither groups along the output nor outliers, and one tile for all linears. Leave "
@@ -36,14 +45,31 @@ INSTEAD = (
 )
 
 
-def holds(tile: Tile, outliers: bool) -> bool:
-    """Whether the format has a place for a linear with this tile, with or without outliers."""
+def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
+    """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
     return tile.out == 1 and not outliers
+
+
+def described(config: Mapping[str, Any]) -> Described:
+    """What the quantization_config of a folder says. Raises CheckpointError for what cannot be read: ``READABLE``."""
+    groups = config.get("config_groups")
+    found = list(groups.values()) if isinstance(groups, dict) else []
+    weights = [
+        group["weights"] for group in found if isinstance(group, dict) and isinstance(group.get("weights"), dict)
+    ]
+    kinds = {(one.get("num_bits"), one.get("symmetric"), one.get("type", "int")) for one in weights}
+    formats = {config.get("format"), *(group.get("format") for group in found if isinstance(group, dict))} - {None}
+    if formats != {PACKED} or len(kinds) != 1:
+        raise CheckpointError(f"weights stored as {sorted(map(str, formats))}, {sorted(map(str, kinds))}; {READABLE}")
+    ((bits, symmetric, kind),) = kinds
+    if kind != "int" or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise CheckpointError(f"weights of type {kind} with {bits} bits; {READABLE}")
+    return Described(Grid(bits, bool(symmetric)), kept=tuple(config.get("ignore") or ()))
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
     """The tensors to write for one linear. Raises RecipeError for what the format cannot hold."""
-    if not holds(weight.tile, weight.outlier_index is not None):
+    if not holds(weight.grid, weight.tile, weight.outlier_index is not None):
         raise RecipeError(f"{name}: {INSTEAD}")
     return bitwright.encode(name, weight)
 
@@ -77,7 +103,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
             kv = None
     config = QuantizationConfig(
         config_groups=groups,
-        format="pack-quantized",
+        format=PACKED,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=list(model.kept),
         kv_cache_scheme=kv,
@@ -109,7 +135,7 @@ def _linears(scheme: Scheme, targets: list[str], features: int | None) -> Quanti
     )
     inputs = None if scheme.activations is None else _dynamic(scheme.activations, features)
     # Named, because with activations transformers would otherwise infer one code per byte.
-    return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format="pack-quantized")
+    return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=PACKED)
 
 
 def _dynamic(grid: Grid, group: int | None) -> QuantizationArgs:

@@ -16,8 +16,11 @@ from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import Grid, Scheme, Tile
 
+SCALES: torch.dtype | None = None
+"""The dtype of scales; None: that of the checkpoint."""
 
-def holds(tile: Tile, outliers: bool) -> bool:
+
+def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for such a linear: always, a weight is a number."""
     return True
 

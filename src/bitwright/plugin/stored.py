@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, SchemeError
+from bitwright.core.quantized import Described
 from bitwright.formats import bitwright as format
 from bitwright.formats.bitwright import Config
 from bitwright.kernels.reference import WORD_BITS
@@ -67,7 +68,7 @@ def dequantized(tensors: Mapping[str, Tensor], name: str, config: Config) -> Ten
         if int(counts.min()) < 0 or int(counts.sum()) != tensors[f"{name}.outlier_index"].numel():
             raise CheckpointError(f"{name}.outlier_count is not the number of its outliers; {AGAIN}")
     grid = config.weights.grid
-    slices = format.read_stacked(tensors, name, grid) if stack else [format.read(tensors, name, grid)]
+    slices = format.read_stacked(tensors, name, grid) if stack else [format.read(tensors, name, Described(grid))]
     for q in slices:
         check_numbers(name, q.scale, q.outlier_index, q.outlier_value, rows * columns)
     dense = [q.dequantize() for q in slices]

@@ -55,7 +55,13 @@ def go(
     with_head: bool = False,
     listener: Any = silent,
 ) -> Memory:
-    run(skeleton, RunPlan(SCHEME, methods, Settings(), with_head), sink, tokens=tokens, listener=listener)
+    run(
+        skeleton,
+        RunPlan(SCHEME, methods, Settings(), skeleton.checkpoint.dtype_of_weights, with_head),
+        sink,
+        tokens=tokens,
+        listener=listener,
+    )
     return sink
 
 
@@ -275,7 +281,13 @@ def test_the_budget_holds_the_activations(
     made, settings = skeleton(tiny()), Settings(epochs=1, refine=True, drift=True, aug_loss=aug_loss)
     weights = sum(parameter.numel() * 4 for parameter in made.model.parameters())
     with Live() as live:
-        run(made, RunPlan(SCHEME, compose(methods), settings, False), Memory(), tokens=tokens, listener=silent)
+        run(
+            made,
+            RunPlan(SCHEME, compose(methods), settings, made.checkpoint.dtype_of_weights, False),
+            Memory(),
+            tokens=tokens,
+            listener=silent,
+        )
     stream = tokens.numel() * made.model.config.hidden_size * 4
     assert live.peak > 3 * stream > 5 * weights, "activations are what is measured here"
     wanted = estimate(made, tokens.numel(), 128 if methods != "rtn" else 0, aug_loss)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bitwright.api.format_choice import is_file_format
 from bitwright.api.job import Job
 from bitwright.calibration.segments import fingerprint
 from bitwright.methods import used
@@ -36,7 +37,7 @@ def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[s
     """bitwright.json: the same recipe, seed and machine give the same bytes of it too."""
     rows = [row for report in reports for row in report["linears"]]
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
-    written_as = job.settled_format(reports)
+    written_as = job.named_format(reports)
     return {
         "bitwright": version("bitwright"),
         "recipe": job.recipe.as_dict(),
@@ -53,14 +54,25 @@ def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[s
             "per_ic": sum(row["tile"][1] == 1 < row["tile"][0] for row in rows),
             "outliers": sum(row["outliers"] for row in rows),
             "quantized_weights": weights,
-            "bits_per_weight": sum(row["storage_bits"] for row in rows) / weights,
+            "bits_per_weight": _bits(job, rows) / weights,
             "bytes_in": job.source.checkpoint.total_bytes,
             "bytes_out": sum(path.stat().st_size for path in folder.glob("model*.safetensors")),
         },
-        "notes": [note for note in (job.note, job.left_out(written_as), _many_outliers(rows)) if note is not None],
+        "notes": [
+            note
+            for note in (job.note, job.left_out(job.settled_format(reports)), _many_outliers(rows))
+            if note is not None
+        ],
         "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
         "blocks": reports,
     }
+
+
+def _bits(job: Job, rows: list[dict[str, Any]]) -> int:
+    """What all quantized linears take where they end up."""
+    if not is_file_format(job.target):
+        return sum(row["storage_bits"] for row in rows)
+    return sum(8 * job.target.stored_bytes((*row["shape"],), job.scheme, job.scales) for row in rows)
 
 
 def _many_outliers(rows: list[dict[str, Any]]) -> str | None:

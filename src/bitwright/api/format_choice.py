@@ -4,6 +4,7 @@ and bitwright where one does not.
 The two share their tensors, so the choice can wait until every method has decided: it is what config.json says.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 from bitwright.core.decisions import Decision
@@ -11,15 +12,37 @@ from bitwright.core.errors import RecipeError
 from bitwright.core.method import Method
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.registry import find
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.settings import Settings
 
 WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
 
 
-def encoder(named: str | None) -> ModuleType:
-    """The format whose tensors are written. Raises RecipeError for a name that is none."""
+def is_file_format(format: ModuleType) -> bool:
+    """Whether a format is written from a finished folder, in files of its own, and not tensor by tensor."""
+    return hasattr(format, "write")
+
+
+def is_single(named: str | None) -> bool:
+    """Whether the result is one file. Raises RecipeError for a name that is none."""
+    found = target(named)
+    return is_file_format(found) and bool(found.SINGLE)
+
+
+def target(named: str | None) -> ModuleType:
+    """The format that was named, or the one that holds all. Raises RecipeError for a name that is none."""
     return find("formats", HOLDS_ALL if named is None else named)
+
+
+def encoder(named: str | None) -> ModuleType:
+    """The format whose tensors are written on the way. Raises RecipeError for a name that is none."""
+    found = target(named)
+    return find("formats", HOLDS_ALL) if is_file_format(found) else found
+
+
+def on_the_way(named: str | None) -> str | None:
+    """The name of the format whose tensors are written, None where it is not settled yet."""
+    return HOLDS_ALL if is_file_format(target(named)) else named
 
 
 def expected(
@@ -46,18 +69,28 @@ def expected(
             return HOLDS_ALL
         return WIDELY_LOADED if all(fits) else f"{WIDELY_LOADED} or {HOLDS_ALL}"
     if not all(fits):
-        what = "outliers" if outliers else "groups along the output"
         raise RecipeError(
-            f"format {named} cannot hold {what}, which scheme {scheme} and the method ask for. Leave --format out, or "
-            f"take --format {HOLDS_ALL} (transformers loads it after 'import bitwright') or --format dense"
+            f"format {named} cannot hold {_what(candidate, scheme, possible, outliers)}, which scheme {scheme} and the "
+            f"method ask for: it holds {candidate.HOLDS}. Leave --format out, or take --format {HOLDS_ALL} "
+            "(transformers loads it after 'import bitwright') or --format dense"
         )
     return named
 
 
+def _what(format: ModuleType, scheme: Scheme, tiles: Sequence[Tile], outliers: bool) -> str:
+    """What of a recipe a format has no place for, in words."""
+    if outliers and all(format.holds(scheme.weight, tile, False) for tile in tiles):
+        return "outliers (--outliers 0 keeps none)"
+    if any(tile.out != 1 for tile in tiles):
+        return "groups along the output"
+    kind = "symmetric" if scheme.weight.symmetric else "asymmetric"
+    return f"{scheme.weight.bits}-bit {kind} weights in these groups"
+
+
 def settled(named: str | None, written: WrittenModel) -> str:
-    """The format of a result whose every linear is known."""
+    """The format of the folder that is written, its every linear known: of file formats, the one on the way."""
     if named is not None:
-        return named
+        return HOLDS_ALL if is_file_format(target(named)) else named
     alike, scheme = not (written.departures or written.only_ours), written.scheme
     fits = alike and find("formats", WIDELY_LOADED).holds(scheme.weight, scheme.tile, False)
     return WIDELY_LOADED if fits else HOLDS_ALL

@@ -12,13 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.api.block_work import BlockWork
-from bitwright.api.format_choice import encoder, expected, settled
+from bitwright.api.format_choice import encoder, expected, is_file_format, settled, target
 from bitwright.api.parameters import LearnedParameters, belonging
 from bitwright.api.source import DTYPES, FAMILIES, Source
 from bitwright.api.tensor_work import TensorWork
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.method import DataFree, Learned, Method
-from bitwright.core.quantized import WrittenModel, departures
+from bitwright.core.quantized import WriteOptions, WrittenModel, departures
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find, names
 from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
@@ -85,7 +85,8 @@ class Work(Protocol):
 class Job:
     """Everything a run needs, checked.
 
-    ``format`` makes the tensors; ``expected`` is the format as far as it is known before the methods have decided.
+    ``format`` makes the tensors; ``target`` is what they end in, which differs where files are made of a finished
+    folder; ``expected`` is the format as far as it is known before the methods have decided.
     """
 
     recipe: Recipe
@@ -94,6 +95,7 @@ class Job:
     methods: tuple[Method, ...]
     settings: Settings
     format: ModuleType
+    target: ModuleType
     expected: str
     source: Source
     work: Work
@@ -105,6 +107,11 @@ class Job:
         """The calibration segments, None where no text was named."""
         return self.work.tokens
 
+    @property
+    def scales(self) -> torch.dtype:
+        """The dtype that scales are stored in: the format's, or that of the checkpoint."""
+        return self.target.SCALES or self.source.checkpoint.dtype_of_weights
+
     def written(self, reports: Sequence[dict[str, Any]] = ()) -> WrittenModel:
         """What config.json has to say once these blocks are done."""
         rows = [row for report in reports for row in report["linears"]]
@@ -112,7 +119,7 @@ class Job:
             self.scheme,
             self.source.family,
             self.source.head_dim,
-            self.source.checkpoint.dtype_of_weights,
+            self.scales,
             tuple(self.work.kept_linears),
             departures(self.scheme, rows),
             self.work.only_ours(self.scheme) is not None,
@@ -121,6 +128,10 @@ class Job:
     def settled_format(self, reports: Sequence[dict[str, Any]]) -> str:
         """The format of the result, its blocks done."""
         return settled(self.recipe.format, self.written(reports))
+
+    def named_format(self, reports: Sequence[dict[str, Any]]) -> str:
+        """What the result is called: the format that was named, or that was settled for."""
+        return self.recipe.format or self.settled_format(reports)
 
     def left_out(self, name: str) -> str | None:
         """What the config of a format cannot say of the scheme, in words."""
@@ -148,10 +159,14 @@ class Job:
 
 def prepare(recipe: Recipe, device: str = "auto") -> Job:
     """Checks a recipe against the model without reading any weight. Raises UserError."""
+    chosen, goal = encoder(recipe.format), target(recipe.format)
     scheme = Scheme.parse(recipe.scheme)
-    chosen = encoder(recipe.format)
     methods = compose(recipe.settled_method)
     source = Source.open(Path(recipe.model))
+    if is_file_format(goal):
+        _check_weights_alone(recipe, scheme)
+        scheme = goal.adapted(scheme)
+        goal.check(source.checkpoint.config, source.checkpoint.folder, write_options(recipe))
     free = recipe.calibration is None and all(isinstance(method, DataFree) for method in methods)
     work: Work = (TensorWork if free else BlockWork).of(recipe, source, device)
     topology = source.family.topology if source.family else None
@@ -159,7 +174,7 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     methods = compose(method)
     settings = _settings(recipe, scheme, method, methods)
     known = expected(recipe.format, scheme, methods, settings, work.only_ours(scheme))
-    job = Job(recipe, scheme, method, methods, settings, chosen, known, source, work, note, None)
+    job = Job(recipe, scheme, method, methods, settings, chosen, goal, known, source, work, note, None)
     _check_scheme(job)
     chosen.quantization_config(job.written())  # refuses a scheme that it has no words for
     _check_dtypes(job)
@@ -167,6 +182,20 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     if recipe.load_parameters is not None:
         job = replace(job, learned=_load_parameters(job, recipe.load_parameters))
     return replace(job, work=work.with_text(recipe, methods))
+
+
+def _check_weights_alone(recipe: Recipe, scheme: Scheme) -> None:
+    if scheme.activations or scheme.kv:
+        raise RecipeError(
+            f"format {recipe.format} holds weights alone, and scheme {scheme} quantizes activations or KV cache too; "
+            f"take W{scheme.weight.bits}A16, or --format compressed-tensors"
+        )
+
+
+def write_options(recipe: Recipe, account: Mapping[str, Any] | None = None) -> WriteOptions:
+    """What a recipe asks of a file format."""
+    base = None if recipe.base is None else Path(recipe.base)
+    return WriteOptions(embeddings=recipe.embeddings, base=base, account=account or {})
 
 
 def _settings(recipe: Recipe, scheme: Scheme, method: str, methods: tuple[Method, ...]) -> Settings:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from bitwright.api.crew import crew_of
-from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED
+from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED, on_the_way
 from bitwright.api.job import Job, prepare
 from bitwright.api.source import architecture
 from bitwright.api.tensor_kinds import TensorKind, tensors_of
@@ -54,10 +54,10 @@ def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_m
 
 def plan_of(job: Job) -> Plan:
     """The plan of a job that is ready."""
-    checkpoint, dtype, work = job.source.checkpoint, job.source.checkpoint.dtype_of_weights, job.work
+    checkpoint, dtype, work = job.source.checkpoint, job.scales, job.work
     replaced = {w.tensor for w in work.weights if w.tensor.removesuffix(".weight") == w.name}
     kept = sum(checkpoint.nbytes(name) for name in checkpoint.names if name not in replaced)
-    quantized = sum(job.format.stored_bytes(w.shape, _scheme(job, w), dtype) for w in work.weights)
+    quantized = sum(job.target.stored_bytes(w.shape, _scheme(job, w), dtype) for w in work.weights)
     count = sum(prod(weight.shape) for weight in work.weights)
     bits = sum(w.slices * packed_bits(w.slice, job.scheme.weight, w.tile(job.scheme.tile), dtype) for w in work.weights)
     budget = work.budget(job.settings, learned(job.methods))
@@ -89,7 +89,7 @@ def _scheme(job: Job, weight: Weight) -> Scheme:
 def _notes(job: Job) -> Iterator[str]:
     if job.note is not None:
         yield job.note
-    left_out = job.left_out(job.recipe.format or WIDELY_LOADED)
+    left_out = job.left_out(on_the_way(job.recipe.format) or WIDELY_LOADED)
     if left_out is not None and job.expected != HOLDS_ALL:
         yield left_out
     if job.recipe.quantize_lm_head and any(method.needs_text for method in job.methods):

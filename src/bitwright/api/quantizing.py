@@ -8,12 +8,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from bitwright.api.account import identity, run_account
+from bitwright.api.account import identity
 from bitwright.api.block_work import BlockWork
-from bitwright.api.companions import write_companions
 from bitwright.api.crew import Crew, crew_of
+from bitwright.api.finishing import finish
+from bitwright.api.format_choice import is_file_format, is_single
 from bitwright.api.job import Job, prepare
-from bitwright.api.loading import REPORT
 from bitwright.api.parameters import saved_for
 from bitwright.api.planning import plan_of
 from bitwright.api.sink import FolderSink
@@ -21,14 +21,13 @@ from bitwright.api.source import require_folder
 from bitwright.api.tensor_run import run_tensors
 from bitwright.api.tensor_work import TensorWork
 from bitwright.checkpoint.journal import Journal
-from bitwright.checkpoint.merge import merge_begun, merge_shards
+from bitwright.checkpoint.merge import merge_begun
 from bitwright.checkpoint.output import OutputFolder, refuse_existing, refuse_overlap, require_free, work_folder
 from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.errors import ChangedError, OutputError, RecipeError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
 from bitwright.methods import learned
-from bitwright.report.plain import plain
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.ranks import Ranks
 from bitwright.stream.runner import RunPlan, run
@@ -81,7 +80,8 @@ def quantize(
     torchrun on several machines; the bytes are the same.
     """
     start, output, ranks = monotonic(), Path(output), Ranks.here()
-    refuse_output(Path(recipe.model), output, overwrite)
+    single = is_single(recipe.format)
+    refuse_output(Path(recipe.model), output, overwrite, single)
     job = prepare(recipe, device)
     crew = crew_of(job, workers, max_memory, ranks)
     if not ranks.first:
@@ -91,7 +91,7 @@ def quantize(
     if not isinstance(job.work, TensorWork):  # hours follow; where minutes do, each tensor is checked when it is read
         checkpoint = job.source.checkpoint
         checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
-    with OutputFolder.claim(output, overwrite=overwrite, restart=restart) as work:
+    with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single) as work:
         journal = Journal.open(work.work / JOURNAL, identity(job), restart=restart)
         _adopt_others(journal)
         resumed = len(journal.recorded)
@@ -99,7 +99,8 @@ def quantize(
         with _forgetting_what_changed(work.work):
             account, beside = _produce(job, work, sink, saved, crew, ranks, listener)
         seconds, peak = monotonic() - start, peak_memory() + beside
-        write_json(work.path / TIMINGS, {"seconds": seconds, "peak_bytes": peak, "resumed_units": resumed})
+        if not single:
+            write_json(work.path / TIMINGS, {"seconds": seconds, "peak_bytes": peak, "resumed_units": resumed})
         work.publish()
     return ranks.from_first(_result(job, output, account, seconds, peak, resumed))
 
@@ -155,12 +156,9 @@ def _produce(
         run_tensors(job, sink, crew, ranks, listener)  # nothing is left to do, for the others neither
     ranks.wait_for_all()
     _adopt_others(sink.journal)
-    merge_shards(sink.parts(), work.path, job.recipe.shard_bytes)
-    write_companions(job, sink.reports(), work.path)
+    account = finish(job, work, sink, listener)
     if saved is not None:
         write_tensors(saved, sink.learned(), job.belonging)
-    account: dict[str, Any] = plain(run_account(job, sink.reports(), work.path))
-    write_json(work.path / REPORT, account)
     return account, beside
 
 
@@ -202,12 +200,13 @@ def _place_to_save(job: Job, path: Path, output: Path) -> Path:
     return path
 
 
-def refuse_output(model: Path, output: Path, overwrite: bool) -> None:
-    """Refuses what can be told of an output from its path alone, before anything is read. Raises OutputError."""
+def refuse_output(model: Path, output: Path, overwrite: bool, single: bool = False) -> None:
+    """Refuses what can be told of an output, a folder or a ``single`` file, from its path alone, before anything is
+    read. Raises OutputError."""
     require_folder(model)
     try:
         refuse_overlap(model, output)
-        refuse_existing(output, overwrite)
+        refuse_existing(output, overwrite, single)
         work_folder(output.resolve()).exists()  # its name is longer: perhaps too long
         around = next(folder for folder in output.resolve().parents if folder.exists())
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
@@ -219,7 +218,7 @@ def refuse_output(model: Path, output: Path, overwrite: bool) -> None:
 
 def _require_free(job: Job, output: Path) -> None:
     """Refuses a disk too small for all parts and one shard beside them, less what an earlier run has written."""
-    total = plan_of(job).bytes_out
+    total = plan_of(job).bytes_out * (2 if is_file_format(job.target) else 1)  # the folder that it is made of
     written = sum(path.stat().st_size for path in work_folder(output.resolve()).rglob("*.safetensors"))
     require_free(output, max(0, total + min(total, job.recipe.shard_bytes) - written))
 
@@ -231,6 +230,6 @@ def _write_tensors(job: Job, sink: FolderSink, crew: Crew, ranks: Ranks, listene
     assert isinstance(job.work, BlockWork)
     for name in job.work.outside:
         sink.pass_through(name)
-    plan = RunPlan(job.scheme, job.methods, job.settings, job.recipe.quantize_lm_head, job.learned)
+    plan = RunPlan(job.scheme, job.methods, job.settings, job.scales, job.recipe.quantize_lm_head, job.learned)
     run(job.work.skeleton, plan, sink, tokens=job.tokens, listener=listener)
     return 0

@@ -35,8 +35,7 @@ def _plan(job: Job, sink: FolderSink) -> TensorPlan:
     methods = tuple(method for method in job.methods if isinstance(method, DataFree))
     encode, stacked = job.format.encode, job.format.encode_stacked
     checkpoint, device = job.source.checkpoint, str(job.work.device)
-    dtype, settings = checkpoint.dtype_of_weights, job.settings
-    return TensorPlan(checkpoint, dtype, job.scheme, methods, settings, device, encode, stacked, sink.folder)
+    return TensorPlan(checkpoint, job.scales, job.scheme, methods, job.settings, device, encode, stacked, sink.folder)
 
 
 class _Told:

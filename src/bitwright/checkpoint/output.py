@@ -1,7 +1,7 @@
-"""The folder where a result comes into being: beside its final place, under a lock, moved there when it is whole.
+"""Where a result comes into being: beside its final place, under a lock, moved there when it is whole.
 
     OUTPUT.partial/         the work folder: lock, journal, parts, plan of the merge
-    OUTPUT.partial/result/  what becomes OUTPUT
+    OUTPUT.partial/result/  what becomes OUTPUT, or holds the file that does, where the result is a single file
     OUTPUT.old-bitwright/   the former OUTPUT while --overwrite replaces it
 
 The result stands apart from what it was made with, so that publishing is one rename: whatever moment a run is killed
@@ -25,40 +25,45 @@ REMOVED = "removed"
 class OutputFolder:
     """An output that this run, and no other, is making. `path` takes the result's files, `work` everything else.
 
+    Where the result is a single file, `file` is its place.
+
     A context manager: leaving it lets go of the lock, and keeps the work for a run that goes on.
     """
 
-    def __init__(self, output: Path, overwrite: bool, lock: FileLock) -> None:
+    def __init__(self, output: Path, overwrite: bool, lock: FileLock, single: bool = False) -> None:
         """`lock` is held. Made by `OutputFolder.claim`."""
         self.output = output
         self.work = work_folder(output)
         self.path = self.work / RESULT
-        self._overwrite = overwrite
+        self.file = self.path / output.name
+        self._overwrite, self._single = overwrite, single
         self._lock = lock
 
     @classmethod
-    def claim(cls, output: Path, overwrite: bool = False, restart: bool = False) -> "OutputFolder":
+    def claim(
+        cls, output: Path, overwrite: bool = False, restart: bool = False, single: bool = False
+    ) -> "OutputFolder":
         """Takes possession of `output`, goes on with what a killed run left of it, or with nothing on `restart`.
 
-        OutputError when it exists (unless `overwrite`, which replaces it only once the new one is whole), is a file,
-        cannot be written, or another run holds it. Nothing that exists is changed then.
+        OutputError when it exists (unless `overwrite`, which replaces it only once the new one is whole), is a file
+        (with `single`: a folder), cannot be written, or another run holds it. Nothing that exists is changed then.
         """
         try:
             output = Path(output).resolve()
-            refuse_existing(output, overwrite)
+            refuse_existing(output, overwrite, single)
             lock = _locked(output)
         except (OSError, RuntimeError) as error:  # RuntimeError: links that go round in a circle
             raise _refused(output, error) from error
         try:
             _restore(output)
-            refuse_existing(output, overwrite)
+            refuse_existing(output, overwrite, single)
             _prepare(work_folder(output), restart)
         except BaseException as error:
             lock.release()
             if isinstance(error, OSError):
                 raise _refused(output, error) from error
             raise
-        return cls(output, overwrite, lock)
+        return cls(output, overwrite, lock, single)
 
     def publish(self) -> None:
         """Makes the result durable and moves it to OUTPUT; the work folder is gone afterwards, and so is the lock.
@@ -68,7 +73,7 @@ class OutputFolder:
         try:
             _remove_temporaries(self.path)
             _sync_tree(self.path)
-            refuse_existing(self.output, self._overwrite)
+            refuse_existing(self.output, self._overwrite, self._single)
             self._move_into_place()
         except OSError as error:
             raise _refused(self.output, error) from error
@@ -88,6 +93,10 @@ class OutputFolder:
 
     def _move_into_place(self) -> None:
         """The result's rename, with a former OUTPUT out of the way, and back if it fails."""
+        if self._single:  # a file is replaced in one step
+            os.replace(self.file, self.output)
+            sync_folder(self.output.parent)
+            return
         old = _old(self.output)
         if self.output.exists():
             os.rename(self.output, old)
@@ -129,17 +138,21 @@ def require_free(path: Path, nbytes: int) -> None:
         )
 
 
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    """OutputError when something is at OUTPUT that may not, or should not, be replaced."""
+def refuse_existing(output: Path, overwrite: bool, single: bool = False) -> None:
+    """OutputError when something is at OUTPUT that may not, or should not, be replaced; `single`: by a file."""
     place = output.resolve()
     if not place.name:
         raise OutputError(f"{output}: is the root of the file system; name a folder for the result")
-    if output.exists() and not output.is_dir():
+    if single and output.is_dir():
+        raise OutputError(f"{output}: is a folder; the result is a file, choose another name for it")
+    if not single and output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; the result is a folder, choose another name for it")
     if not output.exists():
         return
     if not overwrite:
         raise OutputError(f"{output}: exists and is kept as it is; choose another output, or add --overwrite")
+    if single:
+        return
     home = Path(os.path.expanduser("~"))
     precious = next((kept for kept in (Path.cwd(), home.resolve()) if place in (kept, *kept.parents)), None)
     if precious is not None:

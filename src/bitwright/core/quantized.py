@@ -161,3 +161,18 @@ class QuantizedModel(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a quantized linear [O, I], or of another tensor; nothing but its header is read."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a file format is written.
+
+    ``lossy``: weights whose codes it cannot hold are quantized once more. ``embeddings``: the type of embedding and
+    output layer, None for the format's own choice. ``base``: a file of the same format whose metadata are taken.
+    ``account``: what goes along of bitwright.json.
+    """
+
+    lossy: bool = False
+    embeddings: str | None = None
+    base: Path | None = None
+    account: Mapping[str, Any] = field(default_factory=dict)

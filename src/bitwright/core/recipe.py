@@ -16,7 +16,8 @@ class Recipe:
     ``seqlen`` None is 2048 tokens, or the model's own maximum where that is shorter. ``method`` None is ``omniquant``
     where calibration text is named and ``rtn`` where none is. ``format`` None is ``compressed-tensors`` where every
     linear fits into it and ``bitwright`` where one does not. ``include`` and ``exclude`` are patterns of names, with
-    commas between them, for methods that need no text. ``training`` names the preset of the methods'
+    commas between them, for methods that need no text. ``embeddings`` and ``base`` are for formats that are made of a
+    finished folder, ``engines`` what the result shall run on. ``training`` names the preset of the methods'
     settings; the keys after it are single settings (``core/settings.py``), None is what the preset says for the scheme.
     """
 
@@ -51,6 +52,9 @@ class Recipe:
     include: str | None = None
     exclude: str | None = None
     load_parameters: str | None = None
+    engines: str | None = None
+    embeddings: str | None = None
+    base: str | None = None
 
     def __post_init__(self) -> None:
         for key, hint in get_type_hints(type(self)).items():

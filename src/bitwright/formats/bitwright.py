@@ -38,6 +38,9 @@ SCALES: torch.dtype | None = None
 """The dtype of scales; None: that of the checkpoint."""
 
 
+HOLDS = "everything"
+
+
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for such a linear: always."""
     return True

@@ -45,6 +45,9 @@ INSTEAD = (
 )
 
 
+HOLDS = "2 to 8 bits, symmetric or not, per channel or in groups along the input, the same for all linears"
+
+
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
     return tile.out == 1 and not outliers

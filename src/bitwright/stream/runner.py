@@ -46,11 +46,13 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What to do with every block. ``learned`` gives a block's parameters of an earlier training: none is done now."""
+    """What to do with every block. ``scales`` is the dtype that scales are stored in, and parameters that a transform
+    moved. ``learned`` gives a block's parameters of an earlier training: none is done now."""
 
     scheme: Scheme
     methods: Sequence[Method]
     settings: Settings
+    scales: torch.dtype
     with_head: bool
     learned: Callable[[str], Mapping[str, Tensor]] | None = None
 
@@ -98,10 +100,9 @@ def _quantize(
     stream: Stream | None,
     inside: Callable[[float, str], None],
 ) -> Stream | None:
-    dtype = skeleton.checkpoint.dtype_of_weights
-    decisions, learned = _decide(block, plan, dtype, stream, inside)
+    decisions, learned = _decide(block, plan, stream, inside)
     parameters = dict(block.module.named_parameters())
-    folded = fold(parameters, block.topology, decisions, plan.scheme, dtype)
+    folded = fold(parameters, block.topology, decisions, plan.scheme, plan.scales)
     after, errors = stream, None
     if stream is not None and block.name:  # the output layer's outputs would be logits of every calibration token
         after, errors = advance(block, folded, folded.written(), plan.scheme, stream, in_place=True)
@@ -112,13 +113,13 @@ def _quantize(
 
 
 def _decide(
-    block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream | None, inside: Callable[[float, str], None]
+    block: Block, plan: RunPlan, stream: Stream | None, inside: Callable[[float, str], None]
 ) -> tuple[BlockDecisions, dict[str, Tensor]]:
     """All methods in order, neighbouring learned ones trained together; and what they learned.
 
     On the output layer, which has no stream of its own, what is learned elsewhere has its default.
     """
-    context, targets = _context(block, plan, dtype, stream)
+    context, targets = _context(block, plan, stream)
     decisions = BlockDecisions()
     learned: dict[str, Tensor] = {}
     for is_learned, methods in groupby(plan.methods, lambda method: isinstance(method, Learned)):
@@ -142,14 +143,14 @@ def _decided(method: Method, block: Block, context: Context, decisions: BlockDec
     return decisions.with_linears({n: method.decide(w, context, decisions.linear(n)) for n, w in weights.items()})
 
 
-def _context(block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream | None) -> tuple[Context, Tensor | None]:
+def _context(block: Block, plan: RunPlan, stream: Stream | None) -> tuple[Context, Tensor | None]:
     """What methods see, and the block's full-precision outputs; no data for the output layer, and without text."""
     if stream is None or not block.name:
-        return Context(plan.scheme, dtype, settings=plan.settings), None
+        return Context(plan.scheme, plan.scales, settings=plan.settings), None
     reads = any(isinstance(m, Learned) or (isinstance(m, Closed) and m.reads_stats) for m in plan.methods)
     stats, targets = statistics(block, stream) if reads else ({}, None)
-    measure, inspect = partial(_moments, block, plan, dtype, stream), partial(_inspect, block, plan, stream)
-    return Context(plan.scheme, dtype, stream.activations, stats, plan.settings, measure, inspect), targets
+    measure, inspect = partial(_moments, block, plan, stream), partial(_inspect, block, plan, stream)
+    return Context(plan.scheme, plan.scales, stream.activations, stats, plan.settings, measure, inspect), targets
 
 
 def _inspect(
@@ -159,10 +160,8 @@ def _inspect(
     return ModuleInspection(block, module, parameters, plan.scheme, inputs, stream.kwargs_of(block), tokens)
 
 
-def _moments(
-    block: Block, plan: RunPlan, dtype: torch.dtype, stream: Stream, linear: str, decisions: BlockDecisions
-) -> Moments:
-    folded = fold(dict(block.module.named_parameters()), block.topology, decisions, plan.scheme, dtype)
+def _moments(block: Block, plan: RunPlan, stream: Stream, linear: str, decisions: BlockDecisions) -> Moments:
+    folded = fold(dict(block.module.named_parameters()), block.topology, decisions, plan.scheme, plan.scales)
     inputs, kwargs = stream.activations, stream.kwargs_of(block)
     return moments(block, linear, folded, plan.scheme, inputs, kwargs, with_drift=plan.settings.drift)
 

@@ -1,0 +1,46 @@
+"""From the parts of a run to what its user gets: shards, what lies beside them, the account; or a format's own file."""
+
+from pathlib import Path
+from typing import Any
+
+from bitwright.api.account import run_account
+from bitwright.api.companions import write_companions
+from bitwright.api.format_choice import is_file_format
+from bitwright.api.job import Job, write_options
+from bitwright.api.loading import REPORT
+from bitwright.api.sink import FolderSink
+from bitwright.checkpoint.merge import merge_shards
+from bitwright.checkpoint.output import OutputFolder
+from bitwright.checkpoint.writer import write_json
+from bitwright.core.progress import Listener
+from bitwright.formats import QuantizedFolder
+from bitwright.report.plain import plain
+
+ON_THE_WAY = "folder"
+"""In the work folder: the quantized folder that a file format is made of."""
+
+
+def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -> dict[str, Any]:
+    """Makes the result in its work folder, every part being there; what bitwright.json says of it."""
+    whole = is_file_format(job.target)
+    folder = work.work / ON_THE_WAY if whole else work.path
+    folder.mkdir(exist_ok=True)
+    merge_shards(sink.parts(), folder, job.recipe.shard_bytes)
+    write_companions(job, sink.reports(), folder)
+    account: dict[str, Any] = plain(run_account(job, sink.reports(), folder))
+    if not whole:
+        write_json(folder / REPORT, account)
+        return account
+    place = work.file if job.target.SINGLE else work.path
+    told = {key: value for key, value in account.items() if key != "totals"}
+    job.target.write(QuantizedFolder.open(folder), place, write_options(job.recipe, told), listener)
+    account["totals"]["bytes_out"] = bytes_of(place)
+    if not job.target.SINGLE:
+        write_json(work.path / REPORT, account)
+    return account
+
+
+def bytes_of(place: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files)

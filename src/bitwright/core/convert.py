@@ -1,0 +1,73 @@
+"""A quantized weight on other terms, the same weight: what one format says of it, said as another has to.
+
+Nothing here quantizes again. ``None`` is returned where the weight cannot be said so.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import Difference
+from bitwright.core.scheme import Grid, Tile
+
+
+def with_scales(weight: QTensor, dtype: torch.dtype) -> QTensor:
+    """The same codes, scales rounded to ``dtype``."""
+    return replace(weight, scale=weight.scale.to(dtype))
+
+
+def on_grid(weight: QTensor, grid: Grid) -> QTensor | None:
+    """The same weight in codes of another grid, at least as fine: codes and zero points are shifted together.
+
+    A symmetric grid takes asymmetric codes only where every zero point is in the middle, or leaves room.
+    """
+    if grid == weight.grid:
+        return weight
+    codes = weight.codes.to(torch.int16)
+    zero = torch.zeros_like(weight.scale, dtype=torch.int16) if weight.zero is None else weight.zero.to(torch.int16)
+    if grid.symmetric:
+        moved = _lowered(codes, zero)
+        if int(moved.min()) < grid.qmin or int(moved.max()) > grid.qmax:
+            return None
+        return replace(weight, codes=moved.to(torch.int8), zero=None, grid=grid)
+    # From signed codes: both go up by as much as brings the lowest possible code to 0.
+    up = -weight.grid.qmin
+    codes, zero = codes + up, zero + up
+    if weight.grid.steps > grid.steps and (int(codes.max()) > grid.qmax or int(zero.max()) > grid.qmax):
+        return None
+    return replace(weight, codes=codes.to(torch.uint8), zero=zero.to(torch.uint8), grid=grid)
+
+
+def split(weight: QTensor, tile: Tile) -> QTensor | None:
+    """The same weight in smaller tiles, each with the scale (and zero point) of the tile it lies in."""
+    if tile.size(weight.shape) == weight.tile.size(weight.shape):
+        return replace(weight, tile=tile)
+    (rows, columns), (to_rows, to_columns) = weight.tile.size(weight.shape), tile.size(weight.shape)
+    if rows % to_rows or columns % to_columns or not tile.divides(weight.shape):
+        return None
+    scale = _repeated(weight.scale, rows // to_rows, columns // to_columns)
+    zero = None if weight.zero is None else _repeated(weight.zero, rows // to_rows, columns // to_columns)
+    return replace(weight, scale=scale, zero=zero, tile=tile)
+
+
+def difference(name: str, before: QTensor, after: QTensor, codes: bool = True) -> Difference:
+    """What lies between two versions of a weight, both computed in float32."""
+    was = before.dequantize(torch.float32)
+    return Difference(name, codes, relative_error(was, after.dequantize(torch.float32)))
+
+
+def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
+    """``|W - W'|^2 / |W|^2``; of weights that are all zeros, 0 or infinity."""
+    lost, all_of_it = float((before - after).double().square().sum()), float(before.double().square().sum())
+    return lost / all_of_it if all_of_it else (0.0 if not lost else float("inf"))
+
+
+def _lowered(codes: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Codes less the zero point of their tile."""
+    (rows, columns), (p, q) = codes.shape, zero.shape
+    return (codes.view(p, rows // p, q, columns // q) - zero[:, None, :, None]).view(rows, columns)
+
+
+def _repeated(per_tile: torch.Tensor, down: int, along: int) -> torch.Tensor:
+    return per_tile.repeat_interleave(down, 0).repeat_interleave(along, 1)

@@ -2,6 +2,7 @@
 
 from bitwright.api.demonstrating import Demonstration, demo
 from bitwright.api.evaluating import Evaluation, evaluate
+from bitwright.api.exporting import Exported, export
 from bitwright.api.inspecting import Inspection, inspect
 from bitwright.api.loading import load
 from bitwright.api.planning import Plan, plan
@@ -10,11 +11,13 @@ from bitwright.api.quantizing import Result, quantize, speaks
 __all__ = [
     "Demonstration",
     "Evaluation",
+    "Exported",
     "Inspection",
     "Plan",
     "Result",
     "demo",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "plan",

@@ -1,10 +1,12 @@
 """What lies beside the weights: config.json, and the files of the original that go along."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from bitwright.api.job import Job
 from bitwright.checkpoint.writer import copy_file, write_json
+from bitwright.core.quantized import WrittenModel
 from bitwright.core.registry import find
 
 CONFIG = "config.json"
@@ -28,15 +30,26 @@ COPIED = (
 
 def write_companions(job: Job, reports: list[dict[str, Any]], folder: Path) -> None:
     """config.json with its quantization_config, and the files that go along."""
-    source, config = job.source.checkpoint.folder, dict(job.source.checkpoint.config)
+    config = dict(job.source.checkpoint.config)
     if job.recipe.quantize_lm_head:
         config["tie_word_embeddings"] = False
-    if job.scheme.kv is not None:  # compressed-tensors asks every attention for it
+    format = find("formats", job.settled_format(reports))
+    write_config(config, format, job.written(reports), folder)
+    copy_companions(job.source.checkpoint.folder, folder)
+
+
+def write_config(config: dict[str, Any], format: ModuleType, written: WrittenModel, folder: Path) -> None:
+    """config.json, with what a format has to say of the quantized model."""
+    if written.scheme.kv is not None:  # compressed-tensors asks every attention for it
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    described = find("formats", job.settled_format(reports)).quantization_config(job.written(reports))
+    described = format.quantization_config(written)
     if described is not None:
         config["quantization_config"] = described
     write_json(folder / CONFIG, config)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """The files that go along with a model: tokenizer, generation settings, licence."""
     for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)

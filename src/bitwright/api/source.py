@@ -70,10 +70,22 @@ class Source:
     @property
     def head_dim(self) -> int:
         """Features of an attention head; 0 where that is not known."""
-        config = self.config
-        if config is None:
-            return 0
-        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        return 0 if self.config is None else _head_dim(self.config)
+
+
+def family_of(folder: Path) -> tuple[Family | None, int]:
+    """What is known of the architecture in a folder, and the features of an attention head; None and 0 of another."""
+    model_type = _model_type(open_checkpoint(folder))
+    if model_type not in FAMILIES:
+        return None, 0
+    config = model_config(folder)
+    with blaming_the_config(folder):
+        family: Family = find("families", model_type).describe(config)
+        return family, _head_dim(config)
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bitwright.cli.console import err, out, show
-from bitwright.cli.options import Device, Json
+from bitwright.cli.options import FORMATS, Base, Device, Embeddings, Json
 from bitwright.cli.quantize import quantize
 from bitwright.report import screens
 from bitwright.report.progress import ProgressReport
@@ -108,6 +108,40 @@ def inspect(
     from bitwright import api
 
     show(api.inspect(path), lambda console, found: screens.inspection(console, found, linears), as_json)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a quantized model, whoever quantized it.")],
+    format: Annotated[str, typer.Option(help=FORMATS)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder or file to write; must not exist.")],
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Quantize weights that the format cannot hold once more; says what it adds.")
+    ] = False,
+    embeddings: Embeddings = None,
+    base: Base = None,
+    shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of continuing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized folder in another format, its codes kept. Interrupted, the same command continues."""
+    from bitwright import api
+
+    with ProgressReport(err) as listener:
+        found = api.export(
+            folder,
+            output,
+            format=format,
+            lossy=lossy,
+            embeddings=embeddings,
+            base=base,
+            shard_size=shard_size,
+            overwrite=overwrite,
+            restart=restart,
+            listener=listener,
+        )
+    show(found, screens.exported, as_json)
 
 
 @app.command()

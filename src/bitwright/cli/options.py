@@ -1,8 +1,16 @@
 """The options that several commands take."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
+FORMATS = "compressed-tensors, bitwright, dense, gptq, awq, gguf, mlc."
+Embeddings = Annotated[
+    str | None, typer.Option(help="gguf: embedding and output layer in q8_0, or f16. [default: q8_0]")
+]
+Base = Annotated[
+    Path | None, typer.Option(help="gguf: a .gguf file of the same model, whose metadata and tokenizer are taken.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]

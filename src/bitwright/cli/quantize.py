@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from bitwright.cli.console import err, show
-from bitwright.cli.options import Device, Json
+from bitwright.cli.options import FORMATS, Base, Device, Embeddings, Json
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import GRAMMAR
 from bitwright.report import screens
 from bitwright.report.progress import ProgressReport
 
-PLACES = ("model", "output", "calibration", "save_parameters", "load_parameters")
+PLACES = ("model", "output", "calibration", "save_parameters", "load_parameters", "base")
 METHODS = (
     "omniquant, or methods joined by +, in this order: equalize, smoothquant, osplus, awq, let; easyquant-outliers; "
     "adadim; easyquant, lwc, pact, lsq; rtn, gptq. lwc starts from the ranges of easyquant or awq; easyquant decides "
@@ -37,9 +37,7 @@ def quantize(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
     format: Annotated[
         str | None,
-        typer.Option(
-            help="compressed-tensors, bitwright, dense. [default: compressed-tensors, bitwright where it must]"
-        ),
+        typer.Option(help=f"{FORMATS} [default: compressed-tensors, bitwright where it must]"),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -143,6 +141,8 @@ def quantize(
     load_parameters: Annotated[
         Path | None, typer.Option(help="Quantize with parameters saved before, without training.")
     ] = None,
+    embeddings: Embeddings = None,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model folder. Interrupted, the same command continues.

@@ -64,6 +64,25 @@ def result(console: Console, found: Any) -> None:
     )
 
 
+def exported(console: Console, found: Any) -> None:
+    """``export``."""
+    again = found.linears - found.codes_kept
+    error = f"at most {found.largest_error:.3g} (in {found.largest_in}), {found.mean_error:.3g} on average, squared"
+    pairs(
+        console,
+        f"Wrote {found.output}",
+        [
+            ("format", f"{found.format}, from {found.read_as}"),
+            ("linears", f"{found.linears}, {found.exact} of them exactly as they were"),
+            ("codes kept", f"in {found.codes_kept} of {found.linears}" if found.exact < found.linears else None),
+            ("quantized again", f"{again} linears" if again else None),
+            ("relative error", error if found.largest_in else None),
+            ("size", f"{size(found.bytes_in)} -> {size(found.bytes_out)}"),
+            ("took", f"{duration(found.seconds)}, peak memory {size(found.peak_bytes)}"),
+        ],
+    )
+
+
 def evaluation(console: Console, found: Any) -> None:
     """``evaluate``."""
     pairs(

@@ -1,0 +1,100 @@
+"""A quantized weight in terms that another format holds: exactly where that can be, else quantized once more."""
+
+from collections.abc import Iterator
+from itertools import product
+from types import ModuleType
+
+import torch
+
+from bitwright.core.convert import difference, on_grid, split, with_scales
+from bitwright.core.decisions import LinearDecision
+from bitwright.core.errors import RecipeError
+from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import Difference
+from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
+from bitwright.steps.apply import quantize_linear
+from bitwright.steps.range_fit import fitted
+
+GROUPS = (128, 64, 32)
+ALIGNMENT = 16.0
+"""How errors along the weights count, as in easyquant."""
+
+
+def refitted(name: str, weight: QTensor, format: ModuleType, lossy: bool) -> tuple[QTensor, Difference]:
+    """The weight as a format holds it, and what it lost.
+
+    Raises RecipeError where its codes cannot be kept, unless ``lossy``.
+    """
+    exact = _exactly(weight, format)
+    if exact is not None:
+        return exact, difference(name, weight, exact)
+    if not lossy:
+        raise RecipeError(
+            f"{name}: {_described(weight)} cannot be held exactly in this format, which holds {format.HOLDS}. --lossy "
+            "quantizes such weights once more and says what that adds"
+        )
+    again = _again(name, weight, format)
+    return again, difference(name, weight, again, codes=False)
+
+
+def _exactly(weight: QTensor, format: ModuleType) -> QTensor | None:
+    """The same codes on the first terms that fit."""
+    outliers = weight.outlier_index is not None and weight.outlier_index.numel() > 0
+    scaled = with_scales(weight, format.SCALES or weight.scale.dtype)
+    if not scaled.scale.isfinite().all() or (scaled.scale == 0).any():
+        return None
+    for grid, tile in product(_grids(weight.grid), _tiles(weight)):
+        if format.holds(grid, tile, outliers) and (found := _on(scaled, grid, tile)) is not None:
+            return found
+    return None
+
+
+def _on(weight: QTensor, grid: Grid, tile: Tile) -> QTensor | None:
+    moved = on_grid(weight, grid)
+    return None if moved is None else split(moved, tile)
+
+
+def _grids(grid: Grid) -> Iterator[Grid]:
+    """The weight's own grid, then others that may hold its codes, small ones first."""
+    yield grid
+    for bits, symmetric in product(range(grid.bits, MAX_BITS + 1), (False, True)):
+        if (bits, symmetric) != (grid.bits, grid.symmetric):
+            yield Grid(bits, symmetric)
+
+
+def _tiles(weight: QTensor) -> Iterator[Tile]:
+    if weight.tile.size(weight.shape) == (1, weight.shape[1]):
+        yield Tile(1, FULL)  # a reader cannot tell one group that is the whole row from a channel
+    yield weight.tile
+    for group in GROUPS:
+        yield Tile(1, group)
+
+
+def _again(name: str, weight: QTensor, format: ModuleType) -> QTensor:
+    """The dequantized weight on the nearest terms that the format holds, with ranges of least squared error."""
+    terms = _nearest(weight, format)
+    if terms is None:
+        raise RecipeError(f"{name} {list(weight.shape)}: fits into no groups that this format holds ({format.HOLDS})")
+    grid, tile = terms
+    dense, dtype = weight.dequantize(torch.float32), format.SCALES or weight.scale.dtype
+    low, high = fitted(dense, grid, tile, dtype, alignment=ALIGNMENT)
+    return quantize_linear(dense, LinearDecision(low=low, high=high), Scheme(grid, tile), dtype)
+
+
+def _nearest(weight: QTensor, format: ModuleType) -> tuple[Grid, Tile] | None:
+    """The bits nearest to the weight's, more rather than fewer; its own tile where that is held."""
+    bits = sorted(range(MIN_BITS, MAX_BITS + 1), key=lambda b: (abs(b - weight.grid.bits), -b))
+    grids = (Grid(b, symmetric) for b, symmetric in product(bits, (weight.grid.symmetric, not weight.grid.symmetric)))
+    for grid, tile in product(grids, list(_tiles(weight))):
+        if tile.divides(weight.shape) and format.holds(grid, tile, False):
+            return grid, tile
+    return None
+
+
+def _described(weight: QTensor) -> str:
+    """What a weight is, for a message."""
+    rows, columns = weight.tile.size(weight.shape)
+    kind = "symmetric" if weight.grid.symmetric else "asymmetric"
+    kept = 0 if weight.outlier_index is None else weight.outlier_index.numel()
+    outliers = f", with {kept} outliers," if kept else ""
+    return f"a {weight.grid.bits}-bit {kind} weight in tiles of {rows} x {columns}{outliers}"

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitwright.api.dequantizing import is_made_dense
 from bitwright.api.loading import left_out, load
 from bitwright.api.scoring import TaskOptions, answers_file, prepare_tasks, score
 from bitwright.api.source import (
@@ -34,7 +35,8 @@ from bitwright.evaluation.windows import consecutive
 class Evaluation:
     """What was measured, and what it was made of: the folder, the text, the dtype of the arithmetic, bytes on disk.
 
-    ``loader`` is "transformers", or "bitwright" where queries are quantized that the folder's config leaves out.
+    ``loader`` is "transformers", or "bitwright" where the folder is dequantized by Bitwright (gptq, awq), and where
+    queries are quantized that its config leaves out.
     ``text`` and ``measurement`` are None where only tasks were asked for, ``tasks`` empty where only a text was.
     """
 
@@ -101,7 +103,7 @@ def evaluate(
         folder=str(folder),
         text=text,
         reference=None if reference is None else str(reference),
-        loader="transformers" if left_out(pair.folder) is None else "bitwright",
+        loader=_loader(pair.folder),
         dtype=_name(pair.arithmetic),
         device=str(pair.where),
         weight_bytes=open_checkpoint(pair.folder).total_bytes,
@@ -171,6 +173,11 @@ def _score(
         return scores, notes
     originals, _ = score(asked, prepared, pair.reference, pair.load(pair.reference), file, listener)
     return side_by_side(scores, originals), notes
+
+
+def _loader(folder: Path) -> str:
+    plain = left_out(folder) is None and not is_made_dense(open_checkpoint(folder))
+    return "transformers" if plain else "bitwright"
 
 
 def _name(dtype: torch.dtype) -> str:

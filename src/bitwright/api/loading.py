@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from bitwright.api.dequantizing import dense_tensors, is_made_dense
 from bitwright.api.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.core.errors import SchemeError
 from bitwright.core.registry import find, names
@@ -19,13 +20,16 @@ REPORT = "bitwright.json"
 def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """The model in a folder, original or quantized, ready to run; offline, no remote code.
 
-    Plain transformers loads it, the bitwright format through our plugin: packed weights stay packed in memory. Queries
-    that the folder's config leaves out are quantized on top (``W4A8KV4``).
+    Plain transformers loads it, the bitwright format through our plugin: packed weights stay packed in memory. Folders
+    in gptq and awq are read by Bitwright and dense in memory. Queries that the folder's config leaves out are quantized
+    on top (``W4A8KV4``).
     ``dtype`` "auto" is the checkpoint's own where the device is fast with it. Raises CheckpointError.
     """
     folder = Path(folder)
-    where = pick_device(device)
-    model = load_model(folder, pick_dtype(dtype, where, open_checkpoint(folder).dtype_of_weights), where)
+    where, checkpoint = pick_device(device), open_checkpoint(folder)
+    arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)
+    tensors = dense_tensors(folder, arithmetic) if is_made_dense(checkpoint) else None
+    model = load_model(folder, arithmetic, where, tensors)
     quantize_attention(model, left_out(folder), None)
     return model
 

@@ -1,5 +1,6 @@
 """What comes out of a block, and the account that is given of it."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,8 @@ class Described:
     """What the quantization_config of a folder says of it, whoever wrote it.
 
     ``grid`` is that of its linears, in whose ``codes`` they are read; ``kept`` the linears that are not quantized.
-    ``variant`` is what else a format needs to know to read its tensors.
+    ``variant`` is what else a format needs to know to read its tensors. ``rules`` are regular expressions with the grid
+    of linears whose names they match from the beginning; the first that does counts, other linears have ``grid``.
     """
 
     grid: Grid
@@ -111,10 +113,11 @@ class Described:
     kv: Grid | None = None
     kept: tuple[str, ...] = ()
     variant: str = ""
+    rules: tuple[tuple[str, Grid], ...] = ()
 
     def grid_of(self, linear: str) -> Grid:
         """The grid of one linear."""
-        return self.grid
+        return next((grid for pattern, grid in self.rules if re.match(pattern, linear)), self.grid)
 
 
 @dataclass(frozen=True)

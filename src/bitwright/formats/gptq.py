@@ -1,0 +1,230 @@
+"""GPTQ, as GPTQModel and AutoGPTQ write it: what GPTQModel, vLLM and transformers (through GPTQModel) load.
+
+Tensors of a linear X [O, I] with Q groups along the input: ``X.qweight`` int32 [I * bits / 32, O], the codes of each
+output channel from the first input on, lowest bit first; ``X.qzeros`` int32 [Q, O * bits / 32], the zero points of a
+group in the same way; ``X.scales`` float16 [Q, O]; ``X.g_idx`` int32 [I], the group of each input. Codes are 0 to
+2**bits - 1 and symmetric ones have the zero point 2**(bits-1). Version 1 stores a zero point less one, so that 0 wraps;
+version 2 (``checkpoint_format: gptq_v2``) stores it as it is.
+
+What is written: symmetric grids in version 1, which everybody reads, asymmetric ones in version 2. GPTQModel adds the
+one of version 1 to whole words, where a zero point 0 would run over into its neighbour, and refuses asymmetric folders
+of version 1 that it has not written itself; vLLM takes symmetric ones alone (docs/formats/gptq.md).
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float, Int, Int32
+from torch import Tensor
+
+from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.packing import pack, unpack
+from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import Described, WrittenModel
+from bitwright.core.scheme import Grid, Scheme, Tile
+
+BITS = (2, 3, 4, 8)
+MULTIPLE = 32
+"""Inputs and outputs come in whole words of codes."""
+V1, V2 = "gptq", "gptq_v2"
+LEAVES = ("qweight", "qzeros", "scales", "g_idx")
+"""How the names of a weight's tensors end; the first is always there."""
+SCALES: torch.dtype | None = torch.float16
+"""The dtype of scales."""
+HOLDS = "2, 3, 4 or 8 bits, per channel or in groups along the input"
+"""What it holds, in words."""
+WORD_BITS, WORD_BYTES = 32, 4
+READABLE = "of gptq folders, Bitwright reads versions gptq and gptq_v2 with codes of 2, 3, 4 or 8 bits in int32 words"
+INSTEAD = "Leave --format out, or take --format bitwright (transformers loads it after 'import bitwright')"
+
+
+def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
+    """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
+    return grid.bits in BITS and tile.out == 1 and not outliers
+
+
+def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
+    """The tensors to write for one linear. Raises RecipeError for what the format cannot hold."""
+    if not holds(weight.grid, weight.tile, weight.outlier_index is not None):
+        raise RecipeError(
+            f"{name}: gptq holds {', '.join(map(str, BITS))} bits and groups along the input, found {weight.grid.bits} "
+            f"bits and tiles of {weight.tile.out} x {weight.tile.in_}"
+            f"{'' if weight.outlier_index is None else ', with outliers'}. {INSTEAD}"
+        )
+    refuse_shape(name, weight.shape, MULTIPLE, MULTIPLE, "gptq")
+    bits, columns = weight.grid.bits, weight.shape[1]
+    middle = torch.full_like(weight.scale, 2 ** (bits - 1), dtype=torch.uint8)
+    zero = middle if weight.zero is None else weight.zero
+    stored = (zero - 1) & (2**bits - 1) if weight.grid.symmetric else zero
+    return {
+        f"{name}.qweight": pack(weight.codes, weight.grid).t().contiguous(),
+        f"{name}.qzeros": pack(stored.t().contiguous(), Grid(bits)),
+        f"{name}.scales": half(name, weight).t().contiguous(),
+        f"{name}.g_idx": _groups(columns, weight.scale.shape[1]),
+    }
+
+
+def decode(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Float[Tensor, "O I"]:
+    """The weight [O, I] of one linear as ``encode`` wrote it, in float16."""
+    return read(tensors, name, Described(grid, variant=_version(grid))).dequantize()
+
+
+def described(config: Mapping[str, Any]) -> Described:
+    """What the quantization_config of a folder says. Raises CheckpointError for what cannot be read: ``READABLE``."""
+    layout = config.get("checkpoint_format") or config.get("format") or V1
+    words = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
+    if layout not in (V1, V2) or words != "int32" or config.get("is_marlin_format"):
+        found = "marlin" if config.get("is_marlin_format") else layout
+        raise CheckpointError(f"checkpoint_format {found}, codes in {words} words; {READABLE}")
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise CheckpointError(f"its rules ('dynamic') are {dynamic!r:.60}, not a table; {READABLE}")
+    rules = tuple(
+        (pattern.removeprefix("+:"), _grid({**config, **rule}))
+        for pattern, rule in dynamic.items()
+        if not pattern.startswith("-:") and isinstance(rule, dict)
+    )
+    return Described(_grid(config), variant=layout, rules=rules)
+
+
+def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:
+    """The shape of a weight [O, I], from the shapes of its tensors."""
+    words, rows = stored("qweight")
+    return rows, words * WORD_BITS // grid.bits
+
+
+def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTensor:
+    """The QTensor of one linear, whoever wrote it.
+
+    One that is called symmetric and is not, by its zero points, is read on an asymmetric grid. Raises CheckpointError
+    for input channels that are sorted into groups out of order (``desc_act`` with groups).
+    """
+    grid, scale = described.grid_of(name), tensors[f"{name}.scales"].t().contiguous()
+    words = tensors[f"{name}.qweight"].t().contiguous()
+    (rows, groups), columns = scale.shape, words.shape[1] * WORD_BITS // grid.bits
+    _check_order(name, tensors.get(f"{name}.g_idx"), columns, groups)
+    plain = Grid(grid.bits)
+    zero = unpack(tensors[f"{name}.qzeros"], plain, rows).t().contiguous()
+    if described.variant != V2:
+        zero = (zero + 1) & plain.qmax
+    codes = unpack(words, plain, columns)
+    return on_grid(codes, scale, zero, grid, Tile(1, columns // groups))
+
+
+def on_grid(
+    codes: Int[Tensor, "O I"], scale: Float[Tensor, "O Q"], zero: Int[Tensor, "O Q"], grid: Grid, tile: Tile
+) -> QTensor:
+    """A linear of unsigned codes: symmetric where the grid says so and every zero point lies in the middle."""
+    middle = 2 ** (grid.bits - 1)
+    if not grid.symmetric or not bool((zero == middle).all()):
+        return QTensor(codes, scale, zero, Grid(grid.bits), tile)
+    return QTensor((codes - middle).view(torch.int8), scale, None, grid, tile)
+
+
+def half(name: str, weight: QTensor) -> Float[Tensor, "O Q"]:
+    """The scales in float16, none of them 0 that was not. Raises RecipeError where a weight would be infinite."""
+    stored = weight.scale.to(torch.float16)
+    furthest = -weight.grid.qmin if weight.grid.symmetric else weight.grid.steps
+    if not bool((stored * furthest).isfinite().all()):
+        raise RecipeError(
+            f"{name}: a scale of {float(weight.scale.abs().max()):.4g} is too large for float16, in which this format "
+            f"stores scales and its clients compute. {INSTEAD}"
+        )
+    smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    return torch.where((stored == 0) & (weight.scale != 0), smallest, stored)
+
+
+def refuse_shape(name: str, shape: tuple[int, int], out: int, in_: int, format: str) -> None:
+    """Raises RecipeError for a linear [O, I] whose sizes are not multiples of these."""
+    for size, multiple, which in ((shape[0], out, "output"), (shape[1], in_, "input")):
+        if size % multiple:
+            raise RecipeError(
+                f"{name}: {size} {which} features are no multiple of {multiple}, as {format} packs them. Leave the "
+                f"linear as it is (--exclude '{name}'), or take --format compressed-tensors or --format bitwright"
+            )
+
+
+def encode_stacked(name: str, slices: Sequence[QTensor]) -> NoReturn:
+    """Raises RecipeError: the format's tensors are two-dimensional."""
+    raise RecipeError(f"{name}: gptq holds no weight that is fused over {len(slices)} experts. {INSTEAD}")
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
+    """Bytes of what ``encode`` makes, from the shape [O, I] alone. Raises RecipeError for fused experts."""
+    if len(shape) > 2:
+        encode_stacked("a weight", [])
+    rows, columns = shape
+    groups = Tile(1, scheme.tile.in_).counts((rows, columns))[1]
+    words = rows * (columns + groups) * scheme.weight.bits // WORD_BITS
+    return WORD_BYTES * (words + columns) + torch.float16.itemsize * rows * groups
+
+
+def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
+    """The ``quantization_config`` of config.json. Raises RecipeError for activations, and for linears that are not all
+    alike.
+
+    Linears that are left alone are rules of ``dynamic`` for GPTQModel; vLLM sees in the tensors what is packed.
+    """
+    scheme = model.scheme
+    refuse_scheme(model, "gptq")
+    if scheme.weight.bits not in BITS:
+        raise RecipeError(f"gptq holds {', '.join(map(str, BITS))} bits, scheme {scheme} asks for others. {INSTEAD}")
+    inside = [name for name in model.kept if name != "lm_head"]
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": _version(scheme.weight),
+        "bits": scheme.weight.bits,
+        "group_size": scheme.tile.in_,
+        "sym": scheme.weight.symmetric,
+        "desc_act": False,
+        "lm_head": "lm_head" not in model.kept,
+        "pack_dtype": "int32",
+        **({"dynamic": {f"-:^{re.escape(name)}$": {} for name in inside}} if inside else {}),
+        "meta": {"quantizer": [f"bitwright:{version('bitwright')}"]},
+    }
+
+
+def refuse_scheme(model: WrittenModel, format: str) -> None:
+    """Raises RecipeError for what neither gptq nor awq has a place for."""
+    scheme = model.scheme
+    if scheme.activations is not None or scheme.kv is not None:
+        raise RecipeError(
+            f"format {format} cannot hold the activations or KV cache of scheme {scheme}; use format "
+            "compressed-tensors or bitwright, or a scheme with A16"
+        )
+    if model.departures or scheme.tile.out != 1:
+        first = next(iter(model.departures), f"scheme {scheme}")
+        raise RecipeError(f"{first}: {format} holds neither groups along the output nor outliers. {INSTEAD}")
+
+
+def queries_left_out(scheme: Scheme) -> Grid | None:
+    """None: schemes with activations are refused."""
+    return None
+
+
+def _version(grid: Grid) -> str:
+    return V1 if grid.symmetric else V2
+
+
+def _grid(said: Mapping[str, Any]) -> Grid:
+    bits = said.get("bits")
+    if isinstance(bits, bool) or bits not in BITS:
+        raise CheckpointError(f"codes of {bits!r} bits; {READABLE}")
+    return Grid(int(bits), bool(said.get("sym", True)))
+
+
+def _groups(columns: int, groups: int) -> Int32[Tensor, " I"]:
+    return torch.arange(columns, dtype=torch.int32) // (columns // groups)
+
+
+def _check_order(name: str, g_idx: Tensor | None, columns: int, groups: int) -> None:
+    """Refuses groups that are not runs of neighbouring input channels; some writers leave g_idx out, or all 0."""
+    if g_idx is None or torch.equal(g_idx.int(), _groups(columns, groups)):
+        return
+    raise CheckpointError(
+        f"{name}: its input channels are sorted into groups out of order (desc_act with groups), and Bitwright reads "
+        "groups of neighbouring channels; quantize the original again without desc_act"
+    )

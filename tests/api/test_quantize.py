@@ -122,7 +122,7 @@ def refused(kind: type[UserError], recipe: Recipe, out: Path, **how: Any) -> str
         (SchemeError, {"scheme": "W4A16g48"}, "q_proj [64, 64] under scheme W4A16g48: 64 input features do not divide"),
         (SchemeError, {"scheme": "W4"}, "'W4' is no scheme"),
         (RecipeError, {"method": "rtm"}, "there is no method 'rtm'; did you mean rtn?"),
-        (RecipeError, {"format": "gptq"}, "there is no format 'gptq'"),
+        (RecipeError, {"format": "gptk"}, "there is no format 'gptk'"),
         (RecipeError, {"scheme": "W4A4", "format": "dense"}, "format dense cannot hold"),
         (CheckpointError, {"model": "org/name"}, "hf download org/name"),
         (CheckpointError, {"model": "/no/such/folder"}, "/no/such/folder"),

@@ -185,7 +185,7 @@ class TestEvaluate:
         assert str(quantized) in refused("evaluate", quantized, "--text", text)
 
     def test_unknown_quantization(self, refused: Refused, quantized: Path, text: Path) -> None:
-        change_config(quantized, quantization_config={"quant_method": "gptq", "bits": 4})
+        change_config(quantized, quantization_config={"quant_method": "fp8"})
         assert str(quantized) in refused("evaluate", quantized, "--text", text)
 
 

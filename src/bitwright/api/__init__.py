@@ -7,6 +7,7 @@ from bitwright.api.inspecting import Inspection, inspect
 from bitwright.api.loading import load
 from bitwright.api.planning import Plan, plan
 from bitwright.api.quantizing import Result, quantize, speaks
+from bitwright.api.verifying import Verification, verify
 
 __all__ = [
     "Demonstration",
@@ -15,6 +16,7 @@ __all__ = [
     "Inspection",
     "Plan",
     "Result",
+    "Verification",
     "demo",
     "evaluate",
     "export",
@@ -23,4 +25,5 @@ __all__ = [
     "plan",
     "quantize",
     "speaks",
+    "verify",
 ]

@@ -17,6 +17,7 @@ from bitwright.api.loading import REPORT, account_of
 from bitwright.api.quantizing import JOURNAL, refuse_output
 from bitwright.api.refitting import refitted
 from bitwright.api.source import family_of
+from bitwright.api.verifying import require_sound
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.output import OutputFolder
@@ -57,6 +58,7 @@ class Exported:
     mean_error: float
     bytes_in: int
     bytes_out: int
+    verified: str | None
     seconds: float
     peak_bytes: int
 
@@ -91,9 +93,10 @@ def export(
             differences = to.write(model, work.file if single else work.path, options, listener)
         else:
             differences = _TensorExport(model, to, format, lossy, work, restart).run(shard_bytes, listener)
+        verified = None if is_file_format(to) else require_sound(work.path, _names(model))
         bytes_out = bytes_of(work.file if single else work.path)
         work.publish()
-    return _summed(model, output, format, differences, bytes_out, monotonic() - start)
+    return _summed(model, output, format, differences, bytes_out, verified, monotonic() - start)
 
 
 def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteOptions) -> None:
@@ -184,6 +187,11 @@ class _TensorExport:
         return WrittenModel(scheme, family, head_dim, dtype, described.kept, departures(scheme, rows))
 
 
+def _names(model: QuantizedFolder) -> list[str]:
+    """What all tensors together are called where nothing is quantized."""
+    return [*model.passed, *(f"{linear}.weight" for linear in model.linears)]
+
+
 def _units(model: QuantizedFolder) -> dict[str, tuple[list[str], list[str]]]:
     """Linears and other tensors by the block that they are in."""
     found: dict[str, tuple[list[str], list[str]]] = {}
@@ -207,7 +215,13 @@ def _terms(weight: QTensor) -> dict[str, Any]:
 
 
 def _summed(
-    model: QuantizedFolder, output: Path, format: str, lost: Sequence[Difference], bytes_out: int, seconds: float
+    model: QuantizedFolder,
+    output: Path,
+    format: str,
+    lost: Sequence[Difference],
+    bytes_out: int,
+    verified: str | None,
+    seconds: float,
 ) -> Exported:
     worst = max(lost, key=lambda one: one.error, default=None)
     return Exported(
@@ -223,6 +237,7 @@ def _summed(
         mean_error=sum(one.error for one in lost) / max(1, len(lost)),
         bytes_in=model.checkpoint.total_bytes,
         bytes_out=bytes_out,
+        verified=verified,
         seconds=seconds,
         peak_bytes=peak_memory(),
     )

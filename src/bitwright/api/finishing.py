@@ -9,6 +9,7 @@ from bitwright.api.format_choice import is_file_format
 from bitwright.api.job import Job, write_options
 from bitwright.api.loading import REPORT
 from bitwright.api.sink import FolderSink
+from bitwright.api.verifying import require_sound
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
 from bitwright.checkpoint.writer import write_json
@@ -28,6 +29,7 @@ def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -
     merge_shards(sink.parts(), folder, job.recipe.shard_bytes)
     write_companions(job, sink.reports(), folder)
     account: dict[str, Any] = plain(run_account(job, sink.reports(), folder))
+    account["verified"] = require_sound(folder, job.source.checkpoint.names)
     if not whole:
         write_json(folder / REPORT, account)
         return account

@@ -1,6 +1,6 @@
 """How transformers sees a checkpoint: which of its tensors become linears, under which names. No weight is read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from bitwright.checkpoint.reader import Checkpoint
 @dataclass(frozen=True)
 class ModelView:
     """``linears`` are the model's, by their names in it, and ``ordinary`` those of no class of their own; ``places`` is
-    the parameter that each tensor of the checkpoint becomes, or a part of which it becomes."""
+    the parameter that each tensor of the checkpoint becomes, or a part of which it becomes; ``tied``: the output layer
+    may be the embedding."""
 
     linears: frozenset[str]
     ordinary: frozenset[str]
     places: Mapping[str, str]
+    tied: bool
 
     def linear(self, tensor: str) -> str | None:
         """The linear whose weight a tensor becomes; None where it becomes something else, as merged experts do."""
@@ -32,23 +34,27 @@ class ModelView:
         return tensor.endswith(".weight") and not place.endswith(".weight")
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "ModelView | None":
-        """The view of an architecture that transformers knows, without remote code; None of any other."""
+    def of(cls, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> "ModelView | None":
+        """The view of an architecture that transformers knows, without remote code; None of any other.
+
+        ``names`` are what the tensors would be called where they are not called as in a checkpoint.
+        """
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
-                return cls.of_model(_class(config)._from_config(config), checkpoint)
+                return cls.of_model(_class(config)._from_config(config), checkpoint.names if names is None else names)
         except Exception:  # whatever a configuration that it does not know makes transformers raise
             return None
 
     @classmethod
-    def of_model(cls, model: PreTrainedModel, checkpoint: Checkpoint) -> "ModelView":
-        """The view of a model on the meta device."""
+    def of_model(cls, model: PreTrainedModel, names: Iterable[str]) -> "ModelView":
+        """The view of a model on the meta device; ``names`` are those of the checkpoint's tensors."""
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         special = getattr(model.config, "is_encoder_decoder", False)  # T5 looks at a linear's weight before it uses it
         ordinary = frozenset(name for name, module in linears.items() if type(module) is nn.Linear and not special)
         rename = _renaming(model)
-        return cls(frozenset(linears), ordinary, {name: rename(name) for name in checkpoint.names})
+        tied = bool(getattr(model.config, "tie_word_embeddings", False))
+        return cls(frozenset(linears), ordinary, {name: rename(name) for name in names}, tied)
 
 
 def _class(config: Any) -> Any:

@@ -56,6 +56,7 @@ def plan_of(job: Job) -> Plan:
     """The plan of a job that is ready."""
     checkpoint, dtype, work = job.source.checkpoint, job.scales, job.work
     replaced = {w.tensor for w in work.weights if w.tensor.removesuffix(".weight") == w.name}
+    replaced |= {f"{w.name}.weight" for w in work.weights}
     kept = sum(checkpoint.nbytes(name) for name in checkpoint.names if name not in replaced)
     quantized = sum(job.target.stored_bytes(w.shape, _scheme(job, w), dtype) for w in work.weights)
     count = sum(prod(weight.shape) for weight in work.weights)

@@ -39,7 +39,8 @@ TIMINGS, JOURNAL, OTHER_JOURNALS = "bitwright-timings.json", "journal.jsonl", "j
 class Result:
     """What ``quantize`` made. Sizes in bytes; ``bits_per_weight`` is over the quantized linears, all counted.
 
-    ``per_ic`` linears have their groups along the output; ``outliers`` weights are kept exactly.
+    ``per_ic`` linears have their groups along the output; ``outliers`` weights are kept exactly; ``verified`` is what
+    was found when the folder was read back.
     """
 
     output: str
@@ -54,6 +55,7 @@ class Result:
     bytes_out: int
     output_error: float | None
     seconds: float
+    verified: str
     peak_bytes: int
     resumed: int
     notes: tuple[str, ...]
@@ -178,6 +180,7 @@ def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, pea
         bytes_out=totals["bytes_out"],
         output_error=errors[-1] if errors else None,
         seconds=seconds,
+        verified=account["verified"],
         peak_bytes=peak,
         resumed=resumed,
         notes=tuple(dict.fromkeys((*plan_of(job).notes, *account["notes"]))),

@@ -124,8 +124,9 @@ def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Divi
     skeleton = skeleton_of(source, device)
     weights = weights_of(skeleton, recipe.quantize_lm_head)
     tied = recipe.quantize_lm_head and skeleton.tied
-    view = ModelView.of_model(skeleton.model, source.checkpoint)
+    view = ModelView.of_model(skeleton.model, source.checkpoint.names)
     taken = {w.tensor for w in weights} - ({weights[-1].tensor} if tied else set())
+    taken |= {f"{w.name}.weight" for w in weights}  # an output layer that is tied, and stored all the same
     reasons = {kept.tensor: kept.why for kept in _by_rules(source.checkpoint).kept}
     kept = [
         Kept(n, reasons.get(n, "no linear of this architecture")) for n in source.checkpoint.names if n not in taken

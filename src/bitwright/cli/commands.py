@@ -145,6 +145,26 @@ def export(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a quantized model, whoever quantized it.")],
+    against: Annotated[Path | None, typer.Option(help="The original model.")] = None,
+    logits: Annotated[
+        bool, typer.Option("--logits/--no-logits", help="Run the model too, as transformers loads it.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Check that a quantized folder is what it claims to be: complete, sound, no larger than its bits, computing what
+    its codes say. Exit code 2 where it is not."""
+    from bitwright import api
+
+    with ProgressReport(err) as listener:
+        found = api.verify(folder, against, logits=logits, listener=listener)
+    show(found, screens.verification, as_json)
+    if not found.passed:
+        raise typer.Exit(2)
+
+
+@app.command()
 def demo(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the folders here.")] = None,
     as_json: Json = False,

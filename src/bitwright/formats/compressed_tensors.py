@@ -67,7 +67,22 @@ def described(config: Mapping[str, Any]) -> Described:
     ((bits, symmetric, kind),) = kinds
     if kind != "int" or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise CheckpointError(f"weights of type {kind} with {bits} bits; {READABLE}")
-    return Described(Grid(bits, bool(symmetric)), kept=tuple(config.get("ignore") or ()))
+    inputs = [one for group in found if "weights" in group and (one := group.get("input_activations"))]
+    attention = [one for group in found if not group.get("weights") and (one := group.get("input_activations"))]
+    kv = config.get("kv_cache_scheme") or next(iter(attention), None)
+    return Described(
+        Grid(bits, bool(symmetric)), _grid(next(iter(inputs), None)), _grid(kv), tuple(config.get("ignore") or ())
+    )
+
+
+def _grid(args: Any) -> Grid | None:
+    """The integers that a part of the config says activations are quantized to."""
+    if not isinstance(args, dict):
+        return None
+    bits, kind = args.get("num_bits"), args.get("type", "int")
+    if kind != "int" or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise CheckpointError(f"activations of type {kind} with {bits} bits; {READABLE}, and integer activations")
+    return Grid(bits, bool(args.get("symmetric")))
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:

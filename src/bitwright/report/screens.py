@@ -55,6 +55,7 @@ def result(console: Console, found: Any) -> None:
             ("bits per weight", f"{found.bits_per_weight:.3f} with everything stored for them"),
             ("size", f"{size(found.bytes_in)} -> {size(found.bytes_out)}"),
             ("relative error", error),
+            ("verified", found.verified),
             ("took", f"{duration(found.seconds)}, peak memory {size(found.peak_bytes)}"),
             ("continued", f"{found.resumed} parts were finished before" if found.resumed else None),
             *(("note", text) for text in found.notes),
@@ -78,9 +79,16 @@ def exported(console: Console, found: Any) -> None:
             ("quantized again", f"{again} linears" if again else None),
             ("relative error", error if found.largest_in else None),
             ("size", f"{size(found.bytes_in)} -> {size(found.bytes_out)}"),
+            ("verified", found.verified),
             ("took", f"{duration(found.seconds)}, peak memory {size(found.peak_bytes)}"),
         ],
     )
+
+
+def verification(console: Console, found: Any) -> None:
+    """``verify``."""
+    rows = [("yes" if check.passed else "NO", check.name, check.found) for check in found.checks]
+    grid(console, f"{found.folder} ({found.format}): {found.linears} linears", ("passed", "check", "found"), rows)
 
 
 def evaluation(console: Console, found: Any) -> None:

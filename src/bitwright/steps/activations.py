@@ -5,7 +5,7 @@ where its format cannot ask transformers for it. Queries, keys and values go thr
 interface, after the rotary embedding; the softmax output is left alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,16 @@ def quantized_activations(block: Block, scheme: Scheme) -> Iterator[None]:
         undo()
         for registered in hooks:
             registered.remove()
+
+
+def quantize_activations(model: nn.Module, inputs: Grid | None, cache: Grid | None, linears: Iterable[str]) -> None:
+    """Has a model quantize the inputs of these linears, and its queries, keys and values, for good."""
+    if inputs is not None:
+        hook, wanted = _input_hook(inputs), set(linears)
+        for name, module in model.named_modules():
+            if name in wanted:
+                module.register_forward_pre_hook(hook)
+    quantize_attention(model, inputs, cache)
 
 
 def quantize_attention(module: nn.Module, queries: Grid | None, cache: Grid | None) -> Callable[[], None]:

@@ -1,12 +1,16 @@
 """--base: metadata of an existing file with other weights, and files of other models refused."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from safetensors.torch import load_file, save_file
 from tests.formats.gguf.conftest import Models
 
+import bitwright
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.quantized import WriteOptions
 from bitwright.formats import QuantizedFolder, gguf
@@ -61,17 +65,21 @@ def test_metadata_come_from_the_base_and_weights_from_the_folder(base: Path, qua
     assert all(np.array_equal(weights[each.name], each.data) for each in own.tensors)
 
 
-def test_with_a_base_the_folders_tokenizer_is_not_looked_at(base: Path, quantized: Models, tmp_path: Path) -> None:
-    config = QuantizedFolder.open(quantized("llama", "W4A16g32sym")).config
+def test_with_a_base_the_folders_tokenizer_is_not_looked_at(base: Path, model: Models, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model("llama"), tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*")))
+    config = QuantizedFolder.open(folder).config
     with pytest.raises(RecipeError, match="neither"):
-        gguf.check(config, tmp_path / "empty", WriteOptions())
-    gguf.check(config, tmp_path / "empty", WriteOptions(base=base))
+        gguf.check(config, folder, WriteOptions())
+    gguf.check(config, folder, WriteOptions(base=base))
 
 
 def test_a_base_of_another_model_is_refused(base: Path, quantized: Models, tmp_path: Path) -> None:
     def refused(folder: Path, base: Path, says: str) -> None:
+        found = QuantizedFolder.open(folder)
         with pytest.raises(RecipeError, match=says):
-            gguf.write(QuantizedFolder.open(folder), tmp_path / "m.gguf", WriteOptions(base=base))
+            gguf.check(found.config, folder, WriteOptions(base=base))
+        with pytest.raises(RecipeError, match=says):
+            gguf.write(found, tmp_path / "m.gguf", WriteOptions(base=base))
         assert not (tmp_path / "m.gguf").exists()
 
     llama = quantized("llama", "W4A16g32sym")
@@ -83,6 +91,21 @@ def test_a_base_of_another_model_is_refused(base: Path, quantized: Models, tmp_p
     refused(llama, less, r"has no tensor blk\.0\.attn_v\.weight, of shape \[32, 64\]")
     more = again(base, tmp_path / "more", {}, {"blk.2.attn_v.weight": other})
     refused(llama, more, r"has a tensor blk\.2\.attn_v\.weight, of shape \[96, 32\], and the model has none")
+
+
+def test_quantize_refuses_it_before_any_weight_is_read(base: Path, model: Models, tmp_path: Path) -> None:
+    recipe = bitwright.Recipe(str(model("tied", vocab_size=600)), "W4A16g32", "rtn", format="gguf", base=str(base))
+    with pytest.raises(RecipeError, match=r"token_embd\.weight is \[512, 64\] there, and \[600, 64\] in the model"):
+        bitwright.quantize(recipe, tmp_path / "out" / "m.gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_llama_has_no_place_for(model: Models, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model("tied"), tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.layers.0.mlp.extra.weight": torch.zeros(2, 64)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"llama of llama\.cpp has no place for tensor .*extra\.weight \[2, 64\]"):
+        gguf.check(QuantizedFolder.open(folder).config, folder, WriteOptions())
 
 
 def test_what_is_no_gguf_file(model: Models, tmp_path: Path) -> None:

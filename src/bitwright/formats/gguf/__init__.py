@@ -16,7 +16,8 @@ from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.progress import Listener, silent
 from bitwright.core.quantized import Difference, QuantizedModel, WriteOptions
 from bitwright.core.scheme import Scheme
-from bitwright.formats.gguf.architecture import architecture
+from bitwright.formats import QuantizedFolder
+from bitwright.formats.gguf.architecture import Architecture, architecture
 from bitwright.formats.gguf.base import Base
 from bitwright.formats.gguf.blocks import nbytes_of
 from bitwright.formats.gguf.file import tensors_of, write_file
@@ -40,17 +41,25 @@ def adapted(scheme: Scheme) -> Scheme:
 
 
 def check(config: Mapping[str, Any], folder: Path, options: WriteOptions) -> None:
-    """Refuses, before the work, a model or a tokenizer that GGUF cannot express, and options that it does not know.
+    """Refuses, before the work, a model or a tokenizer that GGUF cannot express, a base of another model, and options
+    that it does not know.
 
-    Raises RecipeError, or CheckpointError for a tokenizer or base that cannot be read.
+    Raises RecipeError, or CheckpointError for files that cannot be read and tensors that llama.cpp has no place for.
     """
     if options.embeddings is not None and options.embeddings not in EMBEDDINGS:
         raise RecipeError(f"there are no embeddings '{options.embeddings}'; {nearest(options.embeddings, EMBEDDINGS)}")
-    found = architecture(config)
+    into = architecture(config)
     if options.base is None:
-        tokenizer(folder, config, found.vocabulary)
-    else:
-        Base.open(options.base)
+        tokenizer(folder, config, into.vocabulary)
+    _conversion(QuantizedFolder.open(folder), into, options).tensors()
+
+
+def _conversion(model: QuantizedModel, into: Architecture, options: WriteOptions) -> Conversion:
+    """Raises RecipeError for a base of another model."""
+    found = Conversion(model, into, options, None if options.base is None else Base.open(options.base))
+    if found.base is not None:
+        found.base.check(into, {each.name: each.shape for each in found.tensors()})
+    return found
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
@@ -64,12 +73,10 @@ def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: 
     One tensor at a time is in memory. Raises RecipeError for what GGUF cannot hold, OutputError for a place that cannot
     be written to.
     """
-    check(model.config, model.folder, options)
     into = architecture(model.config)
-    conversion = Conversion(model, into, options, None if options.base is None else Base.open(options.base))
+    conversion = _conversion(model, into, options)
     tensors = conversion.tensors()
     if conversion.base is not None:
-        conversion.base.check(into, {each.name: each.shape for each in tensors})
         said = list(conversion.base.entries())
     else:
         words = tokenizer(model.folder, model.config, into.vocabulary)

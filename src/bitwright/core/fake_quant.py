@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.qtensor import affine, tiled
+from bitwright.core.qtensor import affine, offset, tiled
 from bitwright.core.scheme import Grid, Tile
 
 
@@ -57,7 +57,8 @@ class _FakeQuantize(torch.autograd.Function):
         scale, zero = affine(low, high, grid, scale_dtype)
         h = scale.float()[:, None, :, None]
         z = torch.zeros_like(h) if zero is None else zero.float()[:, None, :, None]
-        ratio = tiled(weight, tile) / h
+        moved = offset(scale, zero, grid)
+        ratio = (tiled(weight, tile) if moved is None else tiled(weight, tile) - moved[:, None, :, None]) / h
         code = ratio.round()
         residual = torch.sub(code, ratio, out=ratio)
         code += z
@@ -71,7 +72,10 @@ class _FakeQuantize(torch.autograd.Function):
             slope = residual.addcmul_(residual, clipped, value=-1).div_(grid.steps).add_(side.relu_())
         ctx.save_for_backward(slope, clipped.to(torch.int8), low, high)
         ctx.grid = grid
-        return level.mul_(h).view(weight.shape)
+        made = level.mul_(h)
+        if moved is not None:
+            made += moved[:, None, :, None]
+        return made.view(weight.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

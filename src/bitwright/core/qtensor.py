@@ -7,7 +7,8 @@
 
 (OmniQuant, arXiv 2308.13137, eq. 2, with low = beta*min(W), high = gamma*max(W).) A range always contains
 zero, so that z fits in the weight's own bits. A symmetric grid takes the range [-r, r], r = max(-low, high),
-and z = 0. Letters: O output features, I input features, P and Q the tiles along each, K outliers.
+and z = 0. Where the minimum m = -z h is what is stored, rounded to float16, all weights of a tile are moved by m + z h.
+Letters: O output features, I input features, P and Q the tiles along each, K outliers.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from torch import Tensor
 from bitwright.core.scheme import Grid, Tile
 
 WORD_BITS, OUTLIER_INDEX_BITS = 32, 32
+MINIMUM = torch.float16
+"""What a minimum is stored in."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "O I"]:
         """The weight [O, I] that these codes stand for, computed in ``dtype`` (default: the scales' own)."""
         dtype = dtype or self.scale.dtype
-        weight = dequantize(self.codes, self.scale.to(dtype), self.zero, self.tile)
+        if self.grid.minimum and self.zero is not None:
+            weight = _from_minimum(self.codes, self.scale, self.zero, self.tile).to(dtype)
+        else:
+            weight = dequantize(self.codes, self.scale.to(dtype), self.zero, self.tile)
         if self.outlier_index is not None and self.outlier_value is not None:
             weight.view(-1)[self.outlier_index.long()] = self.outlier_value.to(dtype)
         return weight
@@ -140,6 +146,17 @@ def affine(
     return scale, (-low / scale.float()).round().clamp(grid.qmin, grid.qmax).to(torch.uint8)
 
 
+def offset(scale: Float[Tensor, "*P"], zero: Shaped[Tensor, "*P"] | None, grid: Grid) -> Float[Tensor, "*P"] | None:
+    """By how much the rounding of the minimum moves the weights of a tile, m + z h in float32; None: not at all.
+
+    Rounding a weight on such a grid is rounding the weight less this on the ordinary one.
+    """
+    if not grid.minimum or zero is None:
+        return None
+    exact = zero.float() * scale.float()
+    return exact - exact.to(MINIMUM).float()
+
+
 def quantize(
     weight: Float[Tensor, "O I"],
     scale: Float[Tensor, "P Q"],
@@ -148,7 +165,10 @@ def quantize(
     tile: Tile,
 ) -> Int[Tensor, "O I"]:
     """Codes of a weight, rounded to nearest (ties to even) in float32."""
-    codes = (tiled(weight.float(), tile) / _spread(scale.float())).round_()
+    tiles, moved = tiled(weight.float(), tile), offset(scale, zero, grid)
+    if moved is not None:
+        tiles = tiles - _spread(moved)
+    codes = (tiles / _spread(scale.float())).round_()
     if zero is not None:
         codes += _spread(zero.float())
     codes.clamp_(grid.qmin, grid.qmax)
@@ -163,6 +183,14 @@ def dequantize(
     if zero is not None:
         values -= _spread(zero.to(scale.dtype))
     return (values * _spread(scale)).reshape(codes.shape)
+
+
+def _from_minimum(
+    codes: Int[Tensor, "O I"], scale: Float[Tensor, "P Q"], zero: Int[Tensor, "P Q"], tile: Tile
+) -> Float[Tensor, "O I"]:
+    """``codes * scale + m`` in float32, as it is computed where the minimum is stored."""
+    minimum = (-zero.float() * scale.float()).to(MINIMUM).float()
+    return (tiled(codes, tile).float() * _spread(scale.float()) + _spread(minimum)).reshape(codes.shape)
 
 
 def _spread(per_tile: Shaped[Tensor, "P Q"]) -> Shaped[Tensor, "P 1 Q 1"]:

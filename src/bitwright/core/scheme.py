@@ -37,14 +37,18 @@ class Grid:
 
     Asymmetric codes are ``0 .. 2**bits - 1`` and come with a zero point in the same range;
     symmetric codes are ``-2**(bits-1) .. 2**(bits-1) - 1`` and their zero point is 0.
+    ``minimum``: the weights are stored with the minimum -z h in the place of z, rounded to float16 (GGUF).
     """
 
     bits: int
     symmetric: bool = False
+    minimum: bool = False
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise SchemeError(f"{self.bits} bits asked for; a grid has {MIN_BITS} to {MAX_BITS} bits")
+        if self.minimum and self.symmetric:
+            raise SchemeError("a symmetric grid has no zero point, and so no minimum")
 
     @property
     def qmin(self) -> int:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitwright.core.method import Moments, Range
-from bitwright.core.qtensor import affine, quantize
+from bitwright.core.qtensor import affine, offset, quantize
 from bitwright.core.scheme import Grid, Tile
 from bitwright.steps.ranges import minmax, nearest_to_weights
 
@@ -131,7 +131,11 @@ def compensated(
             h, z = ranges.of(at[j], inside)
             codes[:, j : j + 1] = quantize(inside, h, z, ranges.grid, EACH)
             levels = codes[:, j : j + 1].float() if z is None else codes[:, j : j + 1].float() - z.float()
-            stands = levels * h if kept is None else kept[1][:, here].where(kept[0][:, here], levels * h)
+            stands, moved = levels * h, offset(h, z, ranges.grid)
+            if moved is not None:
+                stands += moved
+            if kept is not None:
+                stands = kept[1][:, here].where(kept[0][:, here], stands)
             errors[:, j - start] = ((column - stands) / factor[j, j])[:, 0]
             w[:, j:end] -= errors[:, j - start, None] * factor[j, j:end]
         w[:, end:] -= errors @ factor[start:end, end:]

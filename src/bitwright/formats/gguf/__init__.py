@@ -1,0 +1,85 @@
+"""GGUF, one file for llama.cpp and what is built on it: weights, architecture and tokenizer together.
+
+``weights`` says which codes are held and how, ``blocks`` has the layouts, ``architecture`` and ``tokenizer`` what is
+said of the model, ``base`` takes that from another file, ``model`` and ``file`` put it all down.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.progress import Listener, silent
+from bitwright.core.quantized import Difference, QuantizedModel, WriteOptions
+from bitwright.core.scheme import Scheme
+from bitwright.formats import QuantizedFolder
+from bitwright.formats.gguf.architecture import Architecture, architecture
+from bitwright.formats.gguf.base import Base
+from bitwright.formats.gguf.blocks import nbytes_of
+from bitwright.formats.gguf.file import tensors_of, write_file
+from bitwright.formats.gguf.model import EMBEDDINGS, Conversion
+from bitwright.formats.gguf.tokenizer import tokenizer
+from bitwright.formats.gguf.weights import HOLDS, holds, kind_of
+
+__all__ = ["HOLDS", "SCALES", "SINGLE", "adapted", "check", "holds", "stored_bytes", "tensors_of", "write"]
+
+SCALES: torch.dtype | None = torch.float16
+"""The dtype of scales."""
+SINGLE = True
+"""The result is one file."""
+
+
+def adapted(scheme: Scheme) -> Scheme:
+    """The scheme on the grid that codes are computed against where GGUF is what is asked for."""
+    if kind_of(scheme.weight, columns=0) is not Kind.Q4_1:
+        return scheme
+    return replace(scheme, weight=replace(scheme.weight, minimum=True))
+
+
+def check(config: Mapping[str, Any], folder: Path, options: WriteOptions) -> None:
+    """Refuses, before the work, a model or a tokenizer that GGUF cannot express, a base of another model, and options
+    that it does not know.
+
+    Raises RecipeError, or CheckpointError for files that cannot be read and tensors that llama.cpp has no place for.
+    """
+    if options.embeddings is not None and options.embeddings not in EMBEDDINGS:
+        raise RecipeError(f"there are no embeddings '{options.embeddings}'; {nearest(options.embeddings, EMBEDDINGS)}")
+    into = architecture(config)
+    if options.base is None:
+        tokenizer(folder, config, into.vocabulary)
+    _conversion(QuantizedFolder.open(folder), into, options).tensors()
+
+
+def _conversion(model: QuantizedModel, into: Architecture, options: WriteOptions) -> Conversion:
+    """Raises RecipeError for a base of another model."""
+    found = Conversion(model, into, options, None if options.base is None else Base.open(options.base))
+    if found.base is not None:
+        found.base.check(into, {each.name: each.shape for each in found.tensors()})
+    return found
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
+    """Bytes of one linear [O, I] in the file."""
+    return nbytes_of(shape, kind_of(scheme.weight, shape[-1]))
+
+
+def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: Listener = silent) -> list[Difference]:
+    """Writes a quantized model, or one that is not quantized, as a GGUF file; what each quantized linear lost.
+
+    One tensor at a time is in memory. Raises RecipeError for what GGUF cannot hold, OutputError for a place that cannot
+    be written to.
+    """
+    into = architecture(model.config)
+    conversion = _conversion(model, into, options)
+    tensors = conversion.tensors()
+    if conversion.base is not None:
+        said = list(conversion.base.entries())
+    else:
+        words = tokenizer(model.folder, model.config, into.vocabulary)
+        said = [*conversion.general(), *into.entries(), *words.entries()]
+    write_file(output, into.name, [*said, *conversion.own(tensors)], tensors, listener)
+    return conversion.differences

@@ -1,0 +1,181 @@
+"""A quantized linear in GGUF's blocks: its codes where a type has a place for them, else quantized once more.
+
+Levels are codes less their zero point. Where all levels that a grid can have lie within those of Q4_0 or Q8_0 the
+weight is held exactly, if its scales are numbers of float16: symmetric grids, and asymmetric ones of 2, 3, 5, 6 and 7
+bits. Asymmetric codes of 4 bits go into Q4_1, whose minimum m = -z d is rounded to float16. A block has 32 weights of a
+row, so larger groups along the input repeat their scale.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import Difference
+from bitwright.core.scheme import FULL, Grid, Tile
+from bitwright.formats.gguf.blocks import BLOCK, KINDS, Bytes, Fitted, chosen, nbytes_of, nearest, packed, valued
+
+FEW_BITS = 4
+TOGETHER = 2**22
+"""Weights that are worked on at a time."""
+Rows = slice | Int[Tensor, " R"]
+HOLDS = (
+    "2 to 7 bits, symmetric or not, and 8 bits symmetric, per channel or in groups along the input that are a multiple "
+    f"of {BLOCK}"
+)
+
+
+def levels_of(grid: Grid) -> tuple[int, int]:
+    """The lowest and the highest level of a grid."""
+    return (grid.qmin, grid.qmax) if grid.symmetric else (-grid.steps, grid.steps)
+
+
+def kind_of(grid: Grid, columns: int) -> Kind:
+    """The type of a linear with this grid and so many input features; F16 for rows that are no whole blocks."""
+    if columns % BLOCK:
+        return Kind.F16
+    if _within(grid, Kind.Q4_0):
+        return Kind.Q4_0
+    return Kind.Q4_1 if grid.bits <= FEW_BITS and not grid.symmetric else Kind.Q8_0
+
+
+def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
+    """Whether codes of this grid in such tiles can be kept, whatever they are."""
+    kind = kind_of(grid, BLOCK)
+    return not outliers and _in_blocks(tile) and (kind is Kind.Q4_1 or _within(grid, kind))
+
+
+def _within(grid: Grid, kind: Kind) -> bool:
+    lowest, highest = levels_of(grid)
+    ends = ((lowest, highest), (-highest, -lowest))
+    return any(KINDS[kind].lowest <= low and high <= KINDS[kind].highest for low, high in ends)
+
+
+def _turned(grid: Grid, kind: Kind) -> bool:
+    """Whether levels and scales change their sign: where the grid has its further level above."""
+    return _within(grid, kind) and levels_of(grid)[1] > KINDS[kind].highest
+
+
+def _in_blocks(tile: Tile) -> bool:
+    return tile.out == 1 and (tile.in_ == FULL or tile.in_ % BLOCK == 0)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The bytes of a linear, and what it lost on the way."""
+
+    data: Bytes
+    difference: Difference
+
+
+def held(name: str, weight: QTensor, kind: Kind, lossy: bool, order: Int[Tensor, " O"] | None = None) -> Held:
+    """A linear in blocks of this type, its rows in ``order``.
+
+    Raises RecipeError where its codes cannot be kept, unless ``lossy``: then blocks that hold theirs keep them, and the
+    others are quantized once more.
+    """
+    out = np.empty((weight.shape[0], nbytes_of((weight.shape[1],), kind)), np.uint8)
+    marked = _with_outliers(weight)
+    dense = weight.dequantize(torch.float32) if marked is not None or weight.tile.out != 1 else None
+    codes, lost, size = True, 0.0, 0.0
+    for panel in _panels(weight.shape):
+        rows = panel if order is None else order[panel]
+        before = _values(weight, rows) if dense is None else dense[rows]
+        out[panel], after, kept = _blocks(name, weight, rows, before, None if marked is None else marked[rows], kind)
+        if not (kept or lossy):
+            raise RecipeError(
+                f"{name}: {_described(weight)} cannot be held exactly in GGUF, which holds {HOLDS}. --lossy quantizes "
+                "such weights once more and says what that adds"
+            )
+        codes = codes and kept
+        lost += float((after - before).double().square().sum())
+        size += float(before.double().square().sum())
+    return Held(out, Difference(name, codes, lost / size if size else (0.0 if not lost else float("inf"))))
+
+
+def _blocks(
+    name: str, weight: QTensor, rows: Rows, before: Float[Tensor, "R I"], marked: Bool[Tensor, "R B"] | None, kind: Kind
+) -> tuple[Bytes, Float[Tensor, "R I"], bool]:
+    """Rows packed, the values that they have then, and whether all codes were kept."""
+    if kind is Kind.F16:
+        half = before.half()
+        return half.numpy().view(np.uint8), half.float(), False
+    if not _in_blocks(_tile(weight)):
+        found, kept = nearest(before, kind), False
+    else:
+        found = _as_they_are(name, weight, rows, kind)
+        each = found[0].view(len(before), -1, BLOCK)
+        fits = (each.amin(-1) >= KINDS[kind].lowest) & (each.amax(-1) <= KINDS[kind].highest)
+        fits = fits if marked is None else fits & ~marked
+        kept = bool(fits.all())
+        if not kept:
+            found = chosen(found, nearest(before, kind), fits)
+    return packed(*found, kind), valued(*found), kept
+
+
+def _with_outliers(weight: QTensor) -> Bool[Tensor, "O B"] | None:
+    """The blocks in which a weight is kept exactly."""
+    if weight.outlier_index is None or not weight.outlier_index.numel():
+        return None
+    marked = torch.zeros(weight.shape[0], -(-weight.shape[1] // BLOCK), dtype=torch.bool)
+    index = weight.outlier_index.long()
+    marked[index // weight.shape[1], index % weight.shape[1] // BLOCK] = True
+    return marked
+
+
+def _tile(weight: QTensor) -> Tile:
+    return Tile(*weight.tile.size(weight.shape))
+
+
+def _as_they_are(name: str, weight: QTensor, rows: Rows, kind: Kind) -> Fitted:
+    """Levels of rows, with the scales and minima of their groups repeated for each block."""
+    of_row = weight.shape[1] // BLOCK // weight.scale.shape[1]
+    scale = weight.scale[rows].float().repeat_interleave(of_row, 1)
+    d = scale.half()
+    if not d.isfinite().all():
+        raise CheckpointError(
+            f"{name}: a scale of {float(scale.abs().max()):g} is more than float16 holds; the folder is damaged, or "
+            "its weights are far larger than those of language models"
+        )
+    if kind is not Kind.Q4_1:
+        levels, turned = _levels(weight, rows), _turned(weight.grid, kind)
+        return (-levels, -d, None) if turned else (levels, d, None)
+    assert weight.zero is not None
+    m = (-weight.zero[rows].float().repeat_interleave(of_row, 1) * d.float()).half()
+    return weight.codes[rows].to(torch.int16), d, m
+
+
+def _levels(weight: QTensor, rows: Rows) -> Int[Tensor, "O I"]:
+    codes = weight.codes[rows].to(torch.int16)
+    if weight.zero is None:
+        return codes
+    zero = weight.zero[rows].to(torch.int16)
+    return (codes.view(*zero.shape, -1) - zero[..., None]).view(codes.shape)
+
+
+def _values(weight: QTensor, rows: Rows) -> Float[Tensor, "O I"]:
+    """Rows as the folder says them, in float32."""
+    zero = None if weight.zero is None else weight.zero[rows]
+    part = QTensor(weight.codes[rows], weight.scale[rows], zero, weight.grid, Tile(1, weight.tile.in_))
+    return part.dequantize(torch.float32)
+
+
+def _panels(shape: tuple[int, int]) -> Iterator[slice]:
+    at_once = max(1, TOGETHER // shape[1])
+    for start in range(0, shape[0], at_once):
+        yield slice(start, min(start + at_once, shape[0]))
+
+
+def _described(weight: QTensor) -> str:
+    """What a weight is, for a message."""
+    rows, columns = weight.tile.size(weight.shape)
+    kind = "symmetric" if weight.grid.symmetric else "asymmetric"
+    kept = 0 if weight.outlier_index is None else weight.outlier_index.numel()
+    outliers = f", with {kept} outliers," if kept else ""
+    return f"a {weight.grid.bits}-bit {kind} weight {list(weight.shape)} in tiles of {rows} x {columns}{outliers}"

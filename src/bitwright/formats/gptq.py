@@ -105,7 +105,7 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
     grid, scale = described.grid_of(name), tensors[f"{name}.scales"].t().contiguous()
     words = tensors[f"{name}.qweight"].t().contiguous()
     (rows, groups), columns = scale.shape, words.shape[1] * WORD_BITS // grid.bits
-    _check_order(name, tensors.get(f"{name}.g_idx"), columns, groups)
+    check_order(name, tensors.get(f"{name}.g_idx"), columns, groups)
     plain = Grid(grid.bits)
     zero = unpack(tensors[f"{name}.qzeros"], plain, rows).t().contiguous()
     if described.variant != V2:
@@ -220,9 +220,10 @@ def _groups(columns: int, groups: int) -> Int32[Tensor, " I"]:
     return torch.arange(columns, dtype=torch.int32) // (columns // groups)
 
 
-def _check_order(name: str, g_idx: Tensor | None, columns: int, groups: int) -> None:
-    """Refuses groups that are not runs of neighbouring input channels; some writers leave g_idx out, or all 0."""
-    if g_idx is None or torch.equal(g_idx.int(), _groups(columns, groups)):
+def check_order(name: str, g_idx: Tensor | None, columns: int, groups: int) -> None:
+    """Refuses groups that are not runs of neighbouring input channels; some writers leave g_idx out, or say nothing in
+    it, all -1. Raises CheckpointError."""
+    if g_idx is None or torch.equal(g_idx.int(), _groups(columns, groups)) or bool((g_idx == -1).all()):
         return
     raise CheckpointError(
         f"{name}: its input channels are sorted into groups out of order (desc_act with groups), and Bitwright reads "

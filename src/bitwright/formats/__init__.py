@@ -84,6 +84,8 @@ class QuantizedFolder:
             if found.shape != (rows, columns):
                 raise ValueError(f"codes {list(found.shape)}, a shape of {rows} x {columns}")
             found.tile.counts(found.shape)
+        except CheckpointError as error:  # not damaged, but of a kind that is not read
+            raise CheckpointError(f"{self.folder}: {error}") from error
         except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError, UserError) as error:
             raise _damaged(self.folder, linear, tensors, error) from error
         return found

@@ -105,6 +105,7 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
     grid, scale = described.grid_of(name), tensors[f"{name}.scales"].t().contiguous()
     words = tensors[f"{name}.qweight"].t().contiguous()
     (rows, groups), columns = scale.shape, words.shape[1] * WORD_BITS // grid.bits
+    check_shapes(tensors, name, {"qweight": (words.shape[1], rows), "qzeros": (groups, rows * grid.bits // WORD_BITS)})
     check_order(name, tensors.get(f"{name}.g_idx"), columns, groups)
     plain = Grid(grid.bits)
     zero = unpack(tensors[f"{name}.qzeros"], plain, rows).t().contiguous()
@@ -112,6 +113,14 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
         zero = (zero + 1) & plain.qmax
     codes = unpack(words, plain, columns)
     return on_grid(codes, scale, zero, grid, Tile(1, columns // groups))
+
+
+def check_shapes(tensors: Mapping[str, Tensor], name: str, wanted: Mapping[str, tuple[int, int]]) -> None:
+    """Raises ValueError for words of another shape than the scales call for."""
+    for leaf, shape in wanted.items():
+        found = tensors[f"{name}.{leaf}"]
+        if found.dtype != torch.int32 or tuple(found.shape) != shape:
+            raise ValueError(f"{leaf} is {found.dtype} {list(found.shape)}, the others call for int32 {list(shape)}")
 
 
 def on_grid(

@@ -18,7 +18,16 @@ from bitwright.core.packing import pack, unpack
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel
 from bitwright.core.scheme import Grid, Scheme, Tile
-from bitwright.formats.gptq import INSTEAD, WORD_BYTES, check_shapes, half, on_grid, refuse_scheme, refuse_shape
+from bitwright.formats.gptq import (
+    INSTEAD,
+    WORD_BYTES,
+    check_shapes,
+    half,
+    on_grid,
+    refuse_scheme,
+    refuse_shape,
+    said_of_kept,
+)
 from bitwright.formats.gptq import queries_left_out as queries_left_out
 
 BITS, IN_WORD = 4, 8
@@ -101,7 +110,10 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     """The ``quantization_config`` of config.json. Raises RecipeError for activations, bits other than 4, and linears
-    that are not all alike."""
+    that are not all alike.
+
+    ``dynamic`` is for GPTQModel, which takes no notice of ``modules_to_not_convert``; ``lm_head`` for vLLM.
+    """
     scheme = model.scheme
     refuse_scheme(model, "awq")
     if scheme.weight.bits != BITS:
@@ -113,6 +125,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         "group_size": scheme.tile.in_,
         "zero_point": True,
         "modules_to_not_convert": list(model.kept),
+        **said_of_kept(model.kept),
     }
 
 

@@ -173,15 +173,11 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     """The ``quantization_config`` of config.json. Raises RecipeError for activations, and for linears that are not all
-    alike.
-
-    Linears that are left alone are rules of ``dynamic`` for GPTQModel; vLLM sees in the tensors what is packed.
-    """
+    alike."""
     scheme = model.scheme
     refuse_scheme(model, "gptq")
     if scheme.weight.bits not in BITS:
         raise RecipeError(f"gptq holds {', '.join(map(str, BITS))} bits, scheme {scheme} asks for others. {INSTEAD}")
-    inside = [name for name in model.kept if name != "lm_head"]
     return {
         "quant_method": "gptq",
         "checkpoint_format": _version(scheme.weight),
@@ -189,11 +185,17 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         "group_size": scheme.tile.in_,
         "sym": scheme.weight.symmetric,
         "desc_act": False,
-        "lm_head": "lm_head" not in model.kept,
         "pack_dtype": "int32",
-        **({"dynamic": {f"-:^{re.escape(name)}$": {} for name in inside}} if inside else {}),
+        **said_of_kept(model.kept),
         "meta": {"quantizer": [f"bitwright:{version('bitwright')}"]},
     }
+
+
+def said_of_kept(kept: Sequence[str]) -> dict[str, Any]:
+    """Linears that are left alone, as rules for GPTQModel, and whether the output layer is packed; what else is, vLLM
+    sees in the tensors."""
+    inside = {f"-:^{re.escape(name)}$": dict[str, Any]() for name in kept if name != "lm_head"}
+    return {"lm_head": "lm_head" not in kept} | ({"dynamic": inside} if inside else {})
 
 
 def refuse_scheme(model: WrittenModel, format: str) -> None:

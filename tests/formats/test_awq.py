@@ -76,7 +76,8 @@ def test_config_says_the_scheme_and_what_is_left_alone() -> None:
     config = written("W4A16g64", ("lm_head", "model.layers.0.mlp.up_proj"))
     assert (config["bits"], config["group_size"], config["zero_point"], config["version"]) == (4, 64, True, "gemm")
     assert config["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.up_proj"]
-    assert written("W4A16")["group_size"] == -1
+    assert config["dynamic"] == {r"-:^model\.layers\.0\.mlp\.up_proj$": {}} and config["lm_head"] is False
+    assert written("W4A16")["group_size"] == -1 and written("W4A16", ())["lm_head"] is True
     assert format.described(config).kept == ("lm_head", "model.layers.0.mlp.up_proj")
     assert format.described({"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}).grid == Grid(4)
 

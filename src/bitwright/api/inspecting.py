@@ -6,10 +6,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from bitwright.api.dequantizing import is_made_dense
 from bitwright.api.loading import account_of
 from bitwright.api.source import architecture, open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
+from bitwright.formats import QuantizedFolder
 
 PARTS_OF_A_WEIGHT = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "outlier_index", "outlier_value", "outlier_count",
@@ -58,7 +60,7 @@ def inspect(path: Path | str) -> Inspection:
     """Reads the headers of a model folder; raises CheckpointError for one that is none or is damaged."""
     folder = Path(path)
     checkpoint = open_checkpoint(folder)
-    linears, account = _linears(checkpoint), account_of(folder)
+    linears, account = [*_linears(checkpoint), *_packed_by_input(checkpoint)], account_of(folder)
     quantized = [row for row in linears if row.dtype == "packed"] or linears
     parameters = _parameters(checkpoint, linears)
     return Inspection(
@@ -81,6 +83,19 @@ def _linears(checkpoint: Checkpoint) -> list[LinearSize]:
     names = {re.sub(r"\.weight(_packed)?$", "", n) for n in checkpoint.names if re.search(r"\.weight(_packed)?$", n)}
     rows = [row for name in names if (row := _linear(checkpoint, name))]
     return sorted(rows, key=lambda row: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", row.name)])
+
+
+def _packed_by_input(checkpoint: Checkpoint) -> list[LinearSize]:
+    """The linears of a gptq or awq folder, whose words and scales go from input to output."""
+    if not is_made_dense(checkpoint):
+        return []
+    found, rows = QuantizedFolder.open(checkpoint.folder), []
+    for name in found.linears:
+        out, in_ = found.shape(name)
+        groups = checkpoint.entry(f"{name}.scales").shape[0]
+        bits = 8 * sum(checkpoint.nbytes(part) for part in found.stored(name)) / max(1, out * in_)
+        rows.append(LinearSize(name, (out, in_), "packed", bits, (1, in_ // max(1, groups))))
+    return rows
 
 
 def _linear(checkpoint: Checkpoint, name: str) -> LinearSize | None:

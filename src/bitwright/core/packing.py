@@ -46,6 +46,16 @@ def unpack_down(words: Int32[Tensor, "W C"], grid: Grid, rows: int) -> Int[Tenso
     return unpack(words.t().contiguous(), grid, rows).t().contiguous()
 
 
+def unpack_apart(words: Int32[Tensor, "R W"], bits: int, columns: int) -> UInt8[Tensor, "R C"]:
+    """The codes of rows in which none is cut: as many in a word as are whole, the bits above them unused.
+
+    Older releases of compressed-tensors packed 3, 5, 6 and 7 bits so.
+    """
+    shifts = torch.arange(0, WORD_BITS - bits + 1, bits, dtype=torch.int32, device=words.device)
+    codes = (words[..., None] >> shifts).bitwise_and_(2**bits - 1).to(torch.uint8)
+    return codes.reshape(len(words), -1)[:, :columns]
+
+
 def _offset(grid: Grid) -> int:
     return 2 ** (grid.bits - 1) if grid.symmetric else 0
 

@@ -1,6 +1,7 @@
 """A file's name is its registration: ``methods/rtn.py`` is the method ``rtn``.
 
-A user writes hyphens where the file has underscores: ``compressed-tensors``.
+A user writes hyphens where the file has underscores: ``compressed-tensors``. A file whose name begins with an
+underscore is a part of another.
 """
 
 import pkgutil
@@ -13,7 +14,7 @@ from bitwright.core.errors import RecipeError, nearest
 def names(room: str) -> tuple[str, ...]:
     """What is registered in a room ("methods", "formats", "families"), as a user writes it."""
     package = import_module(f"bitwright.{room}")
-    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__)))
+    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"))
 
 
 def find(room: str, name: str) -> ModuleType:

@@ -44,7 +44,7 @@ class QuantizedFolder:
         if said is None:
             return cls(checkpoint, None, None, (), (), _in_order(checkpoint.names))
         format = _format_of(folder, said)
-        described: Described = format.described(said)
+        described = _described(folder, format, said)
         leaf = format.LEAVES[0]
         found = [name.removesuffix(f".{leaf}") for name in checkpoint.names if name.endswith(f".{leaf}")]
         theirs = {f"{name}.{end}" for name in found for end in format.LEAVES}
@@ -84,6 +84,8 @@ class QuantizedFolder:
             if found.shape != (rows, columns):
                 raise ValueError(f"codes {list(found.shape)}, a shape of {rows} x {columns}")
             found.tile.counts(found.shape)
+        except CheckpointError as error:  # not damaged, but of a kind that is not read
+            raise CheckpointError(f"{self.folder}: {error}") from error
         except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError, UserError) as error:
             raise _damaged(self.folder, linear, tensors, error) from error
         return found
@@ -149,6 +151,14 @@ def _format_of(folder: Path, said: Any) -> ModuleType:
             f"{READABLE}"
         )
     return find("formats", str(method))
+
+
+def _described(folder: Path, format: ModuleType, said: Any) -> Described:
+    try:
+        found: Described = format.described(said)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    return found
 
 
 def _in_order(found: Any) -> tuple[str, ...]:

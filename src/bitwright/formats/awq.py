@@ -18,7 +18,16 @@ from bitwright.core.packing import pack, unpack
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel
 from bitwright.core.scheme import Grid, Scheme, Tile
-from bitwright.formats.gptq import INSTEAD, WORD_BYTES, half, on_grid, refuse_scheme, refuse_shape
+from bitwright.formats.gptq import (
+    INSTEAD,
+    WORD_BYTES,
+    check_shapes,
+    half,
+    on_grid,
+    refuse_scheme,
+    refuse_shape,
+    said_of_kept,
+)
 from bitwright.formats.gptq import queries_left_out as queries_left_out
 
 BITS, IN_WORD = 4, 8
@@ -78,9 +87,11 @@ def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor
 def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTensor:
     """The QTensor of one linear, whoever wrote it."""
     scale = tensors[f"{name}.scales"].t().contiguous()
+    (rows, groups), columns = scale.shape, len(tensors[f"{name}.qweight"])
+    words = rows // IN_WORD
+    check_shapes(tensors, name, {"qweight": (columns, words), "qzeros": (groups, words)})
     codes, zero = (_numbers(tensors[f"{name}.{leaf}"]) for leaf in ("qweight", "qzeros"))
-    tile = Tile(1, codes.shape[1] // scale.shape[1])
-    return on_grid(codes, scale, zero, described.grid_of(name), tile)
+    return on_grid(codes, scale, zero, described.grid_of(name), Tile(1, columns // groups))
 
 
 def encode_stacked(name: str, slices: Sequence[QTensor]) -> NoReturn:
@@ -99,7 +110,10 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     """The ``quantization_config`` of config.json. Raises RecipeError for activations, bits other than 4, and linears
-    that are not all alike."""
+    that are not all alike.
+
+    ``dynamic`` is for GPTQModel, which takes no notice of ``modules_to_not_convert``; ``lm_head`` for vLLM.
+    """
     scheme = model.scheme
     refuse_scheme(model, "awq")
     if scheme.weight.bits != BITS:
@@ -111,6 +125,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         "group_size": scheme.tile.in_,
         "zero_point": True,
         "modules_to_not_convert": list(model.kept),
+        **said_of_kept(model.kept),
     }
 
 

@@ -3,21 +3,23 @@
 Config classes are the library's own (compressed-tensors >= 0.15). Its codes are signed,
 ``-2**(bits-1) .. 2**(bits-1) - 1``, 32 of them in exactly ``bits`` int32 words; asymmetric codes and zero points
 are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``. The tensors are those of
-``formats/bitwright.py``, which can hold more; only what config.json says is this file's own.
+``formats/bitwright.py``, which can hold more; only what config.json says is this file's own. Folders of others are read
+by ``_compressed_tensors_reading.py``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from torch import Tensor
 
-from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor
-from bitwright.core.quantized import Described, WrittenModel
-from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
+from bitwright.core.quantized import WrittenModel
+from bitwright.core.scheme import FULL, Grid, Scheme, Tile
 from bitwright.formats import bitwright
-from bitwright.formats.bitwright import SCALES, decode, read, shape, stored_bytes
+from bitwright.formats._compressed_tensors_reading import LEAVES, PACKED, described, read, shape
+from bitwright.formats.bitwright import SCALES, decode, stored_bytes
 
 __all__ = [
     "LEAVES",
@@ -34,11 +36,6 @@ __all__ = [
     "stored_bytes",
 ]
 
-PACKED = "pack-quantized"
-LEAVES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-"""How the names of a weight's tensors end; the first is always there."""
-READABLE = "of compressed-tensors, Bitwright reads pack-quantized integer weights of 2 to 8 bits"
-
 INSTEAD = (
     "compressed-tensors holds neither groups along the output nor outliers, and one tile for all linears. Leave "
     "--format out, or take --format bitwright (transformers loads it after 'import bitwright') or --format dense"
@@ -51,38 +48,6 @@ HOLDS = "2 to 8 bits, symmetric or not, per channel or in groups along the input
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
     return tile.out == 1 and not outliers
-
-
-def described(config: Mapping[str, Any]) -> Described:
-    """What the quantization_config of a folder says. Raises CheckpointError for what cannot be read: ``READABLE``."""
-    groups = config.get("config_groups")
-    found = list(groups.values()) if isinstance(groups, dict) else []
-    weights = [
-        group["weights"] for group in found if isinstance(group, dict) and isinstance(group.get("weights"), dict)
-    ]
-    kinds = {(one.get("num_bits"), one.get("symmetric"), one.get("type", "int")) for one in weights}
-    formats = {config.get("format"), *(group.get("format") for group in found if isinstance(group, dict))} - {None}
-    if formats != {PACKED} or len(kinds) != 1:
-        raise CheckpointError(f"weights stored as {sorted(map(str, formats))}, {sorted(map(str, kinds))}; {READABLE}")
-    ((bits, symmetric, kind),) = kinds
-    if kind != "int" or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise CheckpointError(f"weights of type {kind} with {bits} bits; {READABLE}")
-    inputs = [one for group in found if "weights" in group and (one := group.get("input_activations"))]
-    attention = [one for group in found if not group.get("weights") and (one := group.get("input_activations"))]
-    kv = config.get("kv_cache_scheme") or next(iter(attention), None)
-    return Described(
-        Grid(bits, bool(symmetric)), _grid(next(iter(inputs), None)), _grid(kv), tuple(config.get("ignore") or ())
-    )
-
-
-def _grid(args: Any) -> Grid | None:
-    """The integers that a part of the config says activations are quantized to."""
-    if not isinstance(args, dict):
-        return None
-    bits, kind = args.get("num_bits"), args.get("type", "int")
-    if kind != "int" or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise CheckpointError(f"activations of type {kind} with {bits} bits; {READABLE}, and integer activations")
-    return Grid(bits, bool(args.get("symmetric")))
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:

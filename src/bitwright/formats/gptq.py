@@ -105,13 +105,22 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
     grid, scale = described.grid_of(name), tensors[f"{name}.scales"].t().contiguous()
     words = tensors[f"{name}.qweight"].t().contiguous()
     (rows, groups), columns = scale.shape, words.shape[1] * WORD_BITS // grid.bits
-    _check_order(name, tensors.get(f"{name}.g_idx"), columns, groups)
+    check_shapes(tensors, name, {"qweight": (words.shape[1], rows), "qzeros": (groups, rows * grid.bits // WORD_BITS)})
+    check_order(name, tensors.get(f"{name}.g_idx"), columns, groups)
     plain = Grid(grid.bits)
     zero = unpack(tensors[f"{name}.qzeros"], plain, rows).t().contiguous()
     if described.variant != V2:
         zero = (zero + 1) & plain.qmax
     codes = unpack(words, plain, columns)
     return on_grid(codes, scale, zero, grid, Tile(1, columns // groups))
+
+
+def check_shapes(tensors: Mapping[str, Tensor], name: str, wanted: Mapping[str, tuple[int, int]]) -> None:
+    """Raises ValueError for words of another shape than the scales call for."""
+    for leaf, shape in wanted.items():
+        found = tensors[f"{name}.{leaf}"]
+        if found.dtype != torch.int32 or tuple(found.shape) != shape:
+            raise ValueError(f"{leaf} is {found.dtype} {list(found.shape)}, the others call for int32 {list(shape)}")
 
 
 def on_grid(
@@ -164,15 +173,11 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     """The ``quantization_config`` of config.json. Raises RecipeError for activations, and for linears that are not all
-    alike.
-
-    Linears that are left alone are rules of ``dynamic`` for GPTQModel; vLLM sees in the tensors what is packed.
-    """
+    alike."""
     scheme = model.scheme
     refuse_scheme(model, "gptq")
     if scheme.weight.bits not in BITS:
         raise RecipeError(f"gptq holds {', '.join(map(str, BITS))} bits, scheme {scheme} asks for others. {INSTEAD}")
-    inside = [name for name in model.kept if name != "lm_head"]
     return {
         "quant_method": "gptq",
         "checkpoint_format": _version(scheme.weight),
@@ -180,11 +185,17 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         "group_size": scheme.tile.in_,
         "sym": scheme.weight.symmetric,
         "desc_act": False,
-        "lm_head": "lm_head" not in model.kept,
         "pack_dtype": "int32",
-        **({"dynamic": {f"-:^{re.escape(name)}$": {} for name in inside}} if inside else {}),
+        **said_of_kept(model.kept),
         "meta": {"quantizer": [f"bitwright:{version('bitwright')}"]},
     }
+
+
+def said_of_kept(kept: Sequence[str]) -> dict[str, Any]:
+    """Linears that are left alone, as rules for GPTQModel, and whether the output layer is packed; what else is, vLLM
+    sees in the tensors."""
+    inside = {f"-:^{re.escape(name)}$": dict[str, Any]() for name in kept if name != "lm_head"}
+    return {"lm_head": "lm_head" not in kept} | ({"dynamic": inside} if inside else {})
 
 
 def refuse_scheme(model: WrittenModel, format: str) -> None:
@@ -220,9 +231,10 @@ def _groups(columns: int, groups: int) -> Int32[Tensor, " I"]:
     return torch.arange(columns, dtype=torch.int32) // (columns // groups)
 
 
-def _check_order(name: str, g_idx: Tensor | None, columns: int, groups: int) -> None:
-    """Refuses groups that are not runs of neighbouring input channels; some writers leave g_idx out, or all 0."""
-    if g_idx is None or torch.equal(g_idx.int(), _groups(columns, groups)):
+def check_order(name: str, g_idx: Tensor | None, columns: int, groups: int) -> None:
+    """Refuses groups that are not runs of neighbouring input channels; some writers leave g_idx out, or say nothing in
+    it, all -1. Raises CheckpointError."""
+    if g_idx is None or torch.equal(g_idx.int(), _groups(columns, groups)) or bool((g_idx == -1).all()):
         return
     raise CheckpointError(
         f"{name}: its input channels are sorted into groups out of order (desc_act with groups), and Bitwright reads "

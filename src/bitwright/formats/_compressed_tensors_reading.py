@@ -1,0 +1,174 @@
+"""compressed-tensors folders, whoever wrote them: llm-compressor above all, in several layouts.
+
+Integer weights of 2 to 8 bits, packed (``pack-quantized``) or one to a byte (``int-quantized``, ``naive-quantized``);
+one scale per tensor, channel, group or block; zero points packed, one to a byte, or none; several groups of linears
+with bits of their own. Codes and zero points are signed there, ours are not on an asymmetric grid: both are moved up by
+``2**(bits-1)``.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from math import ceil
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bitwright.core.errors import CheckpointError
+from bitwright.core.packing import WORD_BITS, unpack, unpack_apart
+from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import Described
+from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Tile
+from bitwright.formats.gptq import check_order
+
+PACKED, MIXED = "pack-quantized", "mixed-precision"
+LAYOUTS = (PACKED, "int-quantized", "naive-quantized")
+STRATEGIES = ("tensor", "channel", "group", "block")
+LEAVES = ("weight_scale", "weight_packed", "weight", "weight_zero_point", "weight_shape", "weight_g_idx")
+"""How the names of a weight's tensors end; the first is always there."""
+READABLE = (
+    "of compressed-tensors, Bitwright reads integer weights of 2 to 8 bits (pack-quantized, int-quantized, "
+    "naive-quantized) with one scale per tensor, channel, group or block, and activations that are integers, quantized "
+    "as the model runs"
+)
+
+
+def described(config: Mapping[str, Any]) -> Described:
+    """What the quantization_config of a folder says. Raises CheckpointError for what cannot be read: ``READABLE``."""
+    try:
+        return _described(config)
+    except (AttributeError, TypeError, KeyError) as error:  # numbers and lists where tables should be
+        raise CheckpointError(f"its quantization_config cannot be read ({error}); {READABLE}") from None
+
+
+def _described(config: Mapping[str, Any]) -> Described:
+    _check_whole(config)
+    groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, dict)]
+    weights = [(group.get("targets") or [], _weights(group, config)) for group in groups if group.get("weights")]
+    if not weights:
+        raise CheckpointError(f"its config_groups name no weights; {READABLE}")
+    first = next(group for group in groups if group.get("weights"))
+    attention = next((group for group in groups if not group.get("weights")), {})
+    cache = config.get("kv_cache_scheme") or attention.get("input_activations")
+    return Described(
+        next((grid for targets, grid in weights if any(target[:1].isupper() for target in targets)), weights[0][1]),
+        _dynamic(first.get("input_activations"), "activations"),
+        _dynamic(cache, "a KV cache"),
+        tuple(config.get("ignore") or ()),
+        rules=tuple(_rules(weights)),
+    )
+
+
+def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:
+    """The shape of a weight [O, I], from the shapes of its tensors or what is in them."""
+    try:
+        return tuple(read("weight_shape").tolist())
+    except CheckpointError:  # one code to a byte
+        return stored("weight")
+
+
+def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTensor:
+    """The QTensor of one linear; on a symmetric grid where its zero points are none or 0.
+
+    Raises ValueError for tensors that do not fit together, CheckpointError for groups out of order (``actorder``).
+    """
+    grid = described.grid_of(name)
+    codes = _codes(tensors, name, grid.bits)
+    rows, columns = codes.shape
+    scale = tensors[f"{name}.weight_scale"]
+    scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+    check_order(name, tensors.get(f"{name}.weight_g_idx"), columns, scale.shape[1])
+    zero = _zeros(tensors.get(f"{name}.weight_zero_point"), scale, grid.bits)
+    tile, middle = Tile(rows // scale.shape[0], columns // scale.shape[1]), 2 ** (grid.bits - 1)
+    if grid.symmetric and (zero is None or not zero.any()):
+        return QTensor(codes, scale, None, grid, tile)
+    if zero is None:
+        raise ValueError("its config says asymmetric, and there is no weight_zero_point")
+    return QTensor(_raised(codes, middle), scale, _raised(zero, middle), Grid(grid.bits), tile)
+
+
+def _codes(tensors: Mapping[str, Tensor], name: str, bits: int) -> Int[Tensor, "O I"]:
+    """Signed codes."""
+    words, signed = tensors.get(f"{name}.weight_packed"), Grid(bits, symmetric=True)
+    if words is not None:
+        return _unpacked(words, signed, tensors[f"{name}.weight_shape"].tolist()[1])
+    codes = tensors[f"{name}.weight"]
+    if codes.dtype != torch.int8:
+        raise ValueError(f"weights of dtype {codes.dtype} beside scales, not int8")
+    if int(codes.min()) < signed.qmin or int(codes.max()) > signed.qmax:
+        raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())}, which are more than {bits} bits")
+    return codes
+
+
+def _zeros(stored: Tensor | None, scale: Float[Tensor, "P Q"], bits: int) -> Int[Tensor, "P Q"] | None:
+    """Signed zero points: packed along the output, or one to a byte."""
+    if stored is None:
+        return None
+    if stored.dtype == torch.int32:
+        return _unpacked(stored.t().contiguous(), Grid(bits, symmetric=True), len(scale)).t().contiguous()
+    if stored.is_floating_point() or stored.numel() != scale.numel():
+        raise ValueError(f"zero points of dtype {stored.dtype} and shape {list(stored.shape)}")
+    return stored.reshape(scale.shape).to(torch.int8)
+
+
+def _unpacked(words: Int[Tensor, "R W"], grid: Grid, columns: int) -> Int[Tensor, "R C"]:
+    """Codes of rows of words, dense as they are today, or none cut as they once were."""
+    found = words.shape[1]
+    if found == ceil(columns * grid.bits / WORD_BITS):
+        return unpack(words, grid, columns)
+    if found == ceil(columns / (WORD_BITS // grid.bits)):
+        apart: Tensor = unpack_apart(words, grid.bits, columns) - 2 ** (grid.bits - 1)
+        return apart.view(torch.int8)
+    raise ValueError(f"{found} words for {columns} codes of {grid.bits} bits")
+
+
+def _raised(signed: Int[Tensor, "P Q"], middle: int) -> Int[Tensor, "P Q"]:
+    return (signed.to(torch.int16) + middle).to(torch.uint8)
+
+
+def _check_whole(config: Mapping[str, Any]) -> None:
+    """Refuses what a whole folder is: another layout, sparse, turned, not compressed."""
+    layout, sparse = config.get("format"), config.get("sparsity_config") or {}
+    if layout is not None and layout not in (*LAYOUTS, MIXED):
+        raise CheckpointError(f"weights stored as {layout}; {READABLE}")
+    if sparse.get("format", "dense") != "dense":
+        raise CheckpointError(f"weights that are sparse ({sparse['format']}); {READABLE}")
+    if (config.get("transform_config") or {}).get("config_groups"):
+        raise CheckpointError(f"a model that is transformed as it runs (transform_config); {READABLE}")
+    if config.get("quantization_status", "compressed") != "compressed":
+        raise CheckpointError(f"weights that are not packed yet (quantization_status); {READABLE}")
+
+
+def _weights(group: Mapping[str, Any], config: Mapping[str, Any]) -> Grid:
+    """The grid of one group of linears."""
+    said, layout = group["weights"], group.get("format") or config.get("format")
+    bits, kind, strategy = said.get("num_bits"), said.get("type", "int"), said.get("strategy") or "tensor"
+    whole = isinstance(bits, int) and not isinstance(bits, bool) and MIN_BITS <= bits <= MAX_BITS
+    if layout not in LAYOUTS or kind != "int" or strategy not in STRATEGIES or not whole:
+        raise CheckpointError(
+            f"weights of {bits} bits, type {kind}, strategy {strategy}, stored as {layout}; {READABLE}"
+        )
+    return Grid(bits, bool(said.get("symmetric", True)))
+
+
+def _rules(weights: list[tuple[list[str], Grid]]) -> Iterator[tuple[str, Grid]]:
+    """Names first, then patterns, as the library does; classes of modules are left to the grid of all others."""
+    yield from ((f"{re.escape(t)}$", grid) for targets, grid in weights for t in targets if not _is_pattern(t))
+    yield from ((t.removeprefix("re:"), grid) for targets, grid in weights for t in targets if _is_pattern(t))
+
+
+def _is_pattern(target: str) -> bool:
+    return target.startswith("re:")
+
+
+def _dynamic(said: Any, what: str) -> Grid | None:
+    """The grid of what is quantized as the model runs."""
+    if not said:
+        return None
+    bits = said.get("num_bits")
+    if said.get("type", "int") != "int" or said.get("dynamic") is not True or not MIN_BITS <= (bits or 0) <= MAX_BITS:
+        raise CheckpointError(
+            f"{what} of {bits} bits, type {said.get('type')}, dynamic {said.get('dynamic')}; {READABLE}"
+        )
+    return Grid(int(bits), bool(said.get("symmetric", True)))

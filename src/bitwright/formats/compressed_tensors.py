@@ -40,8 +40,9 @@ LEAVES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", 
 READABLE = "of compressed-tensors, Bitwright reads pack-quantized integer weights of 2 to 8 bits"
 
 INSTEAD = (
-    "compressed-tensors holds neither groups along the output nor outliers, and one tile for all linears. Leave "
-    "--format out, or take --format bitwright (transformers loads it after 'import bitwright') or --format dense"
+    "compressed-tensors holds neither groups along the output nor outliers nor grids that are an engine's own, and one "
+    "tile for all linears. Leave --format out, or take --format bitwright (transformers loads it after 'import "
+    "bitwright') or --format dense"
 )
 
 
@@ -50,7 +51,7 @@ HOLDS = "2 to 8 bits, symmetric or not, per channel or in groups along the input
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
-    return tile.out == 1 and not outliers
+    return tile.out == 1 and not (outliers or grid.signed_scale or tile.ragged)
 
 
 def described(config: Mapping[str, Any]) -> Described:

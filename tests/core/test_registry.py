@@ -9,8 +9,9 @@ from bitwright.core.registry import find, names
 
 @pytest.mark.parametrize("room", ["methods", "formats", "families"])
 def test_every_file_of_a_room_is_registered_under_its_name(room: str) -> None:
-    files = (Path(bitwright.__file__).parent / room).glob("*.py")
-    expected = sorted(f.stem.replace("_", "-") for f in files if f.stem != "__init__")
+    folder = Path(bitwright.__file__).parent / room
+    modules = [*folder.glob("*.py"), *(init.parent for init in folder.glob("*/__init__.py"))]
+    expected = sorted(m.stem.replace("_", "-") for m in modules if m.stem != "__init__")
     assert expected
     assert list(names(room)) == expected
     for name in names(room):

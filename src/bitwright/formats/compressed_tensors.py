@@ -40,8 +40,8 @@ LEAVES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", 
 READABLE = "of compressed-tensors, Bitwright reads pack-quantized integer weights of 2 to 8 bits"
 
 INSTEAD = (
-    "compressed-tensors holds neither groups along the output nor outliers nor grids that are an engine's own, and one "
-    "tile for all linears. Leave --format out, or take --format bitwright (transformers loads it after 'import "
+    "compressed-tensors holds neither groups along the output nor outliers, one tile for all linears, and no grid that "
+    "is an engine's own. Leave --format out, or take --format bitwright (transformers loads it after 'import "
     "bitwright') or --format dense"
 )
 

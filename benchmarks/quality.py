@@ -3,7 +3,8 @@
     python benchmarks/quality.py MODEL --text TEST.txt --name rtn-en-llama \
         --row rtn:W8A16 --row rtn:W4A16g128 --row rtn:W2A16g128
 
-A row is ``method:scheme[:seed[:key=value,key=value]]``, keys as in a recipe. Every finished row is kept in
+A row is ``method:scheme[:seed[:key=value,key=value]]``, keys as in a recipe; ``mlc-llm/own:mlc:q4f16_1`` is that
+grid as MLC-LLM's own quantizer would use it. Every finished row is kept in
 benchmarks/results/NAME.jsonl, so a run that is stopped goes on with the rows that are missing; NAME.md is the
 table, made anew each time. Perplexity is over consecutive windows of the text (the papers' protocol), KL divergence is
 the mean of KL(original || quantized) in nats per token over the same windows.
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+from mlc_quantizer import as_mlc_quantizes
 from rows import Asked, Kept, Row, measured_on
 
 import bitwright
@@ -54,6 +56,16 @@ def _measure(asked: Asked, model: Path, texts: Row, where: Row) -> Row:
     if asked.method == "none":
         found = bitwright.evaluate(model, **where).measurement
         return {"bits": 16.0, "perplexity": found.perplexity, "kl": 0.0, "agreement": 1.0}
+    if asked.who == "mlc-llm":
+        with TemporaryDirectory() as folder:
+            bits = as_mlc_quantizes(model, asked.scheme, Path(folder) / "out")
+            found = bitwright.evaluate(Path(folder) / "out", reference=model, **where).measurement
+        return {
+            "bits": bits,
+            "perplexity": found.perplexity,
+            "kl": found.kl_divergence,
+            "agreement": found.top1_agreement,
+        }
     how: Row = {"scheme": asked.scheme, "method": asked.method, "seed": asked.seed} | texts | asked.settings
     with TemporaryDirectory() as folder:
         result = bitwright.quantize(bitwright.Recipe.from_mapping({"model": str(model)} | how), Path(folder) / "out")
@@ -70,7 +82,7 @@ def _measure(asked: Asked, model: Path, texts: Row, where: Row) -> Row:
 
 def _cells(asked: Asked, row: Row) -> list[str]:
     numbers = f"{row['bits']:.3f}", f"{row['perplexity']:.2f}", f"{row['kl']:.5f}", f"{row['agreement']:.2%}"
-    return [asked.shown, asked.scheme, *numbers]
+    return ["MLC-LLM's quantizer" if asked.who == "mlc-llm" else asked.shown, asked.scheme, *numbers]
 
 
 if __name__ == "__main__":

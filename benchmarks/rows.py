@@ -6,6 +6,7 @@ A row is ``[implementation/]method:scheme[:seed[:key=value,key=value]]``; withou
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -35,7 +36,10 @@ class Asked:
     @classmethod
     def parse(cls, key: str) -> "Asked":
         """The row that a text names. Raises ValueError for one that is no row."""
-        name, scheme, seed, settings = [*key.split(":", 3), "", "", ""][:4]
+        name, _, rest = key.partition(":")
+        grid = f"{rest.partition(':')[0]}:" if re.match("mlc:", rest) else ""  # a scheme with a colon in it
+        scheme, seed, settings = [*rest.removeprefix(grid).split(":", 2), "", ""][:3]
+        scheme = grid + scheme if scheme else ""
         who, _, method = name.rpartition("/")
         if not method or not scheme or not (seed or "0").isdecimal():
             raise ValueError(f"'{key}' is no row; one reads [implementation/]method:scheme[:seed[:key=value,...]]")

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"core"},
     "methods": {"core", "steps"},
     "stream": {"core", "checkpoint", "calibration", "steps"},
-    "formats": {"core", "checkpoint", "kernels"},
+    "formats": {"core", "checkpoint", "kernels", "steps"},
     "evaluation": {"core", "kernels"},
     "report": {"core", "kernels"},
     "demo": {"core"},

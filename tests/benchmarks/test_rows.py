@@ -9,6 +9,8 @@ from benchmarks import rows
     [
         ("adadim+gptq:W2A16g128", Asked("bitwright", "adadim+gptq", "W2A16g128", 0, {})),
         ("lwc:W3A16:7", Asked("bitwright", "lwc", "W3A16", 7, {})),
+        ("mlc-llm/own:mlc:q4f16_1", Asked("mlc-llm", "own", "mlc:q4f16_1", 0, {})),
+        ("easyquant:mlc:q3f16_1:3:axis=oc", Asked("bitwright", "easyquant", "mlc:q3f16_1", 3, {"axis": "oc"})),
         (
             "gptqmodel/gptq:W4A16g128sym:0:desc_act=true,damp_percent=0.01",
             Asked("gptqmodel", "gptq", "W4A16g128sym", 0, {"desc_act": True, "damp_percent": 0.01}),

@@ -16,13 +16,16 @@ def weight(tensors: Mapping[str, Array], name: str, config: Mapping[str, Any]) -
     exception = config["exceptions"].get(name, {"tile": config["weights"]["tile"], "outliers": 0})
     out, in_ = (int(extent) for extent in tensors[f"{name}.weight_shape"])
     rows, columns = (whole if t == -1 else t for t, whole in zip(exception["tile"], (out, in_), strict=True))
-    p, q = out // rows, in_ // columns
+    sign = config["weights"].get("signed_scale", False)
+    p, q = out // rows, -(-in_ // columns) if sign else in_ // columns
+    assert (in_ % columns == 0) == (f"{name}.weight_tile" not in tensors)
+    assert in_ % columns == 0 or tensors[f"{name}.weight_tile"].tolist() == [rows, columns]
     scale = tensors[f"{name}.weight_scale"]
     assert scale.shape == (p, q)
     codes = np.array([numbers(row, bits, in_) for row in tensors[f"{name}.weight_packed"]])
     zeros = np.zeros((p, q), int)
     if symmetric:
-        codes = codes - 2 ** (bits - 1)
+        codes = codes - 2 ** (bits - 1) + sign
     else:
         zeros = np.array([numbers(column, bits, p) for column in tensors[f"{name}.weight_zero_point"].T]).T
     values = np.array(
@@ -48,6 +51,7 @@ def stacked_weight(tensors: Mapping[str, Array], name: str, config: Mapping[str,
     for e in range(slices):
         parts = {end: tensors[f"{x}.{end}"][e] for end in STACKED if f"{x}.{end}" in tensors}
         parts["weight_shape"] = np.array(shape)
+        parts |= {"weight_tile": tensors[f"{x}.weight_tile"]} if f"{x}.weight_tile" in tensors else {}
         own = slice(sum(kept[:e]), sum(kept[: e + 1]))
         parts |= {end: tensors[f"{x}.{end}"][own] for end in ("outlier_index", "outlier_value") if kept[e]}
         said = {**config, "exceptions": {"slice": {"tile": exception["tile"], "outliers": kept[e]}}}

@@ -85,7 +85,7 @@ def test_clipping_makes_weights_smaller_and_alignment_holds_them() -> None:
     assert kept[0] + 0.05 < kept[1] < 1.02
 
 
-@pytest.mark.parametrize("grid", [Grid(2, False), Grid(4, True), Grid(8, False)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(2, False), Grid(4, True), Grid(8, False), Grid(2, True, True)], ids=str)
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.7, 1e-30])
 def test_a_tile_of_one_value_is_exact(grid: Grid, value: float) -> None:
     weight = torch.full((32, 64), value, dtype=torch.bfloat16)
@@ -95,10 +95,31 @@ def test_a_tile_of_one_value_is_exact(grid: Grid, value: float) -> None:
         assert torch.equal(written(weight, ends, grid, tile).bfloat16(), weight)
 
 
+@pytest.mark.parametrize("alignment", [0.0, 16.0])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_scale_with_a_sign_is_hardly_worse_than_every_step_tried_both_ways(bits: int, alignment: float) -> None:
+    grid, tile = Grid(bits, symmetric=True, signed_scale=True), Tile(1, 40, ragged=True)
+    weight = heavy(16, 100)
+    ends = fitted(weight, grid, tile, torch.float16, alignment=alignment)
+    ours = loss(weight, written(weight, ends, grid, tile, torch.float16), tile, alignment)
+    plain = loss(weight, written(weight, minmax(weight, tile), grid, tile, torch.float16), tile, alignment)
+    assert (ours <= plain * (1 + 1e-5)).all()
+    most, best = tiled(weight, tile).abs().amax((1, 3)), torch.full_like(ours, torch.inf)
+    for share in torch.linspace(0.05, 1.1, 160).tolist():
+        for sign in (1.0, -1.0):
+            h = (sign * share * most / (-grid.qmin)).half()
+            made = dequantize(quantize(weight, h, None, grid, tile), h.float(), None, tile)
+            best = torch.minimum(best, loss(weight, made, tile, alignment))
+    assert (ours.sum() / best.sum()) < 1.03
+    scale = affine(*ends, grid, torch.float16)[0]
+    assert (scale > 0).any() and (scale < 0).any()
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_the_papers_descent_ends_below_min_max_and_not_below_ours(bits: int, tile: Tile) -> None:
-    weight, grid = heavy(32, 64), Grid(bits, True)
+@pytest.mark.parametrize("signed_scale", [False, True])
+def test_the_papers_descent_ends_below_min_max_and_not_below_ours(bits: int, tile: Tile, signed_scale: bool) -> None:
+    weight, grid = heavy(32, 64), Grid(bits, True, signed_scale)
     found = [
         loss(weight, written(weight, ends, grid, tile), tile, 0.0).sum()
         for ends in (

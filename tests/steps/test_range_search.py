@@ -34,8 +34,8 @@ def shares(scheme: Scheme, tile: Tile, value: float = LARGEST) -> Tensor:
     return torch.full(tile.counts((24, 64)), value)
 
 
-@pytest.mark.parametrize("tile", [Tile(1, -1), Tile(1, 32), Tile(8, 1), Tile(24, 64)], ids=str)
-@pytest.mark.parametrize("text", ["W2A16", "W3A16", "W4A16sym"])
+@pytest.mark.parametrize("tile", [Tile(1, -1), Tile(1, 32), Tile(8, 1), Tile(24, 64), Tile(1, 40, True)], ids=str)
+@pytest.mark.parametrize("text", ["W2A16", "W3A16", "W4A16sym", "mlc:q3f16_1"])
 @pytest.mark.parametrize("start", [LARGEST, 0.5])
 def test_the_linears_output_is_never_worse_than_at_the_start(text: str, tile: Tile, start: float) -> None:
     scheme = Scheme.parse(text)

@@ -81,6 +81,8 @@ def _what(format: ModuleType, scheme: Scheme, tiles: Sequence[Tile], outliers: b
     """What of a recipe a format has no place for, in words."""
     if outliers and all(format.holds(scheme.weight, tile, False) for tile in tiles):
         return "outliers (--outliers 0 keeps none)"
+    if scheme.weight.signed_scale:
+        return "the grid of an engine"
     if any(tile.out != 1 for tile in tiles):
         return "groups along the output"
     kind = "symmetric" if scheme.weight.symmetric else "asymmetric"

@@ -110,11 +110,15 @@ def _linear(checkpoint: Checkpoint, name: str) -> LinearSize | None:
 
 
 def _tile(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The patch that shares a scale, by the number of scales along each dimension."""
+    """The patch that shares a scale: by the number of scales along each dimension, or as the folder says it."""
     scale = f"{name}.weight_scale"
     counts = checkpoint.entry(scale).shape if scale in checkpoint else ()
     if len(counts) != len(shape) or not all(counts):
         return None
+    cut = f"{name}.weight_tile"
+    if cut in checkpoint and checkpoint.entry(cut).shape == (2,):
+        rows, columns = checkpoint.read(cut).tolist()
+        return int(rows), int(columns)
     return shape[-2] // counts[-2], shape[-1] // counts[-1]
 
 

@@ -109,8 +109,9 @@ class Job:
 
     @property
     def scales(self) -> torch.dtype:
-        """The dtype that scales are stored in: the format's, or that of the checkpoint."""
-        return self.target.SCALES or self.source.checkpoint.dtype_of_weights
+        """The dtype that scales are stored in: the format's, or the scheme's, or that of the checkpoint."""
+        own = torch.float16 if self.scheme.float16_scales else self.source.checkpoint.dtype_of_weights
+        return self.target.SCALES or own
 
     def written(self, reports: Sequence[dict[str, Any]] = ()) -> WrittenModel:
         """What config.json has to say once these blocks are done."""

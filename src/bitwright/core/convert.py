@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from bitwright.core.qtensor import QTensor
+from bitwright.core.qtensor import QTensor, tiled, whole
 from bitwright.core.quantized import Difference
 from bitwright.core.scheme import Grid, Tile
 
@@ -24,10 +24,12 @@ def on_grid(weight: QTensor, grid: Grid) -> QTensor | None:
     """
     if grid == weight.grid:
         return weight
+    if grid.signed_scale or weight.grid.signed_scale:
+        return None  # a negative scale means something else to every other grid
     codes = weight.codes.to(torch.int16)
     zero = torch.zeros_like(weight.scale, dtype=torch.int16) if weight.zero is None else weight.zero.to(torch.int16)
     if grid.symmetric:
-        moved = _lowered(codes, zero)
+        moved = _lowered(codes, zero, weight.tile)
         if int(moved.min()) < grid.qmin or int(moved.max()) > grid.qmax:
             return None
         return replace(weight, codes=moved.to(torch.int8), zero=None, grid=grid)
@@ -63,10 +65,9 @@ def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
     return lost / all_of_it if all_of_it else (0.0 if not lost else float("inf"))
 
 
-def _lowered(codes: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+def _lowered(codes: torch.Tensor, zero: torch.Tensor, tile: Tile) -> torch.Tensor:
     """Codes less the zero point of their tile."""
-    (rows, columns), (p, q) = codes.shape, zero.shape
-    return (codes.view(p, rows // p, q, columns // q) - zero[:, None, :, None]).view(rows, columns)
+    return whole(tiled(codes, tile) - zero[:, None, :, None], codes.shape)
 
 
 def _repeated(per_tile: torch.Tensor, down: int, along: int) -> torch.Tensor:

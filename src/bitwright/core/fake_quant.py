@@ -9,8 +9,9 @@ also for the zero point and for the scale's own rounding. With ``n = 2**bits - 1
     clipped from below       0        1           0
     clipped from above       0        0           1
 
-A symmetric grid has one range, h = 2 max(-low, high) / n: dWq/dh is r inside and the code where clipped, and the
-gradient goes to the end of the range that is the larger.
+A symmetric grid has one step, h = max(low / b, high / a), where b and a are the steps that the two ends may be from
+zero (-n/2 and n/2; ``qtensor.reach``): dWq/dh is r inside and the code where clipped, and the gradient goes to the end
+that decides.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.qtensor import affine, offset, tiled
+from bitwright.core.qtensor import affine, offset, reach, tiled, whole
 from bitwright.core.scheme import Grid, Tile
 
 
@@ -71,25 +72,27 @@ class _FakeQuantize(torch.autograd.Function):
         else:
             slope = residual.addcmul_(residual, clipped, value=-1).div_(grid.steps).add_(side.relu_())
         ctx.save_for_backward(slope, clipped.to(torch.int8), low, high)
-        ctx.grid = grid
+        ctx.grid, ctx.tile = grid, tile
         made = level.mul_(h)
         if moved is not None:
             made += moved[:, None, :, None]
-        return made.view(weight.shape)
+        return whole(made, weight.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         slope, clipped, low, high = ctx.saved_tensors
-        g = gradients[0].reshape(slope.shape)
+        g = tiled(gradients[0], ctx.tile)
         along = (g * slope).sum((1, 3))
         outside = g * clipped
         if ctx.grid.symmetric:
-            along *= 2 / ctx.grid.steps
-            dlow, dhigh = -along * (-low > high), along * (-low <= high)
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            below, above = reach(low, high, ctx.grid)
+            decides = (low / below).abs() > (high / above).abs()
+            dlow, dhigh = along / below * decides, along / above * ~decides
         else:
             dhigh = along
             dlow = outside.sum((1, 3)) - dhigh
-        dweight = (g - outside).view(gradients[0].shape) if ctx.needs_input_grad[0] else None
+        dweight = whole(g - outside, gradients[0].shape) if ctx.needs_input_grad[0] else None
         return dweight, dlow, dhigh, None, None, None
 
 

@@ -1,7 +1,8 @@
 """Codes <-> dense 32-bit words, as compressed-tensors lays them out: code c of a row takes bits c*b to (c+1)*b - 1.
 
-Codes are stored as 0 to 2^b - 1, symmetric ones with 2^(b-1) added. Bit p of a row is bit p % 32 of its word p // 32,
-which in little-endian memory is bit p % 8 of byte p // 8: eight codes make exactly b bytes.
+Codes are stored as 0 to 2^b - 1: less the smallest of their grid, which is -2^(b-1) on most symmetric ones. Bit p of a
+row is bit p % 32 of its word p // 32, which in little-endian memory is bit p % 8 of byte p // 8: eight codes make
+exactly b bytes.
 """
 
 import sys
@@ -23,7 +24,7 @@ def pack(codes: Int[Tensor, "R C"], grid: Grid) -> Int32[Tensor, "R W"]:
     rows, columns = codes.shape
     words = torch.empty(rows, ceil(columns * grid.bits / WORD_BITS), dtype=torch.int32, device=codes.device)
     for here in _few(rows, columns):
-        stored = codes[here].view(torch.uint8) + _offset(grid)
+        stored = codes[here].view(torch.uint8) - grid.qmin  # wraps round
         words[here] = _packed(stored, grid.bits, words.shape[1])
     return words
 
@@ -33,7 +34,7 @@ def unpack(words: Int32[Tensor, "R W"], grid: Grid, columns: int) -> Int[Tensor,
     stored = torch.empty(len(words), columns, dtype=torch.uint8, device=words.device)
     for here in _few(len(words), columns):
         stored[here] = _unpacked(words[here], grid.bits, columns)
-    return (stored - _offset(grid)).view(torch.int8) if grid.symmetric else stored
+    return (stored + grid.qmin).view(torch.int8) if grid.symmetric else stored
 
 
 def pack_down(codes: Int[Tensor, "R C"], grid: Grid) -> Int32[Tensor, "W C"]:
@@ -54,10 +55,6 @@ def unpack_apart(words: Int32[Tensor, "R W"], bits: int, columns: int) -> UInt8[
     shifts = torch.arange(0, WORD_BITS - bits + 1, bits, dtype=torch.int32, device=words.device)
     codes = (words[..., None] >> shifts).bitwise_and_(2**bits - 1).to(torch.uint8)
     return codes.reshape(len(words), -1)[:, :columns]
-
-
-def _offset(grid: Grid) -> int:
-    return 2 ** (grid.bits - 1) if grid.symmetric else 0
 
 
 def _few(rows: int, columns: int) -> list[slice]:

@@ -8,7 +8,9 @@
 (OmniQuant, arXiv 2308.13137, eq. 2, with low = beta*min(W), high = gamma*max(W).) A range always contains
 zero, so that z fits in the weight's own bits. A symmetric grid takes the range [-r, r], r = max(-low, high),
 and z = 0. Where the minimum m = -z h is what is stored, rounded to float16, all weights of a tile are moved by m + z h.
-Letters: O output features, I input features, P and Q the tiles along each, K outliers.
+With a signed scale h is the least that leaves no weight of the range further than h/2 from its code, and
+negative where low is the further end, so that the extra code is spent there. Letters: O output features, I input
+features, P and Q the tiles along each, K outliers.
 """
 
 from collections.abc import Sequence
@@ -31,8 +33,8 @@ class QTensor:
     """A weight as codes, scales and zero points; exact at its outliers.
 
     ``codes`` are uint8 on an asymmetric grid and int8 on a symmetric one; ``scale`` is in the dtype it is
-    stored in; ``zero`` is uint8 like the codes, and None on a symmetric grid. ``outlier_index`` counts
-    positions in row-major order.
+    stored in, and positive but on a grid of signed scales; ``zero`` is uint8 like the codes, and None on a symmetric
+    grid. ``outlier_index`` counts positions in row-major order.
     """
 
     codes: Int[Tensor, "O I"]
@@ -114,10 +116,18 @@ def packed_bits(shape: tuple[int, int], grid: Grid, tile: Tile, dtype: torch.dty
 
 
 def tiled(weight: Shaped[Tensor, "O I"], tile: Tile) -> Shaped[Tensor, "P To Q Ti"]:
-    """A view of the weight in which dimensions 1 and 3 run inside one tile."""
+    """A view of the weight in which dimensions 1 and 3 run inside one tile; where the last tile of a row is cut short,
+    a copy in which it is filled up with zeros, which every range contains."""
     shape = (weight.shape[0], weight.shape[1])
     (p, q), (t_o, t_i) = tile.counts(shape), tile.size(shape)
+    if q * t_i > shape[1]:
+        weight = torch.nn.functional.pad(weight, (0, q * t_i - shape[1]))
     return weight.reshape(p, t_o, q, t_i)
+
+
+def whole(tiles: Shaped[Tensor, "P To Q Ti"], shape: Sequence[int]) -> Shaped[Tensor, "O I"]:
+    """The weight of this shape [O, I] behind its tiles; a view where nothing has to be moved."""
+    return tiles.reshape(shape[0], -1)[:, : shape[1]].contiguous()
 
 
 def affine(
@@ -129,18 +139,12 @@ def affine(
     A tile whose range is empty, all zeros, gets the scale 1.
     """
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
-    if grid.symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    step = (high - low) / grid.steps
-    step = torch.where(
-        step.isfinite(), step, high / grid.steps - low / grid.steps
-    )  # both ends near the largest float32
+    step = _step(low, high, grid)
     finfo = torch.finfo(dtype)
     smallest = max(finfo.tiny * finfo.eps, torch.finfo(torch.float32).tiny)  # float16 needs its subnormal numbers
-    furthest = -grid.qmin if grid.symmetric else grid.steps  # no code may stand for more than the dtype holds
-    stored = step.clamp(min=smallest, max=finfo.max / furthest * (1 - finfo.eps)).to(dtype)
-    scale = torch.where(step > 0, stored, torch.ones_like(stored))
+    furthest = max(-grid.qmin, grid.qmax)  # no code may stand for more than the dtype holds
+    stored = step.abs().clamp(min=smallest, max=finfo.max / furthest * (1 - finfo.eps)).copysign(step).to(dtype)
+    scale = torch.where(step.abs() > 0, stored, torch.ones_like(stored))
     if grid.symmetric:
         return scale, None
     return scale, (-low / scale.float()).round().clamp(grid.qmin, grid.qmax).to(torch.uint8)
@@ -155,6 +159,41 @@ def offset(scale: Float[Tensor, "*P"], zero: Shaped[Tensor, "*P"] | None, grid: 
         return None
     exact = zero.float() * scale.float()
     return exact - exact.to(MINIMUM).float()
+
+
+def reach(
+    low: Float[Tensor, "P Q"], high: Float[Tensor, "P Q"], grid: Grid
+) -> tuple[float | Float[Tensor, "P Q"], float | Float[Tensor, "P Q"]]:
+    """How many steps of a symmetric grid the ends of a range, low <= 0 <= high, may be from zero.
+
+    The step is low or high over that, whichever is the larger.
+    """
+    first, last = grid.reach
+    if not grid.signed_scale:
+        return first, last
+    turned, ends = -low > high, low.new_tensor([first, last])
+    return torch.where(turned, ends[1], ends[0]), torch.where(turned, ends[0], ends[1])
+
+
+def span(
+    scale: Float[Tensor, "*P"], zero: Shaped[Tensor, "*P"] | None, grid: Grid
+) -> tuple[Float[Tensor, "*P"], Float[Tensor, "*P"]]:
+    """The range [low, high] for which ``affine`` gives this scale and zero point."""
+    if zero is None:
+        ends = grid.reach[0] * scale, grid.reach[1] * scale
+        return torch.minimum(*ends), torch.maximum(*ends)
+    return -zero.to(scale) * scale, (grid.steps - zero.to(scale)) * scale
+
+
+def _step(low: Float[Tensor, "P Q"], high: Float[Tensor, "P Q"], grid: Grid) -> Float[Tensor, "P Q"]:
+    """h before it is rounded to the dtype it is stored in."""
+    if grid.symmetric:
+        below, above = reach(low, high, grid)
+        by_low, by_high = low / below, high / above
+        return by_low.where(by_low.abs() > by_high.abs(), by_high)
+    step = (high - low) / grid.steps
+    far = high / grid.steps - low / grid.steps  # both ends near the largest float32
+    return torch.where(step.isfinite(), step, far)
 
 
 def quantize(
@@ -172,7 +211,7 @@ def quantize(
     if zero is not None:
         codes += _spread(zero.float())
     codes.clamp_(grid.qmin, grid.qmax)
-    return codes.to(torch.int8 if grid.symmetric else torch.uint8).reshape(weight.shape)
+    return whole(codes.to(torch.int8 if grid.symmetric else torch.uint8), weight.shape)
 
 
 def dequantize(
@@ -182,7 +221,7 @@ def dequantize(
     values = tiled(codes, tile).to(scale.dtype)
     if zero is not None:
         values -= _spread(zero.to(scale.dtype))
-    return (values * _spread(scale)).reshape(codes.shape)
+    return whole(values * _spread(scale), codes.shape)
 
 
 def _from_minimum(
@@ -190,7 +229,7 @@ def _from_minimum(
 ) -> Float[Tensor, "O I"]:
     """``codes * scale + m`` in float32, as it is computed where the minimum is stored."""
     minimum = (-zero.float() * scale.float()).to(MINIMUM).float()
-    return (tiled(codes, tile).float() * _spread(scale.float()) + _spread(minimum)).reshape(codes.shape)
+    return whole(tiled(codes, tile).float() * _spread(scale.float()) + _spread(minimum), codes.shape)
 
 
 def _spread(per_tile: Shaped[Tensor, "P Q"]) -> Shaped[Tensor, "P 1 Q 1"]:

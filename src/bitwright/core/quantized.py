@@ -75,9 +75,9 @@ class Departure:
 class WrittenModel:
     """What the config of a written model has to say.
 
-    ``family`` is None for an architecture that nobody has described. ``dtype`` is that of the checkpoint and of the
-    scales. ``kept`` are the linears that stay as they are, by their names in the model, and ``departures`` those unlike
-    the others, by their names on disk. ``only_ours``: there are weights that transformers needs our plugin for.
+    ``family`` is None for an architecture that nobody has described. ``dtype`` is that of the scales.
+    ``kept`` are the linears that stay as they are, by their names in the model, and ``departures`` those unlike the
+    others, by their names on disk. ``only_ours``: there are weights that transformers needs our plugin for.
     """
 
     scheme: Scheme

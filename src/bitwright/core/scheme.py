@@ -7,13 +7,16 @@ A scheme is written ``W<bits>A<bits>[KV<bits>][g<size>[ic]][sym|asym]``:
     W3A16         3-bit weights, one scale per output channel
     W4A4KV4       4-bit weights, activations, queries, and KV cache
     W8A16g64sym   symmetric weights (asymmetric is the default, as in the papers)
+
+or named after the grid of an engine that has one of its own (``NAMED``): ``mlc:q4f16_1``.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
+from math import ceil
 from typing import Final
 
 from bitwright.core.errors import SchemeError
@@ -27,7 +30,8 @@ LARGE_GROUP = 128
 
 GRAMMAR = (
     "W<2-8>A<2-8 or 16>[KV<2-8 or 16>][g<group size>[ic]][sym|asym], "
-    "for example W4A16g128, W3A16, W2A16g64, W8A8, W4A4KV4, W4A16g128sym, W3A16g128ic"
+    "for example W4A16g128, W3A16, W2A16g64, W8A8, W4A4KV4, W4A16g128sym, W3A16g128ic; or "
+    "mlc:q4f16_1, mlc:q3f16_1, mlc:q2f16_1"
 )
 
 
@@ -36,12 +40,14 @@ class Grid:
     """The integers that codes are drawn from.
 
     Asymmetric codes are ``0 .. 2**bits - 1`` and come with a zero point in the same range;
-    symmetric codes are ``-2**(bits-1) .. 2**(bits-1) - 1`` and their zero point is 0.
-    ``minimum``: the weights are stored with the minimum -z h in the place of z, rounded to float16 (GGUF).
+    symmetric codes are ``-2**(bits-1) .. 2**(bits-1) - 1`` and their zero point is 0. Where the scale is signed
+    (MLC-LLM), symmetric codes are ``-(2**(bits-1) - 1) .. 2**(bits-1)``: one step further up, or, under a negative
+    scale, down. ``minimum``: the weights are stored with the minimum -z h in the place of z, rounded to float16 (GGUF).
     """
 
     bits: int
     symmetric: bool = False
+    signed_scale: bool = False
     minimum: bool = False
 
     def __post_init__(self) -> None:
@@ -49,11 +55,13 @@ class Grid:
             raise SchemeError(f"{self.bits} bits asked for; a grid has {MIN_BITS} to {MAX_BITS} bits")
         if self.minimum and self.symmetric:
             raise SchemeError("a symmetric grid has no zero point, and so no minimum")
+        if self.signed_scale and not (self.symmetric and self.bits < MAX_BITS):
+            raise SchemeError(f"a signed scale goes with a symmetric grid of less than {MAX_BITS} bits")
 
     @property
     def qmin(self) -> int:
         """The smallest code."""
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return int(self.signed_scale) - 2 ** (self.bits - 1) if self.symmetric else 0
 
     @property
     def qmax(self) -> int:
@@ -65,17 +73,28 @@ class Grid:
         """The number of steps between the smallest and the largest code, ``2**bits - 1``."""
         return int(2**self.bits) - 1
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        """How many steps the ends of a range are from zero where there is no zero point.
+
+        Where the scale is signed half a step beyond the outermost codes, so that no weight in the range is further from
+        its code than half a step; elsewhere the same to both sides.
+        """
+        return -self.steps / 2, self.steps / 2 + self.signed_scale
+
 
 @dataclass(frozen=True)
 class Tile:
     """The patch of a weight [O, I] that shares one scale: ``out`` rows by ``in_`` columns.
 
     Per output channel ``(1, FULL)``, groups along the input ``(1, 128)``, AdaDim's groups of
-    one input channel ``(128, 1)``, per tensor ``(FULL, FULL)``.
+    one input channel ``(128, 1)``, per tensor ``(FULL, FULL)``. A ``ragged`` one need not divide the input: the last of
+    a row ends where the row does.
     """
 
     out: int
     in_: int
+    ragged: bool = False
 
     @property
     def turned(self) -> "Tile":
@@ -89,20 +108,25 @@ class Tile:
     def counts(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Number of tiles along each dimension of a weight of this shape [O, I].
 
-        Raises SchemeError where a tile does not divide the weight.
+        Raises SchemeError where a tile does not divide the weight and is not ragged.
         """
         (rows, columns), (t_o, t_i) = shape, self.size(shape)
         for extent, tile, which in ((rows, t_o, "output"), (columns, t_i, "input")):
-            if extent % tile:
+            if extent % tile and not (self.ragged and which == "input"):
                 sizes = ", ".join(str(s) for s in _dividing_groups(extent, tile)) or "per channel, without a group"
                 raise SchemeError(
                     f"{extent} {which} features do not divide into groups of {tile}; what divides them: {sizes}"
                 )
-        return rows // t_o, columns // t_i
+        return rows // t_o, ceil(columns / t_i)
+
+    def cut(self, shape: tuple[int, int]) -> bool:
+        """Whether the last tile of a row of a weight of this shape [O, I] ends before it is whole."""
+        return shape[1] % self.size(shape)[1] != 0
 
     def divides(self, shape: tuple[int, int]) -> bool:
-        """Whether a weight of this shape [O, I] is made of whole tiles."""
-        return not any(extent % tile for extent, tile in zip(shape, self.size(shape), strict=True))
+        """Whether a weight of this shape [O, I] is made of such tiles."""
+        (rows, columns), (t_o, t_i) = shape, self.size(shape)
+        return rows % t_o == 0 and (self.ragged or columns % t_i == 0)
 
 
 @dataclass(frozen=True)
@@ -121,6 +145,8 @@ class Scheme:
     @classmethod
     def parse(cls, text: str) -> "Scheme":
         """The scheme that a text names. Raises SchemeError with the grammar and the nearest valid scheme."""
+        if (named := NAMED.get(text.strip().lower())) is not None:
+            return named
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
             raise SchemeError(f"'{text}' is no scheme. A scheme reads {GRAMMAR}. {_nearest(text)}")
@@ -147,7 +173,20 @@ class Scheme:
         bits = self.activation_bits if self.kv_bits is None else self.kv_bits
         return None if bits is None or bits == UNQUANTIZED_BITS else Grid(bits)
 
+    @property
+    def float16_scales(self) -> bool:
+        """Whether scales are float16 whatever the checkpoint's dtype is: those of engines' own grids are."""
+        return self in NAMED.values()
+
+    @property
+    def fixes_axis(self) -> bool:
+        """Whether it says which weights share a scale so that no method may choose: ``ic``, and engines' own grids."""
+        return self.tile.in_ == 1 or self in NAMED.values()
+
     def __str__(self) -> str:
+        for name, scheme in NAMED.items():
+            if self == scheme:
+                return name
         cache = "" if self.kv_bits is None else f"KV{self.kv_bits}"
         group = "" if self.tile.in_ == FULL else f"g{self.tile.in_}"
         if self.tile.out != 1:
@@ -155,6 +194,18 @@ class Scheme:
         symmetry = "sym" if self.weight.symmetric else ""
         return f"W{self.weight.bits}A{self.activation_bits or UNQUANTIZED_BITS}{cache}{group}{symmetry}"
 
+
+def _mlc(bits: int, group: int) -> Scheme:
+    """A preset of MLC-LLM (docs/formats/mlc.md)."""
+    return Scheme(Grid(bits, symmetric=True, signed_scale=True), Tile(1, group, ragged=True))
+
+
+NAMED: Final[Mapping[str, Scheme]] = {
+    "mlc:q4f16_1": _mlc(4, 32),
+    "mlc:q3f16_1": _mlc(3, 40),
+    "mlc:q2f16_1": _mlc(2, 64),
+}
+"""Schemes named after the grids of engines."""
 
 # [0-9] and not \d, which also matches digits of other scripts.
 _PATTERN = re.compile(
@@ -203,7 +254,7 @@ def _nearest(text: str) -> str:
         weight = min(max(_number(match["w"]), MIN_BITS), MAX_BITS)
         symmetry = "sym" if (match["sym"] or "").lower() == "sym" else ""
         return f"The nearest valid scheme is W{weight}A{_near_bits(_number(match['a']))}{cache}{group}{symmetry}."
-    by_lower = {name.lower(): name for name in _common_schemes()}
+    by_lower = {name.lower(): name for name in (*NAMED, *_common_schemes())}
     close = get_close_matches(text.strip().lower()[:40], list(by_lower), n=1, cutoff=0.3)
     return f"The nearest valid scheme is {by_lower[close[0]]}." if close else "A good start is W4A16g128."
 

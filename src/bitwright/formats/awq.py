@@ -44,7 +44,7 @@ READABLE = "of awq folders, Bitwright reads version gemm with 4 bits and zero po
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
-    return grid.bits == BITS and tile.out == 1 and not outliers
+    return grid.bits == BITS and tile.out == 1 and not (outliers or grid.signed_scale or tile.ragged)
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:

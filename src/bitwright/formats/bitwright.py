@@ -6,7 +6,8 @@ docs/formats/bitwright.schema.json is ``Config`` as a JSON schema. Transformers 
 Tensors of a linear X [O, I] with P x Q tiles and K outliers: ``X.weight_packed``, ``X.weight_scale``,
 ``X.weight_zero_point`` (asymmetric grids), ``X.weight_shape``, as compressed-tensors packs and names them (32
 codes in exactly ``bits`` int32 words, zero points along the output dimension), and
-``X.outlier_index``, ``X.outlier_value`` where K > 0. O / P by I / Q is the tile: no reader has to be told.
+``X.outlier_index``, ``X.outlier_value`` where K > 0. O / P by I / Q is the tile: no reader has to be told; where the
+last tile of a row is cut short, ``X.weight_tile`` says it.
 
 A weight that is fused over experts, N [E, A, B], is E such linears [A, B], their tensors stacked; X is N without an
 ending ``.weight``.
@@ -19,20 +20,20 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
-from bitwright.core.errors import CheckpointError
+from bitwright.core.errors import CheckpointError, SchemeError
 from bitwright.core.packing import pack, pack_down, unpack, unpack_down
 from bitwright.core.qtensor import QTensor, packed_bits
 from bitwright.core.quantized import Described, WrittenModel
 from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Scheme, Tile
 
 SIZE_BYTES = 8
-"""Bytes of one number of ``weight_shape``."""
+"""Bytes of one number of ``weight_shape`` or ``weight_tile``."""
 STACKED, CHAINED = ("weight_packed", "weight_scale", "weight_zero_point"), ("outlier_index", "outlier_value")
 """How tensors of slices come together: along a new first dimension, or one after the other."""
-LEAVES = (*STACKED, "weight_shape", *CHAINED, "outlier_count")
+LEAVES = (*STACKED, "weight_shape", "weight_tile", *CHAINED, "outlier_count")
 """How the names of a weight's tensors end; the first is always there."""
 SCALES: torch.dtype | None = None
 """The dtype of scales; None: that of the checkpoint."""
@@ -53,6 +54,8 @@ def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
         f"{name}.weight_scale": weight.scale.contiguous(),
         f"{name}.weight_shape": torch.tensor(weight.shape),
     }
+    if weight.tile.cut(weight.shape):
+        tensors[f"{name}.weight_tile"] = torch.tensor(weight.tile.size(weight.shape))
     if weight.zero is not None:
         tensors[f"{name}.weight_zero_point"] = pack_down(weight.zero, weight.grid)
     if weight.outlier_index is not None and weight.outlier_value is not None and weight.outlier_index.numel():
@@ -90,6 +93,9 @@ def _read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
     zero = None if grid.symmetric else unpack_down(tensors[f"{name}.weight_zero_point"], grid, len(scale))
     outliers = (tensors.get(f"{name}.outlier_index"), tensors.get(f"{name}.outlier_value"))
     tile = Tile(rows // scale.shape[0], columns // scale.shape[1])
+    if f"{name}.weight_tile" in tensors:
+        out, in_ = tensors[f"{name}.weight_tile"].tolist()
+        tile = Tile(out, in_, ragged=True)
     return QTensor(codes, scale, zero, grid, tile, *outliers)
 
 
@@ -106,6 +112,8 @@ def encode_stacked(name: str, slices: Sequence[QTensor]) -> dict[str, Tensor]:
     stacked = [leaf for leaf in STACKED if f"{x}.{leaf}" in parts[0]]
     tensors = {f"{x}.{leaf}": torch.stack([part[f"{x}.{leaf}"] for part in parts]) for leaf in stacked}
     tensors[f"{x}.weight_shape"] = torch.tensor([len(slices), *slices[0].shape])
+    if f"{x}.weight_tile" in parts[0]:
+        tensors[f"{x}.weight_tile"] = parts[0][f"{x}.weight_tile"]
     if any(kept):
         for leaf in CHAINED:
             tensors[f"{x}.{leaf}"] = torch.cat([part[f"{x}.{leaf}"] for part in parts if f"{x}.{leaf}" in part])
@@ -132,7 +140,8 @@ def stem(name: str) -> str:
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
     """Bytes of what ``encode`` makes without outliers, from the shape [O, I] alone; ``encode_stacked``, [E, A, B]."""
     *stack, rows, columns = shape
-    return prod(stack) * packed_bits((rows, columns), scheme.weight, scheme.tile, dtype) // 8 + SIZE_BYTES * len(shape)
+    numbers = len(shape) + 2 * scheme.tile.cut((rows, columns))
+    return prod(stack) * packed_bits((rows, columns), scheme.weight, scheme.tile, dtype) // 8 + SIZE_BYTES * numbers
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
@@ -144,6 +153,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         weights=Weights(
             bits=scheme.weight.bits,
             symmetric=scheme.weight.symmetric,
+            signed_scale=scheme.weight.signed_scale,
             tile=(scheme.tile.out, scheme.tile.in_),
             dtype=_DTYPES[model.dtype],
         ),
@@ -152,7 +162,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         queries=_said(scheme.activations),
         keys_values=_said(scheme.kv),
         modules_to_not_convert=model.kept,
-    ).model_dump(mode="json")
+    ).model_dump(mode="json", exclude_defaults=True)  # so that an earlier reader need not know of them
 
 
 def queries_left_out(scheme: Scheme) -> Grid | None:
@@ -166,6 +176,7 @@ def _slices(tensors: Mapping[str, Tensor], x: str) -> Iterator[dict[str, Tensor]
     stop = 0
     for e in range(int(shape[0])):
         part = {f"{x}.{leaf}": tensors[f"{x}.{leaf}"][e] for leaf in STACKED if f"{x}.{leaf}" in tensors}
+        part |= {f"{x}.weight_tile": tensors[f"{x}.weight_tile"]} if f"{x}.weight_tile" in tensors else {}
         part[f"{x}.weight_shape"] = shape[1:]
         if counts is not None and int(counts[e]):
             start, stop = stop, stop + int(counts[e])
@@ -201,10 +212,26 @@ class Integers(_Described):
 
 class Weights(Integers):
     """The weights of every converted linear: their integers, the rows and columns that share a scale (-1: all of
-    them), and the dtype of scales and outliers, in which a weight is computed."""
+    them), and the dtype of scales and outliers, in which a weight is computed. With ``signed_scale`` symmetric codes
+    are one higher than without, -2^(bits-1) + 1 to 2^(bits-1), scales may be negative, and the last tile of a row may
+    be cut short."""
 
     tile: tuple[Extent, Extent]
     dtype: Dtype
+    signed_scale: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        """The same in our own words."""
+        return Grid(self.bits, self.symmetric, self.signed_scale)
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "Weights":
+        try:
+            _ = self.grid
+        except SchemeError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 class Exceptional(_Described):
@@ -242,7 +269,8 @@ class Config(_Described):
 
     def tile(self, linear: str) -> Tile:
         """The tile of a linear or of a slice of stacked experts, by its name in the folder."""
-        return Tile(*(self.exceptions[linear].tile if linear in self.exceptions else self.weights.tile))
+        tile = self.exceptions[linear].tile if linear in self.exceptions else self.weights.tile
+        return Tile(*tile, ragged=self.weights.signed_scale)
 
     def outliers(self, linear: str) -> int:
         """How many weights of a linear, or of all slices of stacked experts, are stored exactly."""

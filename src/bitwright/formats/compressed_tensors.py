@@ -37,8 +37,9 @@ __all__ = [
 ]
 
 INSTEAD = (
-    "compressed-tensors holds neither groups along the output nor outliers, and one tile for all linears. Leave "
-    "--format out, or take --format bitwright (transformers loads it after 'import bitwright') or --format dense"
+    "compressed-tensors holds neither groups along the output nor outliers, one tile for all linears, and no grid that "
+    "is an engine's own. Leave --format out, or take --format bitwright (transformers loads it after 'import "
+    "bitwright') or --format dense"
 )
 
 
@@ -47,7 +48,7 @@ HOLDS = "2 to 8 bits, symmetric or not, per channel or in groups along the input
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
-    return tile.out == 1 and not outliers
+    return tile.out == 1 and not (outliers or grid.signed_scale or tile.ragged)
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:

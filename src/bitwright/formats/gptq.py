@@ -43,7 +43,7 @@ INSTEAD = "Leave --format out, or take --format bitwright (transformers loads it
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
-    return grid.bits in BITS and tile.out == 1 and not outliers
+    return grid.bits in BITS and tile.out == 1 and not (outliers or grid.signed_scale or tile.ragged)
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:

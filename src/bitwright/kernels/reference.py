@@ -5,6 +5,7 @@ the whole weight never stands in memory. Every shape of tile goes the same way.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import ceil, prod
 
 import torch
@@ -32,6 +33,7 @@ class PackedLinear(nn.Module):
     weight_scale: Float[Tensor, "P Q"]
     weight_zero_point: Int[Tensor, "words Q"] | None
     weight_shape: Int[Tensor, " 2"]
+    weight_tile: Int[Tensor, " 2"] | None
     outlier_index: Int[Tensor, " K"] | None
     outlier_value: Float[Tensor, " K"] | None
     bias: nn.Parameter | None
@@ -57,6 +59,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_scale", torch.empty(p, q, dtype=dtype))
         self.register_buffer("weight_zero_point", zeros)
         self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64))
+        self.register_buffer("weight_tile", torch.empty(2, dtype=torch.int64) if tile.cut(shape) else None)
         self.register_buffer("outlier_index", _words(outliers) if outliers else None)
         self.register_buffer("outlier_value", torch.empty(outliers, dtype=dtype) if outliers else None)
         self.register_parameter("bias", bias)
@@ -74,10 +77,10 @@ class PackedLinear(nn.Module):
     def rows(self, start: int, stop: int) -> Float[Tensor, "R I"]:
         """Rows [start, stop) of the weight, dequantized in ``dtype``."""
         codes = unpack(self.weight_packed[start:stop], self.grid, self.in_features)
-        t_o, t_i = self.tile.size((self.out_features, self.in_features))
+        t_o, _ = self.tile.size((self.out_features, self.in_features))
         first, tiles = start // t_o, torch.arange(start, stop, device=codes.device) // t_o
         scale, zero = self.weight_scale[tiles].to(self.dtype), self._zero(first, ceil(stop / t_o))
-        weight = dequantize(codes, scale, None if zero is None else zero[tiles - first], Tile(1, t_i))
+        weight = dequantize(codes, scale, None if zero is None else zero[tiles - first], replace(self.tile, out=1))
         self._place_outliers(weight, start)
         return weight
 

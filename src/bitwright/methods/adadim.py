@@ -35,8 +35,10 @@ def tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
 
     Raises SchemeError where the scheme fixes the axis already.
     """
-    if scheme.tile.in_ == 1:
-        raise SchemeError(f"scheme {scheme} fixes the axis that adadim is to choose; leave ic out, or adadim")
+    if scheme.fixes_axis:
+        raise SchemeError(
+            f"scheme {scheme} fixes the axis that adadim is to choose; take W4A16g128, or leave adadim out"
+        )
     return () if settings.axis == "oc" else (scheme.tile.turned,)
 
 

@@ -41,8 +41,8 @@ def tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
     """What may be chosen, or must, beside the scheme's own. Raises SchemeError where it fixes the axis already."""
     if settings.axis in (None, "oc"):
         return ()
-    if scheme.tile.in_ == 1:
-        raise SchemeError(f"scheme {scheme} fixes the axis; leave ic out, or --axis {settings.axis}")
+    if scheme.fixes_axis:
+        raise SchemeError(f"scheme {scheme} fixes the axis; take W4A16g128, or leave --axis {settings.axis} out")
     return (scheme.tile.turned,)
 
 

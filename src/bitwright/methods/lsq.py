@@ -4,7 +4,7 @@ For OmniQuant's ablation (arXiv 2308.13137, table A3): the step h of each tile i
 stays where min-max put it.
 
     h = theta h_0        (theta starts at 1, h_0 is the min-max step)
-    low, high = -z h, (2^N - 1 - z) h
+    low, high = -z h, (2^N - 1 - z) h        (on a symmetric grid the range that h is the step of)
 
 Where we differ: the step is learned in units of its starting value, which stands for the paper's gradient scale.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
-from bitwright.core.qtensor import affine
+from bitwright.core.qtensor import affine, span
 from bitwright.core.scheme import Tile
 from bitwright.steps.apply import weights_of
 from bitwright.steps.ranges import minmax
@@ -35,9 +35,7 @@ class Steps(Learnable):
         grid = context.scheme.weight
         for name, weight in weights_of(block, decisions).items():
             low, high = minmax(weight, decisions.tile(name, context.scheme))
-            scale, zero = affine(low, high, grid, torch.float32)
-            below = scale * (zero.float() if zero is not None else -grid.qmin)
-            self.ends[name] = (-below, scale * grid.steps - below)
+            self.ends[name] = span(*affine(low, high, grid, torch.float32), grid)
         self.theta = {name: torch.ones_like(low).requires_grad_() for name, (low, _) in self.ends.items()}
         super().__init__({"lsq.step": (self.theta, context.settings.lwc_lr)})
 

@@ -9,7 +9,7 @@ from bitwright.core.errors import CheckpointError, SchemeError
 from bitwright.core.scheme import Grid
 from bitwright.formats.bitwright import Config, Integers
 from bitwright.kernels.reference import PackedLinear
-from bitwright.plugin.stored import AGAIN, check_kind, check_numbers
+from bitwright.plugin.stored import AGAIN, check_kind, check_numbers, check_tile
 from bitwright.steps.activations import quantize_attention
 
 
@@ -74,6 +74,7 @@ def check_values(model: nn.Module) -> None:
         shape = [linear.out_features, linear.in_features]
         if linear.weight_shape.tolist() != shape:
             raise CheckpointError(f"{name}.weight_shape says {linear.weight_shape.tolist()}, not {shape}; {AGAIN}")
+        check_tile(name, linear.weight_tile, linear.tile.size((linear.out_features, linear.in_features)))
         check_numbers(name, linear.weight_scale, linear.outlier_index, linear.outlier_value, shape[0] * shape[1])
 
 

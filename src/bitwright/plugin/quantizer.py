@@ -40,7 +40,7 @@ class BitwrightConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it stands in config.json."""
-        return dict(self.described.model_dump(mode="json"))
+        return dict(self.described.model_dump(mode="json", exclude_defaults=True))
 
 
 class BitwrightQuantizer(HfQuantizer):

@@ -19,6 +19,7 @@ LEAVES = (
     "weight_scale",
     "weight_zero_point",
     "weight_shape",
+    "weight_tile",
     "outlier_index",
     "outlier_value",
     "outlier_count",
@@ -57,6 +58,12 @@ def check_numbers(name: str, scale: Tensor, index: Tensor | None, value: Tensor 
         raise CheckpointError(f"{name}: outliers outside the weight, out of order, or no numbers; {AGAIN}")
 
 
+def check_tile(name: str, said: Tensor | None, wanted: tuple[int, int]) -> None:
+    """Refuses a tile that is not the config's. CheckpointError."""
+    if said is not None and tuple(said.tolist()) != wanted:
+        raise CheckpointError(f"{name}.weight_tile says {said.tolist()}, not {list(wanted)}; {AGAIN}")
+
+
 def dequantized(tensors: Mapping[str, Tensor], name: str, config: Config) -> Tensor:
     """The weight [A, B], or [E, A, B], behind checked tensors, in the config's dtype.
 
@@ -67,6 +74,7 @@ def dequantized(tensors: Mapping[str, Tensor], name: str, config: Config) -> Ten
         counts = tensors[f"{name}.outlier_count"]
         if int(counts.min()) < 0 or int(counts.sum()) != tensors[f"{name}.outlier_index"].numel():
             raise CheckpointError(f"{name}.outlier_count is not the number of its outliers; {AGAIN}")
+    check_tile(name, tensors.get(f"{name}.weight_tile"), config.tile(name).size((rows, columns)))
     grid = config.weights.grid
     slices = format.read_stacked(tensors, name, grid) if stack else [format.read(tensors, name, Described(grid))]
     for q in slices:
@@ -87,6 +95,8 @@ def _wanted(checkpoint: Checkpoint, name: str, config: Config) -> dict[str, Kind
         "weight_packed": (torch.int32, (*stack, rows, ceil(columns * bits / WORD_BITS))),
         "weight_scale": (config.dtype, (*stack, p, q)),
     }
+    if config.tile(name).cut((rows, columns)):
+        wanted["weight_tile"] = (torch.int64, (2,))
     if not config.weights.symmetric:
         wanted["weight_zero_point"] = (torch.int32, (*stack, ceil(p * bits / WORD_BITS), q))
     if outliers:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitwright.core.method import Range
-from bitwright.core.qtensor import affine, tiled
+from bitwright.core.qtensor import affine, span, tiled
 from bitwright.core.scheme import Grid, Tile
 
 POLISHED, PASSES = 2, 4
@@ -53,8 +53,7 @@ def fitted(
     for start in range(0, len(flat), at_once):
         here = slice(start, start + at_once)
         h, z = _Fit(flat[here].float().contiguous(), grid, scale_dtype, alignment).best()
-        below = torch.full_like(z, grid.steps / 2) if grid.symmetric else z
-        low[here], high[here] = -below * h, (grid.steps - below) * h
+        low[here], high[here] = span(h, None if grid.symmetric else z, grid)
     return low.view(p, q), high.view(p, q)
 
 
@@ -92,10 +91,11 @@ class _Fit:
         return torch.stack([self._norm(w / self.most[part, None]), self._by_piece(w)])
 
     def _starts(self) -> Steps:
-        """Shares of min-max; last, the largest magnitude as h: a tile of one value, or that and zeros, is exact."""
+        """Shares of min-max, under either sign where the scale has one; last, the largest magnitude as h: a tile of one
+        value, or that and zeros, is exact."""
         shares = torch.tensor(_shares(self.grid), device=self.low.device).T[:, :, None]
         h, z = affine(shares[0] * self.low, shares[1] * self.high, self.grid, self.dtype)
-        h = torch.cat([h, self.most[None].to(self.dtype)]).float()
+        h = torch.cat([h, *([-h] if self.grid.signed_scale else []), self.most[None].to(self.dtype)]).float()
         return h, torch.zeros_like(h) if z is None else torch.cat([z, (-self.low > self.high)[None]]).float()
 
     def _sums(self, h: Float[Tensor, "S M"], z: Float[Tensor, "S M"], *, polishing: bool) -> Float[Tensor, "K S M"]:
@@ -153,7 +153,7 @@ class _Fit:
             by, z = z - to, to.float()
             qq, qw = qq + by * (2 * q + by * self.n), qw + by * self.total
         found = ((1 + self.alignment) * qw / (qq + k * qw.square())).to(self.dtype).float()
-        return found.where(found.isfinite() & (found > 0), h), z
+        return found.where(found.isfinite() & (found * h > 0), h), z
 
 
 def _first(
@@ -176,8 +176,12 @@ def _piece(n: int) -> int:
 
 
 def _shares(grid: Grid) -> list[tuple[float, float]]:
-    """How much of the two ends to start from. At few bits they are cut apart, at many hardly at all."""
+    """How much of the two ends to start from. At few bits they are cut apart, at many hardly at all.
+
+    Ends half a step beyond the outermost codes, as where the scale is signed, are codes themselves with a wider range.
+    """
     if grid.bits <= FEW and not grid.symmetric:
         return list(product(torch.linspace(1.0, 0.3, 6).tolist(), repeat=2))
     both = torch.linspace(1.0, 0.3, 16) if grid.bits <= MANY else torch.linspace(1.0, 0.8, 8)
-    return [(share, share) for share in both.tolist()]
+    wider = torch.linspace(1.3, 1.05, 6).tolist() if grid.signed_scale else []
+    return [(share, share) for share in (*both.tolist(), *wider)]

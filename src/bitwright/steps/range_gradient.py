@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitwright.core.method import Range
-from bitwright.core.qtensor import affine, tiled
+from bitwright.core.qtensor import affine, span, tiled
 from bitwright.core.scheme import Grid, Tile
 from bitwright.steps.ranges import minmax
 
@@ -19,7 +19,7 @@ STEPS, RATE = 200, 3e-3
 
 
 def by_gradient(weight: Float[Tensor, "O I"], grid: Grid, tile: Tile, scale_dtype: torch.dtype) -> Range:
-    """The range [-r, r] of each tile [P, Q] on a symmetric grid."""
+    """The range of each tile [P, Q] on a symmetric grid; where the scale has a sign it keeps that of min-max."""
     low, high = minmax(weight, tile)
     start = affine(low, high, grid, scale_dtype)[0].float()
     tiles, theta = tiled(weight, tile).float(), torch.ones_like(start).requires_grad_()
@@ -32,5 +32,4 @@ def by_gradient(weight: Float[Tensor, "O I"], grid: Grid, tile: Tile, scale_dtyp
             theta.grad = -2 * (q * (tiles - h * q)).sum((1, 3)) * start / size
             optimizer.step()
             theta.clamp_(min=RATE)
-        end = theta * start * (grid.steps / 2)
-    return -end, end
+    return span(theta.detach() * start, None, grid)

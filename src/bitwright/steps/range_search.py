@@ -72,7 +72,8 @@ def shrunk(
     """Both ends of each tile's range, cut at whichever share of its largest magnitude changes the tile's own part of
     the output least (AWQ's clip search, arXiv 2306.00978); of equals, the first."""
     tiles, (low, high) = tiled(weight, tile), minmax(weight, tile)
-    most, columns = torch.maximum(-low, high), tiles.shape[3]
+    most, columns, missing = torch.maximum(-low, high), tiles.shape[3], tiles[0, 0].numel() - weight.shape[1]
+    hessian = _filled_up(hessian, missing, missing)
     for q in range(low.shape[1]):
         here = slice(q * columns, (q + 1) * columns)
         ends, least = (low[:, q].clone(), high[:, q].clone()), torch.full_like(low[:, q], torch.inf)
@@ -103,8 +104,9 @@ class _Descent:
         self.tiles, self.grid, self.scale_dtype = tiled(weight, tile), grid, scale_dtype
         self.ends = ends
         self.low, self.high = (share.detach().clamp(max=LARGEST) for share in start)
-        self.hessian = moments.inputs
-        self.slope = weight @ moments.drift
+        missing = self.tiles[0, 0].numel() - weight.shape[1]
+        self.hessian = _filled_up(moments.inputs, missing, missing)
+        self.slope = _filled_up(weight @ moments.drift, missing)
         self.columns = self.tiles.shape[3]
         differences = [self._difference(q, self.low[:, q], self.high[:, q]) for q in range(self.low.shape[1])]
         self.difference = torch.cat(differences, dim=1)
@@ -140,6 +142,11 @@ class _Descent:
 
     def _by_tile(self, difference: Float[Tensor, "*C O Ti"]) -> Float[Tensor, "*C P To Ti"]:
         return difference.view(*difference.shape[:-2], -1, *self.tiles.shape[1::2])
+
+
+def _filled_up(matrix: Float[Tensor, "R I"], columns: int, rows: int = 0) -> Float[Tensor, "R I"]:
+    """With so many columns and rows of zeros more: as wide as tiles of which the last is filled up."""
+    return torch.nn.functional.pad(matrix, (0, columns, 0, rows)) if columns else matrix
 
 
 def _lost(

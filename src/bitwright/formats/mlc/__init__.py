@@ -1,0 +1,248 @@
+"""MLC-LLM's own folders: weights in its grids, and what its engine has to know (docs/formats/mlc.md).
+
+``tensor-cache.json`` and ``params_shard_N.bin`` (``shards.py``), ``mlc-chat-config.json`` (``chat.py``), the
+tokenizer's files. Which grids there are stands in ``presets.py``, what tensors are called in ``architectures.py``. A
+phone needs a library beside it that MLC compiles for the same architecture and preset.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.checkpoint.writer import copy_file, write_json
+from bitwright.core.convert import difference, split
+from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.progress import Listener, Progress
+from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import Difference, QuantizedModel, WriteOptions
+from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.formats import awq
+from bitwright.formats.mlc import architectures, chat
+from bitwright.formats.mlc.architectures import Place
+from bitwright.formats.mlc.presets import EMBEDDINGS_KEPT, PRESETS, Preset, fitted_to, joined, packed, placed
+from bitwright.formats.mlc.shards import Shards
+
+SCALES: torch.dtype | None = torch.float16
+"""The dtype of scales."""
+SINGLE = False
+"""Whether the result is one file."""
+HOLDS = (
+    "4 bits in groups of 32 (q4f16_1), 3 bits in groups of 40 (q3f16_1), 2 bits in groups of 64 (q2f16_1) or multiples "
+    "of those, symmetric; fewer bits in such groups as 4 bits; of llama also 4 bits with zero points in groups of 128 "
+    "(q4f16_autoawq)"
+)
+"""What it holds, in words."""
+AUTOAWQ, AUTOAWQ_GRID, AUTOAWQ_GROUP = "q4f16_autoawq", Grid(4), 128
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+FLOAT16 = "f16"
+
+
+def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
+    """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
+    return not outliers and (_is_autoawq(grid, tile) or any(preset.holds(grid, tile) for preset in PRESETS))
+
+
+def adapted(scheme: Scheme) -> Scheme:
+    """The scheme itself: MLC's grids are schemes of their own."""
+    return scheme
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
+    """Bytes of a linear's tensors, from its shape [O, I] alone. Raises RecipeError for fused experts."""
+    if len(shape) > 2:
+        raise RecipeError("format mlc holds no weight that is fused over experts")
+    if _is_autoawq(scheme.weight, scheme.tile):
+        return awq.stored_bytes(shape, replace(scheme, tile=Tile(1, AUTOAWQ_GROUP)), dtype)
+    (rows, columns), preset = shape, _preset(scheme.weight, scheme.tile)
+    return rows * (4 * preset.words(columns) + 2 * preset.scheme.tile.counts((rows, columns))[1])
+
+
+def queries_left_out(scheme: Scheme) -> Grid | None:
+    """None: schemes with activations are refused."""
+    return None
+
+
+def check(config: Mapping[str, Any], folder: Path, options: WriteOptions) -> None:
+    """Refuses before the work what MLC-LLM cannot run, or what of the options makes no sense. Raises UserError."""
+    architectures.check(config)
+    architectures.model_config(config)
+    chat.files_of(folder)
+    if options.base is not None:
+        chat.of_base(options.base, config)
+    if options.embeddings not in (None, FLOAT16):
+        raise RecipeError(
+            f"format mlc has no embeddings in {options.embeddings}: leave it out, they are quantized like the linears, "
+            f"or take --embeddings {FLOAT16} with 4 bits (MLC's q4f16_2)"
+        )
+
+
+def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: Listener) -> list[Difference]:
+    """Writes the folder ``output``, which is there and empty; what each linear lost, and embedding and output layer.
+
+    Raises RecipeError for a weight that no preset holds, unless ``lossy``: then it is quantized once more.
+    """
+    if not model.linears:
+        raise RecipeError(f"{model.folder} is not quantized; bitwright quantize does that, --scheme mlc:q4f16_1")
+    writing = _Writing(model, options, Shards(output))
+    writing.run(listener)
+    write_json(output / chat.CONFIG, chat.chat_config(model.config, model.folder, writing.quantization, options.base))
+    for name in chat.files_of(model.folder):
+        copy_file(model.folder / name, output / name)
+    return writing.differences
+
+
+class _Writing:
+    """One pass over the model, matrix by matrix of MLC's."""
+
+    def __init__(self, model: QuantizedModel, options: WriteOptions, shards: Shards) -> None:
+        self.model, self.options, self.shards, self.config = model, options, shards, model.config
+        self.linears, self.differences, self.parameters = {*model.linears}, list[Difference](), 0
+        self.pending = {*model.linears, *model.passed}
+        first = model.read(model.linears[0])
+        self.awq = _is_autoawq(first.grid, first.tile)
+        self.preset = PRESETS[-1] if self.awq else _preset(first.grid, first.tile)
+        self._refuse_preset(first)
+        if options.embeddings == FLOAT16 and not self.awq:
+            self.preset = EMBEDDINGS_KEPT
+        self.quantization = AUTOAWQ if self.awq else self.preset.name
+
+    def _refuse_preset(self, first: QTensor) -> None:
+        kind = self.config["model_type"]
+        if self.awq and kind != "llama":
+            raise RecipeError(
+                f"weights with zero points are q4f16_autoawq to MLC-LLM, which has only half of that for {kind}; "
+                "quantize the original with --scheme mlc:q4f16_1"
+            )
+        if self.options.embeddings == FLOAT16 and self.preset.scheme.weight.bits != EMBEDDINGS_KEPT.scheme.weight.bits:
+            raise RecipeError(
+                f"--embeddings {FLOAT16} goes with 4 bits (MLC's q4f16_2), and this is {self.preset.name}; leave it out"
+            )
+
+    def run(self, listener: Listener) -> None:
+        """Every tensor of MLC's model. Raises CheckpointError for a tensor that it has no place for."""
+        places, norms = list(architectures.matrices(self.config)), list(architectures.norms(self.config))
+        self._outside(EMBEDDING, self._taken(f"{EMBEDDING}.weight"))
+        for done, place in enumerate(places):
+            listener(Progress("write", done, len(places), place.name))
+            self._matrix(place)
+        for name in norms:
+            self._plain(name, self._taken(name))
+        self._head()
+        left = sorted(name for name in self.pending if not name.endswith("rotary_emb.inv_freq"))
+        if left:
+            raise CheckpointError(
+                f"{self.model.folder}: {left[0]} has no place in MLC-LLM's {self.config['model_type']}; take another "
+                "format, such as gguf"
+            )
+        self.shards.finish(self.parameters)
+
+    def _head(self) -> None:
+        tied = bool(self.config.get("tie_word_embeddings")) and HEAD not in self.linears
+        own = architectures.ARCHITECTURES[self.config["model_type"]]
+        if tied and own.ties:
+            self.pending -= {f"{HEAD}.weight"}
+        elif HEAD in self.linears and not self.awq and self.preset.embeddings:
+            self._matrix(Place(HEAD, (HEAD,)))
+        elif HEAD in self.linears:
+            self.pending -= {HEAD}
+            self._outside(HEAD, self.model.read(HEAD).dequantize(torch.float32))
+        else:
+            source = EMBEDDING if tied else HEAD
+            self.pending.add(f"{source}.weight")
+            self._outside(HEAD, self._taken(f"{source}.weight"))
+
+    def _outside(self, name: str, weight: Tensor) -> None:
+        """Embedding or output layer: in the preset's codes of least squared error, or as it is."""
+        if self.awq or not self.preset.embeddings:
+            self._plain(f"{name}.weight", weight)
+            return
+        made = fitted_to(weight, self.preset)
+        self.differences.append(_lost(name, weight, made))
+        self._add(name, made)
+
+    def _matrix(self, place: Place) -> None:
+        """A matrix of linears that lie below one another, and its bias."""
+        made = joined([self._linear(name) for name in place.linears])
+        if self.awq:
+            for leaf, tensor in awq.encode(place.name, made).items():
+                self.shards.add(leaf, tensor)
+            self.parameters += made.codes.numel()
+        else:
+            self._add(place.name, made)
+        if place.bias:
+            self._plain(f"{place.name}.bias", torch.cat([self._taken(f"{name}.bias") for name in place.linears]))
+
+    def _linear(self, name: str) -> QTensor:
+        """A linear in the preset's codes."""
+        if name not in self.linears:
+            return self._again(name, self._taken(f"{name}.weight"), "is not quantized")
+        self.pending -= {name}
+        weight = self.model.read(name)
+        if self.awq:
+            made = split(weight, Tile(1, AUTOAWQ_GROUP)) if _is_autoawq(weight.grid, weight.tile) else None
+            made = None if made is None else replace(made, scale=made.scale.to(torch.float16))
+        else:
+            made = placed(weight, self.preset)
+        if made is None or not made.scale.isfinite().all():
+            return self._again(name, weight.dequantize(torch.float32), "cannot be held exactly")
+        self.differences.append(difference(name, weight, made))
+        return made
+
+    def _again(self, name: str, weight: Tensor, why: str) -> QTensor:
+        if self.awq or not self.options.lossy:
+            raise RecipeError(
+                f"{name} {why} in MLC-LLM's {self.quantization}; the format holds {HOLDS}. "
+                "--lossy quantizes such weights once more and says what that adds"
+            )
+        made = fitted_to(weight, self.preset)
+        self.differences.append(_lost(name, weight, made))
+        return made
+
+    def _add(self, name: str, weight: QTensor) -> None:
+        self.shards.add(f"{name}.q_weight", packed(weight, self.preset))
+        self.shards.add(f"{name}.q_scale", weight.scale)
+        self.parameters += weight.codes.numel()
+
+    def _plain(self, name: str, tensor: Tensor) -> None:
+        """A tensor in float16. Raises CheckpointError where that cannot be."""
+        half = tensor.to(torch.float16)
+        if not half.isfinite().all():
+            raise CheckpointError(f"{name} reaches beyond what float16 holds, in which MLC-LLM computes")
+        self.shards.add(name, half)
+        self.parameters += half.numel()
+
+    def _taken(self, name: str) -> Tensor:
+        if name not in self.pending:
+            raise CheckpointError(f"{self.model.folder} has no tensor {name}, which MLC-LLM's model needs")
+        self.pending -= {name}
+        return self.model.tensor(name)
+
+
+def _is_autoawq(grid: Grid, tile: Tile) -> bool:
+    return grid == AUTOAWQ_GRID and tile.out == 1 and tile.in_ > 0 and tile.in_ % AUTOAWQ_GROUP == 0
+
+
+def _preset(grid: Grid, tile: Tile) -> Preset:
+    """The smallest preset that holds such weights exactly; else that of the same bits, or 4."""
+    exact = (preset for preset in PRESETS if preset.holds(grid, tile))
+    near: Iterable[Preset] = (preset for preset in PRESETS if preset.scheme.weight.bits >= grid.bits)
+    return next(iter([*exact, *near]), PRESETS[-1])
+
+
+def _lost(name: str, weight: Tensor, made: QTensor) -> Difference:
+    """Of a weight that had no codes, a part at a time."""
+    lost = size = 0.0
+    for rows in _slices(len(weight)):
+        before = weight[rows].float()
+        part = QTensor(made.codes[rows], made.scale[rows], None, made.grid, made.tile).dequantize(torch.float32)
+        lost += float((before - part).double().square().sum())
+        size += float(before.double().square().sum())
+    return Difference(name, False, lost / size if size else 0.0)
+
+
+def _slices(rows: int, at_once: int = 4096) -> Iterator[slice]:
+    return (slice(start, start + at_once) for start in range(0, rows, at_once))

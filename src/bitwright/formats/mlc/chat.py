@@ -1,0 +1,188 @@
+"""mlc-chat-config.json: the model's settings, how text becomes tokens, and how a conversation becomes text."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.formats.mlc.architectures import model_config
+
+CONFIG, VERSION = "mlc-chat-config.json", "0.1.0"
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
+)  # fmt: skip
+GENERATION = {
+    "temperature": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "top_p": 1.0,
+}  # fmt: skip
+"""What holds where generation_config.json says nothing."""
+SYSTEM, PROMPT = "{system_message}", "You are a helpful assistant."
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """How messages are written: by what a chat template of the same kind has in it, and between what they stand.
+
+    ``ends`` are the tokens that end an answer.
+    """
+
+    name: str
+    sign: str
+    system: str
+    user: str
+    assistant: str
+    after_role: str
+    between: tuple[str, ...]
+    ends: tuple[str, ...]
+    message: str = PROMPT
+    role_after_system: bool = True
+
+
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+CONVERSATIONS = (
+    Conversation("llama-3", "<|start_header_id|>", HEADER.format("system") + SYSTEM + "<|eot_id|>",
+                 "<|start_header_id|>user", "<|start_header_id|>assistant", "<|end_header_id|>\n\n", ("<|eot_id|>",),
+                 ("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")),
+    Conversation("chatml", "<|im_start|>", f"<|im_start|>system\n{SYSTEM}<|im_end|>\n", "<|im_start|>user",
+                 "<|im_start|>assistant", "\n", ("<|im_end|>\n",), ("<|im_end|>", "<|endoftext|>")),
+    Conversation("mistral_default", "[INST]", f"[INST] {SYSTEM}", "[INST]", "[/INST]", " ", (" ",), ("</s>",), "",
+                 role_after_system=False),
+)  # fmt: skip
+PLAIN = Conversation("LM", "", SYSTEM, "", "", "", ("",), (), "")
+"""Text goes on: what a model without a chat template does."""
+
+
+def chat_config(config: Mapping[str, Any], folder: Path, quantization: str, base: Path | None) -> dict[str, Any]:
+    """The contents of mlc-chat-config.json. ``base``, one of the same architecture, is asked first for conversation and
+    generation. Raises CheckpointError and RecipeError for files that cannot be read."""
+    settings, generation = model_config(config), _read(folder / "generation_config.json")
+    known = {} if base is None else of_base(base, config)
+    tokens = Tokens.of(folder)
+    found: dict[str, Any] = {
+        "version": VERSION,
+        "model_type": config["model_type"],
+        "quantization": quantization,
+        "model_config": settings,
+        "vocab_size": settings["vocab_size"],
+        "active_vocab_size": min(tokens.count or settings["vocab_size"], settings["vocab_size"]),
+        "context_window_size": settings["context_window_size"],
+        "sliding_window_size": settings.get("sliding_window_size", -1),
+        "prefill_chunk_size": settings["prefill_chunk_size"],
+        "attention_sink_size": settings.get("attention_sink_size", -1),
+        "tensor_parallel_shards": 1,
+        "pipeline_parallel_stages": 1,
+    }
+    for key, value in GENERATION.items():
+        found[key] = known.get(key, generation.get(key) if generation.get(key) is not None else value)
+    found["tokenizer_files"] = files_of(folder)
+    found["tokenizer_info"] = tokens.info
+    ids = {key: generation.get(key, config.get(key)) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    found["conv_template"] = known.get("conv_template") or _conversation(folder, ids, tokens)
+    found |= {key: value if value is not None else 0 for key, value in ids.items()}
+    return found | {"model_task": "chat", "embedding_metadata": None}
+
+
+def files_of(folder: Path) -> list[str]:
+    """The tokenizer's files. Raises CheckpointError where there are none that MLC reads."""
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not {"tokenizer.json", "tokenizer.model"} & {*found}:
+        raise CheckpointError(
+            f"{folder} has neither tokenizer.json nor tokenizer.model, and MLC-LLM reads nothing else; save the "
+            "tokenizer with transformers (a fast one), and repeat"
+        )
+    return found
+
+
+def of_base(base: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """An mlc-chat-config.json, or that of a folder. Raises RecipeError for one of another architecture."""
+    path = base / CONFIG if base.is_dir() else base
+    found = _read(path)
+    if not isinstance(found.get("conv_template"), dict) or found.get("model_type") != config["model_type"]:
+        raise RecipeError(
+            f"--base {base}: is no mlc-chat-config.json of a {config['model_type']} model, with a conv_template"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What tokenizer.json says: how many tokens there are, the ids of the special ones, and how MLC has to decode."""
+
+    count: int | None
+    special: Mapping[str, int]
+    info: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Tokens":
+        """Raises CheckpointError for a file that is no JSON."""
+        said = _read(folder / "tokenizer.json")
+        special = {one["content"]: one["id"] for one in said.get("added_tokens") or ()}
+        vocabulary = (said.get("model") or {}).get("vocab") or ()
+        names = vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary)
+        decoders, normalizers = _parts(said.get("decoder")), _parts(said.get("normalizer"))
+        info = {
+            "token_postproc_method": "byte_level" if _has(decoders, type="ByteLevel") else "byte_fallback",
+            "prepend_space_in_encode": _has(normalizers, type="Prepend", prepend="\u2581"),
+            "strip_space_in_decode": _has(decoders, type="Strip", content=" ", start=1, stop=0),
+        }
+        return cls(len({*names, *special}) or None, special, info)
+
+
+def _conversation(folder: Path, ids: Mapping[str, Any], tokens: Tokens) -> dict[str, Any]:
+    """By the model's own chat template, as far as one of the known kinds is in it."""
+    said = str(_read(folder / "tokenizer_config.json").get("chat_template") or "")
+    beside = folder / "chat_template.jinja"
+    template = said or (beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else "")
+    one = next((kind for kind in CONVERSATIONS if template and kind.sign in template), PLAIN)
+    eos = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+    stops = [number for number in eos if number is not None] + [
+        tokens.special[e] for e in one.ends if e in tokens.special
+    ]
+    begins = ids["bos_token_id"] is not None and _begins(folder)
+    return {
+        "name": one.name,
+        "system_template": one.system,
+        "system_message": one.message,
+        **({"system_prefix_token_ids": [ids["bos_token_id"]]} if begins else {}),
+        "add_role_after_system_message": one.role_after_system,
+        "roles": {"user": one.user, "assistant": one.assistant},
+        "role_templates": {"user": "{user_message}", "assistant": "{assistant_message}", "tool": "{tool_message}"},
+        "messages": [],
+        "seps": list(one.between),
+        "role_content_sep": one.after_role,
+        "role_empty_sep": one.after_role,
+        "stop_str": [],
+        "stop_token_ids": list(dict.fromkeys(stops)),
+        "function_string": "",
+        "use_function_calling": False,
+    }
+
+
+def _begins(folder: Path) -> bool:
+    """Whether texts begin with a token of their own."""
+    said = _read(folder / "tokenizer_config.json").get("add_bos_token")
+    processor = json.dumps(_read(folder / "tokenizer.json").get("post_processor") or {})
+    return bool(said) if said is not None else "TemplateProcessing" in processor and "SpecialToken" in processor
+
+
+def _parts(said: Any) -> list[Mapping[str, Any]]:
+    """A decoder or normalizer, or those of a sequence."""
+    if not isinstance(said, dict):
+        return []
+    return list(said.get("decoders") or said.get("normalizers") or [said])
+
+
+def _has(parts: list[Mapping[str, Any]], **wanted: Any) -> bool:
+    return any(all(part.get(key) == value for key, value in wanted.items()) for part in parts)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file. Raises CheckpointError."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}

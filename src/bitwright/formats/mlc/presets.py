@@ -1,0 +1,110 @@
+"""MLC-LLM's presets of weights, and a quantized weight in the codes of one.
+
+With b bits, off = 2^(b-1) - 1 and groups of g along the input, a weight [N, K] is
+
+    W[n, k] ~ (code - off) * scale[n, k // g],   code = 0 .. 2^b - 1,   scale float16 of either sign
+
+so that whatever runs from -off to off + 1 steps can be said, or, its scale negated, from -off - 1 to off.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from bitwright.core.panels import panels
+from bitwright.core.qtensor import QTensor, affine, quantize, tiled, whole
+from bitwright.core.scheme import FULL, NAMED, Grid, Scheme, Tile
+from bitwright.steps.range_fit import fitted
+
+WORD_BITS = 32
+
+
+@dataclass(frozen=True)
+class Preset:
+    """MLC's name, and our scheme for it. ``embeddings``: whether embedding and output layer are quantized too."""
+
+    name: str
+    scheme: Scheme
+    embeddings: bool = True
+
+    @property
+    def group(self) -> int:
+        """Weights along the input that share a scale."""
+        return self.scheme.tile.in_
+
+    @property
+    def in_word(self) -> int:
+        """Codes in a word of 32 bits."""
+        return WORD_BITS // self.scheme.weight.bits
+
+    def words(self, columns: int) -> int:
+        """Words of a row."""
+        return ceil(columns / self.group) * self.group // self.in_word
+
+    def holds(self, grid: Grid, tile: Tile) -> bool:
+        """Whether every weight of this grid and tile can be said exactly, but for the rounding of its scale."""
+        own = self.scheme.weight
+        fits = grid.bits <= own.bits if grid.symmetric else grid.steps <= -own.qmin
+        return fits and (tile.in_ == FULL or tile.in_ % self.group == 0)
+
+
+PRESETS = tuple(Preset(name.removeprefix("mlc:"), scheme) for name, scheme in [*NAMED.items()][::-1])
+"""Those that quantize everything, few bits first."""
+EMBEDDINGS_KEPT = Preset("q4f16_2", NAMED["mlc:q4f16_1"], embeddings=False)
+
+
+def placed(weight: QTensor, preset: Preset) -> QTensor | None:
+    """The same weight in a preset's codes, each group turned round where that fits; None where it cannot be said."""
+    grid, tile = preset.scheme.weight, preset.scheme.tile
+    columns, (t_o, t_i) = weight.shape[1], weight.tile.size(weight.shape)
+    if weight.outlier_index is not None and weight.outlier_index.numel():
+        return None
+    if t_i != columns and t_i % preset.group:
+        return None
+    levels = weight.codes.to(torch.int16)
+    if weight.zero is not None:
+        levels = whole(tiled(levels, weight.tile) - weight.zero.to(torch.int16)[:, None, :, None], weight.shape)
+    groups = tiled(levels, tile)
+    low, high = groups.amin((1, 3)), groups.amax((1, 3))
+    straight = (low >= grid.qmin) & (high <= grid.qmax)
+    turned = (-high >= grid.qmin) & (-low <= grid.qmax)
+    if not bool((straight | turned).all()):
+        return None
+    sign = torch.where(straight, 1, -1).to(torch.int16)
+    starts = torch.arange(0, columns, preset.group, device=levels.device) // t_i
+    scale = weight.scale.repeat_interleave(t_o, 0)[:, starts] * sign
+    codes = whole(groups * sign[:, None, :, None], weight.shape).to(torch.int8)
+    return QTensor(codes, scale.to(torch.float16), None, grid, tile)
+
+
+@torch.no_grad()
+def fitted_to(weight: Float[Tensor, "N K"], preset: Preset) -> QTensor:
+    """A weight that has no codes yet, or none that can be said, in those of least squared error."""
+    grid, tile = preset.scheme.weight, preset.scheme.tile
+    parts = []
+    for rows in panels((weight.shape[0], weight.shape[1]), tile):
+        part = weight[rows].float()
+        scale, _ = affine(*fitted(part, grid, tile, torch.float16, alignment=0.0), grid, torch.float16)
+        parts.append(QTensor(quantize(part, scale, None, grid, tile), scale, None, grid, tile))
+    return QTensor.of_rows(parts)
+
+
+def joined(parts: list[QTensor]) -> QTensor:
+    """The weights of linears that read the same input, one below the other."""
+    return replace(QTensor.of_rows(parts), tile=parts[0].tile)
+
+
+def packed(weight: QTensor, preset: Preset) -> Int32[Tensor, "N W"]:
+    """Codes in words of 32 bits, the first of a word in its lowest bits; no code lies in two words, and what is left
+    of a word, and of the last group, is 0."""
+    (rows, columns), bits, words = weight.shape, weight.grid.bits, preset.words(weight.shape[1])
+    found = torch.zeros(rows, words, dtype=torch.int32)
+    for part in panels((rows, columns), weight.tile):
+        codes = (weight.codes[part] - weight.grid.qmin).to(torch.int32)
+        codes = torch.nn.functional.pad(codes, (0, words * preset.in_word - columns))
+        for place, one in enumerate(codes.view(len(codes), words, preset.in_word).unbind(2)):
+            found[part] |= one << place * bits
+    return found

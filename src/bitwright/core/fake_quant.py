@@ -17,18 +17,15 @@ Weights are gone through in panels whose temporaries stay in a core's cache; on 
 faster than whole passes.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitwright.core.panels import in_cache
 from bitwright.core.qtensor import affine, tiled
 from bitwright.core.scheme import Grid, Tile
-
-IN_CACHE = 2**17
-"""Weights that are gone through at a time, on each core."""
 
 
 def fake_quantize(
@@ -78,7 +75,7 @@ class _FakeQuantize(torch.autograd.Function):
         z = torch.zeros_like(h) if zero is None else zero.float()[:, None, :, None]
         tiles = tiled(weight, tile)
         made, kept = (torch.empty(tiles.shape, dtype=dtype, device=weight.device) for _ in range(2))
-        for part in _panels(tiles, h, z, made, kept):
+        for part in in_cache(tiles, h, z, made, kept):
             _quantize_panel(grid, *part)
         ctx.save_for_backward(kept, low, high)
         ctx.grid = grid
@@ -89,7 +86,7 @@ class _FakeQuantize(torch.autograd.Function):
         kept, low, high = ctx.saved_tensors
         grid, g = ctx.grid, gradients[0].reshape(kept.shape)
         dweight = torch.empty(g.shape, device=g.device) if ctx.needs_input_grad[0] else None
-        parts = _panels(g, kept) if dweight is None else _panels(g, kept, dweight)
+        parts = in_cache(g, kept) if dweight is None else in_cache(g, kept, dweight)
         rounding, signed, clipped = (torch.cat(found) for found in zip(*(_sums(*p) for p in parts), strict=True))
         above, below = (clipped + signed) / 2, (clipped - signed) / 2
         if grid.symmetric:
@@ -99,16 +96,6 @@ class _FakeQuantize(torch.autograd.Function):
             dhigh = rounding / grid.steps + above
             dlow = below - rounding / grid.steps
         return None if dweight is None else dweight.view(gradients[0].shape), dlow, dhigh, None, None, None, None
-
-
-def _panels(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Tensors [P, ...] cut alike along P, so that a panel of the first is as large as each core's cache; whole on a
-    GPU, which likes large ones."""
-    first, each = tensors[0], IN_CACHE * torch.get_num_threads()
-    if first.device.type != "cpu" or first.numel() <= each:
-        return [tensors]
-    rows = max(1, each // first[0].numel())
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _quantize_panel(grid: Grid, weight: Tensor, h: Tensor, z: Tensor, made: Tensor, kept: Tensor) -> None:

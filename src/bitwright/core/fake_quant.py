@@ -73,10 +73,11 @@ class _FakeQuantize(torch.autograd.Function):
         scale, zero = affine(low, high, grid, scale_dtype)
         h = scale.float()[:, None, :, None]
         z = torch.zeros_like(h) if zero is None else zero.float()[:, None, :, None]
+        least, most = grid.qmin - z, grid.qmax - z
         tiles = tiled(weight, tile)
         made, kept = (torch.empty(tiles.shape, dtype=dtype, device=weight.device) for _ in range(2))
-        for part in in_cache(tiles, h, z, made, kept):
-            _quantize_panel(grid, *part)
+        for part in in_cache(tiles, h, least, most, made, kept):
+            _quantize_panel(*part)
         ctx.save_for_backward(kept, low, high)
         ctx.grid = grid
         return made.view(weight.shape)
@@ -98,16 +99,19 @@ class _FakeQuantize(torch.autograd.Function):
         return None if dweight is None else dweight.view(gradients[0].shape), dlow, dhigh, None, None, None, None
 
 
-def _quantize_panel(grid: Grid, weight: Tensor, h: Tensor, z: Tensor, made: Tensor, kept: Tensor) -> None:
-    """Fills ``made`` with the quantized weight, and ``kept`` with r, 2 away from it where clipped."""
+def _quantize_panel(weight: Tensor, h: Tensor, least: Tensor, most: Tensor, made: Tensor, kept: Tensor) -> None:
+    """Fills ``made`` with the quantized weight, and ``kept`` with r, 2 away from it where clipped.
+
+    ``least`` and ``most`` are what codes may be, the zero point taken off.
+    """
     ratio = weight / h
     code = ratio.round()
     r = torch.sub(code, ratio, out=ratio)
-    code += z
-    level = code.clamp(grid.qmin, grid.qmax)
+    level = torch.maximum(code, least)  # clamp with tensors as bounds is many times slower
+    torch.minimum(level, most, out=level)
     beyond = code.sub_(level).clamp_(-1, 1)
     kept.copy_(r.add_(beyond, alpha=2))
-    made.copy_(level.sub_(z).mul_(h))
+    made.copy_(level.mul_(h))
 
 
 def _sums(g: Tensor, kept: Tensor, dweight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

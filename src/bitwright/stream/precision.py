@@ -8,6 +8,7 @@ fused one for CPUs takes twice as long there.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,10 +75,16 @@ def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[Non
 def causal_attention(
     q: Float[Tensor, "N H T D"], k: Float[Tensor, "N K T D"], v: Float[Tensor, "N K T D"], scaling: float
 ) -> Float[Tensor, "N T H D"]:
-    """softmax(q k^T scaling) v, no token reading a later one; H / K queries share a key. The softmax is float32."""
+    """softmax(q k^T scaling) v, no token reading a later one; H / K queries share a key."""
     (batch, heads, tokens, features), keys = q.shape, k.shape[1]
-    later = torch.full((tokens, tokens), float("-inf"), dtype=q.dtype).triu_(1).repeat(heads // keys, 1)
+    later = _later(tokens, heads // keys, q.dtype)
     grouped = q.reshape(batch * keys, -1, features)
     scores = torch.baddbmm(later, grouped, k.flatten(0, 1).transpose(1, 2), alpha=scaling)
-    read = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(q.dtype), v.flatten(0, 1))
+    read = torch.bmm(scores.softmax(-1), v.flatten(0, 1))
     return read.view(batch, heads, tokens, features).transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _later(tokens: int, sharing: int, dtype: torch.dtype) -> Float[Tensor, "S T"]:
+    """Minus infinity where a token would read a later one, for so many queries that share a key."""
+    return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1).repeat(sharing, 1)

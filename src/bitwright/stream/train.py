@@ -223,7 +223,8 @@ class Trainer:
         with rounding_inputs(place, self.arithmetic):
             outputs = forward(self.block, parameters, inputs, kwargs)
         loss = objective.loss(outputs, rows)
-        optimizer.zero_grad()
+        for parameter in self._parameters():
+            parameter.grad = None
         loss.backward()
         optimizer.step()
         return loss.detach().cpu()

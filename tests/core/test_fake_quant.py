@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from bitwright.core import panels
-from bitwright.core.fake_quant import fake_quantize
+from bitwright.core.fake_quant import fake_quantize, fake_quantize_tokens
 from bitwright.core.qtensor import affine, dequantize, quantize, tiled
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Grid, Scheme
 from bitwright.steps.ranges import minmax
 
 SCHEMES = ["W2A16g32", "W4A16", "W3A16sym", "W2A16g32sym", "W3A16g32ic"]
@@ -85,3 +85,12 @@ def test_what_is_clipped_keeps_its_side_however_far_away() -> None:
     made = fake_quantize(weight, low, high, scheme.weight, scheme.tile, torch.float32, torch.bfloat16)
     found = torch.autograd.grad(made, (weight, low, high), torch.tensor([[1.0, 8.0, 0.0, 0.0]]).bfloat16())
     assert [x.flatten().tolist() for x in found] == [[0.0, 0.0, 0.0, 0.0], [1.0], [8.0]]
+
+
+def test_autocast_leaves_the_codes_of_activations_alone() -> None:
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
+    wanted = fake_quantize_tokens(x.float(), Grid(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fake_quantize_tokens(x, Grid(8))
+    assert torch.equal(found, wanted)
+    assert fake_quantize_tokens(x, Grid(8)).dtype == torch.bfloat16

@@ -50,8 +50,11 @@ def fake_quantize(
 def fake_quantize_tokens(x: Float[Tensor, "*B D"], grid: Grid) -> Float[Tensor, "*B D"]:
     """Activations quantized dynamically, one scale and zero point per row of the last dimension.
 
-    Nothing is ever clipped, so the straight-through gradient is the identity.
+    Nothing is ever clipped, so the straight-through gradient is the identity. Computed in x's own dtype; under autocast
+    in float32, as where it is off: 8 bits of a short dtype cannot tell the codes of 8-bit activations apart.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.float()
     quantized: Tensor = _FakeQuantizeTokens.apply(  # type: ignore[no-untyped-call]
         x, grid
     )

@@ -56,7 +56,7 @@ NAMES = ("implementation", "method", "scheme")
 QUALITY_COLUMNS = (*NAMES, "bits per weight", "perplexity", "KL from original (nats)", "top-1 agreement")
 SPEED_COLUMNS = (
     *(*NAMES, "seconds per block", "CPU seconds per block", "peak MB", "of it while quantizing"),
-    "training, ms per step",
+    *("training, ms per step", "CPU ms per step"),
 )
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -236,8 +236,10 @@ def _speed_cells(runs: list[Row]) -> list[str]:
     times, processor = ([run[kind] / run["blocks"] for run in runs] for kind in ("seconds", "cpu_seconds"))
     peak = median(run["peak_bytes"] for run in runs) / 1e6
     above = median(run["peak_bytes"] - run["start_bytes"] for run in runs) / 1e6
-    steps = [1000 * run["training"]["seconds"] / run["training"]["steps"] for run in runs if "training" in run]
-    return [_spread(times), _spread(processor), f"{peak:.0f}", f"{above:.0f}", _spread(steps) if steps else "-"]
+    trained = [run["training"] for run in runs if "training" in run]
+    steps = [[1000 * found[kind] / found["steps"] for found in trained] for kind in ("seconds", "cpu_seconds")]
+    memory = f"{peak:.0f}", f"{above:.0f}"
+    return [_spread(times), _spread(processor), *memory, *(_spread(values) if values else "-" for values in steps)]
 
 
 def _spread(values: list[float]) -> str:

@@ -55,7 +55,8 @@ def test_settings_are_those_that_were_asked_for() -> None:
         "norm": 1.5,
         "alignment": 4,
     }
-    recipe = Recipe.from_mapping(LEAST | asked | {"schedule": "constant", "sites": "all", "axis": "ic"})
+    asked |= {"schedule": "constant", "precision": "float32", "sites": "all", "axis": "ic"}
+    recipe = Recipe.from_mapping(LEAST | asked)
     assert recipe.settings == {
         "epochs": 3,
         "batch_size": 2,
@@ -64,6 +65,7 @@ def test_settings_are_those_that_were_asked_for() -> None:
         "aug_loss": False,
         "alpha": 0,
         "schedule": "constant",
+        "precision": "float32",
         "sites": "all",
         "refine": False,
         "drift": True,
@@ -93,7 +95,14 @@ def test_keys_may_be_written_with_hyphens() -> None:
 def test_a_recipe_survives_as_plain_values() -> None:
     recipe = Recipe("m", "W2A16g64", "rtn", "dense", "t.txt", 3, 64, 7, True, "12MB", "paper", 5, 2, 0.1, 0.2, True)
     recipe = replace(
-        recipe, alpha=0.75, schedule="cosine", sites="all", refine=False, drift=False, load_parameters="p.safetensors"
+        recipe,
+        alpha=0.75,
+        schedule="cosine",
+        precision="bfloat16",
+        sites="all",
+        refine=False,
+        drift=False,
+        load_parameters="p.safetensors",
     )
     recipe = replace(recipe, axis="oc", damping=0.1, act_order=False)
     recipe = replace(recipe, outliers="0.5%", range="fitted", norm=3.0, alignment=2.0, include="a", exclude="b")

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from bitwright.core.qtensor import affine, dequantize, quantize
+from bitwright.core import panels
+from bitwright.core.qtensor import affine, dequantize, quantize, tiled
 from bitwright.core.scheme import FULL, Scheme, Tile
 from bitwright.steps.ranges import SHARES, minmax, nearest_to_weights
 
@@ -45,3 +46,16 @@ def test_no_pair_of_shares_is_nearer_than_the_one_found(text: str, tile: Tile) -
     tried = torch.stack([lost(a * ends[0], b * ends[1]) for a in SHARES for b in SHARES])
     assert torch.allclose(found, tried.amin(0), rtol=1e-4)
     assert (found < 0.95 * tried[-1]).any(), "somewhere min-max is not the best"
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16g32", "W4A16g32ic"])
+def test_the_gradient_of_min_and_max_is_torchs(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers, so that many weights share an end; panels smaller than the weight."""
+    monkeypatch.setattr(panels, "CACHED", 1024)
+    tile, generator = Scheme.parse(scheme).tile, torch.Generator().manual_seed(1)
+    weight = (3 * torch.randn(128, 64, generator=generator)).round().requires_grad_()
+    ours, tiles = minmax(weight, tile), tiled(weight, tile)
+    torchs = tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3))
+    gradients = [torch.randn(end.shape, generator=generator) for end in torchs]
+    found, wanted = (torch.autograd.grad(ends, weight, gradients)[0] for ends in (ours, torchs))
+    torch.testing.assert_close(found, wanted)

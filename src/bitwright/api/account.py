@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bitwright.api.arithmetic import name_of
 from bitwright.api.format_choice import is_file_format
 from bitwright.api.job import Job
 from bitwright.calibration.segments import fingerprint
@@ -27,7 +28,7 @@ def identity(job: Job) -> dict[str, Any]:
         "recipe": recipe,
         "model": job.source.checkpoint.fingerprint(),
         "calibration": _calibration(job),
-        "arithmetic": f"{job.work.device.type} {str(job.work.dtype).removeprefix('torch.')}",
+        "arithmetic": _arithmetic(job),
         "parameters": None if job.learned is None else job.learned.digest(),
         "versions": _versions(),
     }
@@ -44,7 +45,7 @@ def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[s
         "scheme": str(job.scheme),
         "method": job.method,
         "format": written_as,
-        "settings": {key: value for key, value in asdict(job.settings).items() if key in used(job.methods)},
+        "settings": _settings(job),
         "seed": job.recipe.seed,
         "versions": _versions(),
         "model": job.source.checkpoint.fingerprint(),
@@ -73,6 +74,17 @@ def _bits(job: Job, rows: list[dict[str, Any]]) -> int:
     if not is_file_format(job.target):
         return sum(row["storage_bits"] for row in rows)
     return sum(8 * job.target.stored_bytes((*row["shape"],), job.scheme, job.scales) for row in rows)
+
+
+def _arithmetic(job: Job) -> str:
+    trained = "" if job.arithmetic is None else f", training in {name_of(job.arithmetic)}"
+    return f"{job.work.device.type} {name_of(job.work.dtype)}{trained}"
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What the methods were told, ``auto`` replaced by what it came to."""
+    found = {key: value for key, value in asdict(job.settings).items() if key in used(job.methods)}
+    return found if job.arithmetic is None else found | {"precision": name_of(job.arithmetic)}
 
 
 def _many_outliers(rows: list[dict[str, Any]]) -> str | None:

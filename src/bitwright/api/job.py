@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.api.arithmetic import pick_arithmetic
 from bitwright.api.block_work import BlockWork
 from bitwright.api.format_choice import encoder, expected, is_file_format, settled, target
 from bitwright.api.parameters import LearnedParameters, belonging
@@ -145,6 +146,13 @@ class Job:
             "transformers alone leaves the queries as they are; bitwright.load(OUTPUT) quantizes them, and "
             "--format bitwright has a place for them"
         )
+
+    @property
+    def arithmetic(self) -> torch.dtype | None:
+        """What the steps of the training multiply in; None where nothing is trained."""
+        if not learned(self.methods) or not self.settings.epochs or self.learned is not None:
+            return None
+        return pick_arithmetic(self.settings.precision, self.work.device, self.work.dtype)
 
     @property
     def belonging(self) -> dict[str, str]:

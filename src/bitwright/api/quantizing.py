@@ -233,6 +233,7 @@ def _write_tensors(job: Job, sink: FolderSink, crew: Crew, ranks: Ranks, listene
     assert isinstance(job.work, BlockWork)
     for name in job.work.outside:
         sink.pass_through(name)
-    plan = RunPlan(job.scheme, job.methods, job.settings, job.scales, job.recipe.quantize_lm_head, job.learned)
+    head, trained = job.recipe.quantize_lm_head, job.arithmetic
+    plan = RunPlan(job.scheme, job.methods, job.settings, job.scales, head, job.learned, trained)
     run(job.work.skeleton, plan, sink, tokens=job.tokens, listener=listener)
     return 0

@@ -81,6 +81,13 @@ def quantize(
     schedule: Annotated[
         str | None, typer.Option(help="cosine, or constant. [default: cosine; paper: constant]")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Products of training steps: float32, bfloat16, or auto: bfloat16 where the CPU has instructions "
+            "for it, the model's dtype on a GPU. [default: auto]"
+        ),
+    ] = None,
     sites: Annotated[
         str | None, typer.Option(help="Where let, smoothquant and osplus act: paper, or all. [default: paper]")
     ] = None,

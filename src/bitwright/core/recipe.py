@@ -39,6 +39,7 @@ class Recipe:
     aug_loss: bool | None = None
     alpha: float | None = None
     schedule: str | None = None
+    precision: str | None = None
     sites: str | None = None
     refine: bool | None = None
     drift: bool | None = None

@@ -9,6 +9,7 @@ from bitwright.core.outlier_rule import OutlierRule
 from bitwright.core.scheme import Scheme
 
 SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("auto", "float32", "bfloat16")
 SITES = ("paper", "all")
 AXES = ("auto", "oc", "ic")
 RANGES = ("fitted", "paper")
@@ -22,7 +23,8 @@ class Settings:
 
     Of what is trained, by AdamW without weight decay: ``epochs``; ``batch_size`` segments per step; learning rates
     per step; ``schedule`` "cosine" (to zero at the last step) or "constant"; ``aug_loss`` adds the loss against the
-    full-precision block on the quantized stream.
+    full-precision block on the quantized stream; ``precision`` is what a step's matrix products are computed in, "auto"
+    the short dtype where the hardware is fast with it (masters, losses and what is decided by them stay in float32).
 
     Of transforms: ``alpha`` is SmoothQuant's migration strength, at which LET starts too; ``sites`` are those of the
     method's own "paper", or "all". Of the range: ``refine`` searches what was learned once more in closed form, where
@@ -43,6 +45,7 @@ class Settings:
     aug_loss: bool = False
     alpha: float = 0.5
     schedule: str = "constant"
+    precision: str = "auto"
     sites: str = "paper"
     refine: bool = False
     drift: bool = False
@@ -71,7 +74,8 @@ class Settings:
         if not SMALLEST_NORM <= self.norm <= LARGEST_NORM:
             raise RecipeError(f"norm is {self.norm}; it is between {SMALLEST_NORM} and {LARGEST_NORM}")
         _ = self.outlier_rule
-        for key, known in (("schedule", SCHEDULES), ("sites", SITES), ("axis", AXES), ("range", RANGES)):
+        named = {"schedule": SCHEDULES, "precision": PRECISIONS, "sites": SITES, "axis": AXES, "range": RANGES}
+        for key, known in named.items():
             if getattr(self, key) not in (known if getattr(type(self), key) else (None, *known)):
                 raise RecipeError(f"there is no {key} '{getattr(self, key)}'; {nearest(getattr(self, key), known)}")
 

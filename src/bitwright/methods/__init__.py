@@ -14,7 +14,7 @@ from bitwright.core.scheme import Scheme
 OMNIQUANT = "omniquant"
 PRESETS = {OMNIQUANT: "let+lwc"}
 TRANSFORM, CLIPPING = "let", "lwc"
-TRAINED = frozenset({"epochs", "batch_size", "aug_loss", "schedule"})
+TRAINED = frozenset({"epochs", "batch_size", "aug_loss", "schedule", "precision"})
 
 
 def compose(text: str) -> tuple[Method, ...]:

@@ -1,9 +1,12 @@
 """The range decision: which interval of its weights a tile's codes span."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitwright.core.panels import in_cache
 from bitwright.core.qtensor import affine, tiled
 from bitwright.core.scheme import Grid, Tile
 
@@ -13,9 +16,31 @@ TOGETHER = 2**22
 
 
 def minmax(weight: Float[Tensor, "O I"], tile: Tile) -> tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]:
-    """The smallest and the largest weight of each tile, as float32."""
-    tiles = tiled(weight, tile).float()
-    return tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3))
+    """The smallest and the largest weight of each tile, as float32; differentiable."""
+    ends: tuple[Tensor, Tensor] = _MinMax.apply(tiled(weight, tile).float())  # type: ignore[no-untyped-call]
+    return ends
+
+
+class _MinMax(torch.autograd.Function):
+    """Both ends at once, their gradients written panel by panel; weights that share an end share its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3))
+        ctx.save_for_backward(tiles, low, high)
+        return low, high
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        tiles, low, high = ctx.saved_tensors
+        made = torch.empty_like(tiles)
+        for weight, least, most, down, up, into in in_cache(tiles, low, high, *gradients, made):
+            at_least, at_most = (
+                torch.eq(weight, end[:, None, :, None], out=torch.empty_like(weight)) for end in (least, most)
+            )
+            torch.mul(at_least, (down / at_least.sum((1, 3)))[:, None, :, None], out=into)
+            into.addcmul_(at_most, (up / at_most.sum((1, 3)))[:, None, :, None])
+        return made
 
 
 def nearest_to_weights(

@@ -10,7 +10,7 @@ from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.units import Unit
 
 ARRAYS_PER_PASS = 8
-TRAINED_BYTES = 4 + 4 + (4 + 1) + 4  # master, fake-quantized, slope and mask, gradient
+TRAINED_BYTES = 4 + 4 + 4 + 4  # master, fake-quantized, kept for its backward pass, gradient; less in a short dtype
 PANEL_BYTES = 96
 """Of temporaries per weight of a panel, while its ranges are searched."""
 RUNTIME_BYTES = 560 * 2**20

@@ -47,7 +47,8 @@ class Sink(Protocol):
 @dataclass(frozen=True)
 class RunPlan:
     """What to do with every block. ``scales`` is the dtype that scales are stored in, and parameters that a transform
-    moved. ``learned`` gives a block's parameters of an earlier training: none is done now."""
+    moved. ``learned`` gives a block's parameters of an earlier training: none is done now. ``arithmetic`` is what a
+    training multiplies in, the block's own dtype where nothing is said."""
 
     scheme: Scheme
     methods: Sequence[Method]
@@ -55,6 +56,7 @@ class RunPlan:
     scales: torch.dtype
     with_head: bool
     learned: Callable[[str], Mapping[str, Tensor]] | None = None
+    arithmetic: torch.dtype | None = None
 
 
 def run(
@@ -129,7 +131,7 @@ def _decide(
         elif stream is not None and targets is not None:
             learnables = learnables_of([m for m in methods if isinstance(m, Learned)], block, context, decisions)
             objective = _objective(block, plan, stream, targets)
-            trainer = Trainer(block, learnables, context, decisions, objective, inside)
+            trainer = Trainer(block, learnables, context, decisions, objective, inside, plan.arithmetic)
             decisions = trainer.run() if plan.learned is None else trainer.adopt(plan.learned(block.name))
             learned |= trainer.learned
     return decisions, learned

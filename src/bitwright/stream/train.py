@@ -27,6 +27,7 @@ from bitwright.steps.apply import fold
 from bitwright.steps.ranges import minmax
 from bitwright.stream.forward import forward, forward_batches
 from bitwright.stream.moments import moments
+from bitwright.stream.precision import cast, rounding_inputs, running_dtype, written_out_attention
 
 RETRIES = 3
 SLOWER = 0.3
@@ -78,12 +79,17 @@ class Trainer:
         decided: BlockDecisions,
         objective: Objective,
         report: Callable[[float, str], None] = lambda part, detail: None,
+        arithmetic: torch.dtype | None = None,
     ) -> None:
-        """``decided`` is what methods before these have decided; ``report`` hears of every epoch."""
+        """``decided`` is what methods before these have decided; ``report`` hears of every epoch. ``arithmetic`` is
+        what a step's matrix products are computed in, the block's own dtype where nothing is said."""
         self.block, self.learnables, self.context = block, learnables, context
         self.decided, self.objective, self.report = decided, objective, report
         self.base = {name: p.detach().float() for name, p in block.module.named_parameters()}
         self.refines = context.settings.refine and any(learnable.refinable for learnable in learnables)
+        held = next(block.module.parameters()).dtype
+        self.arithmetic = arithmetic or held
+        self.running = running_dtype(held, self.arithmetic)
         self.fallbacks: list[str] = []
         self.learned: dict[str, Tensor] = {}
 
@@ -101,7 +107,7 @@ class Trainer:
     def run(self) -> BlockDecisions:
         """The best decisions found; what was there before training where nothing better was."""
         zero = self.measure(self.decided)
-        with quantized_activations(self.block, self.context.scheme):
+        with written_out_attention(self.block, self.arithmetic), quantized_activations(self.block, self.context.scheme):
             self._train()
         loss = self.measure(self.decisions())
         if self.refines:
@@ -134,20 +140,22 @@ class Trainer:
         return sum(losses) / len(losses)
 
     def substituted(self) -> dict[str, Tensor]:
-        """The block's parameters, transformed and fake-quantized; differentiable in every learnable."""
+        """The block's parameters, transformed and fake-quantized, in what a step runs in; differentiable in every
+        learnable."""
         scheme, dtype = self.context.scheme, self.context.scale_dtype
         parameters: Mapping[str, Tensor] = self.base
         for learnable in self.learnables:
             parameters = learnable.transform(parameters)
-        quantized = dict(parameters)
+        quantized = {name: p.to(self.running) for name, p in parameters.items()}
         for name in self.block.topology.linears:
             decided, tile = self.decided.linear(name), self.decided.tile(name, scheme)
             whole = parameters[f"{name}.weight"]
             weight = decided.inside(whole)
             ranges = [r for learnable in self.learnables if (r := learnable.range(name, weight, tile)) is not None]
             low, high = ranges[0] if ranges else minmax(weight, tile)
-            made = fake_quantize(weight, low, high, scheme.weight, tile, dtype)
-            quantized[f"{name}.weight"] = made if decided.outliers is None else whole.where(decided.outliers, made)
+            made = fake_quantize(weight, low, high, scheme.weight, tile, dtype, self.arithmetic)
+            kept = decided.outliers
+            quantized[f"{name}.weight"] = made if kept is None else whole.to(made.dtype).where(kept, made)
         return quantized
 
     def _refine(self, trained: float) -> float:
@@ -209,12 +217,14 @@ class Trainer:
         return losses, best, best_loss
 
     def _step(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-        objective, place = self.objective, next(self.block.module.parameters())
-        # The masters are float32; the block computes in its own dtype.
-        parameters = {name: p.to(place.dtype) for name, p in self.substituted().items()}
-        outputs = forward(self.block, parameters, objective.inputs.quantized[rows].to(place.device), objective.kwargs)
+        objective, place = self.objective, next(self.block.module.parameters()).device
+        inputs, kwargs = objective.inputs.quantized[rows].to(place, self.running), cast(objective.kwargs, self.running)
+        parameters = self.substituted()
+        with rounding_inputs(place, self.arithmetic):
+            outputs = forward(self.block, parameters, inputs, kwargs)
         loss = objective.loss(outputs, rows)
-        optimizer.zero_grad()
+        for parameter in self._parameters():
+            parameter.grad = None
         loss.backward()
         optimizer.step()
         return loss.detach().cpu()

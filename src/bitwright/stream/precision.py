@@ -1,0 +1,90 @@
+"""The arithmetic of training steps: matrix products in a short dtype, everything else in float32.
+
+Masters, fake quantization, norms, the residual path and the loss stay in float32; what goes into a linear or into
+attention is rounded to the short dtype. That is torch's autocast, with two things done for it: weights arrive in the
+short dtype already (``core/fake_quant.py`` writes them so), and attention over few tokens is written out, since torch's
+fused one for CPUs takes twice as long there.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bitwright.core.block import Block
+
+WRITTEN_OUT = "bitwright_written_out"
+MOST_SCORES = 2**22
+"""Attention scores of one step above which the fused attention, which never holds them all, is left in place."""
+
+
+def running_dtype(block: torch.dtype, arithmetic: torch.dtype) -> torch.dtype:
+    """What a block that is held in one dtype runs in, where its products are to be computed in another."""
+    return block if block == arithmetic else torch.float32
+
+
+def rounding_inputs(device: torch.device, arithmetic: torch.dtype) -> Any:
+    """A context in which matrix products round what they read to the dtype; none for float32."""
+    return nullcontext() if arithmetic == torch.float32 else torch.autocast(device.type, arithmetic)
+
+
+def cast(kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A block's keyword arguments with masks and rotary positions in this dtype."""
+    return {name: _cast(value, dtype) for name, value in kwargs.items()}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(part, dtype) for part in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextmanager
+def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[None]:
+    """While it lasts, attention over few tokens is two products and a softmax, where a CPU uses a short dtype."""
+    attention = [m for m in block.module.modules() if hasattr(m, "config") and hasattr(m, "scaling")]
+    place = next(block.module.parameters()).device
+    if arithmetic == torch.float32 or place.type != "cpu" or not attention:
+        yield
+        return
+    config: Any = attention[0].config
+    original = config._attn_implementation
+    fused: Any = ALL_ATTENTION_FUNCTIONS.get(original)
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        if mask is not None or q.shape[2] != k.shape[2] or not module.is_causal or scores > MOST_SCORES:
+            return fused(module, q, k, v, mask, **kwargs)
+        return causal_attention(q.to(arithmetic), k.to(arithmetic), v.to(arithmetic), module.scaling), None
+
+    ALL_ATTENTION_FUNCTIONS.register(WRITTEN_OUT, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(WRITTEN_OUT, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    config._attn_implementation = WRITTEN_OUT
+    try:
+        yield
+    finally:
+        config._attn_implementation = original
+
+
+def causal_attention(
+    q: Float[Tensor, "N H T D"], k: Float[Tensor, "N K T D"], v: Float[Tensor, "N K T D"], scaling: float
+) -> Float[Tensor, "N T H D"]:
+    """softmax(q k^T scaling) v, no token reading a later one; H / K queries share a key."""
+    (batch, heads, tokens, features), keys = q.shape, k.shape[1]
+    later = _later(tokens, heads // keys, q.dtype)
+    grouped = q.reshape(batch * keys, -1, features)
+    scores = torch.baddbmm(later, grouped, k.flatten(0, 1).transpose(1, 2), alpha=scaling)
+    read = torch.bmm(scores.softmax(-1), v.flatten(0, 1))
+    return read.view(batch, heads, tokens, features).transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _later(tokens: int, sharing: int, dtype: torch.dtype) -> Float[Tensor, "S T"]:
+    """Minus infinity where a token would read a later one, for so many queries that share a key."""
+    return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1).repeat(sharing, 1)

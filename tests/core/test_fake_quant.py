@@ -1,0 +1,96 @@
+"""The written-out gradients of fake quantization, against autograd on the same steps."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitwright.core import panels
+from bitwright.core.fake_quant import fake_quantize, fake_quantize_tokens
+from bitwright.core.qtensor import affine, dequantize, quantize, tiled
+from bitwright.core.scheme import Grid, Scheme
+from bitwright.steps.ranges import minmax
+
+SCHEMES = ["W2A16g32", "W4A16", "W3A16sym", "W2A16g32sym", "W3A16g32ic"]
+
+
+def left_to_autograd(weight: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
+    """Codes and zero points as constants, W / h with the gradient of the exact quotient; what is clipped follows the
+    end of its range, on a symmetric grid its code times h."""
+    grid, symmetric = scheme.weight, scheme.weight.symmetric
+    low, high = low[:, None, :, None], high[:, None, :, None]
+    h = 2 * torch.maximum(-low, high) / grid.steps if symmetric else (high - low) / grid.steps
+    z = torch.zeros_like(h) if symmetric else (-low / h).round().detach()
+    ratio = tiled(weight, scheme.tile) / h
+    code = ratio.detach().round() + z
+    level = code.clamp(grid.qmin, grid.qmax) - z
+    inside = (level + ratio - ratio.detach()) * h
+    above, below = (level * h, level * h) if symmetric else (high, low)
+    made = torch.where(code > grid.qmax, above, torch.where(code < grid.qmin, below, inside))
+    return made.reshape(weight.shape)
+
+
+def drawn(scheme: Scheme) -> tuple[list[Tensor], Tensor]:
+    """A weight, ranges that clip some of it, and the gradient that arrives."""
+    generator = torch.Generator().manual_seed(1)
+    weight, gradient = (torch.randn(64, 96, generator=generator) for _ in range(2))
+    return [x.requires_grad_() for x in (weight, *(end * 0.7 for end in minmax(weight, scheme.tile)))], gradient
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_gradients_are_those_of_the_formula(name: str) -> None:
+    scheme = Scheme.parse(name)
+    given, gradient = drawn(scheme)
+    made = fake_quantize(*given, scheme.weight, scheme.tile, torch.float32)
+    wanted = left_to_autograd(*given, scheme)
+    scale, zero = affine(*given[1:], scheme.weight, torch.float32)
+    codes = quantize(given[0], scale, zero, scheme.weight, scheme.tile)
+    torch.testing.assert_close(made, dequantize(codes, scale, zero, scheme.tile))
+    for found, expected in zip(*(torch.autograd.grad(x, given, gradient) for x in (made, wanted)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_panels_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = Scheme.parse(name)
+    given, gradient = drawn(scheme)
+
+    def found() -> list[Tensor]:
+        made = fake_quantize(*given, scheme.weight, scheme.tile, torch.float32)
+        return [made, *torch.autograd.grad(made, given, gradient)]
+
+    whole = found()
+    monkeypatch.setattr(panels, "CACHED", 1024)
+    assert all(torch.equal(a, b) for a, b in zip(whole, found(), strict=True))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_short_dtype_rounds_and_no_more(name: str) -> None:
+    """The same codes, and gradients as near as two roundings to 8 binary digits leave them."""
+    scheme = Scheme.parse(name)
+    given, gradient = drawn(scheme)
+    made, short = (fake_quantize(*given, scheme.weight, scheme.tile, torch.float32, dtype) for dtype in (
+        torch.float32, torch.bfloat16))  # fmt: skip
+    assert short.dtype == torch.bfloat16 and torch.equal(short, made.bfloat16())
+    for x, want in zip(
+        torch.autograd.grad(short, given, gradient.bfloat16()), torch.autograd.grad(made, given, gradient), strict=True
+    ):
+        assert x.dtype == torch.float32
+        assert (x - want).norm() < 5e-3 * want.norm()
+
+
+def test_what_is_clipped_keeps_its_side_however_far_away() -> None:
+    scheme = Scheme.parse("W2A16")
+    weight = torch.tensor([[-1e30, 1e30, 0.1, 0.2]], requires_grad=True)
+    low, high = (torch.tensor([[end]], requires_grad=True) for end in (-1.0, 1.0))
+    made = fake_quantize(weight, low, high, scheme.weight, scheme.tile, torch.float32, torch.bfloat16)
+    found = torch.autograd.grad(made, (weight, low, high), torch.tensor([[1.0, 8.0, 0.0, 0.0]]).bfloat16())
+    assert [x.flatten().tolist() for x in found] == [[0.0, 0.0, 0.0, 0.0], [1.0], [8.0]]
+
+
+def test_autocast_leaves_the_codes_of_activations_alone() -> None:
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
+    wanted = fake_quantize_tokens(x.float(), Grid(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fake_quantize_tokens(x, Grid(8))
+    assert torch.equal(found, wanted)
+    assert fake_quantize_tokens(x, Grid(8)).dtype == torch.bfloat16

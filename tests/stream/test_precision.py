@@ -1,0 +1,153 @@
+"""Training steps in bfloat16: what is rounded, what is not, and that training still does what it is for."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tests.conftest import Checkpoints
+from tests.methods.conftest import Streamed, context_of
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitwright.api.source import Source
+from bitwright.core.block import Block
+from bitwright.core.decisions import BlockDecisions
+from bitwright.core.method import Learned
+from bitwright.core.settings import Settings
+from bitwright.methods import compose
+from bitwright.stream import precision
+from bitwright.stream.activations import enter
+from bitwright.stream.forward import forward, forward_all
+from bitwright.stream.precision import causal_attention, running_dtype, written_out_attention
+from bitwright.stream.skeleton import Skeleton
+from bitwright.stream.train import Objective, Trainer, learnables_of
+
+SHORT = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def streamed(tiny: Checkpoints) -> Streamed:
+    """The tiny model in float32, and 8 segments of 32 random tokens in front of its first block."""
+    source = Source.open(tiny("float32"))
+    skeleton = Skeleton(source.checkpoint, source.config, source.family, torch.float32, torch.device("cpu"))
+    return skeleton, enter(skeleton, torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(5)))
+
+
+@pytest.fixture
+def block(streamed: Streamed) -> Iterator[Block]:
+    with streamed[0].block(0) as found:
+        yield found
+
+
+def trainer(block: Block, streamed: Streamed, scheme: str, methods: str, arithmetic: torch.dtype | None) -> Trainer:
+    stream = streamed[1]
+    context = context_of(block, stream, scheme, Settings(epochs=4, schedule="cosine"))
+    learnables = learnables_of(
+        [m for m in compose(methods) if isinstance(m, Learned)], block, context, BlockDecisions()
+    )
+    kwargs = stream.kwargs_of(block)
+    objective = Objective(
+        stream.activations, forward_all(block, {}, stream.activations.reference, kwargs), None, kwargs
+    )
+    return Trainer(block, learnables, context, BlockDecisions(), objective, arithmetic=arithmetic)
+
+
+@pytest.mark.parametrize("scheme", ["W2A16g32", "W3A16sym", "W4A4"])
+@pytest.mark.parametrize("methods", ["lwc", "let+lwc"])
+def test_training_in_bfloat16_improves(scheme: str, methods: str, block: Block, streamed: Streamed) -> None:
+    """Nearly as much as in float32 at the least, on the objective as float32 measures it."""
+    long, short = (trainer(block, streamed, scheme, methods, dtype) for dtype in (torch.float32, SHORT))
+    zero = short.measure(BlockDecisions())
+    assert zero == long.measure(BlockDecisions())  # measuring knows nothing of what training multiplies in
+    found, reference = (training.measure(training.run()) for training in (short, long))
+    assert zero - found > 0.7 * (zero - reference) > 0
+    assert not short.fallbacks
+
+
+def test_masters_losses_and_gradients_are_float32(block: Block, streamed: Streamed) -> None:
+    training = trainer(block, streamed, "W4A4", "let+lwc", SHORT)
+    seen = list[torch.dtype]()
+    hook = block.linear("mlp.down_proj").register_forward_hook(lambda _, args, y: seen.append(y.dtype))
+    training.run()
+    hook.remove()
+    assert {SHORT, torch.float32} == set(seen)  # steps in the one, measuring in the other
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in training._parameters())
+    substituted = training.substituted()
+    assert substituted["mlp.down_proj.weight"].dtype == SHORT
+    assert substituted["input_layernorm.weight"].dtype == torch.float32
+    rows = torch.arange(2)
+    assert training._step(rows, training._optimizer(1.0, 1)[0]).dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in training._parameters())
+
+
+def test_the_same_bytes_every_time(block: Block, streamed: Streamed) -> None:
+    first, second = (trainer(block, streamed, "W4A4", "let+lwc", SHORT) for _ in range(2))
+    first.run(), second.run()
+    assert all(torch.equal(a, b) for a, b in zip(first._snapshot(), second._snapshot(), strict=True))
+
+
+def test_a_block_that_is_held_in_another_dtype(tiny: Checkpoints) -> None:
+    """As on a GPU: held in bfloat16, and trained in float32 where that is asked for."""
+    source = Source.open(tiny())
+    skeleton = Skeleton(source.checkpoint, source.config, source.family, SHORT, torch.device("cpu"))
+    stream = enter(skeleton, torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(5)))
+    with skeleton.block(0) as block:
+        for asked, runs, linear in (
+            (None, SHORT, SHORT),
+            (torch.float32, torch.float32, torch.float32),
+            (torch.float16, torch.float32, torch.float16),
+        ):
+            training = trainer(block, (skeleton, stream), "W3A16g32", "lwc", asked)
+            made = training.substituted()
+            assert made["input_layernorm.weight"].dtype == runs == training.running
+            assert made["mlp.up_proj.weight"].dtype == linear
+            zero = training.measure(BlockDecisions())
+            assert training.measure(training.run()) < zero
+
+
+def test_what_a_block_runs_in() -> None:
+    assert running_dtype(torch.float32, SHORT) == torch.float32
+    assert running_dtype(SHORT, SHORT) == SHORT
+    assert running_dtype(torch.float16, SHORT) == torch.float32
+
+
+@pytest.mark.parametrize(("heads", "keys"), [(4, 4), (6, 2), (3, 1)])
+def test_written_out_attention_is_torchs(heads: int, keys: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(heads: int) -> Tensor:
+        return torch.randn(2, 17, heads, 8, generator=generator).transpose(1, 2).requires_grad_()
+
+    given = q, k, v = drawn(heads), drawn(keys), drawn(keys)
+    ours = causal_attention(q, k, v, 0.3)
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(ours, fused)
+    along = torch.randn(ours.shape, generator=generator)
+    for found, wanted in zip(*(torch.autograd.grad(x, given, along) for x in (ours, fused)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [0, precision.MOST_SCORES])
+def test_attention_over_many_tokens_is_left_in_place(
+    most: int, block: Block, streamed: Streamed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[int]()
+
+    def counting(*given: Tensor | float) -> Tensor:
+        calls.append(1)
+        return causal_attention(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(precision, "MOST_SCORES", most)
+    monkeypatch.setattr(precision, "causal_attention", counting)
+    config = block.module.self_attn.config  # type: ignore[union-attr]
+    before, stream = config._attn_implementation, streamed[1]
+    inputs, kwargs = stream.activations.quantized[:1], stream.kwargs_of(block)
+    with torch.no_grad():
+        wanted = forward(block, {}, inputs, kwargs)
+        with written_out_attention(block, SHORT), torch.autocast("cpu", SHORT):
+            found = forward(block, {}, inputs, kwargs)
+    assert config._attn_implementation == before
+    assert len(calls) == (1 if most else 0)
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
+    with written_out_attention(block, torch.float32):
+        assert config._attn_implementation == before  # float32 has the fused one

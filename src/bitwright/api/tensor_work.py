@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bitwright.api.block_work import skeleton_of, weights_of
+from bitwright.api.block_work import skeleton_of
 from bitwright.api.chosen_weights import Patterns, chosen
 from bitwright.api.model_view import ModelView
 from bitwright.api.source import Source, pick_device, sequence_length
+from bitwright.checkpoint.complete import require_complete
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.method import Method
@@ -121,10 +122,11 @@ class TensorWork:
 
 def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Division, bool]:
     """The linears of an architecture that is described."""
-    skeleton = skeleton_of(source, device)
-    weights = weights_of(skeleton, recipe.quantize_lm_head)
-    tied = recipe.quantize_lm_head and skeleton.tied
-    view = ModelView.of_model(skeleton.model, source.checkpoint)
+    outline = source.outline or skeleton_of(source, device).outline
+    require_complete(source.checkpoint, outline)
+    weights = outline.weights(recipe.quantize_lm_head)
+    tied = recipe.quantize_lm_head and outline.tied
+    view = ModelView.of_outline(outline, source.checkpoint)
     taken = {w.tensor for w in weights} - ({weights[-1].tensor} if tied else set())
     reasons = {kept.tensor: kept.why for kept in _by_rules(source.checkpoint).kept}
     kept = [

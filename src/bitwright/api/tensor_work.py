@@ -45,7 +45,7 @@ class TensorWork:
         """Raises RecipeError for patterns that fit nothing, CheckpointError for weights that do not belong together."""
         checkpoint = source.checkpoint
         view, found, tied = _known(source, recipe, device) if source.family else _discovered(checkpoint, recipe)
-        patterns = Patterns.parse(recipe.include, recipe.exclude)
+        patterns = Patterns.of(recipe)
         division = chosen(found, patterns, checkpoint, view)
         if not division.weights:
             raise RecipeError(f"{checkpoint.folder}: nothing to quantize: {_why_nothing(division, checkpoint)}")

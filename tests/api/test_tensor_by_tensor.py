@@ -96,7 +96,9 @@ def test_experts_are_turned_in_their_groups(folder_of: Callable[[str], Path], tm
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written["model.layers.0.mlp.experts.gate_up_proj.weight_scale"].shape == (4, 2, 192)
     assert written["model.layers.0.self_attn.q_proj.weight_scale"].shape == (64, 2)
-    assert result.per_ic == 4
+    assert result.per_ic == 0, "groups along the inputs, however they are stored"
+    along = bitwright.quantize(Recipe(str(folder_of("gpt_oss")), "W4A16g32ic", "rtn"), tmp_path / "along")
+    assert along.per_ic == along.linears == 12
 
 
 @pytest.mark.parametrize("method", ["rtn", "easyquant"])
@@ -150,6 +152,21 @@ class TestPatterns:
         result = bitwright.quantize(Recipe(str(tiny()), "W4A16", "rtn", include="lm_head"), tmp_path / "out")
         assert result.linears == 15 and "lm_head.weight_packed" in Checkpoint.open(tmp_path / "out")
         assert logits(tmp_path / "out").isfinite().all()
+
+    @pytest.mark.parametrize("pattern", ["lm_head.weight", "lm_head", "*head*"])
+    def test_a_tied_head_has_no_tensor_to_include(self, pattern: str, tiny: Checkpoints, tmp_path: Path) -> None:
+        asked = Recipe(str(tiny(tied=True)), "W4A16", "rtn", include=pattern)
+        with pytest.raises(RecipeError, match=r"no tensor for its output layer.*--quantize-lm-head quantizes a copy"):
+            bitwright.quantize(asked, tmp_path / "out")
+        assert bitwright.plan(replace(asked, include=None, quantize_lm_head=True)).linears == 15
+
+    @pytest.mark.parametrize("kind", [list, tuple])
+    def test_patterns_in_a_list_are_those_with_commas(self, kind: Any, tiny: Checkpoints) -> None:
+        listed = Recipe(str(tiny()), "W4A16", exclude=kind(["*.up_proj", "*.down_proj"]), include=kind([]))
+        assert listed == Recipe(str(tiny()), "W4A16", exclude="*.up_proj,*.down_proj")
+        assert bitwright.plan(listed).linears == 10
+        with pytest.raises(RecipeError, match=r"'exclude' is \{.*it takes str or list or tuple or nothing"):
+            Recipe(str(tiny()), "W4A16", exclude={"*.up_proj": 1})  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(("how", "says"), [
         ({"exclude": "*.dwn_proj"}, r"--exclude \*\.dwn_proj fits no tensor.*near it: .*down_proj"),

@@ -106,6 +106,7 @@ def test_a_recipe_survives_as_plain_values() -> None:
     )
     recipe = replace(recipe, axis="oc", damping=0.1, act_order=False)
     recipe = replace(recipe, outliers="0.5%", range="fitted", norm=3.0, alignment=2.0, include="a", exclude="b")
+    recipe = replace(recipe, engines="vllm", embeddings="f16", base="b.gguf")
     assert all(getattr(recipe, field.name) != field.default for field in fields(Recipe))
     assert Recipe.from_mapping(recipe.as_dict()) == recipe
     assert set(recipe.as_dict()) == {field.name for field in fields(Recipe)}

@@ -1,6 +1,8 @@
 """Where things sit in a Llama: checked against the module that transformers builds."""
 
+import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from tests.conftest import HEAD_DIM, HIDDEN, KV_HEADS, Checkpoints
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bitwright.api.model_view import ModelView
+from bitwright.checkpoint.reader import Checkpoint
 from bitwright.families import llama
 
 
@@ -50,3 +54,66 @@ def test_a_head_dim_that_is_not_written_is_hidden_size_over_heads(tiny: Checkpoi
     config.head_dim = None
     sites = {site.name: site.channels for site in llama.describe(config).topology.sites}
     assert sites["v->o"] == KV_HEADS * HIDDEN // config.num_attention_heads == KV_HEADS * HEAD_DIM
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"tied": True},
+    {"attention_bias": True, "mlp_bias": True},
+    {"num_key_value_heads": None},
+    {"head_dim": 32},
+]
+
+
+@pytest.mark.parametrize("how", CONFIGS, ids=str)
+def test_the_outline_is_that_of_the_model(how: dict[str, Any], tiny: Checkpoints) -> None:
+    folder = tiny(**how)
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    outline = llama.outline(config)
+    assert outline.shapes == shapes and outline.tied == how.get("tied", False)
+    checkpoint = Checkpoint.open(folder)
+    assert ModelView.of_outline(outline, checkpoint) == ModelView.of_model(model, checkpoint)
+
+
+USUAL = {
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "rope_theta": 500000.0, "torch_dtype": "bfloat16", "eos_token_id": [128001, 128008],
+}  # fmt: skip
+"""As Llama 3.1's config.json has it."""
+
+
+@pytest.mark.parametrize("how", [how for how in CONFIGS if "attention_bias" not in how], ids=str)
+@pytest.mark.parametrize("more", [{}, USUAL], ids=["", "llama3"])
+def test_a_usual_config_is_read_without_transformers(
+    how: dict[str, Any], more: dict[str, Any], tiny: Checkpoints
+) -> None:
+    folder = tiny(**how)
+    found = llama.plain(json.loads((folder / "config.json").read_text()) | more)
+    theirs = AutoConfig.from_pretrained(folder)
+    assert found is not None and llama.outline(found) == llama.outline(theirs)
+    assert found.max_position_embeddings == theirs.max_position_embeddings
+
+
+@pytest.mark.parametrize("changes", [
+    {"hidden_size": "64"}, {"hidden_size": 65}, {"num_attention_heads": 0}, {"num_key_value_heads": 3},
+    {"num_hidden_layers": True}, {"hidden_act": "gelu"}, {"rope_parameters": 5},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, {"rope_scaling": {"type": "linear", "factor": -1.0}},
+    {"pad_token_id": 256}, {"dtype": "float99"}, {"text_config": {}}, {"rms_norm_eps": float("nan")},
+    {"auto_map": {"AutoConfig": "mine.py"}}, {"architectures": ["LlamaForSequenceClassification"]},
+])  # fmt: skip
+def test_what_is_out_of_the_ordinary_is_for_transformers_to_judge(changes: dict[str, Any], tiny: Checkpoints) -> None:
+    config = json.loads((tiny() / "config.json").read_text())
+    assert llama.plain(config) is not None and llama.plain(config | changes) is None
+
+
+@pytest.mark.parametrize("key", [*llama.STATED, "max_position_embeddings", "tie_word_embeddings"])
+def test_a_config_that_leaves_a_size_to_transformers(key: str, tiny: Checkpoints) -> None:
+    config = json.loads((tiny() / "config.json").read_text())
+    del config[key]
+    assert llama.plain(config) is None

@@ -11,7 +11,7 @@ from tests.methods.conftest import Streamed, context_of, divergence
 from torch import Tensor
 
 import bitwright
-from bitwright.api import block_work, quantizing
+from bitwright.api import block_work
 from bitwright.api.source import Source
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
@@ -230,7 +230,7 @@ def test_a_run_killed_after_it_saved_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(quantizing, "run_account", killed)
+        patched.setattr(finishing, "run_account", killed)
         with pytest.raises(KeyboardInterrupt):
             bitwright.quantize(recipe, out, save_parameters=saved)
     assert saved.exists() and not out.exists()

@@ -52,7 +52,7 @@ def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[s
         "calibration": _calibration(job),
         "totals": {
             "linears": len(rows),
-            "per_ic": sum(row["tile"][1] == 1 < row["tile"][0] for row in rows),
+            "per_ic": _along_the_output(job, rows),
             "outliers": sum(row["outliers"] for row in rows),
             "quantized_weights": weights,
             "bits_per_weight": _bits(job, rows) / weights,
@@ -67,6 +67,13 @@ def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[s
         "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
         "blocks": reports,
     }
+
+
+def _along_the_output(job: Job, rows: list[dict[str, Any]]) -> int:
+    """How many linears have groups along their output; the tile of one that is stored [in, out] lies the other way."""
+    turned = {weight.name for weight in job.work.weights if weight.turned}
+    tiles = (row["tile"][::-1] if row["name"] in turned else row["tile"] for row in rows)
+    return sum(columns == 1 < rows_ for rows_, columns in tiles)
 
 
 def _bits(job: Job, rows: list[dict[str, Any]]) -> int:

@@ -65,7 +65,7 @@ class BlockWork:
     @property
     def weights(self) -> Sequence[Weight]:
         """The linears of every block, and the output layer where that is asked for."""
-        return weights_of(self.skeleton, self.quantize_head)
+        return self.skeleton.outline.weights(self.quantize_head)
 
     @property
     def kept(self) -> Mapping[str, str]:
@@ -119,21 +119,6 @@ def skeleton_of(source: Source, device: str) -> Skeleton:
     dtype = pick_dtype("auto", where, source.checkpoint.dtype_of_weights)
     with blaming_the_config(source.checkpoint.folder):
         return Skeleton(source.checkpoint, config, family, dtype, where)
-
-
-def weights_of(skeleton: Skeleton, with_head: bool) -> list[Weight]:
-    """The linears of every block in the order of the data, and the output layer where that is asked for."""
-    found = []
-    for index in range(len(skeleton.block_names)):
-        block = skeleton.meta_block(index)
-        for linear in block.topology.linears:
-            name = block.path(linear)
-            found.append(Weight(f"{name}.weight", name, tuple(block.weight(linear).shape)))
-    if with_head:
-        head = skeleton.family.head
-        shape = tuple(skeleton.model.get_parameter(f"{head}.weight").shape)
-        found.append(Weight(skeleton.source(f"{head}.weight"), head, shape))
-    return found
 
 
 def _calibration(recipe: Recipe, source: Source, methods: Sequence[Method]) -> Int[Tensor, "N T"] | None:

@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from bitwright.api.model_view import ModelView
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import RecipeError
+from bitwright.core.recipe import Recipe
 from bitwright.core.weight import Division, Kept, Weight
-from bitwright.families.discover import hidden_size, in_order, weight
+from bitwright.families.discover import HEADS, head, hidden_size, in_order, weight
 
 SHOWN = 3
 
@@ -22,9 +23,9 @@ class Patterns:
     exclude: tuple[str, ...]
 
     @classmethod
-    def parse(cls, include: str | None, exclude: str | None) -> "Patterns":
-        """Patterns that are separated by commas."""
-        return cls(_split(include), _split(exclude))
+    def of(cls, recipe: Recipe) -> "Patterns":
+        """Those of a recipe."""
+        return cls(recipe.patterns("include"), recipe.patterns("exclude"))
 
 
 def chosen(found: Division, patterns: Patterns, checkpoint: Checkpoint, view: ModelView | None) -> Division:
@@ -52,10 +53,6 @@ def chosen(found: Division, patterns: Patterns, checkpoint: Checkpoint, view: Mo
     return Division(tuple(ordered), tuple(sorted(kept.values(), key=lambda k: order[k.tensor])))
 
 
-def _split(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
 def _no_linears(weights: Iterable[Weight], view: ModelView) -> list[Weight]:
     """Single matrices that stay under their own name and are no linear's weight there: Conv1D, layers left out."""
     alone = [w for w in weights if not w.stacked and view.places.get(w.tensor) == w.tensor and w.name != "lm_head"]
@@ -69,12 +66,21 @@ def _keep(weights: dict[str, Weight], kept: dict[str, Kept], gone: list[Weight],
 
 
 def _fitting(pattern: str, names: Iterable[str], flag: str) -> list[str]:
-    found = [name for name in names if any(fnmatchcase(n, pattern) for n in (name, name.removesuffix(".weight")))]
+    found = [name for name in names if _fits(name, pattern)]
     if not found:
+        if flag == "--include" and head(names) is None and any(_fits(f"{name}.weight", pattern) for name in HEADS):
+            raise RecipeError(
+                f"--include {pattern}: the checkpoint has no tensor for its output layer, which is the embedding too; "
+                "--quantize-lm-head quantizes a copy of it"
+            )
         close = get_close_matches(pattern, list(names), n=SHOWN, cutoff=0.3)
         hint = f"; near it: {', '.join(close)}" if close else ""
         raise RecipeError(f"{flag} {pattern} fits no tensor of the checkpoint{hint}; * stands for any text, dots too")
     return found
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return any(fnmatchcase(n, pattern) for n in (name, name.removesuffix(".weight")))
 
 
 def _require_matrix(name: str, pattern: str, checkpoint: Checkpoint, view: ModelView | None) -> None:

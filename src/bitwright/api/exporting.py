@@ -16,8 +16,8 @@ from bitwright.api.format_choice import is_file_format, target
 from bitwright.api.loading import REPORT, account_of
 from bitwright.api.quantizing import JOURNAL, refuse_output
 from bitwright.api.refitting import refitted
+from bitwright.api.soundness import require_sound
 from bitwright.api.source import family_of
-from bitwright.api.verifying import require_sound
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.output import OutputFolder

@@ -9,7 +9,7 @@ from bitwright.api.format_choice import is_file_format
 from bitwright.api.job import Job, write_options
 from bitwright.api.loading import REPORT
 from bitwright.api.sink import FolderSink
-from bitwright.api.verifying import require_sound
+from bitwright.api.soundness import require_sound
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
 from bitwright.checkpoint.writer import write_json

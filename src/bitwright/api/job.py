@@ -171,12 +171,12 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     chosen, goal = encoder(recipe.format), target(recipe.format)
     scheme = Scheme.parse(recipe.scheme)
     methods = compose(recipe.settled_method)
-    source = Source.open(Path(recipe.model))
+    free = recipe.calibration is None and all(isinstance(method, DataFree) for method in methods)
+    source = Source.open(Path(recipe.model), to_build=not free)
     if is_file_format(goal):
         _check_weights_alone(recipe, scheme)
         scheme = goal.adapted(scheme)
         goal.check(source.checkpoint.config, source.checkpoint.folder, write_options(recipe))
-    free = recipe.calibration is None and all(isinstance(method, DataFree) for method in methods)
     work: Work = (TensorWork if free else BlockWork).of(recipe, source, device)
     topology = source.family.topology if source.family else None
     method, note = fit(recipe.settled_method, scheme, topology, recipe.sites)

@@ -2,22 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from bitwright.api.dequantizing import dense_tensors, is_made_dense
 from bitwright.api.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.core.errors import SchemeError
 from bitwright.core.registry import find, names
 from bitwright.core.scheme import Grid, Scheme
-from bitwright.evaluation.loading import load_model
 from bitwright.steps.activations import quantize_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REPORT = "bitwright.json"
 
 
-def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> "PreTrainedModel":
     """The model in a folder, original or quantized, ready to run; offline, no remote code.
 
     Plain transformers loads it, the bitwright format through our plugin: packed weights stay packed in memory. Folders
@@ -25,6 +25,8 @@ def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> Pr
     on top (``W4A8KV4``).
     ``dtype`` "auto" is the checkpoint's own where the device is fast with it. Raises CheckpointError.
     """
+    from bitwright.evaluation.loading import load_model  # imports transformers, which reading an account does without
+
     folder = Path(folder)
     where, checkpoint = pick_device(device), open_checkpoint(folder)
     arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)

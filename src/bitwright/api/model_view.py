@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.outline import Outline
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class ModelView:
 
         ``names`` are what the tensors would be called where they are not called as in a checkpoint.
         """
+        from transformers import AutoConfig  # takes seconds: what is described does without
+
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
@@ -47,7 +51,13 @@ class ModelView:
             return None
 
     @classmethod
-    def of_model(cls, model: PreTrainedModel, names: Iterable[str]) -> "ModelView":
+    def of_outline(cls, outline: Outline, checkpoint: Checkpoint) -> "ModelView":
+        """The view of an architecture that is described: its linears are ordinary, its parameters called as on disk."""
+        linears = frozenset((*outline.linears, outline.family.head))
+        return cls(linears, linears, {name: name for name in checkpoint.names}, outline.tied)
+
+    @classmethod
+    def of_model(cls, model: "PreTrainedModel", names: Iterable[str]) -> "ModelView":
         """The view of a model on the meta device; ``names`` are those of the checkpoint's tensors."""
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         special = getattr(model.config, "is_encoder_decoder", False)  # T5 looks at a linear's weight before it uses it
@@ -59,11 +69,14 @@ class ModelView:
 
 def _class(config: Any) -> Any:
     """The class that the configuration names, else the one for causal language models."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+
     named = (getattr(config, "architectures", None) or [""])[0]
     return getattr(transformers, named, None) or AutoModelForCausalLM._model_mapping[type(config)]
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+def _renaming(model: "PreTrainedModel") -> Callable[[str], str]:
     """What loading makes of a tensor's name; the name itself where this transformers does not say."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -6,19 +6,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from bitwright.calibration.texts import read_text
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Family
 from bitwright.core.errors import CalibrationError, CheckpointError, RecipeError, UserError, nearest
+from bitwright.core.outline import Outline
 from bitwright.core.registry import find, names
 from bitwright.demo import texts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 BUILTIN = "builtin"
 FAMILIES = tuple(name for name in names("families") if name != "discover")
@@ -31,16 +34,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class Source:
     """A full-precision model on disk. ``config`` and ``family`` are None for an architecture that no file in
-    ``families/`` describes."""
+    ``families/`` describes.
+
+    ``config`` is transformers', or, where there is an ``outline``, what config.json says, by the same names.
+    """
 
     checkpoint: Checkpoint
     model_type: str
-    config: PretrainedConfig | None
+    config: Any
     family: Family | None
+    outline: Outline | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> "Source":
-        """Raises CheckpointError or RecipeError for what cannot be quantized."""
+    def open(cls, folder: Path, *, to_build: bool = True) -> "Source":
+        """Raises CheckpointError or RecipeError for what cannot be quantized.
+
+        Where no model is going to be built of it, transformers is not asked about a configuration that says nothing
+        out of the ordinary.
+        """
         checkpoint = open_checkpoint(folder)
         how = checkpoint.config.get("quantization_config")
         if how is not None:
@@ -50,14 +61,16 @@ class Source:
         if model_type not in FAMILIES:
             require_tokenizer(folder)
             return cls(checkpoint, model_type, None, None)
-        config = model_config(folder)
+        module = find("families", model_type)
+        plain = None if to_build or not hasattr(module, "plain") else module.plain(checkpoint.config)
+        config = plain or model_config(folder)
         _check_blocks(checkpoint, config)
         with blaming_the_config(folder):
-            family: Family = find("families", model_type).describe(config)
+            family: Family = module.describe(config)
         require_tokenizer(folder)
-        return cls(checkpoint, model_type, config, family)
+        return cls(checkpoint, model_type, config, family, module.outline(config) if plain else None)
 
-    def described(self) -> tuple[Family, PretrainedConfig]:
+    def described(self) -> "tuple[Family, PretrainedConfig]":
         """Family and configuration of an architecture that is described; RecipeError for another."""
         if self.family is None or self.config is None:
             raise RecipeError(
@@ -84,7 +97,7 @@ def family_of(folder: Path) -> tuple[Family | None, int]:
         return family, _head_dim(config)
 
 
-def _head_dim(config: PretrainedConfig) -> int:
+def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -112,7 +125,7 @@ def _model_type(checkpoint: Checkpoint) -> str:
     return found
 
 
-def _check_blocks(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
+def _check_blocks(checkpoint: Checkpoint, config: Any) -> None:
     """Refuses a number of blocks that cannot be before transformers builds them all."""
     asked, tensors = getattr(config, "num_hidden_layers", 1), len(checkpoint.names)
     if not 1 <= asked <= tensors:
@@ -148,8 +161,10 @@ def architecture(config: Mapping[str, Any]) -> str:
     return str(named[0]) if isinstance(named, list) and named else "?"
 
 
-def model_config(folder: Path) -> PretrainedConfig:
+def model_config(folder: Path) -> "PretrainedConfig":
     """The configuration as transformers reads it, offline and without remote code."""
+    from transformers import AutoConfig
+
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers validates with several libraries, each with its own exceptions
@@ -186,6 +201,8 @@ def _check_tokenizer_file(path: Path) -> None:
 
 def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
     """The whole text tokenized once, without special tokens of a sentence's ends beyond the tokenizer's own."""
+    from transformers import AutoTokenizer
+
     require_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bitwright.api.block_work import skeleton_of, weights_of
+from bitwright.api.block_work import skeleton_of
 from bitwright.api.chosen_weights import Patterns, chosen
 from bitwright.api.model_view import ModelView
 from bitwright.api.source import Source, pick_device, sequence_length
+from bitwright.checkpoint.complete import require_complete
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.method import Method
@@ -44,7 +45,7 @@ class TensorWork:
         """Raises RecipeError for patterns that fit nothing, CheckpointError for weights that do not belong together."""
         checkpoint = source.checkpoint
         view, found, tied = _known(source, recipe, device) if source.family else _discovered(checkpoint, recipe)
-        patterns = Patterns.parse(recipe.include, recipe.exclude)
+        patterns = Patterns.of(recipe)
         division = chosen(found, patterns, checkpoint, view)
         if not division.weights:
             raise RecipeError(f"{checkpoint.folder}: nothing to quantize: {_why_nothing(division, checkpoint)}")
@@ -121,10 +122,11 @@ class TensorWork:
 
 def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Division, bool]:
     """The linears of an architecture that is described."""
-    skeleton = skeleton_of(source, device)
-    weights = weights_of(skeleton, recipe.quantize_lm_head)
-    tied = recipe.quantize_lm_head and skeleton.tied
-    view = ModelView.of_model(skeleton.model, source.checkpoint.names)
+    outline = source.outline or skeleton_of(source, device).outline
+    require_complete(source.checkpoint, outline)
+    weights = outline.weights(recipe.quantize_lm_head)
+    tied = recipe.quantize_lm_head and outline.tied
+    view = ModelView.of_outline(outline, source.checkpoint)
     taken = {w.tensor for w in weights} - ({weights[-1].tensor} if tied else set())
     taken |= {f"{w.name}.weight" for w in weights}  # an output layer that is tied, and stored all the same
     reasons = {kept.tensor: kept.why for kept in _by_rules(source.checkpoint).kept}

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.settings import ASKED
+
+PATTERNS = ("include", "exclude")
 
 
 @dataclass(frozen=True)
@@ -15,9 +17,9 @@ class Recipe:
 
     ``seqlen`` None is 2048 tokens, or the model's own maximum where that is shorter. ``method`` None is ``omniquant``
     where calibration text is named and ``rtn`` where none is. ``format`` None is ``compressed-tensors`` where every
-    linear fits into it and ``bitwright`` where one does not. ``include`` and ``exclude`` are patterns of names, with
-    commas between them, for methods that need no text. ``embeddings`` and ``base`` are for formats that are made of a
-    finished folder, ``engines`` what the result shall run on. ``training`` names the preset of the methods'
+    linear fits into it and ``bitwright`` where one does not. ``include`` and ``exclude`` are patterns of names, in a
+    list or with commas between them, for methods that need no text. ``embeddings`` and ``base`` are for formats made of
+    a finished folder, ``engines`` what the result shall run on. ``training`` names the preset of the methods'
     settings; the keys after it are single settings (``core/settings.py``), None is what the preset says for the scheme.
     """
 
@@ -50,8 +52,8 @@ class Recipe:
     range: str | None = None
     norm: float | None = None
     alignment: float | None = None
-    include: str | None = None
-    exclude: str | None = None
+    include: str | list[str] | tuple[str, ...] | None = None
+    exclude: str | list[str] | tuple[str, ...] | None = None
     load_parameters: str | None = None
     engines: str | None = None
     embeddings: str | None = None
@@ -59,11 +61,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for key, hint in get_type_hints(type(self)).items():
-            value, kinds = getattr(self, key), get_args(hint) or (hint,)
+            value, kinds = getattr(self, key), tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
             fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
             if not fits or (isinstance(value, bool) and bool not in kinds):
                 wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
                 raise RecipeError(f"recipe key '{key}' is {value!r}; it takes {wanted}")
+        for key in PATTERNS:
+            if isinstance(patterns := getattr(self, key), (list, tuple)):
+                object.__setattr__(self, key, ",".join(map(str, patterns)) or None)
         _ = self.shard_bytes
         if self.calibration == "":
             raise RecipeError("calibration is empty; name a text file or folder, builtin, or leave it out")
@@ -78,6 +83,10 @@ class Recipe:
         if self.method is not None:
             return self.method
         return "rtn" if self.calibration is None else "omniquant"
+
+    def patterns(self, key: str) -> tuple[str, ...]:
+        """Those of ``include`` or ``exclude``, one by one."""
+        return tuple(part.strip() for part in (getattr(self, key) or "").split(",") if part.strip())
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -120,9 +129,7 @@ def size_in_bytes(text: str, what: str) -> int:
 
 
 def _as_wanted(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
-    """``1e-2`` as a number where one is wanted, ``outliers: 3`` as text, lists of patterns joined."""
-    if key in ("include", "exclude") and isinstance(value, (list, tuple)):
-        return ",".join(map(str, value)) or None
+    """``1e-2`` as a number where one is wanted, ``outliers: 3`` as text."""
     if key == "outliers" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or float not in get_args(hints[key]):

@@ -1,6 +1,6 @@
 """OPT: LayerNorm, biases, learned positions, ReLU: the architecture on which OmniQuant shifts channels too."""
 
-from transformers import PretrainedConfig
+from typing import Any
 
 from bitwright.core.block import Family, LinearGroup, Side, Site, Topology
 from bitwright.core.errors import RecipeError
@@ -9,7 +9,7 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 O, FC1, FC2 = "self_attn.out_proj", "fc1", "fc2"
 
 
-def describe(config: PretrainedConfig) -> Family:
+def describe(config: Any) -> Family:
     """The family of an OPT model with this configuration; RecipeError for the one whose norms come after."""
     if not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size:
         raise RecipeError(
@@ -34,7 +34,7 @@ def describe(config: PretrainedConfig) -> Family:
     )
 
 
-def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
+def _sites(config: Any) -> tuple[Site, ...]:
     hidden, bias = config.hidden_size, bool(config.enable_bias and config.layer_norm_elementwise_affine)
     sites = [
         Site("norm->qkv", (Side("self_attn_layer_norm"),), tuple(map(Side, QKV)), hidden, shift=bias),

@@ -1,6 +1,7 @@
 """compressed-tensors, ``pack-quantized``: what transformers and vLLM load with no Bitwright installed.
 
-Config classes are the library's own (compressed-tensors >= 0.15). Its codes are signed,
+The config is what the library's classes would write (compressed-tensors 0.20, which the tests compare with), without
+importing them: that takes as long as torch and transformers together. Its codes are signed,
 ``-2**(bits-1) .. 2**(bits-1) - 1``, 32 of them in exactly ``bits`` int32 words; asymmetric codes and zero points
 are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``. The tensors are those of
 ``formats/bitwright.py``, which can hold more; only what config.json says is this file's own. Folders of others are read
@@ -10,7 +11,6 @@ by ``_compressed_tensors_reading.py``.
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from torch import Tensor
 
 from bitwright.core.errors import RecipeError
@@ -67,8 +67,7 @@ def encode_stacked(name: str, slices: Sequence[QTensor]) -> NoReturn:
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
-    """The ``quantization_config`` of config.json, made by the library's classes. Raises RecipeError for linears that
-    are not all alike.
+    """The ``quantization_config`` of config.json. Raises RecipeError for linears that are not all alike.
 
     Activations are quantized per token, keys and values (and queries) per token and head: dynamic ``group`` with
     group_size = head_dim. The library's ``token`` strategy on keys would share one scale over the sequence.
@@ -83,16 +82,18 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         rows = [_linears(scheme, [f"re:.*{name}$"], width) for name, width in family.flattened]
         groups = {f"group_{n}": group for n, group in enumerate([*rows, *groups.values()])}
         if queries_left_out(scheme) is None:
-            groups["attention"] = QuantizationScheme(targets=[family.attention_class], input_activations=kv)
+            groups["attention"] = _group([family.attention_class], None, kv, None)
             kv = None
-    config = QuantizationConfig(
-        config_groups=groups,
-        format=PACKED,
-        quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=list(model.kept),
-        kv_cache_scheme=kv,
-    )
-    written = dict(config.to_dict())
+    written: dict[str, Any] = {
+        "config_groups": groups,
+        "quant_method": "compressed-tensors",
+        "kv_cache_scheme": kv,
+        "format": PACKED,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": list(model.kept),
+        "moe_sparsity_config": None,
+    }
     if scheme.activations is None and scheme.kv is None:
         # Ordinary weights once loaded. transformers 5.23.0 with compressed-tensors >= 0.18 loads packed zero points
         # in no other way, earlier ones and vLLM pass over the key (docs/decisions.md).
@@ -108,22 +109,37 @@ def queries_left_out(scheme: Scheme) -> Grid | None:
     return None if scheme.kv == scheme.activations else scheme.activations
 
 
-def _linears(scheme: Scheme, targets: list[str], features: int | None) -> QuantizationScheme:
+def _linears(scheme: Scheme, targets: list[str], features: int | None) -> dict[str, Any]:
     """One config group; activations per token, or, the same said so that it holds for rows too, per ``features``."""
     group = None if scheme.tile.in_ == FULL else scheme.tile.in_
-    weights = QuantizationArgs(
-        num_bits=scheme.weight.bits,
-        symmetric=scheme.weight.symmetric,
-        strategy="channel" if group is None else "group",
-        group_size=group,
-    )
+    weights = _args(scheme.weight, "channel" if group is None else "group", group, dynamic=False)
     inputs = None if scheme.activations is None else _dynamic(scheme.activations, features)
-    # Named, because with activations transformers would otherwise infer one code per byte.
-    return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=PACKED)
+    # Its format is named, because with activations transformers would otherwise infer one code per byte.
+    return _group(targets, weights, inputs, PACKED)
 
 
-def _dynamic(grid: Grid, group: int | None) -> QuantizationArgs:
-    strategy = "token" if group is None else "group"
-    return QuantizationArgs(
-        num_bits=grid.bits, symmetric=grid.symmetric, strategy=strategy, group_size=group, dynamic=True
-    )
+def _group(
+    targets: list[str], weights: dict[str, Any] | None, inputs: dict[str, Any] | None, format: str | None
+) -> dict[str, Any]:
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": format,
+    }
+
+
+def _dynamic(grid: Grid, group: int | None) -> dict[str, Any]:
+    return _args(grid, "token" if group is None else "group", group, dynamic=True)
+
+
+def _args(grid: Grid, strategy: str, group: int | None, *, dynamic: bool) -> dict[str, Any]:
+    return {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "group_size": group,
+        "strategy": strategy,
+        "dynamic": dynamic,
+    }

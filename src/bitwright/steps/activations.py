@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitwright.core.block import Block
 from bitwright.core.fake_quant import fake_quantize_tokens
@@ -57,6 +55,9 @@ def quantize_attention(module: nn.Module, queries: Grid | None, cache: Grid | No
     attention = [m for m in module.modules() if hasattr(m, "config") and hasattr(m, "scaling")]
     if (queries is None and cache is None) or not attention:
         return lambda: None
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     config: Any = attention[0].config
     original = config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(QUANTIZED_ATTENTION, _attend)
@@ -86,6 +87,8 @@ def _input_hook(grid: Grid) -> Any:
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     of_query, of_cache, original = getattr(module, GRIDS)
     if of_query is not None:
         query = fake_quantize_tokens(query, of_query)

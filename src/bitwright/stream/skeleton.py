@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from bitwright.checkpoint.complete import require_complete
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Block, Family, LinearGroup, Topology
-from bitwright.core.errors import CheckpointError
+from bitwright.core.outline import Outline
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Skeleton:
@@ -20,25 +23,38 @@ class Skeleton:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: PretrainedConfig, family: Family, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        config: "PretrainedConfig",
+        family: Family,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        from transformers import AutoModelForCausalLM  # takes seconds: what builds no model does without
+
         self.checkpoint, self.family, self.dtype, self.device = checkpoint, family, dtype, device
         with torch.device("meta"):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model.requires_grad_(False)
         self.model.eval()
-        self._check_tensors()
+        self.outline = self._outlined()
+        require_complete(checkpoint, self.outline)
+
+    def _outlined(self) -> Outline:
+        blocks = self.model.get_submodule(self.family.blocks)
+        names = tuple(f"{self.family.blocks}.{name}" for name, _ in blocks.named_children())
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
+        return Outline(self.family, shapes, names, bool(self.model.config.tie_word_embeddings))
 
     @property
     def block_names(self) -> tuple[str, ...]:
         """The blocks' paths in the model."""
-        layers = self.model.get_submodule(self.family.blocks)
-        return tuple(f"{self.family.blocks}.{name}" for name, _ in layers.named_children())
+        return self.outline.blocks
 
     @property
     def tied(self) -> bool:
         """Whether the output layer is the embedding."""
-        return bool(self.model.config.tie_word_embeddings)
+        return self.outline.tied
 
     def meta_block(self, index: int) -> Block:
         """A block without weights: its shapes and topology."""
@@ -78,14 +94,8 @@ class Skeleton:
             setattr(module.get_submodule(owner), leaf, parameter)
         self._compute_buffers(module)
 
-    def source(self, name: str) -> str:
-        """The checkpoint's tensor behind a parameter: a tied output layer is stored as the embedding."""
-        if name == f"{self.family.head}.weight" and self.tied:
-            return f"{self.family.embedding}.weight"
-        return name
-
     def _read(self, name: str) -> Tensor:
-        return self.checkpoint.read(self.source(name))
+        return self.checkpoint.read(self.outline.source(name))
 
     def _compute_buffers(self, part: nn.Module) -> None:
         """Buffers that are in no checkpoint (rotary frequencies) are computed by transformers itself."""
@@ -95,32 +105,6 @@ class Skeleton:
                 module.register_buffer(name, torch.empty_like(buffer, device=self.device), persistent=False)
             if missing:
                 self.model._init_weights(module)
-
-    def _check_tensors(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            stored = self.source(name)
-            if stored not in self.checkpoint:
-                raise CheckpointError(
-                    f"{self.checkpoint.folder} has no tensor '{stored}', which its config.json calls for; "
-                    "the checkpoint is incomplete or belongs to another configuration: download it again"
-                )
-            found, wanted = self.checkpoint.entry(stored).shape, tuple(parameter.shape)
-            if found != wanted:
-                raise CheckpointError(
-                    f"tensor '{stored}' in {self.checkpoint.folder} has shape {list(found)}, but its config.json "
-                    f"calls for {list(wanted)}; config and weights belong to different models: download both again"
-                )
-        self._check_number_of_blocks()
-
-    def _check_number_of_blocks(self) -> None:
-        """A block that the configuration does not count would stay in full precision without a word."""
-        prefix, known = f"{self.family.blocks}.", tuple(f"{name}." for name in self.block_names)
-        extra = [name for name in self.checkpoint.names if name.startswith(prefix) and not name.startswith(known)]
-        if extra:
-            raise CheckpointError(
-                f"{self.checkpoint.folder} holds '{extra[0]}', but its config.json counts {len(known)} blocks; config "
-                "and weights belong to different models: download both again"
-            )
 
 
 class Recorder(nn.Module):

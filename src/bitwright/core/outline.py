@@ -1,0 +1,34 @@
+"""A model by the names and shapes of its parameters: what can be told of it without building it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bitwright.core.block import Family
+from bitwright.core.weight import Weight
+
+
+@dataclass(frozen=True)
+class Outline:
+    """``shapes`` has every parameter by its name in the model, a tied output layer's too; ``blocks`` are the paths of
+    the blocks."""
+
+    family: Family
+    shapes: Mapping[str, tuple[int, ...]]
+    blocks: tuple[str, ...]
+    tied: bool
+
+    def source(self, name: str) -> str:
+        """The checkpoint's tensor behind a parameter: a tied output layer is stored as the embedding."""
+        if name == f"{self.family.head}.weight" and self.tied:
+            return f"{self.family.embedding}.weight"
+        return name
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linears of every block, in the order of the data."""
+        return tuple(f"{block}.{linear}" for block in self.blocks for linear in self.family.topology.linears)
+
+    def weights(self, with_head: bool) -> list[Weight]:
+        """What can be quantized: the linears of every block, and the output layer where that is asked for."""
+        names = (*self.linears, self.family.head) if with_head else self.linears
+        return [Weight(self.source(f"{name}.weight"), name, self.shapes[f"{name}.weight"]) for name in names]

@@ -13,9 +13,9 @@ from torch import Tensor
 from bitwright.api.companions import copy_companions, write_config
 from bitwright.api.finishing import bytes_of
 from bitwright.api.format_choice import is_file_format, target
-from bitwright.api.loading import REPORT, account_of
 from bitwright.api.quantizing import JOURNAL, refuse_output
 from bitwright.api.refitting import refitted
+from bitwright.api.report_file import REPORT, account_of
 from bitwright.api.soundness import require_sound
 from bitwright.api.source import family_of
 from bitwright.checkpoint.journal import Journal

@@ -7,7 +7,7 @@ from bitwright.api.account import run_account
 from bitwright.api.companions import write_companions
 from bitwright.api.format_choice import is_file_format
 from bitwright.api.job import Job, write_options
-from bitwright.api.loading import REPORT
+from bitwright.api.report_file import REPORT
 from bitwright.api.sink import FolderSink
 from bitwright.api.soundness import require_sound
 from bitwright.checkpoint.merge import merge_shards

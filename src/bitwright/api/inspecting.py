@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.api.dequantizing import is_made_dense
-from bitwright.api.loading import account_of
+from bitwright.api.report_file import account_of
 from bitwright.api.source import architecture, open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError

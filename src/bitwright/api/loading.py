@@ -1,10 +1,10 @@
 """load(): a written folder as a transformers model, with the part of its scheme that its config could not say."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bitwright.api.dequantizing import dense_tensors, is_made_dense
+from bitwright.api.report_file import account_of
 from bitwright.api.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.core.errors import SchemeError
 from bitwright.core.registry import find, names
@@ -13,8 +13,6 @@ from bitwright.steps.activations import quantize_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-REPORT = "bitwright.json"
 
 
 def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> "PreTrainedModel":
@@ -48,12 +46,3 @@ def left_out(folder: Path) -> Grid | None:
         return None
     grid: Grid | None = find("formats", name).queries_left_out(scheme)
     return grid
-
-
-def account_of(folder: Path) -> dict[str, Any]:
-    """bitwright.json, or nothing where there is none that can be read: the tensors are what counts."""
-    try:
-        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

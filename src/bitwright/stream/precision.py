@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitwright.core.block import Block
 
@@ -53,6 +51,9 @@ def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[Non
     if arithmetic == torch.float32 or place.type != "cpu" or not attention:
         yield
         return
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # seconds, for those who train
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     config: Any = attention[0].config
     original = config._attn_implementation
     fused: Any = ALL_ATTENTION_FUNCTIONS.get(original)

@@ -4,6 +4,7 @@ Each takes a share of the units and keeps a journal of its own; the first takes 
 torch.distributed (gloo), and they all have to see the folder. Where one of them fails, torchrun stops the others.
 """
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Ranks:
             return cls()
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+            atexit.register(_leave)  # threads of it that outlive the interpreter end the process with an abort
         return cls(torch.distributed.get_rank(), count)
 
     @property
@@ -68,3 +70,8 @@ class Ranks:
             if least == self.index:
                 mine.add(unit.name)
         return [unit for unit in units if unit.name in mine]
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

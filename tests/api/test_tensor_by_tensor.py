@@ -278,20 +278,17 @@ class TestProcesses:
             time.sleep(0.05)
 
     def test_a_worker_that_is_killed_is_told_of(
-        self,
-        recipe: Recipe,
-        whole: dict[str, bytes],
-        contents: Contents,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, recipe: Recipe, contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
+        bitwright.quantize(recipe, tmp_path / "whole")
         heard = parallel._Worker.send
         sent = []
 
         def send(self: Any, message: Any) -> None:
             heard(self, message)
             sent.append(message)
-            if len(sent) == 8:
+            if len(sent) == 2 + 3 + 2 * parallel.IN_HAND + 2:  # plans, what is copied, what is in hand, what came after
                 os.kill(self.process.pid, signal.SIGKILL)
 
         with monkeypatch.context() as patched:
@@ -299,7 +296,7 @@ class TestProcesses:
             with pytest.raises(UserError, match=r"a worker process was killed \(SIGKILL\).*What is finished is kept"):
                 bitwright.quantize(recipe, tmp_path / "out", workers=2)
         assert bitwright.quantize(recipe, tmp_path / "out", workers=1).resumed > 0
-        assert contents(tmp_path / "out") == whole
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
     def test_what_a_worker_meets_is_told_as_it_is(self, tiny: Checkpoints, tmp_path: Path) -> None:
         model = Path(shutil.copytree(tiny(), tmp_path / "model"))

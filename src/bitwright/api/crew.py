@@ -1,7 +1,7 @@
 """How many worker processes go through the tensors, and what memory they may take."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, prod
 
 from bitwright.api.job import Job
@@ -10,6 +10,7 @@ from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import size_in_bytes
 from bitwright.methods import learned
 from bitwright.stream.budget import RUNTIME_BYTES, WORKER_BYTES
+from bitwright.stream.hands import Hands
 from bitwright.stream.ranks import Ranks
 
 WORTH_A_PROCESS = 2**25
@@ -18,10 +19,12 @@ WORTH_A_PROCESS = 2**25
 
 @dataclass(frozen=True)
 class Crew:
-    """``workers`` processes beside this one, or none where it is 1; ``memory_bytes`` is what all of them need."""
+    """``workers`` processes beside this one, or none where it is 1; ``memory_bytes`` is what all of them need;
+    ``hands`` are those that have been started."""
 
     workers: int
     memory_bytes: int
+    hands: Hands = field(default_factory=Hands)
 
 
 def crew_of(job: Job, workers: int | None, max_memory: str | None, ranks: Ranks | None = None) -> Crew:

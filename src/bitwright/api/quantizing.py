@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -28,6 +28,7 @@ from bitwright.core.errors import ChangedError, OutputError, RecipeError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
 from bitwright.methods import learned
+from bitwright.stream.hands import Hands
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.ranks import Ranks
 from bitwright.stream.runner import RunPlan, run
@@ -72,6 +73,7 @@ def quantize(
     device: str = "auto",
     workers: int | None = None,
     max_memory: str | None = None,
+    hands: Hands | None = None,
     listener: Listener = silent,
 ) -> Result:
     """Runs a recipe and writes a folder that its format's clients load. Raises UserError.
@@ -79,13 +81,13 @@ def quantize(
     Works in ``OUTPUT.partial`` and renames it at the end, so an output that exists is complete. Killed at any
     moment, the same call continues; a changed recipe is refused unless ``restart``. ``workers`` and ``max_memory``
     ("2GB", of all processes together) are for methods without text, which share tensors out between processes, under
-    torchrun on several machines; the bytes are the same.
+    torchrun on several machines; the bytes are the same. ``hands`` are workers that have been started already.
     """
     start, output, ranks = monotonic(), Path(output), Ranks.here()
     single = is_single(recipe.format)
     refuse_output(Path(recipe.model), output, overwrite, single)
     job = prepare(recipe, device)
-    crew = crew_of(job, workers, max_memory, ranks)
+    crew = replace(crew_of(job, workers, max_memory, ranks), hands=hands or Hands())
     if not ranks.first:
         return _help(job, output, crew, ranks)
     saved = None if save_parameters is None else _place_to_save(job, Path(save_parameters), output)

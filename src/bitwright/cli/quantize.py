@@ -158,6 +158,7 @@ def quantize(
     let+lwc with quantized activations or LayerNorms, and lwc alone for 16-bit activations on RMSNorm architectures.
     """
     from bitwright import api
+    from bitwright.api.hiring import hired
     from bitwright.api.recipe_file import read_recipe
 
     # The parameters of this command that are keys of a recipe, as they were given.
@@ -178,7 +179,7 @@ def quantize(
         return
     if target is None:
         raise RecipeError("where should the result go? Give --output DIR, or the key 'output' in the recipe")
-    with ProgressReport(err) as listener:
+    with hired(wanted, workers) as hands, ProgressReport(err) as listener:
         result = api.quantize(
             wanted,
             Path(target),
@@ -188,6 +189,7 @@ def quantize(
             device=device,
             workers=workers,
             max_memory=max_memory,
+            hands=hands,
             listener=listener,
         )
     if api.speaks():

@@ -3,18 +3,17 @@
 Plain processes with pipes: they start the same way everywhere, and a script that quantizes needs no guard around it.
 """
 
-import os
 import pickle
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from bitwright.core.errors import UserError
+from bitwright.stream.hands import Hands
 from bitwright.stream.tensors import Finished, Started, TensorPlan
 from bitwright.stream.units import Unit
 from bitwright.stream.worker import At, Done, Ended, Failed
@@ -30,14 +29,10 @@ class WorkerError(UserError):
 class _Worker:
     """One process. What it says, and that it is gone, arrives in ``inbox`` with the worker itself."""
 
-    def __init__(self, plan: TensorPlan, inbox: "queue.Queue[tuple[_Worker, Any]]") -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from bitwright.stream.worker import main; main()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is for us; we tell them
-        )
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", plan: TensorPlan, inbox: "queue.Queue[tuple[_Worker, Any]]"
+    ) -> None:
+        self.process = process
         self.inbox, self.at, self.peak, self.ended = inbox, "", 0, False
         self.send(plan)
         self.listener = threading.Thread(target=self._listen, daemon=True)
@@ -67,15 +62,16 @@ class _Worker:
 
 
 def work_in_processes(
-    units: Sequence[Unit], plan: TensorPlan, workers: int, started: Started, finished: Finished
+    units: Sequence[Unit], plan: TensorPlan, workers: int, hands: Hands, started: Started, finished: Finished
 ) -> int:
-    """Makes the part of every unit, as ``tensors.work`` does; the peak bytes of all workers together.
+    """Makes the part of every unit, as ``tensors.work`` does; the peak bytes of all workers together, those ``hands``
+    first that are there already.
 
     Raises UserError: what a worker met, or that one died. What is finished stays finished.
     """
     waiting, left = iter(units), len(units)
     inbox: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
-    with _started(plan, min(workers, len(units)), inbox) as crew:
+    with _started(hands, plan, min(workers, len(units)), inbox) as crew:
         for worker in crew * IN_HAND:
             _hand_over(worker, waiting)
         while left:
@@ -87,7 +83,8 @@ def work_in_processes(
                 case Done(unit, report, peak):
                     worker.peak, left = peak, left - 1
                     finished(unit, report)
-                    _hand_over(worker, waiting)
+                    if unit.weights:
+                        _hand_over(worker, waiting)
                 case Failed(error, text):
                     raise error or RuntimeError(f"a worker failed at {worker.at}:\n{text}")
                 case Ended():
@@ -98,17 +95,22 @@ def work_in_processes(
 
 
 def _hand_over(worker: _Worker, waiting: Iterator[Unit]) -> None:
-    """The next unit, or that there is none: a worker knows that a unit is whole when it has what comes after it."""
-    worker.send(next(waiting, None))
+    """The next unit, or that there is none: a worker knows that a unit is whole when it has what comes after it. What
+    is only copied comes on top."""
+    while (unit := next(waiting, None)) is not None and not unit.weights:
+        worker.send(unit)
+    worker.send(unit)
 
 
 @contextmanager
-def _started(plan: TensorPlan, count: int, inbox: "queue.Queue[tuple[_Worker, Any]]") -> Iterator[list[_Worker]]:
+def _started(
+    hands: Hands, plan: TensorPlan, count: int, inbox: "queue.Queue[tuple[_Worker, Any]]"
+) -> Iterator[list[_Worker]]:
     """Workers, none of which is there any more afterwards."""
     crew: list[_Worker] = []
     try:
         for _ in range(count):
-            crew.append(_Worker(plan, inbox))
+            crew.append(_Worker(hands.take(), plan, inbox))
         yield crew
     except BaseException:
         for worker in crew:

@@ -59,18 +59,24 @@ Finished = Callable[[Unit, BlockReport | None], None]
 
 
 def work(units: Iterable[Unit], plan: TensorPlan, started: Started, finished: Finished) -> None:
-    """Makes the part of every unit. ``finished`` is called from another thread, one call at a time, when the part of a
-    unit is durable; ``started`` with each tensor before its arithmetic. Raises UserError."""
+    """Makes the part of every unit. ``finished`` is called from other threads when the part of a unit is durable;
+    ``started`` with each tensor before its arithmetic. Raises UserError.
+
+    What is only copied, such as a large embedding, goes its own way: nothing waits for it.
+    """
     keep_freed_memory()
-    with ThreadPoolExecutor(1, "behind") as behind:
-        writing: Future[None] | None = None
+    with ThreadPoolExecutor(1, "behind") as behind, ThreadPoolExecutor(1, "aside") as aside:
+        writing, copying = list[Future[None]](), list[Future[None]]()
         for _, read in groupby(ahead(_read(units, plan)), lambda item: item[0].name):
             made = _made(read, plan, started)
-            if writing is not None:
-                writing.result()
-            writing = behind.submit(_write, made, plan, finished)
-        if writing is not None:
-            writing.result()
+            if not made.unit.weights:
+                copying.append(aside.submit(_write, made, plan, finished))
+                continue
+            for future in (*writing, *filter(Future.done, copying)):
+                future.result()
+            writing = [behind.submit(_write, made, plan, finished)]
+        for future in (*writing, *copying):
+            future.result()
 
 
 _Read = tuple[Unit, Weight | None, Tensor]

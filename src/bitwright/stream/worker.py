@@ -71,7 +71,7 @@ def main() -> None:
     channel = _Channel(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # whatever a library prints must not come between the messages
     torch.set_num_threads(1)
-    plan: TensorPlan = pickle.load(sys.stdin.buffer)
+    plan = _plan(sys.stdin.buffer)
     coming: queue.Queue[Unit | None] = queue.Queue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer, coming), daemon=True).start()
     try:
@@ -87,6 +87,14 @@ def main() -> None:
     except BaseException:
         channel.send(Failed(None, traceback.format_exc()))
     os._exit(0)  # the listening thread holds on to standard input, which an ordinary exit would wait for
+
+
+def _plan(stream: BinaryIO) -> TensorPlan:
+    try:
+        plan: TensorPlan = pickle.load(stream)
+    except EOFError:  # there was nothing to do, or no one is left who would say it
+        os._exit(0)
+    return plan
 
 
 def _listen(stream: BinaryIO, coming: "queue.Queue[Unit | None]") -> None:

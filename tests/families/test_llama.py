@@ -75,7 +75,7 @@ def test_the_outline_is_that_of_the_model(how: dict[str, Any], tiny: Checkpoints
     outline = llama.outline(config)
     assert outline.shapes == shapes and outline.tied == how.get("tied", False)
     checkpoint = Checkpoint.open(folder)
-    assert ModelView.of_outline(outline, checkpoint) == ModelView.of_model(model, checkpoint)
+    assert ModelView.of_outline(outline, checkpoint) == ModelView.of_model(model, checkpoint.names)
 
 
 USUAL = {

@@ -11,7 +11,7 @@ from tests.methods.conftest import Streamed, context_of, divergence
 from torch import Tensor
 
 import bitwright
-from bitwright.api import block_work
+from bitwright.api import block_work, finishing
 from bitwright.api.source import Source
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions

@@ -13,6 +13,7 @@ from torch import Tensor
 from bitwright.api.companions import copy_companions, write_config
 from bitwright.api.finishing import bytes_of
 from bitwright.api.format_choice import is_file_format, target
+from bitwright.api.model_view import ModelView
 from bitwright.api.quantizing import JOURNAL, refuse_output
 from bitwright.api.refitting import refitted
 from bitwright.api.report_file import REPORT, account_of
@@ -184,7 +185,18 @@ class _TensorExport:
             raise RecipeError(f"{unlike[0]}: on another grid than most linears; format {self.name} has one for all")
         family, head_dim = family_of(self.model.folder)
         dtype: torch.dtype = getattr(torch, rows[0]["dtype"])
-        return WrittenModel(scheme, family, head_dim, dtype, described.kept, departures(scheme, rows))
+        return WrittenModel(scheme, family, head_dim, dtype, _kept(self.model), departures(scheme, rows))
+
+
+def _kept(model: QuantizedFolder) -> tuple[str, ...]:
+    """The linears that are not quantized, by their names in the model as transformers sees it, else as they were said
+    to be: not every format names all of them."""
+    quantized = {f"{linear}.weight" for linear in model.linears}
+    view = ModelView.of(model.checkpoint, (*model.passed, *quantized))
+    if view is None:
+        said = () if model.described is None else model.described.kept
+        return tuple(sorted({*said, "lm_head"} - set(model.linears)))
+    return tuple(sorted(view.linears - {view.linear(name) for name in quantized}))
 
 
 def _names(model: QuantizedFolder) -> list[str]:

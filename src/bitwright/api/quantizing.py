@@ -160,10 +160,9 @@ def _produce(
         run_tensors(job, sink, crew, ranks, listener)  # nothing is left to do, for the others neither
     ranks.wait_for_all()
     _adopt_others(sink.journal)
-    account = finish(job, work, sink, listener)
     if saved is not None:
         write_tensors(saved, sink.learned(), job.belonging)
-    return account, beside
+    return finish(job, work, sink, listener), beside
 
 
 def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, peak: int, resumed: int) -> Result:

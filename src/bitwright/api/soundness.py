@@ -126,7 +126,8 @@ def _wrong(part: QTensor) -> Iterator[str]:
 def _once(model: QuantizedFolder) -> Check:
     """No weight is there twice, quantized and in full."""
     linears = (*model.linears, *model.stacks)
-    twice = [name for name in linears if {name, f"{name}.weight"} & set(model.passed)]
+    dense, passed = ".weight", set(model.passed)
+    twice = [x for x in linears if {x, x + dense} & passed or {x + dense, f"{x}.weight_packed"} <= {*model.stored(x)}]
     found = f"{len(linears)} linears, each once" if linears else "no quantized linear at all"
     if twice:
         found = f"{twice[0]} is quantized, and there in full precision too"

@@ -19,7 +19,7 @@ from bitwright.formats import QuantizedFolder
 from bitwright.stream.memory import peak_memory
 
 TOKENS, SEED = 64, 0
-LOGITS_APART, WITH_ACTIVATIONS = 0.01, 0.2
+LOGITS_APART, WITH_ACTIVATIONS = 0.01, 0.5
 """How far logits of two decoders of the same codes may lie apart, root mean square over standard deviation: in float32,
 and where activations are quantized, which may round the other way."""
 

@@ -143,8 +143,7 @@ class QuantizedFolder:
 def _format_of(folder: Path, said: Any) -> ModuleType:
     """The module for what a quantization_config calls itself."""
     method = said.get("quant_method") if isinstance(said, dict) else None
-    readable = [name for name in names("formats") if hasattr(find("formats", name), "described")]
-    if method not in readable:
+    if method not in names("formats") or not hasattr(find("formats", str(method)), "described"):
         found = f"quant_method {method!r}" if isinstance(said, dict) else repr(said)
         raise CheckpointError(
             f"{folder}: is quantized in a way that Bitwright does not read: config.json says {found}. It reads "

@@ -6,6 +6,10 @@ from rich.console import Console
 
 from bitwright.report.tables import duration, grid, pairs, size
 
+_NEXT = {
+    "gguf": "llama-cli -m {output} -p PROMPT, or any other program on llama.cpp",
+    "mlc": "mlc_llm chat {output}, or compile it for a phone (docs/formats/mlc.md)",
+}
 _BY_BITWRIGHT = "bitwright.load, which quantizes the queries too; the folder's config could not say so"
 
 
@@ -60,7 +64,12 @@ def result(console: Console, found: Any) -> None:
             ("continued", f"{found.resumed} parts were finished before" if found.resumed else None),
             *(("note", text) for text in found.notes),
             *(("fallback", text) for text in found.fallbacks),
-            ("next", f"bitwright evaluate {found.output} --text FILE --reference ORIGINAL"),
+            (
+                "next",
+                _NEXT.get(found.format, "bitwright evaluate {output} --text FILE --reference ORIGINAL").format(
+                    output=found.output
+                ),
+            ),
         ],
     )
 

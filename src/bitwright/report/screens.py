@@ -6,6 +6,7 @@ from rich.console import Console
 
 from bitwright.report.tables import duration, grid, pairs, size
 
+_MEASURE = "bitwright evaluate {output} --text FILE --reference ORIGINAL"
 _NEXT = {
     "gguf": "llama-cli -m {output} -p PROMPT, or any other program on llama.cpp",
     "mlc": "mlc_llm chat {output}, or compile it for a phone (docs/formats/mlc.md)",

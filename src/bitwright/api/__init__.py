@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitwright.api.demonstrating import Demonstration, demo
+    from bitwright.api.engine_table import Engine, engines
     from bitwright.api.evaluating import Evaluation, evaluate
     from bitwright.api.exporting import Exported, export
     from bitwright.api.inspecting import Inspection, inspect
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "demonstrating": ("Demonstration", "demo"),
+    "engine_table": ("Engine", "engines"),
     "evaluating": ("Evaluation", "evaluate"),
     "exporting": ("Exported", "export"),
     "inspecting": ("Inspection", "inspect"),
@@ -29,6 +31,7 @@ _HOMES = {
 
 __all__ = [
     "Demonstration",
+    "Engine",
     "Evaluation",
     "Exported",
     "Inspection",
@@ -36,6 +39,7 @@ __all__ = [
     "Result",
     "Verification",
     "demo",
+    "engines",
     "evaluate",
     "export",
     "inspect",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from bitwright.api.crew import crew_of
+from bitwright.api.engine_table import for_engines
 from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED, on_the_way
 from bitwright.api.job import Job, prepare
 from bitwright.api.source import architecture
@@ -43,7 +44,7 @@ class Plan:
 
 def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_memory: str | None = None) -> Plan:
     """What ``quantize`` would do with this recipe; reads no weight and writes nothing."""
-    job = prepare(recipe, device)
+    job = prepare(for_engines(recipe), device)
     crew = crew_of(job, workers, max_memory)
     found = replace(plan_of(job), workers=crew.workers, memory_bytes=crew.memory_bytes)
     if job.settings.outlier_rule is None or not any(Decision.OUTLIERS in method.decides for method in job.methods):

@@ -11,6 +11,7 @@ from typing import Any
 from bitwright.api.account import identity
 from bitwright.api.block_work import BlockWork
 from bitwright.api.crew import Crew, crew_of
+from bitwright.api.engine_table import for_engines
 from bitwright.api.finishing import finish
 from bitwright.api.format_choice import is_file_format, is_single
 from bitwright.api.job import Job, prepare
@@ -84,6 +85,7 @@ def quantize(
     torchrun on several machines; the bytes are the same. ``hands`` are workers that have been started already.
     """
     start, output, ranks = monotonic(), Path(output), Ranks.here()
+    recipe = for_engines(recipe)
     single = is_single(recipe.format)
     refuse_output(Path(recipe.model), output, overwrite, single)
     job = prepare(recipe, device)

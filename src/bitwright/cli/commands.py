@@ -1,6 +1,8 @@
 """The commands: each parses, calls ``api`` and shows what came of it."""
 
+import json
 import os
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -142,6 +144,18 @@ def export(
             listener=listener,
         )
     show(found, screens.exported, as_json)
+
+
+@app.command()
+def engines(as_json: Json = False) -> None:
+    """Show what each engine runs, and with which version of it that was looked at."""
+    from bitwright import api
+
+    found = api.engines()
+    if as_json:
+        print(json.dumps([asdict(engine) for engine in found], indent=2))
+    else:
+        screens.engines(out, found)
 
 
 @app.command()

@@ -148,6 +148,10 @@ def quantize(
     load_parameters: Annotated[
         Path | None, typer.Option(help="Quantize with parameters saved before, without training.")
     ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="Runs on this: transformers, vllm, llama.cpp, mlc, gptqmodel; repeatable; chooses --format."),
+    ] = None,
     embeddings: Embeddings = None,
     base: Base = None,
     as_json: Json = False,
@@ -165,6 +169,7 @@ def quantize(
     flags = {key: value or None for key, value in context.params.items() if key in ("include", "exclude")}
     flags |= {key: value for key, value in context.params.items() if key in KEYS - flags.keys()}
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
+    flags["engines"] = ",".join(engine) if engine else None
     written = read_recipe(recipe) if recipe else {}
     asked = _at_home(written | {key: value for key, value in flags.items() if value is not None})
     target, saved, workers, max_memory = (asked.pop(key, None) for key in BESIDE)

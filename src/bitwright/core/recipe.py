@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.settings import ASKED
 
-PATTERNS = ("include", "exclude")
+PATTERNS = ("include", "exclude", "engines")
 
 
 @dataclass(frozen=True)

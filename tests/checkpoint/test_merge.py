@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from bitwright.checkpoint import ranges
+from bitwright.checkpoint.header import read_header
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.ranges import pieces
 from bitwright.checkpoint.reader import Checkpoint
@@ -252,3 +253,13 @@ def test_calls_that_cannot_be_meant(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="called as a shard will be"):
         merge_shards([alone], folder, 640)
     assert alone.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system knows no such advice")
+def test_memory_that_parts_are_kept_in_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, folder = make(tmp_path)
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, nbytes, advice: advised.append((start, nbytes)))
+    expected = [(entry.start, entry.nbytes) for part in parts for entry in read_header(part).entries.values()]
+    merge_shards(parts, folder, 10**9)
+    assert sorted(advised) == sorted(expected)

@@ -12,8 +12,6 @@ What makes that safe, in this order:
 
 import hashlib
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,8 +23,6 @@ from bitwright.checkpoint.writer import atomic, sync_folder, write_json
 from bitwright.core.errors import CheckpointError, OutputError
 
 PLAN = "merge.json"
-COPYING = 2
-"""Threads: copying waits for memory as much as for the disk."""
 METADATA = {"format": "pt"}  # transformers refuses a safetensors file that does not say so
 
 
@@ -58,7 +54,7 @@ def merge_shards(parts: list[Path], folder: Path, shard_bytes: int) -> None:
     """Makes `parts`, safetensors files of one folder with no tensor in two of them, a model in `folder`; removes them.
 
     `model.safetensors` when all tensors together have at most `shard_bytes` bytes, else an index and shards, the first
-    called model-00001-of-000NN.safetensors; a tensor larger than that has a shard of its own. At most 8 MiB are in
+    called model-00001-of-000NN.safetensors; a tensor larger than that has a shard of its own. At most 4 MiB are in
     memory. Killed at any moment, the same call on what is left gives the same bytes. OutputError and CheckpointError
     for what disk and parts do not allow, ValueError for a call that cannot be meant.
     """
@@ -157,28 +153,10 @@ def _write_shard(work: Path, folder: Path, shard: Shard) -> None:
         raise OutputError(f"{work}: the parts of {shard.file} changed since the merge began; begin anew with --restart")
     with atomic(folder / shard.file, len(start) + shard.data_bytes) as file:
         file.write(start)
-        file.flush()
-        stored = [Stored(headers[shard.parts[entry.name]], entry) for entry in file_order(entries)]
-        with ThreadPoolExecutor(COPYING, "merge") as threads:
-            list(threads.map(lambda run: _copy(Path(file.name), *run), _runs(stored, len(start), shard.data_bytes)))
-
-
-def _runs(stored: list[Stored], start: int, nbytes: int) -> list[tuple[int, list[Stored]]]:
-    """Tensors that stand one after the other, cut into about equal runs, each with the byte that it starts at."""
-    at, found = start, dict[int, tuple[int, list[Stored]]]()
-    for one in stored:
-        _, run = found.setdefault((at - start) * COPYING // max(1, nbytes), (at, []))
-        run.append(one)
-        at += one.entry.nbytes
-    return list(found.values())
-
-
-def _copy(path: Path, at: int, stored: list[Stored]) -> None:
-    """Writes tensors one after the other into a file that is there, from a byte on."""
-    with os.fdopen(os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0)), "wb") as file:
-        file.seek(at)
-        for one in stored:
-            one.copy_to(file)
+        for entry in file_order(entries):
+            stored = Stored(headers[shard.parts[entry.name]], entry)
+            stored.copy_to(file)
+            stored.forget()
 
 
 def _remove_parts(work: Path, parts: list[str]) -> None:

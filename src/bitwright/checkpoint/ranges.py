@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +34,13 @@ class Stored:
         buffer = memoryview(bytearray(min(COPY_BYTES, self.entry.nbytes - copied)))
         for piece in pieces(self.header, self.entry.start + copied, self.entry.end, buffer):
             file.write(piece)
+
+    def forget(self) -> None:
+        """Lets the system use the memory that it keeps the bytes in for others: nobody reads them again."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError), self.header.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), self.entry.start, self.entry.nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def read_into(header: Header, start: int, target: memoryview) -> None:

@@ -113,8 +113,7 @@ def _measured(case: Case, model: Path, asked: Row, pythons: dict[str, str]) -> R
 def _run(case: Case, made: Made, request: Row, python: str, scratch: Path) -> dict[str, Any]:
     """What the worker gave. Raises NotRun with what it said."""
     told, result, log = scratch / "request.json", scratch / "result.json", scratch / "log.txt"
-    known = request if case.client != "llamacpp" else {key: request[key] for key in request if key != "dtype"}
-    told.write_text(json.dumps(known))
+    told.write_text(json.dumps(request))
     command = [python, str(WORKERS / f"{case.client}_worker.py"), str(made.output), str(told), str(result)]
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(request["threads"])}

@@ -15,10 +15,10 @@ TEST_ENV := OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THR
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs clients clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
 	@echo 'PYTHON=python3.12 chooses the interpreter, PYTEST_ARGS="tests/core -x" the tests.'
 
 demo: $(READY)  ## quantize the embedded model and show what it cost, without any download
@@ -36,8 +36,12 @@ docs: $(READY)  ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'Documentation built: open site/index.html'
 
+clients: $(READY)  ## open quantized folders in the real clients (makes .clients, needs a network), compare
+	@$(BIN)/python tools/make_clients.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/clients.py
+
 clean:  ## remove everything that the other targets made, .venv included
-	rm -rf $(VENV) site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .clients site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first, with its exact version: only so is the CPU build found where there is one (docs/decisions.md).

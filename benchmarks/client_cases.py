@@ -1,0 +1,140 @@
+"""Which folders the clients are asked to open, how these are made, and what Bitwright itself says they compute."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+import bitwright
+from bitwright.api.dequantizing import load_codes
+from bitwright.core.scheme import Scheme
+from bitwright.formats import QuantizedFolder
+from bitwright.formats.gguf.blocks import nearest, valued
+from bitwright.formats.mlc.presets import PRESETS, Preset, fitted_to
+
+FILES = ("gguf", "mlc")
+"""Formats that cannot be read back: they are exported from a folder that can."""
+OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")
+"""What these formats quantize too; the second is not there where it is the first."""
+Q8_0_BITS = 8.5
+WEIGHT_FILES = ("*.safetensors", "*.gguf", "params_shard_*.bin")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder for a client. ``source`` is the format it is exported from, None where it is quantized into its own.
+
+    ``dtype`` is that of the client's arithmetic.
+    """
+
+    client: str
+    format: str
+    scheme: str
+    source: str | None = None
+    dtype: str = "auto"
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a row is known by."""
+        return {"client": self.client, "format": self.format, "scheme": self.scheme, "from": self.source or "model"}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the client opens, the folder that says what it should compute, bytes of its weight files, and what all of
+    its weights would take without any padding or repetition."""
+
+    output: Path
+    reference: QuantizedFolder
+    bytes_on_disk: int
+    true_bytes: float
+    bits_per_weight: float
+    changed: dict[str, Tensor] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """The model by our own reading of the codes: dense, in float32."""
+        model = load_codes(self.reference)
+        with torch.no_grad():
+            for name, weight in self.changed.items():
+                model.get_parameter(name).copy_(weight)
+        return model
+
+
+CT = "compressed-tensors"
+CASES = (
+    Case("transformers", CT, "W4A16g128", dtype="float32"),
+    Case("transformers", CT, "W3A16g128", dtype="float32"),
+    Case("gptqmodel", "gptq", "W4A16g128sym", dtype="float16"),
+    Case("gptqmodel", "gptq", "W4A16g128", dtype="float16"),
+    Case("gptqmodel", "gptq", "W3A16g128", dtype="float16"),
+    Case("gptqmodel", "gptq", "W4A16g128sym", CT, dtype="float16"),
+    Case("gptqmodel", "awq", "W4A16g128", dtype="float16"),
+    Case("gptqmodel", "awq", "W4A16g128", CT, dtype="float16"),
+    Case("llamacpp", "gguf", "W4A16g32", "bitwright"),
+    Case("llamacpp", "gguf", "W4A16g32sym", "bitwright"),
+    Case("llamacpp", "gguf", "W8A16g32sym", "bitwright"),
+    Case("llamacpp", "gguf", "W4A16g32sym", CT),
+    Case("tvm", "mlc", "mlc:q4f16_1", "bitwright"),
+    Case("tvm", "mlc", "mlc:q3f16_1", "bitwright"),
+    Case("tvm", "mlc", "W4A16g32sym", CT),
+    Case("vllm", CT, "W4A16g128", dtype="float16"),
+    Case("vllm", "gptq", "W4A16g128sym", dtype="float16"),
+    Case("vllm", "awq", "W4A16g128", dtype="float16"),
+)
+
+
+def make(case: Case, model: Path, scratch: Path) -> Made:
+    """Quantizes with rtn, exports where that is asked for. Raises UserError."""
+    first, output = scratch / "quantized", scratch / ("out.gguf" if case.format == "gguf" else "out")
+    if case.source is None:
+        first = output
+    recipe = bitwright.Recipe(model=str(model), scheme=case.scheme, method="rtn", format=case.source or case.format)
+    bitwright.quantize(recipe, first)
+    if case.source is not None:
+        bitwright.export(first, output, format=case.format)
+    reference = QuantizedFolder.open(first)
+    changed = _changed(case, reference)
+    return Made(output, reference, bytes_of_weights(output), *_true_size(reference, case), changed)
+
+
+def bytes_of_weights(output: Path) -> int:
+    """Of a file, or of all files with weights in a folder, their headers included."""
+    files = [output] if output.is_file() else [path for kind in WEIGHT_FILES for path in output.glob(kind)]
+    return sum(path.stat().st_size for path in files)
+
+
+def _true_size(model: QuantizedFolder, case: Case) -> tuple[float, float]:
+    """Bytes of the whole model, and bits per weight of its linears; nothing padded, nothing repeated."""
+    weights = [model.read(name) for name in model.linears]
+    bits, count = sum(one.storage_bits for one in weights), sum(one.codes.numel() for one in weights)
+    others = sum(model.checkpoint.nbytes(name) for name in model.passed)
+    if case.format in FILES:
+        plain = Q8_0_BITS if case.format == "gguf" else _bits(_preset(case))
+        for name in filter(model.passed.__contains__, OUTSIDE):
+            others += model.checkpoint.entry(name).elements * plain / 8 - model.checkpoint.nbytes(name)
+    return bits / 8 + others, bits / count
+
+
+def _changed(case: Case, model: QuantizedFolder) -> dict[str, Tensor]:
+    """Embedding and output layer as a format holds them that quantizes these, too."""
+    how: dict[str, Callable[[Tensor], Tensor]] = {
+        "gguf": lambda weight: valued(*nearest(weight, GGMLQuantizationType.Q8_0)),
+        "mlc": lambda weight: fitted_to(weight, _preset(case)).dequantize(torch.float32),
+    }
+    names = [name for name in OUTSIDE if name in model.passed and case.format in how]
+    return {name: how[case.format](model.tensor(name).float()) for name in names}
+
+
+def _preset(case: Case) -> Preset:
+    """MLC's, of the bits that a scheme has."""
+    bits = Scheme.parse(case.scheme).weight.bits
+    return next(one for one in PRESETS if one.scheme.weight.bits == bits)
+
+
+def _bits(preset: Preset) -> float:
+    """Of a weight, its share of a float16 scale counted."""
+    return preset.scheme.weight.bits + 16 / preset.scheme.tile.in_

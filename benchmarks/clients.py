@@ -1,0 +1,176 @@
+"""Quantized folders in the clients that they are for: what these compute of them, beside Bitwright's own reading.
+
+    python benchmarks/clients.py --python llamacpp=ENV1/bin/python --python gptqmodel=ENV2/bin/python
+    python benchmarks/clients.py MODEL --text TEST.txt --name clients-MODEL --client vllm --python vllm=ENV3/bin/python
+
+Without MODEL it is the embedded one. The cases stand in ``client_cases.py``; ``clients/NAME_worker.py`` runs a client
+and says how its environment is made (``make clients`` does it: ``.clients/NAME``). Each case is quantized with rtn,
+opened by the client, and compared with the dequantized model in float32. Finished rows are kept in
+benchmarks/results/NAME.jsonl, so a run that is stopped goes on; NAME.md is the table, made anew. A case that could
+not be run is in the table too, and is tried again the next time. Ends with 1 where a client was there and a case did
+not pass.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+from agreement import LOGITS, PERPLEXITY, compared, expected, verdict
+from client_cases import CASES, Case, Made, make
+from rows import Kept, Row, listed, measured_on
+
+from bitwright import UserError
+from bitwright.api.source import BUILTIN, text_of, tokenize
+from bitwright.demo import MODEL_DIR
+from bitwright.evaluation.windows import consecutive
+
+ROOT = Path(__file__).parent.parent
+WORKERS = Path(__file__).parent / "clients"
+PROMPT, NEW, SEQLEN, WINDOWS = 64, 32, 512, 10
+LIMIT, LOG_TAIL = 1200, 3000
+COLUMNS = (
+    *("client", "format", "scheme", "exported from", "arithmetic", "greedy tokens alike", "logits apart (std)"),
+    *("perplexity", "the client's", "difference", "bits per weight", "bytes on disk", "over true bits", "verdict"),
+)
+
+
+class NotRun(Exception):
+    """Why a case has no row: the client is not there, or broke off."""
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Full-precision model; the embedded one without.")] = MODEL_DIR,
+    text: Annotated[str, typer.Option(help="Text to measure on; 'builtin' is the embedded model's.")] = BUILTIN,
+    name: Annotated[str, typer.Option(help="Name of the result files.")] = "clients-demo",
+    python: Annotated[list[str] | None, typer.Option(help="CLIENT=INTERPRETER; repeatable.")] = None,
+    client: Annotated[list[str] | None, typer.Option(help="Run these clients alone; repeatable.")] = None,
+    threads: int = 1,
+) -> None:
+    """Runs the cases that are missing and writes the table."""
+    pythons, tokens = _pythons(python or []), tokenize(model, text_of(text, "evaluation"))
+    config = json.loads((model / "config.json").read_text())
+    seqlen = min(SEQLEN, config.get("max_position_embeddings", SEQLEN))
+    asked: Row = {
+        "prompt": tokens[:PROMPT].tolist(),
+        "new_tokens": NEW,
+        "windows": consecutive(tokens, seqlen, WINDOWS, text).tolist(),
+        "threads": threads,
+    }
+    kept = Kept(name, {"text": Path(text).name, "prompt": PROMPT, "new": NEW, "seqlen": seqlen, "windows": WINDOWS})
+    rows = [_row(kept, case, model, asked, pythons, client) for case in CASES]
+    _write(kept, rows)
+    failed = [row for row in rows if row["verdict"] != "passes" and row["client"] in pythons]
+    raise typer.Exit(1 if failed else 0)
+
+
+def _pythons(given: list[str]) -> dict[str, str]:
+    """Interpreters by client: those named, else those that ``make clients`` made."""
+    found = {path.parts[-3]: str(path) for path in ROOT.glob(".clients/*/bin/python")}
+    for one in given:
+        name, _, path = one.partition("=")
+        if not os.path.exists(path) or not (WORKERS / f"{name}_worker.py").exists():
+            raise typer.BadParameter(f"'{one}' should read CLIENT=INTERPRETER, both of them there (benchmarks/clients)")
+        found[name] = os.path.abspath(path)  # the link that it is: an environment is known by it
+    return found
+
+
+def _row(
+    kept: Kept, case: Case, model: Path, asked: Row, pythons: dict[str, str], clients: list[str] | None
+) -> dict[str, Any]:
+    """The row of a case; one that only says why, where there is none."""
+    there = {name: path for name, path in pythons.items() if not clients or name in clients}
+    try:
+        return kept.row(case.identity, partial(_measured, case, model, asked, there))
+    except (NotRun, UserError) as error:
+        print(f"{' '.join(case.identity.values())}: {error}", file=sys.stderr, flush=True)
+        return case.identity | {"verdict": f"not run: {str(error).strip().splitlines()[-1][:160]}"}
+
+
+def _measured(case: Case, model: Path, asked: Row, pythons: dict[str, str]) -> Row:
+    if case.client not in pythons:
+        raise NotRun("no environment for this client")
+    with TemporaryDirectory() as scratch:
+        made = make(case, model, Path(scratch))
+        result = _run(case, made, asked | {"dtype": case.dtype}, pythons[case.client], Path(scratch))
+        wanted = expected(made.load(), asked["prompt"], asked["new_tokens"], asked["windows"])
+    found = compared(wanted, result)
+    return found | {
+        "verdict": verdict(found),
+        "bits_per_weight": made.bits_per_weight,
+        "bytes_on_disk": made.bytes_on_disk,
+        "true_bytes": made.true_bytes,
+        "dtype": result.get("dtype", "its own"),
+        "client_versions": result["versions"],
+    }
+
+
+def _run(case: Case, made: Made, request: Row, python: str, scratch: Path) -> dict[str, Any]:
+    """What the worker gave. Raises NotRun with what it said."""
+    told, result, log = scratch / "request.json", scratch / "result.json", scratch / "log.txt"
+    told.write_text(json.dumps(request))
+    command = [python, str(WORKERS / f"{case.client}_worker.py"), str(made.output), str(told), str(result)]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(request["threads"])}
+    try:
+        with log.open("w") as file:
+            done = subprocess.run(
+                command, cwd=scratch, env=alone | quiet, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT
+            )
+    except subprocess.TimeoutExpired:
+        raise NotRun(f"the client was not done after {LIMIT} seconds") from None
+    if done.returncode or not result.exists():
+        raise NotRun(f"{log.read_text(errors='replace')[-LOG_TAIL:]}\nthe client ended with {done.returncode}")
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def _write(kept: Kept, rows: list[Row]) -> None:
+    run = [row for row in rows if "alike" in row]
+    if not run:
+        print("No client could be run: make clients, or --python CLIENT=INTERPRETER", file=sys.stderr)
+        return
+    versions = {row["client"]: listed(row["client_versions"]) for row in run}
+    said = kept.protocol
+    kept.write_table(
+        "",
+        f"rtn; {said['new']} tokens chosen greedily after a prompt of {said['prompt']}; perplexity over "
+        f"{said['windows']} windows of {said['seqlen']} tokens of {said['text']}; beside it Bitwright's dequantized "
+        f"model in float32. A case passes where the client loads it, all tokens are alike or logits at most {LOGITS} "
+        f"of their standard deviation apart, and perplexities within {PERPLEXITY}%. vLLM gives no logits: its first "
+        "other token may be that much less likely. True bits are codes, scales and zero points without padding, and "
+        f"all other tensors as the format holds them. {measured_on(run)} "
+        + " ".join(f"{name} with {one}." for name, one in versions.items()),
+        COLUMNS,
+        [_cells(row) for row in rows],
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    named = [row["client"], row["format"], row["scheme"], row["from"]]
+    if "alike" not in row:
+        return [*named, *["-"] * (len(COLUMNS) - len(named) - 1), row["verdict"].replace("|", "/")]
+    tokens = f"{row['alike']} of {row['of']}"
+    tokens += "" if row["behind"] is None else f", the next {row['behind']:.3f} std behind"
+    return [
+        *named,
+        row["dtype"],
+        tokens,
+        "-" if row["logits"] is None else f"{row['logits']:.4f}",
+        f"{row['expected_perplexity']:.4f}",
+        f"{row['client_perplexity']:.4f}",
+        f"{row['perplexity']:+.3f}%",
+        f"{row['bits_per_weight']:.3f}",
+        f"{row['bytes_on_disk']:,}",
+        f"{row['bytes_on_disk'] / row['true_bytes']:.3f}",
+        row["verdict"],
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -6,7 +6,8 @@
 
 Every row is ``bitwright quantize`` as a user runs it, reading and writing and importing included, with so many
 ``--workers`` of one thread each; rounds are run in turn, row after row. Memory is sampled every 0.2 seconds: the sum of
-the anonymous pages of the process and its workers (what files lend is left out; Linux only), at its largest. Rows
+the anonymous pages of the process and its workers (what files lend is left out; Linux only), at its largest. What
+other processes took of the processors meanwhile is noted, and the table says the most of it. Rows
 [method:scheme[:seed[:key=value,...]]] are those of ``quality.py``; finished ones are kept in results/NAME.jsonl.
 """
 
@@ -49,7 +50,8 @@ def main(
                 found.append(kept.row(asked, partial(_measured, Asked.parse(key), model, work, count)))
     kept.write_table(
         title,
-        f"{model.name}: {found[0]['weights']:,} weights in linears; the median of {rounds} rounds, in turn. "
+        f"{model.name}: {found[0]['weights']:,} weights in linears; the median of {rounds} rounds, in turn; other "
+        f"processes took at most {max(r['elsewhere_seconds'] / r['seconds'] for r in found):.0%} of one processor. "
         + measured_on(found),
         COLUMNS,
         [_cells(key, count, found) for key in row for count in workers],
@@ -62,12 +64,13 @@ def _measured(asked: Asked, model: Path, work: Path, workers: int) -> Row:
     flags = [text for key, value in asked.settings.items() for text in (f"--{key.replace('_', '-')}", str(value))]
     what = ["--scheme", asked.scheme, "--method", asked.method, "--workers", str(workers), "--json", *flags]
     command = [sys.executable, "-m", "bitwright", "quantize", str(model), "--output", str(output), *what]
-    start, before = monotonic(), os.times()
+    start, before, busy = monotonic(), os.times(), _busy()
     running = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     peak = _peak_anonymous(running)
-    seconds, after = monotonic() - start, os.times()
+    seconds, after, busy = monotonic() - start, os.times(), _busy() - busy
+    own = sum(after[:4]) - sum(before[:4])
     if running.returncode:
         raise SystemExit(f"{' '.join(command)} ended with code {running.returncode}")
     result = json.loads(running.stdout.read() if running.stdout else "")
@@ -76,6 +79,7 @@ def _measured(asked: Asked, model: Path, work: Path, workers: int) -> Row:
     return {
         "seconds": seconds,
         "cpu_seconds": after.children_user + after.children_system - before.children_user - before.children_system,
+        "elsewhere_seconds": busy - own,
         "peak_anonymous_bytes": peak,
         "weights": account["totals"]["quantized_weights"],
         "bits": result["bits_per_weight"],
@@ -90,6 +94,12 @@ def _peak_anonymous(running: "subprocess.Popen[str]") -> int:
             peak = max(peak, sum(map(_anonymous, [first, *first.children(recursive=True)])))
         sleep(SECONDS_BETWEEN_SAMPLES)
     return peak
+
+
+def _busy() -> float:
+    """Seconds that all processors together have worked, for whomever."""
+    times = psutil.cpu_times()
+    return float(sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq")))
 
 
 def _anonymous(process: psutil.Process) -> int:

@@ -213,6 +213,28 @@ def started(recipe: Recipe, out: Path, *flags: str, program: tuple[str, ...] = (
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+CHANGING = """
+import os, time
+from pathlib import Path
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.cli import main
+
+read = Checkpoint.read
+journals = [Path({work!r}) / name for name in ("journal.jsonl", "journal-1.jsonl")]
+
+def late(self, name):
+    if name.endswith("down_proj.weight"):
+        while not all(path.exists() and len(path.read_text().splitlines()) > 1 for path in journals):
+            time.sleep(0.01)
+        os.utime(Path({model!r}) / "model.safetensors", (1, 1))
+    return read(self, name)
+
+Checkpoint.read = late
+main()
+"""
+"""The command line, whose checkpoint is written to once both ranks have noted a part that they copied."""
+
+
 class TestProcesses:
     def test_two_workers_give_the_same_bytes(
         self, recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path
@@ -237,6 +259,18 @@ class TestProcesses:
         assert run.returncode == 0, err
         assert contents(tmp_path / "out") == whole
         assert json.loads(out)["linears"] == 14, "said once"
+
+    def test_torchrun_and_a_checkpoint_that_changes(self, tiny: Checkpoints, tmp_path: Path) -> None:
+        """Both ranks have noted something when it happens, and neither journal is left."""
+        model = Path(shutil.copytree(tiny(), tmp_path / "model"))
+        script, recipe = tmp_path / "script.py", Recipe(str(model), "W3A16g32", "easyquant")
+        script.write_text(CHANGING.format(work=str(tmp_path / "out.partial"), model=str(model)))
+        program = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+        run = started(recipe, tmp_path / "out", program=program)
+        _, err = run.communicate(timeout=240)
+        assert run.returncode != 0 and "changed under the run: it was written to since it was opened" in err
+        assert list((tmp_path / "out.partial").glob("part-*")) and not list((tmp_path / "out.partial").glob("journal*"))
+        assert bitwright.quantize(recipe, tmp_path / "out").resumed == 0
 
     def test_torchrun_is_refused_for_blocks(self, recipe: Recipe, tmp_path: Path) -> None:
         program = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bitwright")

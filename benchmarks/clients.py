@@ -156,7 +156,7 @@ def _cells(row: Row) -> list[str]:
     if "alike" not in row:
         return [*named, *["-"] * (len(COLUMNS) - len(named) - 1), row["verdict"].replace("|", "/")]
     tokens = f"{row['alike']} of {row['of']}"
-    tokens += "" if row["behind"] is None else f", the next {row['behind']:.3f} std behind"
+    tokens += "" if row["behind"] is None else f", the next {row['behind']:.4f} std behind"
     return [
         *named,
         row["dtype"],

@@ -26,6 +26,14 @@ def test_every_row_is_of_a_format_and_says_how_it_was_checked() -> None:
         assert all(re.search(r"\d+\.\d+", way.checked) for way in engine.ways)
 
 
+def test_the_page_names_the_versions_of_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
+    for way in (way for engine in api.engines() for way in engine.ways):
+        versions = re.findall(r"\d+\.\d+\.\d+|[0-9a-f]{7}(?=\))", way.checked)
+        assert versions and all(version in page for version in versions), way.checked
+        assert re.search(rf"\| {way.format}\b", page), way.format
+
+
 @pytest.mark.parametrize(("scheme", "engines", "format"), [
     ("W4A16g128", "vllm", "compressed-tensors"), ("W4A16g32", "llama.cpp", "gguf"), ("W3A16g128", "gptqmodel", "gptq"),
     ("W4A16g128", "vllm, gptqmodel", "awq"), ("mlc:q3f16_1", "mlc", "mlc"), ("W4A16g128", "mlc", "mlc"),
@@ -104,6 +112,20 @@ def test_transformers_takes_what_is_decided_later(scheme: str, method: str, form
     recipe = Recipe(str(tiny()), scheme, method, engines="transformers")
     assert api.plan(recipe).format == format
     assert api.plan(replace(recipe, engines=None)).format == format
+
+
+def test_experts_that_transformers_cannot_load_packed_are_in_our_format(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    (tmp_path / "moe" / "tokenizer.json").write_text("{}")
+    recipe = Recipe(str(tmp_path / "moe"), "W4A16g32", "rtn", engines="transformers")
+    assert api.plan(recipe).format == "bitwright"
+    assert api.plan(replace(recipe, scheme="W4A16g32sym")).format == "compressed-tensors"
 
 
 def test_what_a_row_says_runs_is_held_by_its_format() -> None:

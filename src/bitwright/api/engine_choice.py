@@ -77,8 +77,9 @@ def _formats(engine: Engine, asked: Asked, format: str | None) -> list[str]:
     if running := [name for name, reason in reasons if reason is None]:
         return running
     why = "; ".join(dict.fromkeys(f"in {name} it does not run {reason}" for name, reason in reasons))
+    method = " with this method" if asked.outliers or asked.tiles else ""
     raise RecipeError(
-        f"{engine.name} cannot run scheme {asked.scheme} with this method: {why}. {_remedy(ways, asked)}; "
+        f"{engine.name} cannot run scheme {asked.scheme}{method}: {why}. {_remedy(ways, asked)}; "
         "bitwright engines shows the table"
     )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from bitwright.api.crew import crew_of
-from bitwright.api.engine_table import for_engines
+from bitwright.api.engine_choice import for_engines
 from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED, on_the_way
 from bitwright.api.job import Job, prepare
 from bitwright.api.source import architecture

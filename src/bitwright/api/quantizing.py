@@ -11,7 +11,7 @@ from typing import Any
 from bitwright.api.account import identity
 from bitwright.api.block_work import BlockWork
 from bitwright.api.crew import Crew, crew_of
-from bitwright.api.engine_table import for_engines
+from bitwright.api.engine_choice import for_engines
 from bitwright.api.finishing import finish
 from bitwright.api.format_choice import is_file_format, is_single
 from bitwright.api.job import Job, prepare

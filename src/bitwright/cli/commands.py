@@ -12,7 +12,7 @@ import typer
 from bitwright.cli.console import err, out, show
 from bitwright.cli.options import FORMATS, Base, Device, Embeddings, Json
 from bitwright.cli.quantize import quantize
-from bitwright.report import screens
+from bitwright.report import engines_screen, screens
 from bitwright.report.progress import ProgressReport
 
 app = typer.Typer(
@@ -155,7 +155,7 @@ def engines(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([asdict(engine) for engine in found], indent=2))
     else:
-        screens.engines(out, found)
+        engines_screen.engines(out, found)
 
 
 @app.command()

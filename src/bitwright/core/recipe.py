@@ -19,8 +19,9 @@ class Recipe:
     where calibration text is named and ``rtn`` where none is. ``format`` None is ``compressed-tensors`` where every
     linear fits into it and ``bitwright`` where one does not. ``include`` and ``exclude`` are patterns of names, in a
     list or with commas between them, for methods that need no text. ``embeddings`` and ``base`` are for formats made of
-    a finished folder, ``engines`` what the result shall run on. ``training`` names the preset of the methods'
-    settings; the keys after it are single settings (``core/settings.py``), None is what the preset says for the scheme.
+    a finished folder, ``engines``, written in the same way, what the result shall run on. ``training`` names the
+    preset of the methods' settings; the keys after it are single settings (``core/settings.py``), None is what the
+    preset says for the scheme.
     """
 
     model: str
@@ -55,7 +56,7 @@ class Recipe:
     include: str | list[str] | tuple[str, ...] | None = None
     exclude: str | list[str] | tuple[str, ...] | None = None
     load_parameters: str | None = None
-    engines: str | None = None
+    engines: str | list[str] | tuple[str, ...] | None = None
     embeddings: str | None = None
     base: str | None = None
 
@@ -85,7 +86,7 @@ class Recipe:
         return "rtn" if self.calibration is None else "omniquant"
 
     def patterns(self, key: str) -> tuple[str, ...]:
-        """Those of ``include`` or ``exclude``, one by one."""
+        """Those of ``include``, ``exclude`` or ``engines``, one by one."""
         return tuple(part.strip() for part in (getattr(self, key) or "").split(",") if part.strip())
 
     @property

@@ -95,39 +95,6 @@ def exported(console: Console, found: Any) -> None:
     )
 
 
-def engines(console: Console, found: Any) -> None:
-    """``engines``."""
-    rows = [
-        (
-            engine.name,
-            way.format,
-            _bits(way.symmetric),
-            _bits(way.asymmetric),
-            "any that the format holds" if way.groups is None else ", ".join(map(str, way.groups)),
-            "yes" if way.channel else "no",
-            "yes" if way.activations else "no",
-            "yes" if way.ours else "no",
-            "any" if way.models is None else ", ".join(way.models),
-            way.checked,
-        )
-        for engine in found
-        for way in engine.ways
-    ]
-    header = (
-        "engine", "format", "bits, symmetric", "bits, asymmetric", "groups", "per channel", "activations, KV cache",
-        "outliers, groups along the output", "architectures", "checked with",
-    )  # fmt: skip
-    grid(console, "What each engine runs", header, rows)
-    for engine in found:
-        console.print(f"{engine.name}: {engine.note}", highlight=False, markup=False)
-
-
-def _bits(bits: tuple[int, ...]) -> str:
-    if not bits:
-        return "none"
-    return f"{bits[0]} to {bits[-1]}" if len(bits) > 4 else ", ".join(map(str, bits))
-
-
 def verification(console: Console, found: Any) -> None:
     """``verify``."""
     rows = [("yes" if check.passed else "NO", check.name, check.found) for check in found.checks]

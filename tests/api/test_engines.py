@@ -114,7 +114,7 @@ def test_transformers_takes_what_is_decided_later(scheme: str, method: str, form
     assert api.plan(replace(recipe, engines=None)).format == format
 
 
-def test_experts_that_transformers_cannot_load_packed_are_in_our_format(tmp_path: Path) -> None:
+def test_experts_that_transformers_cannot_load_packed_are_in_our_format(tiny: Checkpoints, tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -122,7 +122,7 @@ def test_experts_that_transformers_cannot_load_packed_are_in_our_format(tmp_path
         num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
-    (tmp_path / "moe" / "tokenizer.json").write_text("{}")
+    (tmp_path / "moe" / "tokenizer.json").write_bytes((tiny() / "tokenizer.json").read_bytes())
     recipe = Recipe(str(tmp_path / "moe"), "W4A16g32", "rtn", engines="transformers")
     assert api.plan(recipe).format == "bitwright"
     assert api.plan(replace(recipe, scheme="W4A16g32sym")).format == "compressed-tensors"

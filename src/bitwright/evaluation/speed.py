@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, Progress
+from bitwright.evaluation.llamacpp_speed import peak_resident
 
 SAID = 2000  # characters of what a failed process wrote, from the end
 
@@ -45,7 +46,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to be measured: its role in the table, its name, and the command (RESULT is appended) with its request.
+    """A model to be measured: its role in the table, its name, the command of its process, and what that is asked.
 
     The command is called with two more arguments: a file that holds the request, and one to write the result into.
     """
@@ -142,6 +143,4 @@ def peak_bytes(device: torch.device) -> int:
     """The most that tensors took on a GPU, or else the largest resident set since this program began."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    from bitwright.evaluation.llamacpp_speed import peak_resident
-
     return peak_resident()

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bitwright.api.benching import Bench, bench
     from bitwright.api.demonstrating import Demonstration, demo
     from bitwright.api.engine_table import Engine, engines
     from bitwright.api.evaluating import Evaluation, evaluate
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from bitwright.api.verifying import Verification, verify
 
 _HOMES = {
+    "benching": ("Bench", "bench"),
     "demonstrating": ("Demonstration", "demo"),
     "engine_table": ("Engine", "engines"),
     "evaluating": ("Evaluation", "evaluate"),
@@ -30,6 +32,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Bench",
     "Demonstration",
     "Engine",
     "Evaluation",
@@ -38,6 +41,7 @@ __all__ = [
     "Plan",
     "Result",
     "Verification",
+    "bench",
     "demo",
     "engines",
     "evaluate",

@@ -179,6 +179,50 @@ def verify(
 
 
 @app.command()
+def bench(
+    model: Annotated[Path, typer.Argument(help="Folder of a model, or a .gguf file.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="The original, measured in turn with it; for llama.cpp a .gguf file or a folder."),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="transformers or llama.cpp. [default: what runs this kind of model]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate, at batch 1.")] = 512,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,
+    threads: Annotated[int | None, typer.Option(help="Threads of the CPU. [default: all that it may use]")] = None,
+    rounds: Annotated[int, typer.Option(help="How often each is measured; the median counts.")] = 3,
+    dtype: Annotated[
+        str, typer.Option(help="transformers: bfloat16, float16, float32; auto is the checkpoint's own 16 bits.")
+    ] = "auto",
+    python: Annotated[
+        Path | None, typer.Option(help="llama.cpp: an interpreter whose environment has xllamacpp. [default: this one]")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure speed and memory: weights, running memory, tokens per second when generating and when reading a prompt,
+    the original beside it in the same run."""
+    from bitwright import api
+
+    with ProgressReport(err) as listener:
+        found = api.bench(
+            model,
+            against,
+            engine=engine,
+            tokens=tokens,
+            prompt=prompt,
+            threads=threads,
+            rounds=rounds,
+            device=device,
+            dtype=dtype,
+            python=python,
+            listener=listener,
+        )
+    show(found, screens.bench, as_json)
+
+
+@app.command()
 def demo(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the folders here.")] = None,
     as_json: Json = False,

@@ -101,6 +101,31 @@ def verification(console: Console, found: Any) -> None:
     grid(console, f"{found.folder} ({found.format}): {found.linears} linears", ("passed", "check", "found"), rows)
 
 
+def bench(console: Console, found: Any) -> None:
+    """``bench``."""
+    rows = [
+        (
+            f"{row.role}: {row.model}",
+            size(row.weight_bytes),
+            size(row.peak_bytes),
+            f"{row.tokens_per_second:.2f}",
+            f"{row.prompt_tokens_per_second:.1f}",
+        )
+        for row in found.rows
+    ]
+    if found.speedup is not None:
+        memory = (f"{found.weight_ratio:.3f}", f"{found.memory_ratio:.3f}")
+        rows.append(("model / original", *memory, f"{found.speedup:.2f}", f"{found.prompt_speedup:.2f}"))
+    kind = "" if found.dtype is None else f", {found.dtype} on {found.device}"
+    grid(
+        console,
+        f"{found.engine} ({found.version}), {found.threads} threads{kind}: {found.tokens} tokens generated at batch 1, "
+        f"a prompt of {found.prompt}, median of {found.rounds}",
+        ("", "weights", "running memory", "tokens per second", "prompt tokens per second"),
+        rows,
+    )
+
+
 def evaluation(console: Console, found: Any) -> None:
     """``evaluate``."""
     pairs(

@@ -1,0 +1,235 @@
+"""bench(): the papers' table of speed and memory, the quantized model beside the original in the same run."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitwright.api.exporting import export
+from bitwright.api.loading import load
+from bitwright.api.source import model_config, open_checkpoint, pick_device, pick_dtype
+from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
+from bitwright.core.progress import Listener, silent
+from bitwright.evaluation import llamacpp_speed
+from bitwright.evaluation.speed import Contender, Speed, measure_in_turn, time_model
+from bitwright.formats import CONFIG
+
+ENGINES = ("transformers", "llama.cpp")
+MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured. ``rows`` are the model and, where there is one, the original; the figures of both in relation
+    are None without. ``weight_ratio`` and ``memory_ratio`` are the model's bytes over the original's, the speedups its
+    tokens per second over the original's.
+    """
+
+    engine: str
+    version: str
+    device: str
+    dtype: str | None
+    threads: int
+    prompt: int
+    tokens: int
+    rounds: int
+    rows: tuple[Speed, ...]
+    weight_ratio: float | None = None
+    memory_ratio: float | None = None
+    speedup: float | None = None
+    prompt_speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What every process is asked, and where it runs."""
+
+    prompt: int
+    tokens: int
+    threads: int
+    device: str
+    dtype: str
+    python: str
+
+
+def bench(
+    model: Path | str,
+    against: Path | str | None = None,
+    *,
+    engine: str | None = None,
+    tokens: int = 512,
+    prompt: int = 512,
+    threads: int | None = None,
+    rounds: int = 3,
+    device: str = "auto",
+    dtype: str = "auto",
+    python: Path | str | None = None,
+    listener: Listener = silent,
+) -> Bench:
+    """Weight memory, running memory, tokens per second when generating ``tokens`` from an empty context at batch 1, and
+    prompt tokens per second, of a model and of the original that it stands ``against``.
+
+    Engine transformers (None for a folder) takes folders, llama.cpp (None for a .gguf file) files; there ``against``
+    may be an unquantized folder, which is written as F16 for the while, and ``python`` an interpreter that has
+    xllamacpp.
+    ``dtype`` "auto" is 16 bits: the checkpoint's own where it has them, else bfloat16. Raises UserError.
+    """
+    for name, value in (("tokens", tokens), ("prompt", prompt), ("rounds", rounds), ("threads", threads)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    model, against = Path(model), None if against is None else Path(against)
+    chosen, threads = _engine(model, engine), threads or len(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        if chosen == "llama.cpp":
+            asked = _Asked(prompt, tokens, threads, "cpu", "", _with_xllamacpp(python))
+            contenders = _in_llama_cpp(model, against, asked, stack, listener)
+        else:
+            asked = _for_transformers(model, against, prompt, tokens, threads, device, dtype)
+            contenders = _in_transformers(model, against, asked)
+        rows, runner = measure_in_turn(contenders, rounds, listener)
+    where, kind = (asked.device, asked.dtype) if asked.dtype else ("as llama.cpp chooses", None)
+    return Bench(chosen, runner, where, kind, threads, prompt, tokens, rounds, tuple(rows), *_related(rows))
+
+
+def _engine(model: Path, named: str | None) -> str:
+    """The engine that was named, or the one for this kind of model. Raises UserError where they do not go together."""
+    if named is not None and named not in ENGINES:
+        raise RecipeError(f"bench knows no engine '{named}'; {nearest(named, ENGINES)}")
+    if model.is_dir():
+        if named == "llama.cpp":
+            raise RecipeError(
+                f"llama.cpp runs .gguf files, and {model} is a folder: bitwright export {model} --format gguf --output "
+                f"{model.name}.gguf writes one, then bitwright bench {model.name}.gguf"
+            )
+        return "transformers"
+    _require_gguf(model)
+    if named == "transformers":
+        raise RecipeError(f"engine transformers runs folders, and {model} is a GGUF file: --engine llama.cpp runs it")
+    return "llama.cpp"
+
+
+def _require_gguf(path: Path) -> None:
+    """Raises CheckpointError for what is no GGUF file."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}; bench takes a folder of a model or a .gguf file")
+    with path.open("rb") as file:
+        found = file.read(len(MAGIC))
+    if found != MAGIC:
+        raise CheckpointError(
+            f"{path} is neither the folder of a model nor a GGUF file: it begins with {found!r}, not {MAGIC!r}. Name "
+            "the folder that holds config.json, or a file that bitwright export --format gguf wrote"
+        )
+
+
+def _for_transformers(
+    model: Path, against: Path | None, prompt: int, tokens: int, threads: int, device: str, dtype: str
+) -> _Asked:
+    """Refuses what cannot be loaded, before any process is started."""
+    where, stored = pick_device(device), open_checkpoint(model).dtype_of_weights
+    sixteen = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+    arithmetic = sixteen if dtype == "auto" else pick_dtype(dtype, where, stored)
+    for folder in (model, *([] if against is None else [against])):
+        if folder.is_file():
+            raise CheckpointError(f"--against {folder} is a file; engine transformers compares folders")
+        open_checkpoint(folder)
+        longest = getattr(model_config(folder), "max_position_embeddings", None)
+        if longest is not None and max(prompt, tokens) > longest:
+            raise UserError(
+                f"{folder} takes {longest} tokens at most, and {max(prompt, tokens)} were asked for; give --prompt and "
+                f"--tokens of at most {longest}"
+            )
+    return _Asked(prompt, tokens, threads, str(where), str(arithmetic).removeprefix("torch."), sys.executable)
+
+
+def _in_transformers(model: Path, against: Path | None, asked: _Asked) -> list[Contender]:
+    command = (asked.python, "-m", __name__)
+    request: dict[str, Any] = {"prompt": asked.prompt, "tokens": asked.tokens, "threads": asked.threads}
+    request |= {"device": asked.device, "dtype": asked.dtype}
+    pair = [("model", model), *([] if against is None else [("original", against)])]
+    return [Contender(role, str(path), command, {**request, "model": str(path)}) for role, path in pair]
+
+
+def _in_llama_cpp(
+    model: Path, against: Path | None, asked: _Asked, stack: ExitStack, listener: Listener
+) -> list[Contender]:
+    command = (asked.python, llamacpp_speed.__file__)
+    request = {"prompt": asked.prompt, "tokens": asked.tokens, "threads": asked.threads}
+    files = [("model", model, model)]
+    if against is not None:
+        files.append(("original", against, _as_gguf(against, stack, listener)))
+    return [Contender(role, str(name), command, {**request, "model": str(file)}) for role, name, file in files]
+
+
+def _as_gguf(against: Path, stack: ExitStack, listener: Listener) -> Path:
+    """The original as a file: itself, or what an unquantized folder becomes in F16, for as long as ``stack`` lives."""
+    if not against.is_dir():
+        _require_gguf(against)
+        return against
+    if open_checkpoint(against).config.get(CONFIG) is not None:
+        raise CheckpointError(
+            f"--against {against} is quantized; name the original, or write it with bitwright export {against} "
+            "--format gguf --output FILE.gguf and name that file"
+        )
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bitwright-bench-")), "original-f16.gguf")
+    export(against, file, format="gguf", embeddings="f16", listener=listener)
+    return file
+
+
+def _with_xllamacpp(python: Path | str | None) -> str:
+    """An interpreter that has xllamacpp. Raises UserError."""
+    if python is None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise UserError(
+                "engine llama.cpp needs the package xllamacpp, which is not installed here: pip install "
+                "'bitwright[llamacpp]', or give --python INTERPRETER of an environment that has it"
+            )
+        return sys.executable
+    look = [str(python), "-c", "import xllamacpp"]
+    try:
+        ran = subprocess.run(look, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(f"--python {python} cannot be run: {error.strerror}; name a Python interpreter") from None
+    if ran.returncode:
+        raise UserError(
+            f"--python {python} cannot import xllamacpp ({ran.stderr.strip().splitlines()[-1:]}); install it there: "
+            f"{python} -m pip install xllamacpp"
+        )
+    return str(python)
+
+
+def _related(rows: list[Speed]) -> tuple[float, ...]:
+    if len(rows) < 2:
+        return ()
+    model, original = rows
+    return (
+        model.weight_bytes / original.weight_bytes,
+        model.peak_bytes / original.peak_bytes,
+        model.tokens_per_second / original.tokens_per_second,
+        model.prompt_tokens_per_second / original.prompt_tokens_per_second,
+    )
+
+
+def _measure_here(request: str, result: str) -> None:
+    """What a process of ``bench`` does: loads a folder, runs it, writes down what it took."""
+    asked: dict[str, Any] = json.loads(Path(request).read_text())
+    torch.set_num_threads(asked["threads"])
+    try:
+        model = load(asked["model"], device=asked["device"], dtype=asked["dtype"])
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    found = time_model(model, asked["prompt"], asked["tokens"])
+    runner = f"transformers {version('transformers')}, torch {version('torch')}"
+    Path(result).write_text(json.dumps(found | {"version": runner}))
+
+
+if __name__ == "__main__":
+    _measure_here(*sys.argv[1:])

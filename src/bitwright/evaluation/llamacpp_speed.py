@@ -1,0 +1,155 @@
+"""Speed and memory of a GGUF file in llama.cpp itself, as the package xllamacpp brings it prebuilt.
+
+    python llamacpp_speed.py REQUEST.json RESULT.json
+
+A script for any interpreter that has xllamacpp, so it takes the standard library alone. REQUEST: {"model": FILE.gguf,
+"prompt": n, "tokens": n, "threads": n}; RESULT: weight_bytes, peak_bytes, tokens_per_second, prompt_tokens_per_second,
+version.
+
+xllamacpp's own interface is a server; its shared library exports llama.cpp's C interface, which can be timed without
+one. Parameters that are passed by value are opaque here but for their first four numbers, whose defaults are checked.
+"""
+
+import ctypes
+import json
+import os
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOM = 1024  # bytes, more than any version of a parameter structure takes; such structures are passed in memory
+FIRST = (512, 2048, 512, 1)
+"""Defaults of n_ctx, n_batch, n_ubatch and n_seq_max, with which the parameters of a context begin."""
+AT_ONCE, ERROR, STEP = 512, 4, 256
+
+
+class Parameters(ctypes.Structure):
+    """llama_model_params or llama_context_params."""
+
+    _fields_ = (("raw", ctypes.c_ubyte * ROOM),)
+
+
+class Batch(ctypes.Structure):
+    """llama_batch; of what it points to, only tokens are given here."""
+
+    _fields_ = (("n_tokens", ctypes.c_int32), ("token", ctypes.POINTER(ctypes.c_int32)), ("rest", ctypes.c_void_p * 5))
+
+
+Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+P, I32 = ctypes.c_void_p, ctypes.c_int32
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "llama_backend_init": (None, []),
+    "llama_log_set": (None, [Log, P]),
+    "llama_model_default_params": (Parameters, []),
+    "llama_context_default_params": (Parameters, []),
+    "llama_model_load_from_file": (P, [ctypes.c_char_p, Parameters]),
+    "llama_init_from_model": (P, [P, Parameters]),
+    "llama_set_n_threads": (None, [P, I32, I32]),
+    "llama_model_get_vocab": (P, [P]),
+    "llama_model_size": (ctypes.c_uint64, [P]),
+    "llama_vocab_n_tokens": (I32, [P]),
+    "llama_batch_get_one": (Batch, [ctypes.POINTER(I32), I32]),
+    "llama_decode": (I32, [P, Batch]),
+    "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), [P, I32]),
+    "llama_get_memory": (P, [P]),
+    "llama_memory_clear": (None, [P, ctypes.c_bool]),
+}
+
+
+def _errors_alone(level: int, text: bytes, _: Any) -> None:
+    if level == ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
+class Llama:
+    """A model, loaded, and a context of so many tokens."""
+
+    def __init__(self, model: str, context: int, threads: int) -> None:
+        import xllamacpp
+
+        self.library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+        self.log = Log(_errors_alone)  # kept: llama.cpp calls it as long as it lives
+        self.library.llama_log_set(self.log, None)
+        self.library.llama_backend_init()
+        asked = self.library.llama_model_default_params()
+        self.model = self.library.llama_model_load_from_file(os.fsencode(model), asked)
+        if not self.model:
+            raise SystemExit(f"llama.cpp cannot load {model}")
+        self.context = self.library.llama_init_from_model(self.model, self._context(context))
+        if not self.context:
+            raise SystemExit(f"llama.cpp has no room for a context of {context} tokens")
+        self.library.llama_set_n_threads(self.context, threads, threads)
+        self.vocabulary = self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self.model))
+
+    def _context(self, tokens: int) -> Parameters:
+        found: Parameters = self.library.llama_context_default_params()
+        if struct.unpack_from("<4I", found.raw) != FIRST:
+            raise SystemExit("llama_context_params of this llama.cpp begin differently; try another xllamacpp")
+        struct.pack_into("<4I", found.raw, 0, -(-tokens // STEP) * STEP, AT_ONCE, AT_ONCE, 1)
+        return found
+
+    def forget(self) -> None:
+        """Empties the context."""
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+
+    def read(self, tokens: list[int]) -> None:
+        """Takes more tokens into the context, at most AT_ONCE, and has the logits after the last."""
+        held = (I32 * len(tokens))(*tokens)
+        if self.library.llama_decode(self.context, self.library.llama_batch_get_one(held, len(tokens))):
+            raise SystemExit("llama_decode failed")
+        if not self.library.llama_get_logits_ith(self.context, -1):
+            raise SystemExit("llama.cpp has no logits")
+
+
+def measure(asked: dict[str, Any]) -> dict[str, Any]:
+    """Reads a prompt, then generates from an empty context. Which tokens these are makes no difference to the time, so
+    they are fixed, as in llama.cpp's own llama-bench."""
+    llama = Llama(asked["model"], max(asked["prompt"], asked["tokens"]), asked["threads"])
+    tokens = [n * 7919 % llama.vocabulary for n in range(max(asked["prompt"], asked["tokens"]))]
+    llama.read(tokens[:2])  # the first passes read the file, of both kinds: a prompt and a single token
+    llama.read(tokens[:1])
+    llama.forget()
+    start = time.perf_counter()
+    for first in range(0, asked["prompt"], AT_ONCE):
+        llama.read(tokens[first : min(first + AT_ONCE, asked["prompt"])])
+    prompt_seconds = time.perf_counter() - start
+    llama.forget()
+    start = time.perf_counter()
+    for token in tokens[: asked["tokens"]]:
+        llama.read([token])
+    seconds = time.perf_counter() - start
+    return {
+        "weight_bytes": llama.library.llama_model_size(llama.model),
+        "peak_bytes": peak_resident(),
+        "tokens_per_second": asked["tokens"] / seconds,
+        "prompt_tokens_per_second": asked["prompt"] / prompt_seconds,
+    }
+
+
+def peak_resident() -> int:
+    """The largest resident set since this program began, in bytes; getrusage also counts who started it."""
+    try:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main(request: str, result: str) -> None:
+    """Does what was asked and writes it down."""
+    from importlib.metadata import version
+
+    found = measure(json.loads(Path(request).read_text()))
+    Path(result).write_text(json.dumps(found | {"version": f"xllamacpp {version('xllamacpp')}"}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,141 @@
+"""Speed and memory of tiny models: what is measured adds up, and what cannot be measured is refused."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitwright
+import bitwright.demo
+from bitwright import api
+from bitwright.core.errors import UserError
+from bitwright.core.recipe import Recipe
+from bitwright.evaluation.llamacpp_speed import peak_resident
+from bitwright.evaluation.speed import Contender, held_bytes, measure_in_turn
+
+from ..conftest import Checkpoints
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def packed(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "out"
+    bitwright.quantize(Recipe(str(tiny()), "W4A16g32", "rtn", "bitwright"), folder)
+    return folder
+
+
+def test_transformers(packed: Path, tiny: Checkpoints) -> None:
+    found = api.bench(packed, tiny(), tokens=4, prompt=8, threads=1, rounds=2, device="cpu")
+    model, original = found.rows
+    assert (found.engine, found.dtype, found.tokens, found.prompt, found.threads) == (
+        "transformers",
+        "bfloat16",
+        4,
+        8,
+        1,
+    )
+    assert (model.role, original.role) == ("model", "original")
+    parameters = bitwright.load(tiny(), device="cpu", dtype="bfloat16")
+    assert original.weight_bytes == held_bytes(parameters) > 2 * parameters.num_parameters()
+    assert found.weight_ratio == model.weight_bytes / original.weight_bytes < 0.7
+    assert original.peak_bytes > 50 * MIB
+    for row in found.rows:
+        assert len(row.tokens_per_second_each) == len(row.prompt_tokens_per_second_each) == 2
+        assert min(row.tokens_per_second_each) <= row.tokens_per_second <= max(row.tokens_per_second_each)
+        assert row.prompt_tokens_per_second > 0
+    assert found.speedup == model.tokens_per_second / original.tokens_per_second
+
+
+def test_tied_weights_are_counted_once() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    assert held_bytes(model) == 64
+
+
+def test_memory_of_this_process() -> None:
+    before = peak_resident()
+    held = bytearray(b"x") * (before + 64 * MIB)
+    assert peak_resident() >= len(held)
+
+
+def test_in_turn() -> None:
+    write = "import sys; open(sys.argv[2], 'w').write(open(sys.argv[1]).read())"
+
+    def contender(name: str, speed: float) -> Contender:
+        said = {"weight_bytes": 1, "peak_bytes": 2, "version": "v"}
+        rates = {"tokens_per_second": speed, "prompt_tokens_per_second": 2 * speed}
+        return Contender(name, name, (sys.executable, "-c", write), said | rates)
+
+    order: list[str] = []
+    rows, version = measure_in_turn([contender("a", 3), contender("b", 4)], 2, lambda p: order.append(p.detail))
+    assert order == ["a", "b", "a", "b"] and version == "v"
+    assert [row.tokens_per_second_each for row in rows] == [(3, 3), (4, 4)]
+
+
+def test_a_process_that_fails_says_why() -> None:
+    broken = Contender("model", "M", (sys.executable, "-c", "raise SystemExit('no room')"), {})
+    with pytest.raises(UserError, match=r"M could not be measured: its process ended with 1\. It said:\nno room"):
+        measure_in_turn([broken], 1, lambda _: None)
+
+
+@pytest.mark.parametrize("original", ["file", "folder"])
+def test_llama_cpp(original: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    folder = Path(bitwright.demo.__file__).parent / "model"
+    bitwright.quantize(Recipe(str(folder), "W4A16g32sym", "rtn", "gguf"), tmp_path / "q4.gguf")
+    against = folder
+    if original == "file":
+        against = tmp_path / "f16.gguf"
+        api.export(folder, against, format="gguf", embeddings="f16")
+    found = api.bench(tmp_path / "q4.gguf", against, tokens=4, prompt=8, threads=1, rounds=1)
+    assert found.engine == "llama.cpp" and found.version.startswith("xllamacpp ")
+    assert found.weight_ratio is not None and 0.25 < found.weight_ratio < 0.4
+    assert all(row.tokens_per_second > 0 and row.prompt_tokens_per_second > 0 for row in found.rows)
+    assert found.rows[1].model == str(against)
+
+
+def test_llama_cpp_and_a_folder(packed: Path) -> None:
+    with pytest.raises(UserError, match=f"bitwright export {packed} --format gguf --output out.gguf"):
+        api.bench(packed, engine="llama.cpp")
+
+
+def test_transformers_and_a_file(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"--engine llama\.cpp runs it"):
+        api.bench(tmp_path / "m.gguf", engine="transformers")
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is not None, reason="xllamacpp is installed")
+def test_no_xllamacpp(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"pip install 'bitwright\[llamacpp\]'"):
+        api.bench(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("python", "says"), [("nowhere/python", "cannot be run"), ("false", "cannot import xllamacpp")]
+)
+def test_another_interpreter(python: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=f"--python {python} {says}"):
+        api.bench(tmp_path / "m.gguf", python=python)
+
+
+def test_neither(tmp_path: Path) -> None:
+    (tmp_path / "m.bin").write_bytes(b"junk")
+    with pytest.raises(UserError, match="neither the folder of a model nor a GGUF file"):
+        api.bench(tmp_path / "m.bin")
+    with pytest.raises(UserError, match=r"there is no .*none; bench takes a folder"):
+        api.bench(tmp_path / "none")
+
+
+def test_what_is_asked(tiny: Checkpoints) -> None:
+    with pytest.raises(UserError, match="--tokens is 0; it must be at least 1"):
+        api.bench(tiny(), tokens=0)
+    with pytest.raises(UserError, match="takes 128 tokens at most, and 512 were asked for"):
+        api.bench(tiny())
+    with pytest.raises(UserError, match=r"bench knows no engine .lama\.cpp.; did you mean llama\.cpp"):
+        api.bench(tiny(), engine="lama.cpp")

@@ -7,7 +7,8 @@
 Every row is ``bitwright quantize`` as a user runs it, reading and writing and importing included, with so many
 ``--workers`` of one thread each; rounds are run in turn, row after row. Memory is sampled every 0.2 seconds: the sum of
 the anonymous pages of the process and its workers (what files lend is left out; Linux only), at its largest. What
-other processes took of the processors meanwhile is noted, and the table says the most of it. Rows
+other processes took of the processors meanwhile is noted, the table says the most of it, and a run that they disturbed
+more than ``--disturbance`` is made again. Rows
 [method:scheme[:seed[:key=value,...]]] are those of ``quality.py``; finished ones are kept in results/NAME.jsonl.
 """
 
@@ -38,6 +39,7 @@ def main(
     row: Annotated[list[str], typer.Option(help="method:scheme[:seed[:key=value,...]]; repeatable.")],
     workers: Annotated[list[int], typer.Option(help="Worker processes; repeatable.")],
     rounds: int = 3,
+    disturbance: Annotated[float, typer.Option(help="Of one processor, what others may take during a run.")] = 1.0,
     title: str = "",
 ) -> None:
     """Measures the rows that are missing and writes the table: the median of the rounds."""
@@ -47,7 +49,7 @@ def main(
         for key in row:
             for count in workers:
                 asked = {"row": key, "workers": count, "round": number}
-                found.append(kept.row(asked, partial(_measured, Asked.parse(key), model, work, count)))
+                found.append(kept.row(asked, partial(_undisturbed, disturbance, Asked.parse(key), model, work, count)))
     kept.write_table(
         title,
         f"{model.name}: {found[0]['weights']:,} weights in linears; the median of {rounds} rounds, in turn; other "
@@ -56,6 +58,14 @@ def main(
         COLUMNS,
         [_cells(key, count, found) for key in row for count in workers],
     )
+
+
+def _undisturbed(disturbance: float, asked: Asked, model: Path, work: Path, workers: int) -> Row:
+    while True:
+        row = _measured(asked, model, work, workers)
+        if row["elsewhere_seconds"] <= disturbance * row["seconds"]:
+            return row
+        print(f"again: others took {row['elsewhere_seconds']:.1f} s of {row['seconds']:.1f}", file=sys.stderr)
 
 
 def _measured(asked: Asked, model: Path, work: Path, workers: int) -> Row:

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from bitwright.api.evaluating import evaluate
 from bitwright.api.inspecting import inspect
 from bitwright.api.loading import load
-from bitwright.api.quantizing import quantize, refuse_output
+from bitwright.api.places import refuse_output
+from bitwright.api.quantizing import quantize
 from bitwright.core.progress import Listener, silent
 from bitwright.core.recipe import Recipe
 from bitwright.demo import MODEL_DIR

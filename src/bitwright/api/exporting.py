@@ -14,7 +14,8 @@ from bitwright.api.companions import copy_companions, write_config
 from bitwright.api.finishing import bytes_of
 from bitwright.api.format_choice import is_file_format, target
 from bitwright.api.model_view import ModelView
-from bitwright.api.quantizing import JOURNAL, refuse_output
+from bitwright.api.places import refuse_output
+from bitwright.api.quantizing import JOURNAL
 from bitwright.api.refitting import refitted
 from bitwright.api.report_file import REPORT, account_of
 from bitwright.api.soundness import require_sound

@@ -1,6 +1,5 @@
 """quantize(): a model folder in, a smaller model folder out."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,22 +12,20 @@ from bitwright.api.block_work import BlockWork
 from bitwright.api.crew import Crew, crew_of
 from bitwright.api.engine_choice import for_engines
 from bitwright.api.finishing import finish
-from bitwright.api.format_choice import is_file_format, is_single
+from bitwright.api.format_choice import is_single
 from bitwright.api.job import Job, prepare
-from bitwright.api.parameters import saved_for
+from bitwright.api.places import place_to_save, refuse_output, require_room
 from bitwright.api.planning import plan_of
 from bitwright.api.sink import FolderSink
-from bitwright.api.source import require_folder
 from bitwright.api.tensor_run import run_tensors
 from bitwright.api.tensor_work import TensorWork
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun
-from bitwright.checkpoint.output import OutputFolder, refuse_existing, refuse_overlap, require_free, work_folder
+from bitwright.checkpoint.output import OutputFolder, work_folder
 from bitwright.checkpoint.writer import write_json, write_tensors
-from bitwright.core.errors import ChangedError, OutputError, RecipeError
+from bitwright.core.errors import ChangedError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
-from bitwright.methods import learned
 from bitwright.stream.hands import Hands
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.ranks import Ranks
@@ -92,28 +89,47 @@ def quantize(
     crew = replace(crew_of(job, workers, max_memory, ranks), hands=hands or Hands())
     if not ranks.first:
         return _help(job, output, crew, ranks)
-    saved = None if save_parameters is None else _place_to_save(job, Path(save_parameters), output)
-    _require_free(job, output)
-    if not isinstance(job.work, TensorWork):  # hours follow; where minutes do, each tensor is checked when it is read
-        checkpoint = job.source.checkpoint
-        checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
+    saved = None if save_parameters is None else place_to_save(job, Path(save_parameters), output)
+    require_room(job, output)
+    _require_finite(job, listener)
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single) as work:
-        journal = Journal.open(work.work / JOURNAL, identity(job), restart=restart)
-        _adopt_others(journal)
-        resumed = len(journal.recorded)
-        sink = FolderSink(work.work, journal, job)
-        with _forgetting_what_changed(work.work):
-            account, beside = _produce(job, work, sink, saved, crew, ranks, listener)
-        seconds, peak = monotonic() - start, peak_memory() + beside
+        account, timings = _in_folder(job, work, saved, crew, ranks, restart, start, listener)
         if not single:
-            write_json(work.path / TIMINGS, {"seconds": seconds, "peak_bytes": peak, "resumed_units": resumed})
+            write_json(work.path / TIMINGS, timings)
         work.publish()
-    return ranks.from_first(_result(job, output, account, seconds, peak, resumed))
+    return ranks.from_first(_result(job, output, account, timings))
 
 
 def speaks() -> bool:
     """Whether this process is the one to say what came of it: of those that torchrun starts, the first."""
     return Ranks.here().first
+
+
+def _require_finite(job: Job, listener: Listener) -> None:
+    """Looks for NaN beforehand where hours follow; where minutes do, each tensor is checked when it is read."""
+    if not isinstance(job.work, TensorWork):
+        checkpoint = job.source.checkpoint
+        checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
+
+
+def _in_folder(
+    job: Job,
+    work: OutputFolder,
+    saved: Path | None,
+    crew: Crew,
+    ranks: Ranks,
+    restart: bool,
+    start: float,
+    listener: Listener,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The run itself, or what an earlier one left of it; what bitwright.json says, and what differs from run to run."""
+    journal = Journal.open(work.work / JOURNAL, identity(job), restart=restart)
+    _adopt_others(journal)
+    resumed = len(journal.recorded)
+    with _forgetting_what_changed(work.work):
+        account, beside = _produce(job, work, FolderSink(work.work, journal, job), saved, crew, ranks, listener)
+    peak = peak_memory() + beside
+    return account, {"seconds": monotonic() - start, "peak_bytes": peak, "resumed_units": resumed}
 
 
 def _help(job: Job, output: Path, crew: Crew, ranks: Ranks) -> Result:
@@ -167,7 +183,7 @@ def _produce(
     return finish(job, work, sink, listener), beside
 
 
-def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, peak: int, resumed: int) -> Result:
+def _result(job: Job, output: Path, account: dict[str, Any], timings: dict[str, Any]) -> Result:
     totals = account["totals"]
     errors = [block["output_error"] for block in account["blocks"] if block["output_error"] is not None]
     return Result(
@@ -182,51 +198,13 @@ def _result(job: Job, output: Path, account: dict[str, Any], seconds: float, pea
         bytes_in=totals["bytes_in"],
         bytes_out=totals["bytes_out"],
         output_error=errors[-1] if errors else None,
-        seconds=seconds,
+        seconds=timings["seconds"],
         verified=account["verified"],
-        peak_bytes=peak,
-        resumed=resumed,
+        peak_bytes=timings["peak_bytes"],
+        resumed=timings["resumed_units"],
         notes=tuple(dict.fromkeys((*plan_of(job).notes, *account["notes"]))),
         fallbacks=tuple(account["fallbacks"]),
     )
-
-
-def _place_to_save(job: Job, path: Path, output: Path) -> Path:
-    """Refuses, before hours of training, a place where nothing can be saved, or a method with nothing to save.
-
-    A file that this very run wrote before it was killed is no obstacle.
-    """
-    if not learned(job.methods):
-        raise RecipeError(f"{job.method} learns nothing, so --save-parameters {path} would stay empty; leave it out")
-    if work_folder(output.resolve()).exists() and saved_for(path) == job.belonging:
-        return path
-    if path.exists() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        found = "exists" if path.exists() else f"cannot be made: {path.absolute().parent} is no folder to write to"
-        raise OutputError(f"--save-parameters {path} {found}; name a new file in a folder that is there")
-    return path
-
-
-def refuse_output(model: Path, output: Path, overwrite: bool, single: bool = False) -> None:
-    """Refuses what can be told of an output, a folder or a ``single`` file, from its path alone, before anything is
-    read. Raises OutputError."""
-    require_folder(model)
-    try:
-        refuse_overlap(model, output)
-        refuse_existing(output, overwrite, single)
-        work_folder(output.resolve()).exists()  # its name is longer: perhaps too long
-        around = next(folder for folder in output.resolve().parents if folder.exists())
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
-        raise OutputError(f"{output}: cannot be written: {error}; choose another output") from None
-    if not (around.is_dir() and os.access(around, os.W_OK | os.X_OK)):
-        found = "may not be written to" if around.is_dir() else "is a file"
-        raise OutputError(f"{output}: cannot be made: {around} {found}; check permissions, or choose another output")
-
-
-def _require_free(job: Job, output: Path) -> None:
-    """Refuses a disk too small for all parts and one shard beside them, less what an earlier run has written."""
-    total = plan_of(job).bytes_out * (2 if is_file_format(job.target) else 1)  # the folder that it is made of
-    written = sum(path.stat().st_size for path in work_folder(output.resolve()).rglob("*.safetensors"))
-    require_free(output, max(0, total + min(total, job.recipe.shard_bytes) - written))
 
 
 def _write_tensors(job: Job, sink: FolderSink, crew: Crew, ranks: Ranks, listener: Listener) -> int:

@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -95,31 +94,6 @@ def test_killed_at_every_step_the_merge_goes_on_to_the_same_bytes(
     assert step > 10
 
 
-@pytest.fixture
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the kernel does not copy."""
-    monkeypatch.setattr(ranges, "_copied_by_the_kernel", lambda *_: 0)
-
-
-@pytest.mark.parametrize("copied", [0, 1, 100])
-def test_whoever_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: int) -> None:
-    """The kernel all of it, nothing of it, or up to a point."""
-    parts, folder = make(tmp_path / "kernel")
-    merge_shards(parts, folder, 640)
-    real = os.copy_file_range
-
-    def some(source: int, target: int, count: int, *, offset_src: int) -> int:
-        if os.lseek(target, 0, os.SEEK_CUR) > 600 + copied:
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-        return real(source, target, min(count, copied), offset_src=offset_src) if copied else 0
-
-    monkeypatch.setattr(os, "copy_file_range", some)
-    parts, other = make(tmp_path / "hand")
-    merge_shards(parts, other, 640)
-    assert contents(folder) == contents(other)
-
-
-@pytest.mark.usefixtures("by_hand")
 def test_killed_while_data_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, expected = make(tmp_path / "whole")
     merge_shards(whole, expected, 640)
@@ -158,7 +132,6 @@ def test_no_part_goes_before_its_shard_is_there(tmp_path: Path, killed_at: Kille
         step += 1
 
 
-@pytest.mark.usefixtures("by_hand")
 def test_a_full_disk_is_reported_and_the_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, folder = make(tmp_path)
 

@@ -12,8 +12,11 @@ What makes that safe, in this order:
 
 import hashlib
 import json
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from bitwright.checkpoint.header import Header, TensorEntry, build_header, file_order, read_header
 from bitwright.checkpoint.layout import INDEX, SINGLE
@@ -151,12 +154,23 @@ def _write_shard(work: Path, folder: Path, shard: Shard) -> None:
     start = build_header(entries, METADATA)
     if missing or hashlib.sha256(start).hexdigest() != shard.header_sha256:
         raise OutputError(f"{work}: the parts of {shard.file} changed since the merge began; begin anew with --restart")
-    with atomic(folder / shard.file, len(start) + shard.data_bytes) as file:
+    with atomic(folder / shard.file, len(start) + shard.data_bytes) as file, ThreadPoolExecutor(1, "flush") as behind:
         file.write(start)
+        flushing: Future[None] | None = None
         for entry in file_order(entries):
             stored = Stored(headers[shard.parts[entry.name]], entry)
             stored.copy_to(file)
             stored.forget()
+            if flushing is None or flushing.done():  # so that little is left to be made durable at the end
+                flushing = _flushed(flushing, behind, file)
+        _flushed(flushing, behind, file).result()
+
+
+def _flushed(before: Future[None] | None, behind: ThreadPoolExecutor, file: BinaryIO) -> Future[None]:
+    """Has what is in the file by now made durable; an error of the time before is told to nobody else."""
+    if before is not None:
+        before.result()
+    return behind.submit(os.fsync, file.fileno())
 
 
 def _remove_parts(work: Path, parts: list[str]) -> None:

@@ -1,6 +1,5 @@
 """Byte ranges of files whose headers have been checked, refused when the file is no longer the one that was checked."""
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,8 +13,6 @@ from bitwright.checkpoint.header import Header, TensorEntry
 from bitwright.core.errors import ChangedError, CheckpointError
 
 COPY_BYTES = 4 * 2**20
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a write says where there is no room."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +23,12 @@ class Stored:
     entry: TensorEntry
 
     def copy_to(self, file: BinaryIO) -> None:
-        """Writes the tensor's bytes to the end of a file; by the kernel alone where it can, else 4 MiB at a time.
+        """Writes the tensor's bytes to the end of a file, a piece at a time.
 
         CheckpointError as ``pieces``; OSError for what the file written to does not take.
         """
-        copied = _copied_by_the_kernel(self.header, self.entry, file)
-        buffer = memoryview(bytearray(min(COPY_BYTES, self.entry.nbytes - copied)))
-        for piece in pieces(self.header, self.entry.start + copied, self.entry.end, buffer):
+        buffer = memoryview(bytearray(min(COPY_BYTES, self.entry.nbytes)))
+        for piece in pieces(self.header, self.entry.start, self.entry.end, buffer):
             file.write(piece)
 
     def forget(self) -> None:
@@ -66,26 +62,6 @@ def pieces(header: Header, start: int, stop: int, buffer: memoryview) -> Iterato
             _check_unchanged(header, file)
     except OSError as error:
         raise CheckpointError(f"{header.path}: cannot be read any more: {error}") from error
-
-
-def _copied_by_the_kernel(header: Header, entry: TensorEntry, file: BinaryIO) -> int:
-    """How many bytes of a tensor the kernel has copied before it would not: all, some, or none."""
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    file.flush()
-    at = entry.start
-    try:
-        with header.path.open("rb") as source:
-            _check_unchanged(header, source)
-            while at < entry.end:
-                moved = os.copy_file_range(source.fileno(), file.fileno(), entry.end - at, offset_src=at)
-                if not moved:
-                    break
-                at += moved
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-    return at - entry.start
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

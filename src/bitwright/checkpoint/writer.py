@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 import torch
 
 from bitwright.checkpoint.header import METADATA, TensorEntry, build_header, file_order
-from bitwright.checkpoint.ranges import COPY_BYTES, FULL, Stored, memory_of
+from bitwright.checkpoint.ranges import COPY_BYTES, Stored, memory_of
 from bitwright.core.errors import CheckpointError, OutputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # file systems that cannot sync a folder say one of these
 
 

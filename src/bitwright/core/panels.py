@@ -7,8 +7,8 @@ from torch import Tensor
 
 from bitwright.core.scheme import FULL, Tile
 
-PANEL = 2**22
-"""Weights in a panel, or one tile's rows."""
+PANEL = 2**20
+"""Weights in a panel, or one tile's rows: few enough for temporaries in a cache that cores share."""
 CACHED = 2**17
 """Weights whose temporaries stay in the cache of a core."""
 

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.calibration.texts import read_text
+from bitwright.calibration.tokens import tokens_of
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Family
 from bitwright.core.errors import CalibrationError, CheckpointError, RecipeError, UserError, nearest
@@ -200,7 +201,7 @@ def _check_tokenizer_file(path: Path) -> None:
 
 
 def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
-    """The whole text tokenized once, without special tokens of a sentence's ends beyond the tokenizer's own."""
+    """The whole text as one sequence, without special tokens of a sentence's ends beyond the tokenizer's own."""
     from transformers import AutoTokenizer
 
     require_tokenizer(folder)
@@ -211,8 +212,7 @@ def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
             f"the tokenizer in {folder} cannot be read by transformers: {type(error).__name__}: {error}; copy the "
             "tokenizer's files from the original repository again"
         ) from error
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return torch.as_tensor(ids, dtype=torch.int64)
+    return tokens_of(text, lambda piece: tokenizer(piece, verbose=False).input_ids)
 
 
 def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> None:

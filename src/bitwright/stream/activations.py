@@ -58,15 +58,16 @@ def enter(skeleton: Skeleton, tokens: Int[Tensor, "N T"]) -> Stream:
     recorders = [Recorder(block) for block in blocks.children()]
     setattr(decoder, leaf, nn.ModuleList(recorders))
     try:
-        hidden = []
+        inputs = torch.empty(0)
         with skeleton.materialised(decoder_name):
-            for ids in tokens:
+            for n, ids in enumerate(tokens):
                 decoder(input_ids=ids[None].to(skeleton.device), use_cache=False)
-                assert recorders[0].hidden is not None
-                hidden.append(recorders[0].hidden.cpu())
+                assert (hidden := recorders[0].hidden) is not None
+                if n == 0:  # filled in place: joined at the end, all segments would be there twice
+                    inputs = torch.empty((len(tokens), *hidden.shape[1:]), dtype=hidden.dtype)
+                inputs[n] = hidden[0]
     finally:
         setattr(decoder, leaf, blocks)
-    inputs = torch.cat(hidden)
     return Stream(Activations(inputs, inputs), [r.kwargs for r in recorders])
 
 

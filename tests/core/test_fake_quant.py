@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.core import panels
-from bitwright.core.fake_quant import fake_quantize, fake_quantize_tokens
+from bitwright.core import fake_quant, panels
+from bitwright.core.fake_quant import fake_quantize, fake_quantize_each, fake_quantize_tokens
 from bitwright.core.qtensor import affine, dequantize, quantize, tiled
-from bitwright.core.scheme import Grid, Scheme
+from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.steps.ranges import minmax
 
 SCHEMES = ["W2A16g32", "W4A16", "W3A16sym", "W2A16g32sym", "W3A16g32ic"]
@@ -34,6 +34,11 @@ def drawn(scheme: Scheme) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(1)
     weight, gradient = (torch.randn(64, 96, generator=generator) for _ in range(2))
     return [x.requires_grad_() for x in (weight, *(end * 0.7 for end in minmax(weight, scheme.tile)))], gradient
+
+
+def clipping(weight: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    low, high = ((end.detach() * 0.7).requires_grad_() for end in minmax(weight, tile))
+    return low, high
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -94,3 +99,24 @@ def test_autocast_leaves_the_codes_of_activations_alone() -> None:
         found = fake_quantize_tokens(x, Grid(8))
     assert torch.equal(found, wanted)
     assert fake_quantize_tokens(x, Grid(8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_is_as_alone(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of several shapes, some of them small enough to go together; one with a tile of its own."""
+    scheme = Scheme.parse(name)
+    grid, generator = scheme.weight, torch.Generator().manual_seed(2)
+    shapes, tiles = [(64, 96), (32, 96), (128, 32), (96, 64), (256, 96)], [scheme.tile] * 4 + [Tile(32, 1)]
+    monkeypatch.setattr(fake_quant, "SMALL", 64 * 96)
+    weights = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    ranges = [clipping(w, t) for w, t in zip(weights, tiles, strict=True)]
+    gradients = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    found = fake_quantize_each(weights, ranges, tiles, grid, torch.bfloat16, dtype)
+    for weight, ends, tile, gradient, made in zip(weights, ranges, tiles, gradients, found, strict=True):
+        alone = fake_quantize(weight, *ends, grid, tile, torch.bfloat16, dtype)
+        assert made.dtype == dtype and torch.equal(made, alone)
+        given = (weight, *ends)
+        ours, expected = (torch.autograd.grad(x, given, gradient, retain_graph=True) for x in (made, alone))
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

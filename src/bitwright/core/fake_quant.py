@@ -18,6 +18,8 @@ Weights are gone through in panels whose temporaries stay in a core's cache; on 
 faster than whole passes.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from torch import Tensor
 from bitwright.core.panels import in_cache
 from bitwright.core.qtensor import affine, offset, reach, tiled, whole
 from bitwright.core.scheme import Grid, Tile
+
+SMALL = 2**18
+"""Weights up to which a call takes longer than its arithmetic."""
 
 
 def fake_quantize(
@@ -46,6 +51,39 @@ def fake_quantize(
         weight, low, high, grid, tile, scale_dtype, dtype
     )
     return quantized
+
+
+def fake_quantize_each(
+    weights: Sequence[Float[Tensor, "O I"]],
+    ranges: Sequence[tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]],
+    tiles: Sequence[Tile],
+    grid: Grid,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
+) -> list[Float[Tensor, "O I"]]:
+    """``fake_quantize`` of several weights. Small ones whose tiles are rows of one length go together, which takes
+    hardly longer than one of them."""
+    lengths = [_row(weight, tile) for weight, tile in zip(weights, tiles, strict=True)]
+    found: dict[int, Tensor] = {}
+    for length in dict.fromkeys(lengths):
+        alike = [n for n, other in enumerate(lengths) if other == length]
+        if length is None or len(alike) == 1:
+            of_one = partial(fake_quantize, grid=grid, scale_dtype=scale_dtype, dtype=dtype)
+            found |= {n: of_one(weights[n], *ranges[n], tile=tiles[n]) for n in alike}
+            continue
+        rows = torch.cat([weights[n].reshape(-1, length) for n in alike])
+        low, high = (torch.cat([ranges[n][end].reshape(-1, 1) for n in alike]) for end in (0, 1))
+        made = fake_quantize(rows, low, high, grid, Tile(1, length), scale_dtype, dtype)
+        parts = made.split([weights[n].numel() // length for n in alike])
+        found |= {n: part.view(weights[n].shape) for n, part in zip(alike, parts, strict=True)}
+    return [found[n] for n in range(len(weights))]
+
+
+def _row(weight: Float[Tensor, "O I"], tile: Tile) -> int | None:
+    """How long the tiles of a small weight are, where they are rows; None for any other."""
+    columns = weight.shape[1]
+    length = tile.size((weight.shape[0], columns))[1]
+    return length if tile.out == 1 and columns % length == 0 and weight.numel() <= SMALL else None
 
 
 def fake_quantize_tokens(x: Float[Tensor, "*B D"], grid: Grid) -> Float[Tensor, "*B D"]:

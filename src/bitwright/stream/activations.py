@@ -62,7 +62,8 @@ def enter(skeleton: Skeleton, tokens: Int[Tensor, "N T"]) -> Stream:
         with skeleton.materialised(decoder_name):
             for n, ids in enumerate(tokens):
                 decoder(input_ids=ids[None].to(skeleton.device), use_cache=False)
-                assert (hidden := recorders[0].hidden) is not None
+                hidden = recorders[0].hidden
+                assert hidden is not None
                 if n == 0:  # filled in place: joined at the end, all segments would be there twice
                     inputs = torch.empty((len(tokens), *hidden.shape[1:]), dtype=hidden.dtype)
                 inputs[n] = hidden[0]

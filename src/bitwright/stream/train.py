@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
-from bitwright.core.fake_quant import fake_quantize
-from bitwright.core.method import Activations, Context, Learnable, Learned
+from bitwright.core.fake_quant import fake_quantize_each
+from bitwright.core.method import Activations, Context, Learnable, Learned, Range
+from bitwright.core.scheme import Tile
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
 from bitwright.steps.ranges import minmax
@@ -146,17 +147,22 @@ class Trainer:
         parameters: Mapping[str, Tensor] = self.base
         for learnable in self.learnables:
             parameters = learnable.transform(parameters)
+        names = self.block.topology.linears
+        whole = {name: parameters[f"{name}.weight"] for name in names}
+        tiles = {name: self.decided.tile(name, scheme) for name in names}
+        inside = {name: self.decided.linear(name).inside(whole[name]) for name in names}
+        ranges = [self._range(name, inside[name], tiles[name]) for name in names]
+        each = list(inside.values()), ranges, list(tiles.values())
         quantized = {name: p.to(self.running) for name, p in parameters.items()}
-        for name in self.block.topology.linears:
-            decided, tile = self.decided.linear(name), self.decided.tile(name, scheme)
-            whole = parameters[f"{name}.weight"]
-            weight = decided.inside(whole)
-            ranges = [r for learnable in self.learnables if (r := learnable.range(name, weight, tile)) is not None]
-            low, high = ranges[0] if ranges else minmax(weight, tile)
-            made = fake_quantize(weight, low, high, scheme.weight, tile, dtype, self.arithmetic)
-            kept = decided.outliers
-            quantized[f"{name}.weight"] = made if kept is None else whole.to(made.dtype).where(kept, made)
+        for name, made in zip(names, fake_quantize_each(*each, scheme.weight, dtype, self.arithmetic), strict=True):
+            kept = self.decided.linear(name).outliers
+            quantized[f"{name}.weight"] = made if kept is None else whole[name].to(made.dtype).where(kept, made)
         return quantized
+
+    def _range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
+        """What is learned of a linear's range, or else min-max."""
+        learned = (learnable.range(linear, weight, tile) for learnable in self.learnables)
+        return next((found for found in learned if found is not None), None) or minmax(weight, tile)
 
     def _refine(self, trained: float) -> float:
         """What has a closed form set once more, linear after linear in the order data flows through them; what was

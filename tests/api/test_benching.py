@@ -124,6 +124,18 @@ def test_another_interpreter(python: str, says: str, tmp_path: Path) -> None:
         api.bench(tmp_path / "m.gguf", python=python)
 
 
+def test_a_library_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "libllama.so").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"--library .*libllama\.so is no llama\.cpp that can be measured: "):
+        api.bench(tmp_path / "m.gguf", library=tmp_path / "libllama.so")
+    with pytest.raises(UserError, match="leave --python other out"):
+        api.bench(tmp_path / "m.gguf", library=tmp_path / "libllama.so", python="other")
+    other = next(path for path in Path(torch.__file__).parent.rglob("libc10.*"))
+    with pytest.raises(UserError, match="llama_backend_init"):
+        api.bench(tmp_path / "m.gguf", library=other)
+
+
 def test_neither(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"junk")
     with pytest.raises(UserError, match="neither the folder of a model nor a GGUF file"):

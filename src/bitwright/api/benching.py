@@ -59,6 +59,7 @@ class _Asked:
     device: str
     dtype: str
     python: str
+    library: str | None = None
 
 
 def bench(
@@ -73,14 +74,15 @@ def bench(
     device: str = "auto",
     dtype: str = "auto",
     python: Path | str | None = None,
+    library: Path | str | None = None,
     listener: Listener = silent,
 ) -> Bench:
     """Weight memory, running memory, tokens per second when generating ``tokens`` from an empty context at batch 1, and
     prompt tokens per second, of a model and of the original that it stands ``against``.
 
     Engine transformers (None for a folder) takes folders, llama.cpp (None for a .gguf file) files; there ``against``
-    may be an unquantized folder, which is written as F16 for the while, and ``python`` an interpreter that has
-    xllamacpp.
+    may be an unquantized folder, which is written as F16 for the while, ``python`` an interpreter that has xllamacpp,
+    or ``library`` the shared library of a llama.cpp built elsewhere.
     ``dtype`` "auto" is 16 bits: the checkpoint's own where it has them, else bfloat16. Raises UserError.
     """
     for name, value in (("tokens", tokens), ("prompt", prompt), ("rounds", rounds), ("threads", threads)):
@@ -90,7 +92,7 @@ def bench(
     chosen, threads = _engine(model, engine), threads or len(os.sched_getaffinity(0))
     with ExitStack() as stack:
         if chosen == "llama.cpp":
-            asked = _Asked(prompt, tokens, threads, "cpu", "", _with_xllamacpp(python))
+            asked = _Asked(prompt, tokens, threads, "cpu", "", *_llama_cpp(python, library))
             contenders = _in_llama_cpp(model, against, asked, stack, listener)
         else:
             asked = _for_transformers(model, against, prompt, tokens, threads, device, dtype)
@@ -162,7 +164,8 @@ def _in_llama_cpp(
     model: Path, against: Path | None, asked: _Asked, stack: ExitStack, listener: Listener
 ) -> list[Contender]:
     command = (asked.python, llamacpp_speed.__file__)
-    request = {"prompt": asked.prompt, "tokens": asked.tokens, "threads": asked.threads}
+    request: dict[str, Any] = {"prompt": asked.prompt, "tokens": asked.tokens, "threads": asked.threads}
+    request["library"] = asked.library
     files = [("model", model, model)]
     if against is not None:
         files.append(("original", against, _as_gguf(against, stack, listener)))
@@ -182,6 +185,23 @@ def _as_gguf(against: Path, stack: ExitStack, listener: Listener) -> Path:
     file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bitwright-bench-")), "original-f16.gguf")
     export(against, file, format="gguf", embeddings="f16", listener=listener)
     return file
+
+
+def _llama_cpp(python: Path | str | None, library: Path | str | None) -> tuple[str, str | None]:
+    """An interpreter, and the llama.cpp that it shall load: a library, or None for its xllamacpp. Raises UserError."""
+    if library is None:
+        return _with_xllamacpp(python), None
+    if python is not None:
+        raise RecipeError(f"--library {library} needs no xllamacpp; leave --python {python} out")
+    ran = subprocess.run(
+        [sys.executable, llamacpp_speed.__file__, str(library)], capture_output=True, text=True, errors="replace"
+    )
+    if ran.returncode:
+        raise UserError(
+            f"--library {library} is no llama.cpp that can be measured: {ran.stderr.strip()[-500:]}; name the "
+            "libllama.so (.dylib, .dll) of a build with -DBUILD_SHARED_LIBS=ON"
+        )
+    return sys.executable, str(Path(library).resolve())
 
 
 def _with_xllamacpp(python: Path | str | None) -> str:

@@ -198,6 +198,9 @@ def bench(
     python: Annotated[
         Path | None, typer.Option(help="llama.cpp: an interpreter whose environment has xllamacpp. [default: this one]")
     ] = None,
+    library: Annotated[
+        Path | None, typer.Option(help="llama.cpp: the libllama.so of a build of your own, in xllamacpp's place.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -217,6 +220,7 @@ def bench(
             device=device,
             dtype=dtype,
             python=python,
+            library=library,
             listener=listener,
         )
     show(found, screens.bench, as_json)

@@ -1,10 +1,11 @@
-"""Speed and memory of a GGUF file in llama.cpp itself, as the package xllamacpp brings it prebuilt.
+"""Speed and memory of a GGUF file in llama.cpp itself: prebuilt, in the package xllamacpp, or built by the user.
 
     python llamacpp_speed.py REQUEST.json RESULT.json
+    python llamacpp_speed.py LIBRARY
 
 A script for any interpreter that has xllamacpp, so it takes the standard library alone. REQUEST: {"model": FILE.gguf,
-"prompt": n, "tokens": n, "threads": n}; RESULT: weight_bytes, peak_bytes, tokens_per_second, prompt_tokens_per_second,
-version.
+"prompt": n, "tokens": n, "threads": n, "library": PATH or null for xllamacpp}; RESULT: weight_bytes, peak_bytes,
+tokens_per_second, prompt_tokens_per_second, version. With one argument, whether that library will do.
 
 xllamacpp's own interface is a server; its shared library exports llama.cpp's C interface, which can be timed without
 one. Parameters that are passed by value are opaque here but for their first four numbers, whose defaults are checked.
@@ -63,16 +64,27 @@ def _errors_alone(level: int, text: bytes, _: Any) -> None:
         sys.stderr.write(text.decode(errors="replace"))
 
 
+def _loaded(path: str | None) -> ctypes.CDLL:
+    """llama.cpp's C interface. SystemExit where a library is not that."""
+    if path is None:
+        import xllamacpp
+
+        path = xllamacpp.xllamacpp.__file__
+    try:
+        library = ctypes.CDLL(path)
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise SystemExit(str(error)) from None
+    return library
+
+
 class Llama:
     """A model, loaded, and a context of so many tokens."""
 
-    def __init__(self, model: str, context: int, threads: int) -> None:
-        import xllamacpp
-
-        self.library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
-        for name, (result, arguments) in SIGNATURES.items():
-            function = getattr(self.library, name)
-            function.restype, function.argtypes = result, arguments
+    def __init__(self, library: str | None, model: str, context: int, threads: int) -> None:
+        self.library = _loaded(library)
         self.log = Log(_errors_alone)  # kept: llama.cpp calls it as long as it lives
         self.library.llama_log_set(self.log, None)
         self.library.llama_backend_init()
@@ -109,7 +121,7 @@ class Llama:
 def measure(asked: dict[str, Any]) -> dict[str, Any]:
     """Reads a prompt, then generates from an empty context. Which tokens these are makes no difference to the time, so
     they are fixed, as in llama.cpp's own llama-bench."""
-    llama = Llama(asked["model"], max(asked["prompt"], asked["tokens"]), asked["threads"])
+    llama = Llama(asked["library"], asked["model"], max(asked["prompt"], asked["tokens"]), asked["threads"])
     tokens = [n * 7919 % llama.vocabulary for n in range(max(asked["prompt"], asked["tokens"]))]
     llama.read(tokens[:2])  # the first passes read the file, of both kinds: a prompt and a single token
     llama.read(tokens[:1])
@@ -147,9 +159,10 @@ def main(request: str, result: str) -> None:
     """Does what was asked and writes it down."""
     from importlib.metadata import version
 
-    found = measure(json.loads(Path(request).read_text()))
-    Path(result).write_text(json.dumps(found | {"version": f"xllamacpp {version('xllamacpp')}"}))
+    asked = json.loads(Path(request).read_text())
+    runner = asked["library"] or f"xllamacpp {version('xllamacpp')}"
+    Path(result).write_text(json.dumps(measure(asked) | {"version": runner}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (_loaded if len(sys.argv) == 2 else main)(*sys.argv[1:])

@@ -45,6 +45,15 @@ def on_the_way(named: str | None) -> str | None:
     return HOLDS_ALL if is_file_format(target(named)) else named
 
 
+def check_shape(format: ModuleType, name: str, shape: tuple[int, ...]) -> None:
+    """Raises RecipeError for a weight [O, I] or [E, A, B] of a shape that a format does not pack, whatever its codes.
+
+    A format that takes every shape says nothing of them: it has no ``check_shape``.
+    """
+    if hasattr(format, "check_shape"):
+        format.check_shape(name, shape)
+
+
 def expected(
     named: str | None, scheme: Scheme, methods: tuple[Method, ...], settings: Settings, only_ours: str | None = None
 ) -> str:

@@ -1,13 +1,17 @@
 """What can be told from config.json, scheme and shapes is refused before any work, by quantize and by export."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tests.conftest import Checkpoints
 from tests.plugin.experts import save_original
 
 import bitwright
-from bitwright.core.errors import RecipeError
+from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.recipe import Recipe
 
 
@@ -18,8 +22,41 @@ def of_experts(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> d
     for name in ("Mixtral", "GptOss"):
         found[name] = tmp_path_factory.mktemp("experts") / name
         save_original(name, found[name])
-        (found[name] / "tokenizer.json").write_bytes((tiny() / "tokenizer.json").read_bytes())
+        with_tokenizer(found[name], tiny)
     return found
+
+
+@pytest.fixture(scope="module")
+def qwen2(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose rows divide into groups of 128."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("qwen2") / "model"
+    config = Qwen2Config(
+        vocab_size=256, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return with_tokenizer(folder, tiny)
+
+
+def with_tokenizer(folder: Path, tiny: Checkpoints) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny() / name).read_bytes())
+    return folder
+
+
+def changed(model: Path, to: Path, **tensors: torch.Tensor | None) -> Path:
+    """A copy of a model with these tensors more, and those that are None less; ``__`` stands for a dot."""
+    shutil.copytree(model, to)
+    found = load_file(to / "model.safetensors")
+    for name, tensor in ((name.replace("__", "."), tensor) for name, tensor in tensors.items()):
+        if tensor is None:
+            del found[name]
+        else:
+            found[name] = tensor
+    save_file(found, to / "model.safetensors", metadata={"format": "pt"})
+    return to
 
 
 @pytest.mark.parametrize(("format", "says"), [
@@ -58,3 +95,51 @@ def test_an_export_of_activations_is_refused_before_anything_is_written(tiny: Ch
     with pytest.raises(RecipeError, match="format gptq cannot hold the activations or KV cache of scheme W4A8"):
         bitwright.export(tmp_path / "folder", tmp_path / "out", format="gptq")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_rows_that_are_no_whole_blocks_of_gguf(tiny: Checkpoints, tmp_path: Path) -> None:
+    model = str(tiny("float16", intermediate_size=72, eos_token_id=0))
+    says = r"down_proj \[64, 72\]: 72 input features are no multiple of 32, the block of GGUF"
+    with pytest.raises(RecipeError, match=rf"{says}.*Or leave it as it is: --exclude"):
+        bitwright.plan(Recipe(model, "W4A16", "rtn", "gguf"))
+    bitwright.quantize(Recipe(model, "W4A16", "rtn"), tmp_path / "folder")
+    with pytest.raises(RecipeError, match=says):
+        bitwright.export(tmp_path / "folder", tmp_path / "out.gguf", format="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert bitwright.export(tmp_path / "folder", tmp_path / "out.gguf", format="gguf", lossy=True).codes_kept == 12
+
+
+def test_zero_points_that_mlc_has_in_llama_alone(qwen2: Path, tiny: Checkpoints, tmp_path: Path) -> None:
+    says = r"q4f16_autoawq to MLC-LLM, which has only half of that for qwen2; .*--scheme mlc:q4f16_1 or W4A16g128sym"
+    with pytest.raises(RecipeError, match=says):
+        bitwright.plan(Recipe(str(qwen2), "W4A16g128", "rtn", "mlc"))
+    assert bitwright.plan(Recipe(str(qwen2), "W4A16g128sym", "rtn", "mlc")).linears == 7
+    llama = tiny(hidden_size=128, intermediate_size=128, head_dim=32)
+    assert bitwright.plan(Recipe(str(llama), "W4A16g128", "rtn", "mlc")).linears == 14
+    bitwright.quantize(Recipe(str(qwen2), "W4A16g128", "rtn"), tmp_path / "folder")
+    with pytest.raises(RecipeError, match=says):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format="mlc")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize(("how", "says"), [
+    ({"exclude": "*.o_proj"}, r"o_proj is not quantized in MLC-LLM's q4f16_1; the format holds"),
+    ({"scheme": "mlc:q3f16_1", "embeddings": "f16"}, "--embeddings f16 goes with 4 bits .*this is q3f16_1"),
+])  # fmt: skip
+def test_what_mlc_has_no_preset_for(how: dict[str, str], says: str, tiny: Checkpoints) -> None:
+    with pytest.raises(RecipeError, match=says):
+        bitwright.plan(Recipe(str(tiny()), **({"scheme": "mlc:q4f16_1", "format": "mlc"} | how)))  # type: ignore[arg-type]
+
+
+def test_tensors_that_mlc_lacks_or_needs(qwen2: Path, tmp_path: Path) -> None:
+    recipe = Recipe("", "mlc:q4f16_1", "rtn", "mlc")
+    more = changed(qwen2, tmp_path / "more", model__layers__0__self_attn__o_proj__bias=torch.zeros(128))
+    with pytest.raises(CheckpointError, match=r"o_proj\.bias has no place in MLC-LLM's qwen2"):
+        bitwright.plan(replace(recipe, model=str(more)))
+    less = changed(qwen2, tmp_path / "less", model__norm__weight=None)
+    with pytest.raises(CheckpointError, match=r"has no tensor model\.norm\.weight, which MLC-LLM's model needs"):
+        bitwright.plan(replace(recipe, model=str(less)))
+    broken = changed(qwen2, tmp_path / "broken")
+    (broken / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: cannot be read"):
+        bitwright.plan(replace(recipe, model=str(broken)))

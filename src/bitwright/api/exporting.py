@@ -27,7 +27,7 @@ from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.convert import relative_error
 from bitwright.core.errors import RecipeError
 from bitwright.core.progress import Listener, Progress, silent
-from bitwright.core.quantized import Difference, WriteOptions
+from bitwright.core.quantized import Difference, Foreseen, WriteOptions
 from bitwright.core.recipe import size_in_bytes
 from bitwright.formats import QuantizedFolder
 from bitwright.report.plain import plain
@@ -101,7 +101,7 @@ def export(
 def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteOptions) -> None:
     """Refuses, before the work, what can be told beforehand."""
     if is_file_format(to):
-        to.check(model.checkpoint.config, model.folder, options)
+        to.check(model.checkpoint.config, model.folder, options, _foreseen(model))
         return
     for name, value in (("embeddings", options.embeddings), ("base", options.base)):
         if value is not None:
@@ -120,6 +120,12 @@ def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteO
     for name in model.linears if hasattr(to, "check_shape") else ():
         check_shape(to, name, model.shape(name))
     refuse_terms(model, format, to, options.lossy)
+
+
+def _foreseen(model: QuantizedFolder) -> Foreseen:
+    first = model.read(model.linears[0]) if model.linears else None
+    grid, tile = (None, None) if first is None else (first.grid, first.tile)
+    return Foreseen({name: model.shape(name) for name in model.linears}, model.passed, grid, tile)
 
 
 class _TensorExport:

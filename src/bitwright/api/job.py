@@ -15,7 +15,7 @@ from bitwright.api.checks import check_dtypes, check_scheme, check_shapes, check
 from bitwright.api.format_choice import encoder, expected, is_file_format, settled, target
 from bitwright.api.parameters import LearnedParameters, belonging
 from bitwright.api.source import Source
-from bitwright.api.work import Work, opened
+from bitwright.api.work import Work, foreseen, opened
 from bitwright.core.errors import RecipeError
 from bitwright.core.method import Learned, Method
 from bitwright.core.quantized import WriteOptions, WrittenModel, departures
@@ -118,18 +118,19 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
         check_weights_alone(recipe.format, scheme)
         scheme = goal.adapted(scheme)
     source, work = opened(recipe, device)
-    if is_file_format(goal):
-        goal.check(source.checkpoint.config, source.checkpoint.folder, write_options(recipe))
     topology = source.family.topology if source.family else None
     method, note = fit(recipe.settled_method, scheme, topology, recipe.sites)
     methods = compose(method)
     settings = _settings(recipe, scheme, method, methods)
-    known = expected(recipe.format, scheme, methods, settings, work.only_ours(scheme))
-    job = Job(recipe, scheme, method, methods, settings, chosen, goal, known, source, work, note, None)
+    format = expected(recipe.format, scheme, methods, settings, work.only_ours(scheme))
+    job = Job(recipe, scheme, method, methods, settings, chosen, goal, format, source, work, note, None)
     check_scheme(source, scheme)
     chosen.quantization_config(job.written())  # refuses a scheme that it has no words for
     check_dtypes(source, work)
     check_shapes(work, scheme, _tiles(job), goal)
+    if is_file_format(goal):
+        model, known = source.checkpoint, foreseen(source, work, scheme)
+        goal.check(model.config, model.folder, write_options(recipe), known)
     if recipe.load_parameters is not None:
         job = replace(job, learned=_load_parameters(job, recipe.load_parameters))
     return replace(job, work=work.with_text(recipe, methods))

@@ -10,6 +10,7 @@ from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED, on_the_way
 from bitwright.api.job import Job, prepare
 from bitwright.api.source import architecture
 from bitwright.api.tensor_kinds import TensorKind, tensors_of
+from bitwright.api.work import foreseen
 from bitwright.core.decisions import Decision
 from bitwright.core.qtensor import packed_bits
 from bitwright.core.recipe import Recipe
@@ -56,9 +57,7 @@ def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_m
 def plan_of(job: Job) -> Plan:
     """The plan of a job that is ready."""
     checkpoint, dtype, work = job.source.checkpoint, job.scales, job.work
-    replaced = {w.tensor for w in work.weights if w.tensor.removesuffix(".weight") == w.name}
-    replaced |= {f"{w.name}.weight" for w in work.weights}
-    kept = sum(checkpoint.nbytes(name) for name in checkpoint.names if name not in replaced)
+    kept = sum(checkpoint.nbytes(name) for name in foreseen(job.source, work, job.scheme).passed)
     quantized = sum(job.target.stored_bytes(w.shape, _scheme(job, w), dtype) for w in work.weights)
     count = sum(prod(weight.shape) for weight in work.weights)
     bits = sum(w.slices * packed_bits(w.slice, job.scheme.weight, w.tile(job.scheme.tile), dtype) for w in work.weights)

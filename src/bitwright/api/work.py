@@ -12,6 +12,7 @@ from bitwright.api.block_work import BlockWork
 from bitwright.api.source import Source
 from bitwright.api.tensor_work import TensorWork
 from bitwright.core.method import DataFree, Method
+from bitwright.core.quantized import Foreseen
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
@@ -79,3 +80,10 @@ def opened(recipe: Recipe, device: str) -> tuple[Source, Work]:
     free = recipe.calibration is None and all(isinstance(method, DataFree) for method in methods)
     source = Source.open(Path(recipe.model), to_build=not free)
     return source, (TensorWork if free else BlockWork).of(recipe, source, device)
+
+
+def foreseen(source: Source, work: Work, scheme: Scheme) -> Foreseen:
+    """The quantized model as far as names and shapes tell."""
+    linears = {weight.name: weight.shape for weight in work.weights}
+    passed = [name for name in source.checkpoint.names if name.removesuffix(".weight") not in linears]
+    return Foreseen(linears, passed, scheme.weight, scheme.tile)

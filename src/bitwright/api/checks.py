@@ -49,13 +49,16 @@ def check_shapes(work: Work, scheme: Scheme, tiles: Iterable[Tile], format: Modu
 
     Raises SchemeError, RecipeError.
     """
-    for weight, tile in product(work.weights, tiles):
+    kinds: dict[tuple[tuple[int, ...], bool], Weight] = {}
+    for weight in work.weights:
+        kinds.setdefault((weight.shape, weight.turned), weight)  # of experts there are thousands alike
+    for weight, tile in product(kinds.values(), tiles):
         try:
             weight.tile(tile).counts(weight.slice)
         except SchemeError as error:
             what = f"{weight.name} {list(weight.shape)} under scheme {scheme}: {error}"
             raise SchemeError(what + _or_leave_it(work, weight)) from None
-    for weight in work.weights:
+    for weight in kinds.values():
         try:
             check_shape(format, weight.name, weight.shape)
         except RecipeError as error:

@@ -45,7 +45,7 @@ class Plan:
 
 def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_memory: str | None = None) -> Plan:
     """What ``quantize`` would do with this recipe; reads no weight and writes nothing."""
-    job = prepare(for_engines(recipe), device)
+    job = prepare(for_engines(recipe, device), device)
     crew = crew_of(job, workers, max_memory)
     found = replace(plan_of(job), workers=crew.workers, memory_bytes=crew.memory_bytes)
     if job.settings.outlier_rule is None or not any(Decision.OUTLIERS in method.decides for method in job.methods):

@@ -1,5 +1,6 @@
 """What can be told from config.json, scheme and shapes is refused before any work, by quantize and by export."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -143,3 +144,24 @@ def test_tensors_that_mlc_lacks_or_needs(qwen2: Path, tmp_path: Path) -> None:
     (broken / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json: cannot be read"):
         bitwright.plan(replace(recipe, model=str(broken)))
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "gguf", "mlc"])
+def test_an_export_of_what_only_our_format_holds(format: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    """Outliers, which config.json names; no other linear is read for that."""
+    model = str(tiny(eos_token_id=0))
+    bitwright.quantize(Recipe(model, "W4A16g32sym", "easyquant", "bitwright"), tmp_path / "folder")
+    with pytest.raises(RecipeError, match=r"tiles of 1 x 32, with \d+ outliers, cannot be held exactly.*--lossy"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format=format)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_export_of_groups_along_the_output(tiny: Checkpoints, tmp_path: Path) -> None:
+    bitwright.quantize(Recipe(str(tiny()), "W4A16g32", "rtn", "bitwright"), tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    last = "model.layers.1.self_attn.v_proj"
+    config["quantization_config"]["exceptions"] = {last: {"tile": [32, 1], "outliers": 0}}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=rf"{last}: a weight in tiles of 32 x 1 cannot be held exactly.*--lossy"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format="awq")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ from bitwright.api.source import family_of
 from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel, departures
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
 from bitwright.formats import QuantizedFolder
 
 
@@ -68,6 +69,22 @@ def refuse_terms(model: QuantizedFolder, format: str, to: ModuleType, lossy: boo
         name = model.linears[0]
         weight, _ = refitted(name, model.read(name), to, lossy)
         to.quantization_config(written_model(model, format, [{"name": name} | terms_of(weight)], ()))
+
+
+def refuse_departures(model: QuantizedFolder, to: ModuleType) -> None:
+    """Raises RecipeError, before anything is written, for linears that a format holds on no grid: with outliers, or
+    in groups along the output, as far as config.json names them."""
+    described, grids = _described(model), [Grid(*one) for one in product(range(MIN_BITS, MAX_BITS + 1), (False, True))]
+    for name in (name for name in model.linears if name in described.departures):
+        rows, columns = described.departures[name].tile
+        outliers = described.departures[name].outliers
+        tile = Tile(1, FULL) if rows == 1 else Tile(rows, columns)
+        if not any(to.holds(grid, tile, outliers > 0) for grid in grids):
+            also = f", with {outliers} outliers," if outliers else ""
+            raise RecipeError(
+                f"{name}: a weight in tiles of {rows} x {columns}{also} cannot be held exactly in this format, which "
+                f"holds {to.HOLDS}. --lossy quantizes such weights once more and says what that adds"
+            )
 
 
 def kept_linears(model: QuantizedFolder) -> tuple[str, ...]:

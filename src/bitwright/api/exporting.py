@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitwright.api.companions import copy_companions, write_config
-from bitwright.api.exported_terms import kept_linears, refuse_terms, terms_of, written_model
+from bitwright.api.exported_terms import kept_linears, refuse_departures, refuse_terms, terms_of, written_model
 from bitwright.api.finishing import bytes_of
 from bitwright.api.format_choice import check_shape, is_file_format, target
 from bitwright.api.places import refuse_output
@@ -100,6 +100,8 @@ def export(
 
 def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteOptions) -> None:
     """Refuses, before the work, what can be told beforehand."""
+    if model.described is not None and not options.lossy:
+        refuse_departures(model, to)
     if is_file_format(to):
         to.check(model.checkpoint.config, model.folder, options, _foreseen(model))
         return

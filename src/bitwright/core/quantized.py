@@ -106,6 +106,7 @@ class Described:
     ``grid`` is that of its linears, in whose ``codes`` they are read; ``kept`` the linears that are not quantized.
     ``variant`` is what else a format needs to know to read its tensors. ``rules`` are regular expressions with the grid
     of linears whose names they match from the beginning; the first that does counts, other linears have ``grid``.
+    ``departures`` are the linears that are said to be unlike the others.
     """
 
     grid: Grid
@@ -114,6 +115,7 @@ class Described:
     kept: tuple[str, ...] = ()
     variant: str = ""
     rules: tuple[tuple[str, Grid], ...] = ()
+    departures: Mapping[str, Departure] = field(default_factory=dict)
 
     def grid_of(self, linear: str) -> Grid:
         """The grid of one linear."""

@@ -112,6 +112,8 @@ class _Writing:
         first = model.read(model.linears[0])
         chosen = Chosen.of(self.config, first.grid, first.tile, options.embeddings)
         self.awq, self.preset, self.quantization = chosen.awq, chosen.preset, chosen.name
+        if not (self.awq or options.lossy) and placed(first, self.preset) is None:  # the embedding takes long
+            raise cannot_hold(f"{model.linears[0]} cannot be held exactly", self.quantization)
 
     def run(self, listener: Listener) -> None:
         """Every tensor of MLC's model. Raises CheckpointError for a tensor that it has no place for."""

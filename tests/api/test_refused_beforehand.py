@@ -165,3 +165,13 @@ def test_an_export_of_groups_along_the_output(tiny: Checkpoints, tmp_path: Path)
     with pytest.raises(RecipeError, match=rf"{last}: a weight in tiles of 32 x 1 cannot be held exactly.*--lossy"):
         bitwright.export(tmp_path / "folder", tmp_path / "out", format="awq")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_export_of_linears_on_two_grids(tiny: Checkpoints, tmp_path: Path) -> None:
+    bitwright.quantize(Recipe(str(tiny(num_key_value_heads=4)), "W4A16g32sym", "rtn", "gptq"), tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {r"+:.*1\.self_attn\.v_proj": {"sym": False}}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"layers\.1\.self_attn\.v_proj: on another grid than most linears"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format="compressed-tensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

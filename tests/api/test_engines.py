@@ -1,13 +1,15 @@
 """What engines run is asked before any work; the nearest scheme that is named does run."""
 
+import json
 import re
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import bitwright
 from bitwright import api
@@ -18,6 +20,10 @@ from bitwright.core.registry import find, names
 from bitwright.core.scheme import FULL, Grid, Tile
 
 from ..conftest import Checkpoints
+from ..plugin.experts import save_original
+
+WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+"""Sizes that every group divides."""
 
 
 def test_every_row_is_of_a_format_and_says_how_it_was_checked() -> None:
@@ -41,7 +47,7 @@ def test_the_page_names_the_versions_of_the_table() -> None:
     ("W7A16", "llama.cpp", "gguf"),
 ])  # fmt: skip
 def test_the_format_is_chosen(scheme: str, engines: str, format: str, tiny: Checkpoints) -> None:
-    assert for_engines(Recipe(str(tiny()), scheme, "rtn", engines=engines)).format == format
+    assert for_engines(Recipe(str(tiny(**WIDE)), scheme, "rtn", engines=engines)).format == format
 
 
 @pytest.mark.parametrize(("scheme", "engine", "nearest"), [
@@ -53,10 +59,10 @@ def test_what_does_not_run_is_refused_with_the_nearest_that_does(
     scheme: str, engine: str, nearest: str, tiny: Checkpoints, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError) as error:
-        bitwright.quantize(Recipe(str(tiny()), scheme, "rtn", engines=engine), tmp_path / "out")
+        bitwright.quantize(Recipe(str(tiny(**WIDE)), scheme, "rtn", engines=engine), tmp_path / "out")
     found = re.search(r"nearest scheme that it runs is (\S+);", str(error.value))
     assert found is not None and not any(tmp_path.iterdir())
-    assert for_engines(Recipe(str(tiny()), found[1], "rtn", engines=engine)).format
+    assert for_engines(Recipe(str(tiny(**WIDE)), found[1], "rtn", engines=engine)).format
     assert found[1] == nearest
 
 
@@ -93,14 +99,46 @@ def test_outliers_may_be_left_out(none: str, tiny: Checkpoints) -> None:
     assert for_engines(recipe).format == "gguf"
 
 
-def test_zero_points_in_groups_of_128_are_for_mlc_with_llama_alone(tmp_path: Path) -> None:
-    for kind in ("llama", "qwen2"):
-        (tmp_path / kind).mkdir()
-        (tmp_path / kind / "config.json").write_text(f'{{"model_type": "{kind}"}}')
-        save_file({"x.weight": torch.ones(2, 2)}, tmp_path / kind / "model.safetensors")
-    assert for_engines(Recipe(str(tmp_path / "llama"), "W4A16g128", engines="mlc")).format == "mlc"
+def test_zero_points_in_groups_of_128_are_for_mlc_with_llama_alone(tiny: Checkpoints, tmp_path: Path) -> None:
+    assert for_engines(Recipe(str(tiny(**WIDE)), "W4A16g128", engines="mlc")).format == "mlc"
+    other = shutil.copytree(tiny(**WIDE), tmp_path / "qwen2")
+    config = json.loads((other / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
     with pytest.raises(RecipeError, match=r"4-bit asymmetric weights.*that it runs is W4A16g128sym;"):
-        for_engines(Recipe(str(tmp_path / "qwen2"), "W4A16g128", engines="mlc"))
+        for_engines(Recipe(str(other), "W4A16g128", engines="mlc"))
+
+
+NARROW = {"hidden_size": 96, "intermediate_size": 192, "head_dim": 24}
+"""Groups of 64 and 128 do not divide the rows, and keys and values have 48 outputs, which gptq does not pack."""
+
+
+@pytest.mark.parametrize(("scheme", "engine", "nearest"), [
+    ("W3A16g64", "vllm", "W4A16g32"), ("W5A16g64", "gptqmodel", "W4A16g32"), ("W4A16g128ic", "llama.cpp", "W4A16g32"),
+    ("W4A16g64", "llama.cpp", "W4A16g32"), ("W4A16g128", "mlc", "W4A16g32sym"), ("W3A16g64", "gptqmodel", "W4A16g32"),
+    ("W3A16g64", "vllm,gptqmodel", "W4A16g32"), ("W4A16g64sym", "vllm", "W4A16g32sym"),
+])  # fmt: skip
+def test_the_nearest_scheme_divides_the_rows_of_the_model(
+    scheme: str, engine: str, nearest: str, tiny: Checkpoints
+) -> None:
+    recipe = Recipe(str(tiny(**NARROW, eos_token_id=0)), scheme, "rtn", engines=engine)
+    with pytest.raises(RecipeError) as error:
+        api.plan(recipe)
+    found = re.search(r"nearest scheme that (?:it runs|they run) is (\S+);", str(error.value))
+    assert found is not None and found[1] == nearest, str(error.value)
+    assert api.plan(replace(recipe, scheme=found[1])).linears == 14
+
+
+def test_the_format_is_one_that_packs_the_shapes(tiny: Checkpoints) -> None:
+    recipe = Recipe(str(tiny(**NARROW)), "W4A16g32", "rtn", engines="gptqmodel")
+    assert api.plan(recipe).format == "awq", "gptq comes first, and packs 32 outputs together"
+    assert api.plan(replace(recipe, model=str(tiny(**WIDE)))).format == "gptq"
+
+
+@pytest.mark.parametrize("scheme", ["W4A16g32", "W4A4", "W4A16"])
+def test_where_no_scheme_divides_the_rows_that_is_said(scheme: str, tiny: Checkpoints) -> None:
+    recipe = Recipe(str(tiny(hidden_size=80, head_dim=20)), scheme, "rtn", engines="llama.cpp")
+    with pytest.raises(RecipeError, match=r"No scheme helps: the nearest would be W\S+, and .*80 input features"):
+        api.plan(recipe)
 
 
 @pytest.mark.parametrize(("scheme", "method", "format"), [
@@ -114,18 +152,54 @@ def test_transformers_takes_what_is_decided_later(scheme: str, method: str, form
     assert api.plan(replace(recipe, engines=None)).format == format
 
 
-def test_experts_that_transformers_cannot_load_packed_are_in_our_format(tiny: Checkpoints, tmp_path: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
+@pytest.fixture(scope="module")
+def of_experts(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Tiny models by name, in bfloat16: Mixtral and Qwen3Moe have experts one by one, GptOss fused in one tensor."""
+    made: dict[str, Path] = {}
 
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
-    (tmp_path / "moe" / "tokenizer.json").write_bytes((tiny() / "tokenizer.json").read_bytes())
-    recipe = Recipe(str(tmp_path / "moe"), "W4A16g32", "rtn", engines="transformers")
+    def of(name: str) -> str:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("experts") / name
+            save_original(name, made[name], torch.bfloat16)
+            (made[name] / "tokenizer.json").write_bytes((tiny() / "tokenizer.json").read_bytes())
+        return str(made[name])
+
+    return of
+
+
+def test_experts_that_transformers_cannot_load_packed_are_in_our_format(of_experts: Callable[[str], str]) -> None:
+    recipe = Recipe(of_experts("Mixtral"), "W4A16g32", "rtn", engines="transformers")
     assert api.plan(recipe).format == "bitwright"
     assert api.plan(replace(recipe, scheme="W4A16g32sym")).format == "compressed-tensors"
+
+
+@pytest.mark.parametrize("model", ["Mixtral", "Qwen3Moe"])
+def test_experts_with_zero_points_for_two_engines_are_one_error(model: str, of_experts: Callable[[str], str]) -> None:
+    recipe = Recipe(of_experts(model), "W4A16g32", "rtn", engines="transformers,vllm")
+    says = (
+        r"transformers and vllm cannot run .* under scheme W4A16g32: what is loaded is format compressed-tensors, and "
+        r"transformers cannot load model\.layers\.0\.\S*experts\S* from format compressed-tensors.*symmetric\. "
+        r"The nearest scheme that they run is W4A16g32sym, or --engine transformers alone, in format bitwright;"
+    )
+    with pytest.raises(RecipeError, match=says) as error:
+        api.plan(recipe)
+    assert "--format" not in str(error.value), "nobody has named one"
+    assert api.plan(replace(recipe, scheme="W4A16g32sym")).format == "compressed-tensors"
+    assert api.plan(replace(recipe, engines="transformers")).format == "bitwright"
+
+
+def test_fused_experts_for_two_engines_are_one_error(of_experts: Callable[[str], str]) -> None:
+    for scheme in ("W4A16g32", "W4A16g32sym"):
+        recipe = Recipe(of_experts("GptOss"), scheme, "rtn", engines="transformers,vllm")
+        with pytest.raises(RecipeError, match=r"No scheme helps: .*, or --engine transformers alone, in format bitw"):
+            api.plan(recipe)
+    with pytest.raises(RecipeError, match=r"gptqmodel cannot run .*gptq holds no .* fused over 4 experts.*No scheme"):
+        api.plan(replace(recipe, engines="gptqmodel"))
+
+
+def test_experts_go_into_another_format_of_the_engine(of_experts: Callable[[str], str]) -> None:
+    recipe = Recipe(of_experts("Mixtral"), "W4A16g32", "rtn", engines="vllm")
+    assert api.plan(recipe).format == "awq", "compressed-tensors comes first, and has no zero points of experts"
 
 
 def test_what_a_row_says_runs_is_held_by_its_format() -> None:

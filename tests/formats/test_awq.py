@@ -97,7 +97,7 @@ def test_what_it_cannot_hold_is_refused() -> None:
     assert not format.holds(Grid(4), Tile(1, 32), True)
     with pytest.raises(RecipeError, match="awq holds 4 bits"):
         format.encode("a", some((32, 32), Grid(3), Tile(1, 32)))
-    with pytest.raises(RecipeError, match=r"a\.b: 12 output features are no multiple of 8"):
+    with pytest.raises(RecipeError, match=r"a\.b .*: 12 output features are no multiple of 8"):
         format.encode("a.b", some((12, 32), Grid(4), Tile(1, 32)))
     for scheme in ("W4A4", "W4A16KV4", "W3A16g128", "W4A16g128ic"):
         with pytest.raises(RecipeError):

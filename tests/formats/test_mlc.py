@@ -24,6 +24,7 @@ from bitwright.core.quantized import WriteOptions
 from bitwright.core.scheme import FULL, NAMED, Grid, Scheme, Tile
 from bitwright.formats import QuantizedFolder, mlc
 from bitwright.formats.mlc import architectures, chat, shards
+from bitwright.formats.mlc.beforehand import preset_of
 from bitwright.formats.mlc.presets import PRESETS, fitted_to, packed, placed
 from bitwright.formats.mlc.shards import Shards
 from bitwright.steps.apply import quantize_linear
@@ -79,7 +80,7 @@ HELD = [
 def test_what_a_preset_holds_it_holds_exactly(scheme: str, preset: str) -> None:
     asked, columns = Scheme.parse(scheme), 320
     assert mlc.holds(asked.weight, asked.tile, False)
-    assert mlc._preset(asked.weight, asked.tile).name == preset
+    assert preset_of(asked.weight, asked.tile).name == preset
     q = some((6, columns), asked.weight, asked.tile, torch.float16)
     extreme = QTensor(q.codes.clone(), q.scale, q.zero, q.grid, q.tile)
     extreme.codes[::2, ::3], extreme.codes[1::2, ::3] = q.grid.qmin, q.grid.qmax

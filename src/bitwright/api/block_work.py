@@ -30,7 +30,7 @@ from bitwright.stream.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class BlockWork:
-    """Every block materialised in turn, with the calibration tokens going through; see ``job.Work``."""
+    """Every block materialised in turn, with the calibration tokens going through; see ``work.Work``."""
 
     source: Source
     skeleton: Skeleton

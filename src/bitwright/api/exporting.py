@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from bitwright.api.companions import copy_companions, write_config
+from bitwright.api.exported_terms import kept_linears, refuse_departures, refuse_terms, terms_of, written_model
 from bitwright.api.finishing import bytes_of
-from bitwright.api.format_choice import is_file_format, target
-from bitwright.api.model_view import ModelView
+from bitwright.api.format_choice import check_shape, is_file_format, target
 from bitwright.api.places import refuse_output
 from bitwright.api.quantizing import JOURNAL
 from bitwright.api.refitting import refitted
 from bitwright.api.report_file import REPORT, account_of
 from bitwright.api.soundness import require_sound
-from bitwright.api.source import family_of
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.output import OutputFolder
@@ -28,10 +27,8 @@ from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.convert import relative_error
 from bitwright.core.errors import RecipeError
 from bitwright.core.progress import Listener, Progress, silent
-from bitwright.core.qtensor import QTensor
-from bitwright.core.quantized import Difference, WriteOptions, WrittenModel, departures
+from bitwright.core.quantized import Difference, Foreseen, WriteOptions
 from bitwright.core.recipe import size_in_bytes
-from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.formats import QuantizedFolder
 from bitwright.report.plain import plain
 from bitwright.stream.memory import peak_memory
@@ -103,8 +100,10 @@ def export(
 
 def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteOptions) -> None:
     """Refuses, before the work, what can be told beforehand."""
+    if model.described is not None and not options.lossy:
+        refuse_departures(model, to)
     if is_file_format(to):
-        to.check(model.checkpoint.config, model.folder, options)
+        to.check(model.checkpoint.config, model.folder, options, _foreseen(model))
         return
     for name, value in (("embeddings", options.embeddings), ("base", options.base)):
         if value is not None:
@@ -120,6 +119,15 @@ def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteO
         )
     if model.format_name == format:
         raise RecipeError(f"{model.folder} is a {format} folder already; name another format")
+    for name in model.linears if hasattr(to, "check_shape") else ():
+        check_shape(to, name, model.shape(name))
+    refuse_terms(model, format, to, options.lossy)
+
+
+def _foreseen(model: QuantizedFolder) -> Foreseen:
+    first = model.read(model.linears[0]) if model.linears else None
+    grid, tile = (None, None) if first is None else (first.grid, first.tile)
+    return Foreseen({name: model.shape(name) for name in model.linears}, model.passed, grid, tile)
 
 
 class _TensorExport:
@@ -157,47 +165,18 @@ class _TensorExport:
             if not hasattr(self.to, "described"):  # what is stored are no codes but the weights, rounded to their dtype
                 stored = self.to.decode(made, name, weight.grid).float()
                 lost = replace(lost, error=relative_error(read.dequantize(torch.float32), stored))
-            rows.append(asdict(lost) | _terms(weight))
+            rows.append(asdict(lost) | terms_of(weight))
         write_tensors(self.work.work / self.files[unit], tensors)
         self.journal.record(unit, self.files[unit], {"linears": rows})
 
     def _write_companions(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        write_config(dict(self.model.config), self.to, self._written(rows), self.work.path)
+        written = written_model(self.model, self.name, rows, kept_linears(self.model))
+        write_config(dict(self.model.config), self.to, written, self.work.path)
         copy_companions(self.model.folder, self.work.path)
         account = account_of(self.model.folder)
         linears = [{key: row[key] for key in ("name", "codes", "error")} for row in rows]
         lost = {"read_as": self.model.format_name, "linears": linears}
         write_json(self.work.path / REPORT, plain(account | {"format": self.name, "export": lost}))
-
-    def _written(self, rows: Sequence[Mapping[str, Any]]) -> WrittenModel:
-        """What config.json has to say: the terms that most linears share are the scheme's, the others depart."""
-        described = self.model.described
-        assert described is not None
-        terms = [(row["bits"], row["symmetric"], *row["group"]) for row in rows]
-        bits, symmetric, out, in_ = max(sorted(set(terms)), key=terms.count)
-        scheme = Scheme(
-            Grid(bits, symmetric),
-            Tile(out, in_),
-            activation_bits=None if described.activations is None else described.activations.bits,
-            kv_bits=None if described.kv is None else described.kv.bits,
-        )
-        unlike = [row["name"] for row in rows if (row["bits"], row["symmetric"]) != (bits, symmetric)]
-        if unlike:
-            raise RecipeError(f"{unlike[0]}: on another grid than most linears; format {self.name} has one for all")
-        family, head_dim = family_of(self.model.folder)
-        dtype: torch.dtype = getattr(torch, rows[0]["dtype"])
-        return WrittenModel(scheme, family, head_dim, dtype, _kept(self.model), departures(scheme, rows))
-
-
-def _kept(model: QuantizedFolder) -> tuple[str, ...]:
-    """The linears that are not quantized, by their names in the model as transformers sees it, else as they were said
-    to be: not every format names all of them."""
-    quantized = {f"{linear}.weight" for linear in model.linears}
-    view = ModelView.of(model.checkpoint, (*model.passed, *quantized))
-    if view is None:
-        said = () if model.described is None else model.described.kept
-        return tuple(sorted({*said, "lm_head"} - set(model.linears)))
-    return tuple(sorted(view.linears - {view.linear(name) for name in quantized}))
 
 
 def _names(model: QuantizedFolder) -> list[str]:
@@ -212,19 +191,6 @@ def _units(model: QuantizedFolder) -> dict[str, tuple[list[str], list[str]]]:
         for name in names:
             found.setdefault(block_of(name) or OUTSIDE, ([], []))[kind].append(name)
     return found
-
-
-def _terms(weight: QTensor) -> dict[str, Any]:
-    """What config.json may have to say of a linear."""
-    return {
-        "bits": weight.grid.bits,
-        "symmetric": weight.grid.symmetric,
-        "group": [weight.tile.out, weight.tile.in_],
-        "shape": list(weight.shape),
-        "tile": list(weight.tile.size(weight.shape)),
-        "outliers": 0 if weight.outlier_index is None else weight.outlier_index.numel(),
-        "dtype": str(weight.scale.dtype).removeprefix("torch."),
-    }
 
 
 def _summed(

@@ -45,6 +45,23 @@ def on_the_way(named: str | None) -> str | None:
     return HOLDS_ALL if is_file_format(target(named)) else named
 
 
+def not_widely_loaded(weight: str) -> str:
+    """Why a weight has no place in the widely loaded format."""
+    return (
+        f"transformers cannot load {weight} from format {WIDELY_LOADED}: of linears it takes ordinary ones, of experts "
+        "those that are each a tensor of its own, all quantized, symmetric"
+    )
+
+
+def check_shape(format: ModuleType, name: str, shape: tuple[int, ...]) -> None:
+    """Raises RecipeError for a weight [O, I] or [E, A, B] of a shape that a format does not pack, whatever its codes.
+
+    A format that takes every shape says nothing of them: it has no ``check_shape``.
+    """
+    if hasattr(format, "check_shape"):
+        format.check_shape(name, shape)
+
+
 def expected(
     named: str | None, scheme: Scheme, methods: tuple[Method, ...], settings: Settings, only_ours: str | None = None
 ) -> str:
@@ -54,9 +71,8 @@ def expected(
     """
     if only_ours and named == WIDELY_LOADED:
         raise RecipeError(
-            f"transformers cannot load {only_ours} from format {named}: of linears it takes ordinary ones, of experts "
-            "those that are each a tensor of its own, all quantized, symmetric (W4A16g128sym). Leave --format out, or "
-            f"take --format {HOLDS_ALL} (transformers loads it after 'import bitwright') or --format dense"
+            f"{not_widely_loaded(only_ours)} (W4A16g128sym). Leave --format out, or take --format {HOLDS_ALL} "
+            "(transformers loads it after 'import bitwright') or --format dense"
         )
     outliers = settings.outlier_rule is not None and any(Decision.OUTLIERS in method.decides for method in methods)
     chosen = [tile for method in methods for tile in method.tiles(scheme, settings)]

@@ -1,85 +1,29 @@
 """A recipe made ready to run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.api.arithmetic import pick_arithmetic
-from bitwright.api.block_work import BlockWork
+from bitwright.api.checks import check_dtypes, check_scheme, check_shapes, check_weights_alone
 from bitwright.api.format_choice import encoder, expected, is_file_format, settled, target
 from bitwright.api.parameters import LearnedParameters, belonging
-from bitwright.api.source import DTYPES, FAMILIES, Source
-from bitwright.api.tensor_work import TensorWork
-from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
-from bitwright.core.method import DataFree, Learned, Method
+from bitwright.api.source import Source
+from bitwright.api.work import Work, foreseen, opened
+from bitwright.core.errors import RecipeError
+from bitwright.core.method import Learned, Method
 from bitwright.core.quantized import WriteOptions, WrittenModel, departures
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find, names
-from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
+from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme, Tile
 from bitwright.core.settings import Settings, settle
-from bitwright.core.weight import Weight
 from bitwright.methods import TRANSFORM, compose, fit, learned, used
-from bitwright.stream.budget import Budget
-
-
-class Work(Protocol):
-    """How the model is gone through: block by block (``BlockWork``), or tensor by tensor (``TensorWork``)."""
-
-    def with_text(self, recipe: Recipe, methods: Sequence[Method]) -> "Work":
-        """The same with the segments of the text that was named."""
-
-    @property
-    def tokens(self) -> Int[Tensor, "N T"] | None:
-        """The calibration segments, None where no text was named."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the arithmetic is done."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it is done in."""
-
-    @property
-    def weights(self) -> Sequence[Weight]:
-        """What will be quantized, in the order of the model."""
-
-    @property
-    def kept(self) -> Mapping[str, str]:
-        """The tensors that stay as they are, and why."""
-
-    @property
-    def outside(self) -> Sequence[str]:
-        """Names of the tensors that are written one by one as they are, before everything else."""
-
-    @property
-    def units(self) -> Sequence[str]:
-        """Names of what is written part by part after that, in the order of the model."""
-
-    @property
-    def blocks(self) -> int:
-        """How many decoder blocks there are."""
-
-    @property
-    def copied_head(self) -> bool:
-        """Whether an output layer that shares its weight with the embedding gets a weight of its own."""
-
-    @property
-    def kept_linears(self) -> Sequence[str]:
-        """The linears of the model that stay as they are, by their names in it."""
-
-    def only_ours(self, scheme: Scheme) -> str | None:
-        """A weight for whose sake transformers needs our plugin, whatever its codes."""
-
-    def budget(self, settings: Settings, trained: bool) -> Budget:
-        """The memory that it needs."""
 
 
 @dataclass(frozen=True)
@@ -169,36 +113,27 @@ class Job:
 def prepare(recipe: Recipe, device: str = "auto") -> Job:
     """Checks a recipe against the model without reading any weight. Raises UserError."""
     chosen, goal = encoder(recipe.format), target(recipe.format)
-    scheme = Scheme.parse(recipe.scheme)
-    methods = compose(recipe.settled_method)
-    free = recipe.calibration is None and all(isinstance(method, DataFree) for method in methods)
-    source = Source.open(Path(recipe.model), to_build=not free)
+    scheme, _ = Scheme.parse(recipe.scheme), compose(recipe.settled_method)
     if is_file_format(goal):
-        _check_weights_alone(recipe, scheme)
+        check_weights_alone(recipe.format, scheme)
         scheme = goal.adapted(scheme)
-        goal.check(source.checkpoint.config, source.checkpoint.folder, write_options(recipe))
-    work: Work = (TensorWork if free else BlockWork).of(recipe, source, device)
+    source, work = opened(recipe, device)
     topology = source.family.topology if source.family else None
     method, note = fit(recipe.settled_method, scheme, topology, recipe.sites)
     methods = compose(method)
     settings = _settings(recipe, scheme, method, methods)
-    known = expected(recipe.format, scheme, methods, settings, work.only_ours(scheme))
-    job = Job(recipe, scheme, method, methods, settings, chosen, goal, known, source, work, note, None)
-    _check_scheme(job)
+    format = expected(recipe.format, scheme, methods, settings, work.only_ours(scheme))
+    job = Job(recipe, scheme, method, methods, settings, chosen, goal, format, source, work, note, None)
+    check_scheme(source, scheme)
     chosen.quantization_config(job.written())  # refuses a scheme that it has no words for
-    _check_dtypes(job)
-    _check_tiles(job)
+    check_dtypes(source, work)
+    check_shapes(work, scheme, _tiles(job), goal)
+    if is_file_format(goal):
+        model, known = source.checkpoint, foreseen(source, work, scheme)
+        goal.check(model.config, model.folder, write_options(recipe), known)
     if recipe.load_parameters is not None:
         job = replace(job, learned=_load_parameters(job, recipe.load_parameters))
     return replace(job, work=work.with_text(recipe, methods))
-
-
-def _check_weights_alone(recipe: Recipe, scheme: Scheme) -> None:
-    if scheme.activations or scheme.kv:
-        raise RecipeError(
-            f"format {recipe.format} holds weights alone, and scheme {scheme} quantizes activations or KV cache too; "
-            f"take W{scheme.weight.bits}A16, or --format compressed-tensors"
-        )
 
 
 def write_options(recipe: Recipe, account: Mapping[str, Any] | None = None) -> WriteOptions:
@@ -225,37 +160,8 @@ def _load_parameters(job: Job, path: str) -> LearnedParameters:
     return LearnedParameters(Path(path), job.belonging)
 
 
-def _check_dtypes(job: Job) -> None:
-    """Refuses weights that are no ordinary floating-point numbers, such as the float8 of models quantized already."""
-    checkpoint, known = job.source.checkpoint, set(DTYPES.values())
-    embedding = [f"{job.source.family.embedding}.weight"] if job.source.family else []
-    for name in [*embedding, *(weight.tensor for weight in job.work.weights)]:
-        found = checkpoint.entry(name).dtype
-        if found not in known:
-            raise CheckpointError(
-                f"{name} in {checkpoint.folder} is stored as {str(found).removeprefix('torch.')}; Bitwright quantizes "
-                f"{', '.join(DTYPES)}. Start from the original, or convert the model with transformers"
-            )
-
-
-def _check_tiles(job: Job) -> None:
-    """Every linear must divide into the scheme's tiles, and into those that were asked for in their place."""
-    tiles = [job.scheme.tile]
+def _tiles(job: Job) -> Iterator[Tile]:
+    """The scheme's, and those that were asked for in its place."""
+    yield job.scheme.tile
     if job.settings.axis == "ic":
-        tiles += [tile for m in job.methods for tile in m.tiles(job.scheme, job.settings)]
-    for weight, tile in product(job.work.weights, tiles):
-        try:
-            weight.tile(tile).counts(weight.slice)
-        except SchemeError as error:
-            instead = "" if job.source.family else f". Or leave it as it is: --exclude '{weight.name}'"
-            what = f"{weight.name} {list(weight.shape)} under scheme {job.scheme}: {error}"
-            raise SchemeError(what + instead) from None
-
-
-def _check_scheme(job: Job) -> None:
-    """Refuses what has to know the architecture where nobody has described it."""
-    if job.source.family is None and (job.scheme.activations or job.scheme.kv):
-        raise RecipeError(
-            f"scheme {job.scheme} quantizes activations, which takes an architecture that Bitwright knows, and "
-            f"'{job.source.model_type}' is none ({', '.join(FAMILIES)}); take a scheme with A16"
-        )
+        yield from (tile for method in job.methods for tile in method.tiles(job.scheme, job.settings))

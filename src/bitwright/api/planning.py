@@ -10,6 +10,7 @@ from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED, on_the_way
 from bitwright.api.job import Job, prepare
 from bitwright.api.source import architecture
 from bitwright.api.tensor_kinds import TensorKind, tensors_of
+from bitwright.api.work import foreseen
 from bitwright.core.decisions import Decision
 from bitwright.core.qtensor import packed_bits
 from bitwright.core.recipe import Recipe
@@ -44,7 +45,7 @@ class Plan:
 
 def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_memory: str | None = None) -> Plan:
     """What ``quantize`` would do with this recipe; reads no weight and writes nothing."""
-    job = prepare(for_engines(recipe), device)
+    job = prepare(for_engines(recipe, device), device)
     crew = crew_of(job, workers, max_memory)
     found = replace(plan_of(job), workers=crew.workers, memory_bytes=crew.memory_bytes)
     if job.settings.outlier_rule is None or not any(Decision.OUTLIERS in method.decides for method in job.methods):
@@ -56,9 +57,7 @@ def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_m
 def plan_of(job: Job) -> Plan:
     """The plan of a job that is ready."""
     checkpoint, dtype, work = job.source.checkpoint, job.scales, job.work
-    replaced = {w.tensor for w in work.weights if w.tensor.removesuffix(".weight") == w.name}
-    replaced |= {f"{w.name}.weight" for w in work.weights}
-    kept = sum(checkpoint.nbytes(name) for name in checkpoint.names if name not in replaced)
+    kept = sum(checkpoint.nbytes(name) for name in foreseen(job.source, work, job.scheme).passed)
     quantized = sum(job.target.stored_bytes(w.shape, _scheme(job, w), dtype) for w in work.weights)
     count = sum(prod(weight.shape) for weight in work.weights)
     bits = sum(w.slices * packed_bits(w.slice, job.scheme.weight, w.tile(job.scheme.tile), dtype) for w in work.weights)

@@ -82,7 +82,7 @@ def quantize(
     torchrun on several machines; the bytes are the same. ``hands`` are workers that have been started already.
     """
     start, output, ranks = monotonic(), Path(output), Ranks.here()
-    recipe = for_engines(recipe)
+    recipe = for_engines(recipe, device)
     single = is_single(recipe.format)
     refuse_output(Path(recipe.model), output, overwrite, single)
     job = prepare(recipe, device)

@@ -27,7 +27,7 @@ from bitwright.stream.units import Unit, block_of, units
 
 @dataclass(frozen=True)
 class TensorWork:
-    """Every tensor of the checkpoint read in turn, and quantized or copied; see ``job.Work``.
+    """Every tensor of the checkpoint read in turn, and quantized or copied; see ``work.Work``.
 
     ``view`` is None for an architecture that transformers does not know.
     """

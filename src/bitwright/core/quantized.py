@@ -1,7 +1,7 @@
 """What comes out of a block, and the account that is given of it."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.core.block import Family
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import Grid, Scheme
+from bitwright.core.scheme import Grid, Scheme, Tile
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Described:
     ``grid`` is that of its linears, in whose ``codes`` they are read; ``kept`` the linears that are not quantized.
     ``variant`` is what else a format needs to know to read its tensors. ``rules`` are regular expressions with the grid
     of linears whose names they match from the beginning; the first that does counts, other linears have ``grid``.
+    ``departures`` are the linears that are said to be unlike the others.
     """
 
     grid: Grid
@@ -114,6 +115,7 @@ class Described:
     kept: tuple[str, ...] = ()
     variant: str = ""
     rules: tuple[tuple[str, Grid], ...] = ()
+    departures: Mapping[str, Departure] = field(default_factory=dict)
 
     def grid_of(self, linear: str) -> Grid:
         """The grid of one linear."""
@@ -164,6 +166,20 @@ class QuantizedModel(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a quantized linear [O, I], or of another tensor; nothing but its header is read."""
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What is known of a quantized model before it is made, or before more than its first linear is read.
+
+    ``linears`` are the shapes, [O, I] or [E, A, B], of those that are quantized; ``passed`` the names of all other
+    tensors; ``grid`` and ``tile`` those of the linears, or of the first, None where there are none.
+    """
+
+    linears: Mapping[str, tuple[int, ...]]
+    passed: Collection[str]
+    grid: Grid | None
+    tile: Tile | None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ float16 [Q, O]. In a word outputs 0, 2, 4, 6, 1, 3, 5, 7 follow one another from
 points are 0 to 15, and always asymmetric; a symmetric grid is written with the zero point 8.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +25,7 @@ from bitwright.formats.gptq import (
     half,
     on_grid,
     refuse_scheme,
-    refuse_shape,
+    refuse_sizes,
     said_of_kept,
 )
 from bitwright.formats.gptq import queries_left_out as queries_left_out
@@ -51,7 +51,7 @@ def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
     """The tensors to write for one linear. Raises RecipeError for what the format cannot hold."""
     if not holds(weight.grid, weight.tile, weight.outlier_index is not None):
         raise RecipeError(f"{name}: awq holds 4 bits, and neither groups along the output nor outliers. {INSTEAD}")
-    refuse_shape(name, weight.shape, IN_WORD, 1, "awq")
+    check_shape(name, weight.shape)
     middle = torch.full_like(weight.scale, IN_WORD, dtype=torch.uint8)
     zero = middle if weight.zero is None else weight.zero
     codes = weight.codes + IN_WORD if weight.grid.symmetric else weight.codes
@@ -94,15 +94,20 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
     return on_grid(codes, scale, zero, described.grid_of(name), Tile(1, columns // groups))
 
 
-def encode_stacked(name: str, slices: Sequence[QTensor]) -> NoReturn:
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Raises RecipeError for a weight whose outputs do not fill whole words, or that is fused over experts."""
+    if len(shape) > 2:
+        encode_stacked(name, range(shape[0]))
+    refuse_sizes(name, shape, (IN_WORD, 1), "awq")
+
+
+def encode_stacked(name: str, slices: Sized) -> NoReturn:
     """Raises RecipeError: the format's tensors are two-dimensional."""
     raise RecipeError(f"{name}: awq holds no weight that is fused over {len(slices)} experts. {INSTEAD}")
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
-    """Bytes of what ``encode`` makes, from the shape [O, I] alone. Raises RecipeError for fused experts."""
-    if len(shape) > 2:
-        encode_stacked("a weight", [])
+    """Bytes of what ``encode`` makes, from the shape [O, I] alone."""
     rows, columns = shape
     groups = Tile(1, scheme.tile.in_).counts((rows, columns))[1]
     return WORD_BYTES * (columns + groups) * rows // IN_WORD + torch.float16.itemsize * rows * groups

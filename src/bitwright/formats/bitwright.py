@@ -26,7 +26,7 @@ from torch import Tensor
 from bitwright.core.errors import CheckpointError, SchemeError
 from bitwright.core.packing import pack, pack_down, unpack, unpack_down
 from bitwright.core.qtensor import QTensor, packed_bits
-from bitwright.core.quantized import Described, WrittenModel
+from bitwright.core.quantized import Departure, Described, WrittenModel
 from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Scheme, Tile
 
 SIZE_BYTES = 8
@@ -73,7 +73,8 @@ def described(config: Mapping[str, Any]) -> Described:
     """What the quantization_config of a folder says. Raises CheckpointError for one that cannot be read."""
     said = Config.parse(config)
     activations, kv = (None if one is None else one.grid for one in (said.activations, said.keys_values))
-    return Described(said.weights.grid, activations, kv, said.modules_to_not_convert)
+    unlike = {name: Departure(each.tile, each.outliers) for name, each in said.exceptions.items()}
+    return Described(said.weights.grid, activations, kv, said.modules_to_not_convert, departures=unlike)
 
 
 def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ of version 1 that it has not written itself; vLLM takes symmetric ones alone (do
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -54,7 +54,7 @@ def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
             f"bits and tiles of {weight.tile.out} x {weight.tile.in_}"
             f"{'' if weight.outlier_index is None else ', with outliers'}. {INSTEAD}"
         )
-    refuse_shape(name, weight.shape, MULTIPLE, MULTIPLE, "gptq")
+    check_shape(name, weight.shape)
     bits, columns = weight.grid.bits, weight.shape[1]
     middle = torch.full_like(weight.scale, 2 ** (bits - 1), dtype=torch.uint8)
     zero = middle if weight.zero is None else weight.zero
@@ -146,25 +146,30 @@ def half(name: str, weight: QTensor) -> Float[Tensor, "O Q"]:
     return torch.where((stored == 0) & (weight.scale != 0), smallest, stored)
 
 
-def refuse_shape(name: str, shape: tuple[int, int], out: int, in_: int, format: str) -> None:
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Raises RecipeError for a weight whose sizes do not fill whole words, or that is fused over experts."""
+    if len(shape) > 2:
+        encode_stacked(name, range(shape[0]))
+    refuse_sizes(name, shape, (MULTIPLE, MULTIPLE), "gptq")
+
+
+def refuse_sizes(name: str, shape: tuple[int, ...], multiples: tuple[int, int], format: str) -> None:
     """Raises RecipeError for a linear [O, I] whose sizes are not multiples of these."""
-    for size, multiple, which in ((shape[0], out, "output"), (shape[1], in_, "input")):
+    for size, multiple, which in zip(shape, multiples, ("output", "input"), strict=True):
         if size % multiple:
             raise RecipeError(
-                f"{name}: {size} {which} features are no multiple of {multiple}, as {format} packs them. Leave the "
-                f"linear as it is (--exclude '{name}'), or take --format compressed-tensors or --format bitwright"
+                f"{name} {list(shape)}: {size} {which} features are no multiple of {multiple}, as {format} packs them. "
+                "Take --format compressed-tensors or --format bitwright"
             )
 
 
-def encode_stacked(name: str, slices: Sequence[QTensor]) -> NoReturn:
+def encode_stacked(name: str, slices: Sized) -> NoReturn:
     """Raises RecipeError: the format's tensors are two-dimensional."""
     raise RecipeError(f"{name}: gptq holds no weight that is fused over {len(slices)} experts. {INSTEAD}")
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
-    """Bytes of what ``encode`` makes, from the shape [O, I] alone. Raises RecipeError for fused experts."""
-    if len(shape) > 2:
-        encode_stacked("a weight", [])
+    """Bytes of what ``encode`` makes, from the shape [O, I] alone."""
     rows, columns = shape
     groups = Tile(1, scheme.tile.in_).counts((rows, columns))[1]
     words = rows * (columns + groups) * scheme.weight.bits // WORD_BITS

@@ -14,18 +14,29 @@ from gguf import GGMLQuantizationType as Kind
 
 from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.progress import Listener, silent
-from bitwright.core.quantized import Difference, QuantizedModel, WriteOptions
+from bitwright.core.quantized import Difference, Foreseen, QuantizedModel, WriteOptions
 from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder
 from bitwright.formats.gguf.architecture import Architecture, architecture
 from bitwright.formats.gguf.base import Base
-from bitwright.formats.gguf.blocks import nbytes_of
+from bitwright.formats.gguf.blocks import BLOCK, nbytes_of
 from bitwright.formats.gguf.file import tensors_of, write_file
 from bitwright.formats.gguf.model import EMBEDDINGS, Conversion
 from bitwright.formats.gguf.tokenizer import tokenizer
 from bitwright.formats.gguf.weights import HOLDS, holds, kind_of
 
-__all__ = ["HOLDS", "SCALES", "SINGLE", "adapted", "check", "holds", "stored_bytes", "tensors_of", "write"]
+__all__ = [
+    "HOLDS",
+    "SCALES",
+    "SINGLE",
+    "adapted",
+    "check",
+    "check_shape",
+    "holds",
+    "stored_bytes",
+    "tensors_of",
+    "write",
+]
 
 SCALES: torch.dtype | None = torch.float16
 """The dtype of scales."""
@@ -40,15 +51,29 @@ def adapted(scheme: Scheme) -> Scheme:
     return replace(scheme, weight=replace(scheme.weight, minimum=True))
 
 
-def check(config: Mapping[str, Any], folder: Path, options: WriteOptions) -> None:
-    """Refuses, before the work, a model or a tokenizer that GGUF cannot express, a base of another model, and options
-    that it does not know.
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Raises RecipeError for a weight whose rows are no whole blocks, or that is fused over experts."""
+    if len(shape) > 2:
+        raise RecipeError(f"{name}: GGUF is written of weights that are not fused over experts, this is of {shape[0]}")
+    if shape[-1] % BLOCK:
+        raise RecipeError(
+            f"{name} {list(shape)}: {shape[-1]} input features are no multiple of {BLOCK}, the block of GGUF, which "
+            "would keep them in 16 bits. Take another format"
+        )
+
+
+def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, foreseen: Foreseen | None = None) -> None:
+    """Refuses, before the work, a model or a tokenizer that GGUF cannot express, a base of another model, options that
+    it does not know, and, unless ``lossy``, rows that are no whole blocks.
 
     Raises RecipeError, or CheckpointError for files that cannot be read and tensors that llama.cpp has no place for.
     """
     if options.embeddings is not None and options.embeddings not in EMBEDDINGS:
         raise RecipeError(f"there are no embeddings '{options.embeddings}'; {nearest(options.embeddings, EMBEDDINGS)}")
     into = architecture(config)
+    if foreseen is not None and not options.lossy:
+        for name, shape in foreseen.linears.items():
+            check_shape(name, shape)
     if options.base is None:
         tokenizer(folder, config, into.vocabulary)
     _conversion(QuantizedFolder.open(folder), into, options).tensors()

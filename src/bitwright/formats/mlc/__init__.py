@@ -5,7 +5,7 @@ tokenizer's files. Which grids there are stands in ``presets.py``, what tensors 
 phone needs a library beside it that MLC compiles for the same architecture and preset.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,32 +18,39 @@ from bitwright.core.convert import difference, split
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.qtensor import QTensor
-from bitwright.core.quantized import Difference, QuantizedModel, WriteOptions
+from bitwright.core.quantized import Difference, Foreseen, QuantizedModel, WriteOptions
 from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures, chat
-from bitwright.formats.mlc.architectures import Place
-from bitwright.formats.mlc.presets import EMBEDDINGS_KEPT, PRESETS, Preset, fitted_to, joined, packed, placed
+from bitwright.formats.mlc.architectures import EMBEDDING, HEAD, Place
+from bitwright.formats.mlc.beforehand import (
+    AUTOAWQ_GROUP,
+    FLOAT16,
+    HOLDS,
+    NO_WEIGHT,
+    Chosen,
+    cannot_hold,
+    check_weights,
+    is_autoawq,
+    no_place,
+    no_tensor,
+    nothing_quantized,
+    preset_of,
+)
+from bitwright.formats.mlc.presets import PRESETS, fitted_to, joined, packed, placed
 from bitwright.formats.mlc.shards import Shards
+
+__all__ = ["HOLDS", "SCALES", "SINGLE", "adapted", "check", "holds", "queries_left_out", "stored_bytes", "write"]
 
 SCALES: torch.dtype | None = torch.float16
 """The dtype of scales."""
 SINGLE = False
 """Whether the result is one file."""
-HOLDS = (
-    "4 bits in groups of 32 (q4f16_1), 3 bits in groups of 40 (q3f16_1), 2 bits in groups of 64 (q2f16_1) or multiples "
-    "of those, symmetric; fewer bits in such groups as 4 bits; of llama also 4 bits with zero points in groups of 128 "
-    "(q4f16_autoawq)"
-)
-"""What it holds, in words."""
-AUTOAWQ, AUTOAWQ_GRID, AUTOAWQ_GROUP = "q4f16_autoawq", Grid(4), 128
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-FLOAT16 = "f16"
 
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
-    return not outliers and (_is_autoawq(grid, tile) or any(preset.holds(grid, tile) for preset in PRESETS))
+    return not outliers and (is_autoawq(grid, tile) or any(preset.holds(grid, tile) for preset in PRESETS))
 
 
 def adapted(scheme: Scheme) -> Scheme:
@@ -55,9 +62,9 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
     """Bytes of a linear's tensors, from its shape [O, I] alone. Raises RecipeError for fused experts."""
     if len(shape) > 2:
         raise RecipeError("format mlc holds no weight that is fused over experts")
-    if _is_autoawq(scheme.weight, scheme.tile):
+    if is_autoawq(scheme.weight, scheme.tile):
         return awq.stored_bytes(shape, replace(scheme, tile=Tile(1, AUTOAWQ_GROUP)), dtype)
-    (rows, columns), preset = shape, _preset(scheme.weight, scheme.tile)
+    (rows, columns), preset = shape, preset_of(scheme.weight, scheme.tile)
     return rows * (4 * preset.words(columns) + 2 * preset.scheme.tile.counts((rows, columns))[1])
 
 
@@ -66,18 +73,18 @@ def queries_left_out(scheme: Scheme) -> Grid | None:
     return None
 
 
-def check(config: Mapping[str, Any], folder: Path, options: WriteOptions) -> None:
-    """Refuses before the work what MLC-LLM cannot run, or what of the options makes no sense. Raises UserError."""
+def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, foreseen: Foreseen | None = None) -> None:
+    """Refuses before the work what MLC-LLM cannot run, options that make no sense, and weights, where they are
+    foreseen, that it has no preset or no place for. Raises UserError."""
     architectures.check(config)
-    architectures.model_config(config)
-    chat.files_of(folder)
-    if options.base is not None:
-        chat.of_base(options.base, config)
+    chat.chat_config(config, folder, "", options.base)
     if options.embeddings not in (None, FLOAT16):
         raise RecipeError(
             f"format mlc has no embeddings in {options.embeddings}: leave it out, they are quantized like the linears, "
             f"or take --embeddings {FLOAT16} with 4 bits (MLC's q4f16_2)"
         )
+    if foreseen is not None:
+        check_weights(config, folder, options, foreseen)
 
 
 def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: Listener) -> list[Difference]:
@@ -86,7 +93,7 @@ def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: 
     Raises RecipeError for a weight that no preset holds, unless ``lossy``: then it is quantized once more.
     """
     if not model.linears:
-        raise RecipeError(f"{model.folder} is not quantized; bitwright quantize does that, --scheme mlc:q4f16_1")
+        raise nothing_quantized(model.folder)
     writing = _Writing(model, options, Shards(output))
     writing.run(listener)
     write_json(output / chat.CONFIG, chat.chat_config(model.config, model.folder, writing.quantization, options.base))
@@ -103,24 +110,10 @@ class _Writing:
         self.linears, self.differences, self.parameters = {*model.linears}, list[Difference](), 0
         self.pending = {*model.linears, *model.passed}
         first = model.read(model.linears[0])
-        self.awq = _is_autoawq(first.grid, first.tile)
-        self.preset = PRESETS[-1] if self.awq else _preset(first.grid, first.tile)
-        self._refuse_preset(first)
-        if options.embeddings == FLOAT16 and not self.awq:
-            self.preset = EMBEDDINGS_KEPT
-        self.quantization = AUTOAWQ if self.awq else self.preset.name
-
-    def _refuse_preset(self, first: QTensor) -> None:
-        kind = self.config["model_type"]
-        if self.awq and kind != "llama":
-            raise RecipeError(
-                f"weights with zero points are q4f16_autoawq to MLC-LLM, which has only half of that for {kind}; "
-                "quantize the original with --scheme mlc:q4f16_1"
-            )
-        if self.options.embeddings == FLOAT16 and self.preset.scheme.weight.bits != EMBEDDINGS_KEPT.scheme.weight.bits:
-            raise RecipeError(
-                f"--embeddings {FLOAT16} goes with 4 bits (MLC's q4f16_2), and this is {self.preset.name}; leave it out"
-            )
+        chosen = Chosen.of(self.config, first.grid, first.tile, options.embeddings)
+        self.awq, self.preset, self.quantization = chosen.awq, chosen.preset, chosen.name
+        if not (self.awq or options.lossy) and placed(first, self.preset) is None:  # the embedding takes long
+            raise cannot_hold(f"{model.linears[0]} cannot be held exactly", self.quantization)
 
     def run(self, listener: Listener) -> None:
         """Every tensor of MLC's model. Raises CheckpointError for a tensor that it has no place for."""
@@ -132,20 +125,19 @@ class _Writing:
         for name in norms:
             self._plain(name, self._taken(name))
         self._head()
-        left = sorted(name for name in self.pending if not name.endswith("rotary_emb.inv_freq"))
+        left = sorted(name for name in self.pending if not name.endswith(NO_WEIGHT))
         if left:
-            raise CheckpointError(
-                f"{self.model.folder}: {left[0]} has no place in MLC-LLM's {self.config['model_type']}; take another "
-                "format, such as gguf"
-            )
+            raise no_place(self.model.folder, left[0], self.config)
         self.shards.finish(self.parameters)
 
     def _head(self) -> None:
         tied = bool(self.config.get("tie_word_embeddings")) and HEAD not in self.linears
         own = architectures.ARCHITECTURES[self.config["model_type"]]
+        if tied:
+            self.pending -= {f"{HEAD}.weight"}  # some are stored all the same
         if tied and own.ties:
-            self.pending -= {f"{HEAD}.weight"}
-        elif HEAD in self.linears and not self.awq and self.preset.embeddings:
+            return
+        if HEAD in self.linears and not self.awq and self.preset.embeddings:
             self._matrix(Place(HEAD, (HEAD,)))
         elif HEAD in self.linears:
             self.pending -= {HEAD}
@@ -183,7 +175,7 @@ class _Writing:
         self.pending -= {name}
         weight = self.model.read(name)
         if self.awq:
-            made = split(weight, Tile(1, AUTOAWQ_GROUP)) if _is_autoawq(weight.grid, weight.tile) else None
+            made = split(weight, Tile(1, AUTOAWQ_GROUP)) if is_autoawq(weight.grid, weight.tile) else None
             made = None if made is None else replace(made, scale=made.scale.to(torch.float16))
         else:
             made = placed(weight, self.preset)
@@ -194,10 +186,7 @@ class _Writing:
 
     def _again(self, name: str, weight: Tensor, why: str) -> QTensor:
         if self.awq or not self.options.lossy:
-            raise RecipeError(
-                f"{name} {why} in MLC-LLM's {self.quantization}; the format holds {HOLDS}. "
-                "--lossy quantizes such weights once more and says what that adds"
-            )
+            raise cannot_hold(f"{name} {why}", self.quantization)
         made = fitted_to(weight, self.preset)
         self.differences.append(_lost(name, weight, made))
         return made
@@ -217,20 +206,9 @@ class _Writing:
 
     def _taken(self, name: str) -> Tensor:
         if name not in self.pending:
-            raise CheckpointError(f"{self.model.folder} has no tensor {name}, which MLC-LLM's model needs")
+            raise no_tensor(self.model.folder, name)
         self.pending -= {name}
         return self.model.tensor(name)
-
-
-def _is_autoawq(grid: Grid, tile: Tile) -> bool:
-    return grid == AUTOAWQ_GRID and tile.out == 1 and tile.in_ > 0 and tile.in_ % AUTOAWQ_GROUP == 0
-
-
-def _preset(grid: Grid, tile: Tile) -> Preset:
-    """The smallest preset that holds such weights exactly; else that of the same bits, or 4."""
-    exact = (preset for preset in PRESETS if preset.holds(grid, tile))
-    near: Iterable[Preset] = (preset for preset in PRESETS if preset.scheme.weight.bits >= grid.bits)
-    return next(iter([*exact, *near]), PRESETS[-1])
 
 
 def _lost(name: str, weight: Tensor, made: QTensor) -> Difference:

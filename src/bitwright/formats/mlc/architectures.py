@@ -9,6 +9,7 @@ from typing import Any
 
 from bitwright.core.errors import CheckpointError, RecipeError
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 BATCH, CHUNK = 128, 8192
 """What MLC itself writes: sequences at once, and tokens of a prompt at once at most."""
 

@@ -1,0 +1,72 @@
+"""What a recipe may not ask of a model: told from names, shapes and dtypes, before any weight is read."""
+
+from collections.abc import Iterable
+from itertools import product
+from types import ModuleType
+
+from bitwright.api.format_choice import check_shape
+from bitwright.api.source import DTYPES, FAMILIES, Source
+from bitwright.api.tensor_work import TensorWork
+from bitwright.api.work import Work
+from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
+from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.weight import Weight
+
+
+def check_weights_alone(format: str | None, scheme: Scheme) -> None:
+    """Refuses quantized activations where a format has a place for weights alone."""
+    if scheme.activations or scheme.kv:
+        raise RecipeError(
+            f"format {format} holds weights alone, and scheme {scheme} quantizes activations or KV cache too; "
+            f"take W{scheme.weight.bits}A16, or --format compressed-tensors"
+        )
+
+
+def check_scheme(source: Source, scheme: Scheme) -> None:
+    """Refuses what has to know the architecture where nobody has described it."""
+    if source.family is None and (scheme.activations or scheme.kv):
+        raise RecipeError(
+            f"scheme {scheme} quantizes activations, which takes an architecture that Bitwright knows, and "
+            f"'{source.model_type}' is none ({', '.join(FAMILIES)}); take a scheme with A16"
+        )
+
+
+def check_dtypes(source: Source, work: Work) -> None:
+    """Refuses weights that are no ordinary floating-point numbers, such as the float8 of models quantized already."""
+    checkpoint, known = source.checkpoint, set(DTYPES.values())
+    embedding = [f"{source.family.embedding}.weight"] if source.family else []
+    for name in [*embedding, *(weight.tensor for weight in work.weights)]:
+        found = checkpoint.entry(name).dtype
+        if found not in known:
+            raise CheckpointError(
+                f"{name} in {checkpoint.folder} is stored as {str(found).removeprefix('torch.')}; Bitwright quantizes "
+                f"{', '.join(DTYPES)}. Start from the original, or convert the model with transformers"
+            )
+
+
+def check_shapes(work: Work, scheme: Scheme, tiles: Iterable[Tile], format: ModuleType) -> None:
+    """Every weight must divide into these tiles, and be of a shape that the format packs.
+
+    Raises SchemeError, RecipeError.
+    """
+    kinds: dict[tuple[tuple[int, ...], bool], Weight] = {}
+    for weight in work.weights:
+        kinds.setdefault((weight.shape, weight.turned), weight)  # of experts there are thousands alike
+    for weight, tile in product(kinds.values(), tiles):
+        try:
+            weight.tile(tile).counts(weight.slice)
+        except SchemeError as error:
+            what = f"{weight.name} {list(weight.shape)} under scheme {scheme}: {error}"
+            raise SchemeError(what + _or_leave_it(work, weight)) from None
+    for weight in kinds.values():
+        try:
+            check_shape(format, weight.name, weight.shape)
+        except RecipeError as error:
+            raise RecipeError(f"{error}{_or_leave_it(work, weight)}") from None
+
+
+def _or_leave_it(work: Work, weight: Weight) -> str:
+    """How one weight alone stays as it is, where that can be asked for."""
+    if weight is work.weights[-1] and work.copied_head:
+        return ". Or leave --quantize-lm-head out"
+    return f". Or leave it as it is: --exclude '{weight.name}'" if isinstance(work, TensorWork) else ""

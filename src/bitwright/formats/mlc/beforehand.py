@@ -1,0 +1,126 @@
+"""Which preset weights go into, and what of them can be refused before any is read or written."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.quantized import Foreseen, WriteOptions
+from bitwright.core.scheme import Grid, Tile
+from bitwright.formats import awq
+from bitwright.formats.mlc import architectures
+from bitwright.formats.mlc.architectures import EMBEDDING, HEAD
+from bitwright.formats.mlc.presets import EMBEDDINGS_KEPT, PRESETS, Preset
+
+AUTOAWQ, AUTOAWQ_GRID, AUTOAWQ_GROUP = "q4f16_autoawq", Grid(4), 128
+FLOAT16 = "f16"
+NO_WEIGHT = "rotary_emb.inv_freq"
+"""How tensors of old checkpoints end that are none."""
+HOLDS = (
+    "4 bits in groups of 32 (q4f16_1), 3 bits in groups of 40 (q3f16_1), 2 bits in groups of 64 (q2f16_1) or multiples "
+    "of those, symmetric; fewer bits in such groups as 4 bits; of llama also 4 bits with zero points in groups of 128 "
+    "(q4f16_autoawq)"
+)
+"""What it holds, in words."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The preset of a model; ``awq``: its blocks are in AWQ's layout, which is MLC's q4f16_autoawq."""
+
+    preset: Preset
+    awq: bool
+
+    @property
+    def name(self) -> str:
+        """As MLC calls it."""
+        return AUTOAWQ if self.awq else self.preset.name
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], grid: Grid, tile: Tile, embeddings: str | None) -> "Chosen":
+        """For linears of this grid and tile. Raises RecipeError for what MLC has in no, or not in this architecture."""
+        kind = config["model_type"]
+        if is_autoawq(grid, tile):
+            if kind != "llama":
+                raise RecipeError(
+                    f"weights with zero points are {AUTOAWQ} to MLC-LLM, which has only half of that for {kind}; "
+                    f"quantize the original with --scheme mlc:q4f16_1 or W4A16g{tile.in_}sym"
+                )
+            return cls(PRESETS[-1], True)
+        preset = preset_of(grid, tile)
+        if embeddings != FLOAT16:
+            return cls(preset, False)
+        if preset.scheme.weight.bits != EMBEDDINGS_KEPT.scheme.weight.bits:
+            raise RecipeError(
+                f"--embeddings {FLOAT16} goes with 4 bits (MLC's q4f16_2), and this is {preset.name}; leave it out"
+            )
+        return cls(EMBEDDINGS_KEPT, False)
+
+
+def is_autoawq(grid: Grid, tile: Tile) -> bool:
+    """Whether such weights have zero points, in the only groups in which MLC reads them."""
+    return grid == AUTOAWQ_GRID and tile.out == 1 and tile.in_ > 0 and tile.in_ % AUTOAWQ_GROUP == 0
+
+
+def preset_of(grid: Grid, tile: Tile) -> Preset:
+    """The smallest preset that holds such weights exactly; else that of the same bits, or 4."""
+    exact = (preset for preset in PRESETS if preset.holds(grid, tile))
+    near = (preset for preset in PRESETS if preset.scheme.weight.bits >= grid.bits)
+    return next(iter([*exact, *near]), PRESETS[-1])
+
+
+def check_weights(config: Mapping[str, Any], folder: Path, options: WriteOptions, foreseen: Foreseen) -> None:
+    """Refuses a model whose weights no preset holds, or that has other tensors than MLC's model. Raises UserError."""
+    if foreseen.grid is None or foreseen.tile is None:
+        raise nothing_quantized(folder)
+    chosen = Chosen.of(config, foreseen.grid, foreseen.tile, options.embeddings)
+    names = {*foreseen.passed, *(f"{linear}.weight" for linear in foreseen.linears)}
+    wanted = {*_plain(config, foreseen)}
+    for place in architectures.matrices(config):
+        wanted |= {f"{linear}.weight" for linear in place.linears}
+        kept = [linear for linear in place.linears if linear not in foreseen.linears]
+        if kept and f"{kept[0]}.weight" in names and (chosen.awq or not options.lossy):
+            raise cannot_hold(f"{kept[0]} is not quantized", chosen.name)
+        if chosen.awq and not kept:
+            shapes = [foreseen.linears[linear] for linear in place.linears]
+            awq.check_shape(place.name, (sum(rows for rows, _ in shapes), shapes[0][1]))
+    for name in sorted(wanted - names):
+        raise no_tensor(folder, name)
+    for name in sorted(name for name in names - wanted - {f"{HEAD}.weight"} if not name.endswith(NO_WEIGHT)):
+        raise no_place(folder, name, config)
+
+
+def _plain(config: Mapping[str, Any], foreseen: Foreseen) -> Iterator[str]:
+    """Names of the tensors that are needed beside those of the blocks' matrices."""
+    yield f"{EMBEDDING}.weight"
+    yield from architectures.norms(config)
+    for place in architectures.matrices(config):
+        yield from (f"{linear}.bias" for linear in place.linears if place.bias)
+    if not config.get("tie_word_embeddings"):
+        yield f"{HEAD}.weight"
+
+
+def nothing_quantized(folder: Path) -> RecipeError:
+    """Of a folder without quantized linears."""
+    return RecipeError(f"{folder} is not quantized; bitwright quantize does that, --scheme mlc:q4f16_1")
+
+
+def no_tensor(folder: Path, name: str) -> CheckpointError:
+    """Of a tensor that is not there."""
+    return CheckpointError(f"{folder} has no tensor {name}, which MLC-LLM's model needs")
+
+
+def no_place(folder: Path, name: str, config: Mapping[str, Any]) -> CheckpointError:
+    """Of a tensor too many."""
+    return CheckpointError(
+        f"{folder}: {name} has no place in MLC-LLM's {config['model_type']}; take another format, such as gguf"
+    )
+
+
+def cannot_hold(what: str, quantization: str) -> RecipeError:
+    """Of a linear that is not quantized, or not so that its codes can be kept."""
+    return RecipeError(
+        f"{what} in MLC-LLM's {quantization}; the format holds {HOLDS}. "
+        "--lossy quantizes such weights once more and says what that adds"
+    )

@@ -1,0 +1,177 @@
+"""What can be told from config.json, scheme and shapes is refused before any work, by quantize and by export."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.conftest import Checkpoints
+from tests.plugin.experts import save_original
+
+import bitwright
+from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def of_experts(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models by name: Mixtral has its experts one by one, GptOss fused in one tensor."""
+    found = {}
+    for name in ("Mixtral", "GptOss"):
+        found[name] = tmp_path_factory.mktemp("experts") / name
+        save_original(name, found[name])
+        with_tokenizer(found[name], tiny)
+    return found
+
+
+@pytest.fixture(scope="module")
+def qwen2(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose rows divide into groups of 128."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("qwen2") / "model"
+    config = Qwen2Config(
+        vocab_size=256, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return with_tokenizer(folder, tiny)
+
+
+def with_tokenizer(folder: Path, tiny: Checkpoints) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny() / name).read_bytes())
+    return folder
+
+
+def changed(model: Path, to: Path, **tensors: torch.Tensor | None) -> Path:
+    """A copy of a model with these tensors more, and those that are None less; ``__`` stands for a dot."""
+    shutil.copytree(model, to)
+    found = load_file(to / "model.safetensors")
+    for name, tensor in ((name.replace("__", "."), tensor) for name, tensor in tensors.items()):
+        if tensor is None:
+            del found[name]
+        else:
+            found[name] = tensor
+    save_file(found, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize(("format", "says"), [
+    ("gptq", r"gate_proj \[76, 64\]: 76 output features are no multiple of 32"),
+    ("awq", r"gate_proj \[76, 64\]: 76 output features are no multiple of 8"),
+])  # fmt: skip
+def test_sizes_that_a_format_does_not_pack(format: str, says: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    model = str(tiny("float16", intermediate_size=76))
+    with pytest.raises(RecipeError, match=f"{says}.*--exclude 'model.layers.0.mlp.gate_proj'"):
+        bitwright.plan(Recipe(model, "W4A16", "rtn", format))
+    with pytest.raises(RecipeError, match=says) as error:
+        bitwright.plan(Recipe(model, "W4A16", "gptq", format, calibration="builtin", seqlen=32, samples=2))
+    assert "--exclude" not in str(error.value)
+    left = Recipe(model, "W4A16", "rtn", format, exclude="*.gate_proj,*.up_proj,*.down_proj")
+    assert bitwright.plan(left).linears == 8
+    bitwright.quantize(Recipe(model, "W4A16", "rtn"), tmp_path / "folder")
+    with pytest.raises(RecipeError, match=rf"76 (in|out)put features are no multiple of .*, as {format} packs them"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format=format)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_output_layer_that_does_not_fit_may_be_left_out(tiny: Checkpoints) -> None:
+    recipe = Recipe(str(tiny(tied=True, vocab_size=260)), "W4A16", "rtn", "gptq", quantize_lm_head=True)
+    with pytest.raises(RecipeError, match=r"lm_head \[260, 64\]: 260 output .* Or leave --quantize-lm-head out"):
+        bitwright.plan(recipe)
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_fused_experts_are_named(format: str, of_experts: dict[str, Path]) -> None:
+    with pytest.raises(RecipeError, match=rf"layers\.0\.mlp\.experts\.\w+: {format} holds no .* fused over 4 experts"):
+        bitwright.plan(Recipe(str(of_experts["GptOss"]), "W4A16g32", "rtn", format))
+
+
+def test_an_export_of_activations_is_refused_before_anything_is_written(tiny: Checkpoints, tmp_path: Path) -> None:
+    bitwright.quantize(Recipe(str(tiny()), "W4A8", "rtn"), tmp_path / "folder")
+    with pytest.raises(RecipeError, match="format gptq cannot hold the activations or KV cache of scheme W4A8"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format="gptq")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_rows_that_are_no_whole_blocks_of_gguf(tiny: Checkpoints, tmp_path: Path) -> None:
+    model = str(tiny("float16", intermediate_size=72, eos_token_id=0))
+    says = r"down_proj \[64, 72\]: 72 input features are no multiple of 32, the block of GGUF"
+    with pytest.raises(RecipeError, match=rf"{says}.*Or leave it as it is: --exclude"):
+        bitwright.plan(Recipe(model, "W4A16", "rtn", "gguf"))
+    bitwright.quantize(Recipe(model, "W4A16", "rtn"), tmp_path / "folder")
+    with pytest.raises(RecipeError, match=says):
+        bitwright.export(tmp_path / "folder", tmp_path / "out.gguf", format="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert bitwright.export(tmp_path / "folder", tmp_path / "out.gguf", format="gguf", lossy=True).codes_kept == 12
+
+
+def test_zero_points_that_mlc_has_in_llama_alone(qwen2: Path, tiny: Checkpoints, tmp_path: Path) -> None:
+    says = r"q4f16_autoawq to MLC-LLM, which has only half of that for qwen2; .*--scheme mlc:q4f16_1 or W4A16g128sym"
+    with pytest.raises(RecipeError, match=says):
+        bitwright.plan(Recipe(str(qwen2), "W4A16g128", "rtn", "mlc"))
+    assert bitwright.plan(Recipe(str(qwen2), "W4A16g128sym", "rtn", "mlc")).linears == 7
+    llama = tiny(hidden_size=128, intermediate_size=128, head_dim=32)
+    assert bitwright.plan(Recipe(str(llama), "W4A16g128", "rtn", "mlc")).linears == 14
+    bitwright.quantize(Recipe(str(qwen2), "W4A16g128", "rtn"), tmp_path / "folder")
+    with pytest.raises(RecipeError, match=says):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format="mlc")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize(("how", "says"), [
+    ({"exclude": "*.o_proj"}, r"o_proj is not quantized in MLC-LLM's q4f16_1; the format holds"),
+    ({"scheme": "mlc:q3f16_1", "embeddings": "f16"}, "--embeddings f16 goes with 4 bits .*this is q3f16_1"),
+])  # fmt: skip
+def test_what_mlc_has_no_preset_for(how: dict[str, str], says: str, tiny: Checkpoints) -> None:
+    with pytest.raises(RecipeError, match=says):
+        bitwright.plan(Recipe(str(tiny()), **({"scheme": "mlc:q4f16_1", "format": "mlc"} | how)))  # type: ignore[arg-type]
+
+
+def test_tensors_that_mlc_lacks_or_needs(qwen2: Path, tmp_path: Path) -> None:
+    recipe = Recipe("", "mlc:q4f16_1", "rtn", "mlc")
+    more = changed(qwen2, tmp_path / "more", model__layers__0__self_attn__o_proj__bias=torch.zeros(128))
+    with pytest.raises(CheckpointError, match=r"o_proj\.bias has no place in MLC-LLM's qwen2"):
+        bitwright.plan(replace(recipe, model=str(more)))
+    less = changed(qwen2, tmp_path / "less", model__norm__weight=None)
+    with pytest.raises(CheckpointError, match=r"has no tensor model\.norm\.weight, which MLC-LLM's model needs"):
+        bitwright.plan(replace(recipe, model=str(less)))
+    broken = changed(qwen2, tmp_path / "broken")
+    (broken / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: cannot be read"):
+        bitwright.plan(replace(recipe, model=str(broken)))
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "gguf", "mlc"])
+def test_an_export_of_what_only_our_format_holds(format: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    """Outliers, which config.json names; no other linear is read for that."""
+    model = str(tiny(eos_token_id=0))
+    bitwright.quantize(Recipe(model, "W4A16g32sym", "easyquant", "bitwright"), tmp_path / "folder")
+    with pytest.raises(RecipeError, match=r"tiles of 1 x 32, with \d+ outliers, cannot be held exactly.*--lossy"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format=format)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_export_of_groups_along_the_output(tiny: Checkpoints, tmp_path: Path) -> None:
+    bitwright.quantize(Recipe(str(tiny()), "W4A16g32", "rtn", "bitwright"), tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    last = "model.layers.1.self_attn.v_proj"
+    config["quantization_config"]["exceptions"] = {last: {"tile": [32, 1], "outliers": 0}}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=rf"{last}: a weight in tiles of 32 x 1 cannot be held exactly.*--lossy"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format="awq")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_export_of_linears_on_two_grids(tiny: Checkpoints, tmp_path: Path) -> None:
+    bitwright.quantize(Recipe(str(tiny(num_key_value_heads=4)), "W4A16g32sym", "rtn", "gptq"), tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {r"+:.*1\.self_attn\.v_proj": {"sym": False}}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"layers\.1\.self_attn\.v_proj: on another grid than most linears"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format="compressed-tensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

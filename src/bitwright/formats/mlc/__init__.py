@@ -5,7 +5,7 @@ tokenizer's files. Which grids there are stands in ``presets.py``, what tensors 
 phone needs a library beside it that MLC compiles for the same architecture and preset.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,20 @@ from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures, chat
 from bitwright.formats.mlc.architectures import Place
-from bitwright.formats.mlc.presets import EMBEDDINGS_KEPT, PRESETS, Preset, fitted_to, joined, packed, placed
+from bitwright.formats.mlc.presets import (
+    AUTOAWQ,
+    AUTOAWQ_GROUP,
+    EMBEDDINGS_KEPT,
+    PRESETS,
+    Preset,
+    fitted_to,
+    is_autoawq,
+    joined,
+    lost,
+    packed,
+    placed,
+)
+from bitwright.formats.mlc.reading import opened as opened
 from bitwright.formats.mlc.shards import Shards
 
 SCALES: torch.dtype | None = torch.float16
@@ -36,14 +49,13 @@ HOLDS = (
     "(q4f16_autoawq)"
 )
 """What it holds, in words."""
-AUTOAWQ, AUTOAWQ_GRID, AUTOAWQ_GROUP = "q4f16_autoawq", Grid(4), 128
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 FLOAT16 = "f16"
 
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
-    return not outliers and (_is_autoawq(grid, tile) or any(preset.holds(grid, tile) for preset in PRESETS))
+    return not outliers and (is_autoawq(grid, tile) or any(preset.holds(grid, tile) for preset in PRESETS))
 
 
 def adapted(scheme: Scheme) -> Scheme:
@@ -55,7 +67,7 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
     """Bytes of a linear's tensors, from its shape [O, I] alone. Raises RecipeError for fused experts."""
     if len(shape) > 2:
         raise RecipeError("format mlc holds no weight that is fused over experts")
-    if _is_autoawq(scheme.weight, scheme.tile):
+    if is_autoawq(scheme.weight, scheme.tile):
         return awq.stored_bytes(shape, replace(scheme, tile=Tile(1, AUTOAWQ_GROUP)), dtype)
     (rows, columns), preset = shape, _preset(scheme.weight, scheme.tile)
     return rows * (4 * preset.words(columns) + 2 * preset.scheme.tile.counts((rows, columns))[1])
@@ -103,7 +115,7 @@ class _Writing:
         self.linears, self.differences, self.parameters = {*model.linears}, list[Difference](), 0
         self.pending = {*model.linears, *model.passed}
         first = model.read(model.linears[0])
-        self.awq = _is_autoawq(first.grid, first.tile)
+        self.awq = is_autoawq(first.grid, first.tile)
         self.preset = PRESETS[-1] if self.awq else _preset(first.grid, first.tile)
         self._refuse_preset(first)
         if options.embeddings == FLOAT16 and not self.awq:
@@ -161,7 +173,7 @@ class _Writing:
             self._plain(f"{name}.weight", weight)
             return
         made = fitted_to(weight, self.preset)
-        self.differences.append(_lost(name, weight, made))
+        self.differences.append(lost(name, weight, made))
         self._add(name, made)
 
     def _matrix(self, place: Place) -> None:
@@ -183,7 +195,7 @@ class _Writing:
         self.pending -= {name}
         weight = self.model.read(name)
         if self.awq:
-            made = split(weight, Tile(1, AUTOAWQ_GROUP)) if _is_autoawq(weight.grid, weight.tile) else None
+            made = split(weight, Tile(1, AUTOAWQ_GROUP)) if is_autoawq(weight.grid, weight.tile) else None
             made = None if made is None else replace(made, scale=made.scale.to(torch.float16))
         else:
             made = placed(weight, self.preset)
@@ -199,7 +211,7 @@ class _Writing:
                 "--lossy quantizes such weights once more and says what that adds"
             )
         made = fitted_to(weight, self.preset)
-        self.differences.append(_lost(name, weight, made))
+        self.differences.append(lost(name, weight, made))
         return made
 
     def _add(self, name: str, weight: QTensor) -> None:
@@ -222,27 +234,8 @@ class _Writing:
         return self.model.tensor(name)
 
 
-def _is_autoawq(grid: Grid, tile: Tile) -> bool:
-    return grid == AUTOAWQ_GRID and tile.out == 1 and tile.in_ > 0 and tile.in_ % AUTOAWQ_GROUP == 0
-
-
 def _preset(grid: Grid, tile: Tile) -> Preset:
     """The smallest preset that holds such weights exactly; else that of the same bits, or 4."""
     exact = (preset for preset in PRESETS if preset.holds(grid, tile))
     near: Iterable[Preset] = (preset for preset in PRESETS if preset.scheme.weight.bits >= grid.bits)
     return next(iter([*exact, *near]), PRESETS[-1])
-
-
-def _lost(name: str, weight: Tensor, made: QTensor) -> Difference:
-    """Of a weight that had no codes, a part at a time."""
-    lost = size = 0.0
-    for rows in _slices(len(weight)):
-        before = weight[rows].float()
-        part = QTensor(made.codes[rows], made.scale[rows], None, made.grid, made.tile).dequantize(torch.float32)
-        lost += float((before - part).double().square().sum())
-        size += float(before.double().square().sum())
-    return Difference(name, False, lost / size if size else 0.0)
-
-
-def _slices(rows: int, at_once: int = 4096) -> Iterator[slice]:
-    return (slice(start, start + at_once) for start in range(0, rows, at_once))

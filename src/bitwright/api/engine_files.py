@@ -2,6 +2,7 @@
 complete, its numbers finite, its length what it says, its weights those of the folder it was made from."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,6 @@ from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
 from bitwright.core.registry import find
-from bitwright.core.scheme import Tile
 from bitwright.formats import QuantizedFolder
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.units import block_of
@@ -170,7 +170,7 @@ def _by_rows(weight: QTensor) -> Callable[[Rows], Tensor]:
     """Rows of a weight in float32, where they can be had without the others."""
     if weight.tile.size(weight.shape)[0] != 1 or weight.outlier_index is not None:
         return weight.dequantize(torch.float32).__getitem__
-    tile = Tile(1, weight.tile.in_)
+    tile = replace(weight.tile, out=1)
 
     def made(rows: Rows) -> Tensor:
         zero = None if weight.zero is None else weight.zero[rows]

@@ -23,11 +23,11 @@ from bitwright.formats.gguf.base import Base
 from bitwright.formats.gguf.blocks import nbytes_of
 from bitwright.formats.gguf.file import write_file
 from bitwright.formats.gguf.model import EMBEDDINGS, Conversion
-from bitwright.formats.gguf.reading import opened
+from bitwright.formats.gguf.reading import GgufFile, opened
 from bitwright.formats.gguf.tokenizer import tokenizer
 from bitwright.formats.gguf.weights import HOLDS, holds, kind_of
 
-__all__ = ["HOLDS", "SCALES", "SINGLE", "adapted", "check", "holds", "opened", "stored_bytes", "write"]
+__all__ = ["HOLDS", "SCALES", "SINGLE", "GgufFile", "adapted", "check", "holds", "opened", "stored_bytes", "write"]
 
 SCALES: torch.dtype | None = torch.float16
 """The dtype of scales."""

@@ -48,6 +48,9 @@ def opened(path: Path) -> "GgufFile":
         raise CheckpointError(
             f"{path}: is one of {parts} parts of a model; join them with llama-gguf-split --merge, and name the whole"
         )
+    blocks = header.says.get(f"{header.says.get('general.architecture')}.block_count", 0)
+    if not isinstance(blocks, int) or blocks > len(header.tensors):
+        raise CheckpointError(f"{path}: says it has {blocks} blocks, in {len(header.tensors)} tensors; it is damaged")
     return GgufFile(header)
 
 

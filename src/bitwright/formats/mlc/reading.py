@@ -38,7 +38,13 @@ def opened(path: Path) -> "MlcFolder":
     if not (path / CONFIG).is_file():
         raise CheckpointError(f"{path}: has no {CONFIG}; copy the whole folder, or write it again")
     said = parse_object((path / CONFIG).read_bytes(), str(path / CONFIG))
-    return MlcFolder(path, said, read_cache(path))
+    cache, settings = read_cache(path), said.get("model_config")
+    blocks = settings.get("num_hidden_layers", 0) if isinstance(settings, dict) else None
+    if not isinstance(blocks, int) or blocks > len(cache.records):
+        raise CheckpointError(
+            f"{path / CONFIG}: says there are {blocks} blocks, in {len(cache.records)} tensors; copy the folder again"
+        )
+    return MlcFolder(path, said, cache)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _complete(file: EngineFile) -> Check:
 
 
 def _on_disk(file: EngineFile) -> Check:
-    stored, wrong = bits_per_weight(file), file.overhead
+    stored, wrong = bits_per_weight(file), file.misfiled
     said = f"{stored:.3f} bits per weight stored" if stored else "as long as it says it is"
     return Check("size on disk", wrong is None, said if wrong is None else wrong)
 

@@ -72,8 +72,8 @@ class EngineFile(Protocol):
         """The folder's tensors that can be had from it; none where the architecture is not known."""
 
     @property
-    def overhead(self) -> str | None:
-        """What is wrong with the length of its files, None for nothing."""
+    def misfiled(self) -> str | None:
+        """What is wrong with its files, their length first of all; None for nothing."""
 
     def numbers(self, name: str) -> str | None:
         """What is wrong with scales or values of a tensor under the file's name; None for nothing."""

@@ -49,7 +49,7 @@ def test_every_tensor_of_every_architecture_is_found_again(name: str, quantized:
     folder = quantized(name, "W4A16g32")
     file, model = written(folder, tmp_path / "m.gguf"), QuantizedFolder.open(folder)
     wanted = file.wanted
-    assert wanted is not None and not file.unknown and file.overhead is None
+    assert wanted is not None and not file.unknown and file.misfiled is None
     assert set(wanted.needed) <= set(file.tensors) <= {*wanted.needed, *wanted.allowed}
     for tensor in file.tensors.values():
         assert {**wanted.needed, **wanted.allowed}[tensor.name] == tensor.shape
@@ -149,7 +149,7 @@ def test_a_header_with_any_byte_changed_is_refused_or_read(quantized: Models, tm
         (damaged := tmp_path / "d.gguf").write_bytes(changed)
         try:
             found = gguf.opened(damaged)
-            assert [found.unknown, found.wanted, found.names, found.overhead, found.bits()]
+            assert [found.unknown, found.wanted, found.names, found.misfiled, found.bits()]
         except CheckpointError:
             refused += 1
     assert refused > 20
@@ -177,7 +177,7 @@ def test_a_part_of_a_model_and_bytes_too_many(quantized: Models, tmp_path: Path)
     file = written(quantized("llama", "W4A16g32"), tmp_path / "m.gguf")
     with file.path.open("ab") as more:
         more.write(bytes(100))
-    assert "the last tensor ends at byte" in str(file.overhead)
+    assert "the last tensor ends at byte" in str(file.misfiled)
 
 
 def test_what_is_said_of_the_model(quantized: Models, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class GgufFile:
         return tuple(self._homes)
 
     @property
-    def overhead(self) -> str | None:
+    def misfiled(self) -> str | None:
         """Whether the file ends where its last tensor does, or where the next one could begin."""
         end, length = self.header.nbytes, self.path.stat().st_size
         if end <= length <= -(-end // self.header.alignment) * self.header.alignment:

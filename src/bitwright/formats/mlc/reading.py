@@ -77,11 +77,15 @@ class MlcFolder:
         return tuple(name for name, home in self._places.homes.items() if self._is_there(home))
 
     @property
-    def overhead(self) -> str | None:
-        """Whether there are shards that the index does not name; the others were held against it when it was read."""
+    def misfiled(self) -> str | None:
+        """A shard that the index does not name, or a tokenizer's file that is missing; shards were held against the
+        index when it was read."""
         named = {record.shard.name for record in self.cache.records.values()}
         more = sorted(path.name for path in self.path.glob("params_shard_*.bin") if path.name not in named)
-        return f"{more[0]} is not in the index" if more else None
+        if more:
+            return f"{more[0]} is not in the index"
+        missing = [name for name in self.says.get("tokenizer_files") or () if not (self.path / str(name)).is_file()]
+        return f"{missing[0]} is missing, which {CONFIG} names" if missing else None
 
     def numbers(self, name: str) -> str | None:
         """Whether scales, and values that are stored as they are, are finite; scales not all zero."""

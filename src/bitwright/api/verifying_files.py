@@ -20,9 +20,9 @@ from bitwright.evaluation.loading import load_model
 from bitwright.formats import QuantizedFolder
 from bitwright.stream.memory import peak_memory
 
-FROM_QUANTIZED, FROM_ORIGINAL = 0.25, 1.0
-"""How large the relative squared error of a tensor may be: of codes that were kept, or quantized once more; and of few
-bits. 2 is that of another weight altogether."""
+FROM_QUANTIZED, FROM_ORIGINAL = 0.5, 1.0
+"""How large the relative squared error of a tensor may be: beside codes that were kept, or quantized once more (an
+embedding in two bits); and beside the original's weights. 2 is that of another weight altogether."""
 MOVED = 1e-4
 """Vectors (norms) with a larger error than that were changed on purpose."""
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from bitwright.api.loading import load
     from bitwright.api.planning import Plan, plan
     from bitwright.api.quantizing import Result, quantize, speaks
-    from bitwright.api.verifying import Verification, verify
+    from bitwright.api.soundness import Verification
+    from bitwright.api.verifying import verify
 
 _HOMES = {
     "benching": ("Bench", "bench"),
@@ -28,7 +29,8 @@ _HOMES = {
     "loading": ("load",),
     "planning": ("Plan", "plan"),
     "quantizing": ("Result", "quantize", "speaks"),
-    "verifying": ("Verification", "verify"),
+    "soundness": ("Verification",),
+    "verifying": ("verify",),
 }
 
 __all__ = [

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitwright.api.companions import copy_companions, write_config
+from bitwright.api.engine_files import require_sound_file
 from bitwright.api.exported_terms import kept_linears, refuse_departures, refuse_terms, terms_of, written_model
 from bitwright.api.finishing import bytes_of
 from bitwright.api.format_choice import check_shape, is_file_format, target
@@ -57,7 +58,7 @@ class Exported:
     mean_error: float
     bytes_in: int
     bytes_out: int
-    verified: str | None
+    verified: str
     seconds: float
     peak_bytes: int
 
@@ -89,10 +90,12 @@ def export(
     _refuse(model, format, to, options)
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single) as work:
         if is_file_format(to):
-            differences = to.write(model, work.file if single else work.path, options, listener)
+            place = work.file if single else work.path
+            differences = to.write(model, place, options, listener)
+            verified = require_sound_file(to, place, model, differences)
         else:
             differences = _TensorExport(model, to, format, lossy, work, restart).run(shard_bytes, listener)
-        verified = None if is_file_format(to) else require_sound(work.path, _names(model))
+            verified = require_sound(work.path, _names(model))
         bytes_out = bytes_of(work.file if single else work.path)
         work.publish()
     return _summed(model, output, format, differences, bytes_out, verified, monotonic() - start)
@@ -199,7 +202,7 @@ def _summed(
     format: str,
     lost: Sequence[Difference],
     bytes_out: int,
-    verified: str | None,
+    verified: str,
     seconds: float,
 ) -> Exported:
     worst = max(lost, key=lambda one: one.error, default=None)

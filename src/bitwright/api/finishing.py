@@ -5,6 +5,7 @@ from typing import Any
 
 from bitwright.api.account import run_account
 from bitwright.api.companions import write_companions
+from bitwright.api.engine_files import require_sound_file
 from bitwright.api.format_choice import is_file_format
 from bitwright.api.job import Job, write_options
 from bitwright.api.report_file import REPORT
@@ -35,7 +36,9 @@ def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -
         return account
     place = work.file if job.target.SINGLE else work.path
     told = {key: value for key, value in account.items() if key != "totals"}
-    job.target.write(QuantizedFolder.open(folder), place, write_options(job.recipe, told), listener)
+    model = QuantizedFolder.open(folder)
+    differences = job.target.write(model, place, write_options(job.recipe, told), listener)
+    account["verified"] = require_sound_file(job.target, place, model, differences)
     account["totals"]["bytes_out"] = bytes_of(place)
     if not job.target.SINGLE:
         write_json(work.path / REPORT, account)

@@ -27,6 +27,31 @@ class Check:
     found: str
 
 
+@dataclass(frozen=True)
+class Verification:
+    """What is true of a folder, or of an engine's file.
+
+    ``kl_divergence`` (nats per token, on random tokens) is None without an original; so are ``largest_error``, the
+    tensor that it is in, and ``mean_error``, which are of engines' files alone: ``|W - Wx|^2 / |W|^2`` of every tensor.
+    """
+
+    folder: str
+    format: str
+    against: str | None
+    linears: int
+    bits_per_weight: float
+    kl_divergence: float | None
+    checks: tuple[Check, ...]
+    largest_error: float | None = None
+    largest_in: str | None = None
+    mean_error: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+
 def structure(
     model: QuantizedFolder, expected: Iterable[str] | None = None, listener: Listener = silent
 ) -> tuple[list[Check], float]:
@@ -54,6 +79,11 @@ def require_sound(folder: Path, expected: Iterable[str]) -> str:
     checks = [_complete(model, expected), looked.numbers()]
     if model.format is not None:
         checks.append(_once(model))
+    return published_only_if(checks)
+
+
+def published_only_if(checks: Sequence[Check]) -> str:
+    """What was found, in a line. Raises OutputError where a check failed."""
     failed = [check for check in checks if not check.passed]
     if failed:
         said = "; ".join(f"{check.name}: {check.found}" for check in failed)
@@ -96,7 +126,7 @@ class _Looked:
 
     def numbers(self) -> Check:
         """Shapes fit, scales are finite and not zero."""
-        return Check("scales and shapes", not self.wrong, _first(self.wrong) or "scales finite, shapes fit")
+        return Check("scales and shapes", not self.wrong, first(self.wrong) or "scales finite, shapes fit")
 
     def on_disk(self) -> Check:
         """What is on disk for the linears is what they need, and the files hold no more than their tensors."""
@@ -141,19 +171,21 @@ def _complete(model: QuantizedFolder, expected: Iterable[str] | None) -> Check:
     if expected is not None:
         wanted = set(expected)
         missing = sorted(wanted - there)
-        return Check("complete", not missing, _lacking(missing) or f"all {len(wanted)} tensors of the original")
+        return Check("complete", not missing, lacking(missing) or f"all {len(wanted)} tensors of the original")
     view = ModelView.of(model.checkpoint, there)
     if view is None:
         return Check("complete", True, "not looked at: transformers does not know this architecture; --against tells")
     places = {view.places[tensor] for tensor in there}
     wanted = {f"{linear}.weight" for linear in view.linears if not (view.tied and linear in HEADS)}
     missing = sorted(wanted - places)
-    return Check("complete", not missing, _lacking(missing) or f"all {len(wanted)} linears of the architecture")
+    return Check("complete", not missing, lacking(missing) or f"all {len(wanted)} linears of the architecture")
 
 
-def _lacking(missing: Sequence[str]) -> str:
+def lacking(missing: Sequence[str]) -> str:
+    """In words what is not there, "" for nothing."""
     return f"{missing[0]} is not there, and {len(missing) - 1} others" if missing else ""
 
 
-def _first(texts: Sequence[str]) -> str:
+def first(texts: Sequence[str]) -> str:
+    """The first of several findings, and how many more there are."""
     return f"{texts[0]}, and {len(texts) - 1} others" if len(texts) > 1 else "".join(texts)

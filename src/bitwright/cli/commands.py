@@ -160,15 +160,23 @@ def engines(as_json: Json = False) -> None:
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="Folder of a quantized model, whoever quantized it.")],
-    against: Annotated[Path | None, typer.Option(help="The original model.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a quantized model, .gguf file or MLC-LLM's folder, whoever wrote it.")
+    ],
+    against: Annotated[
+        Path | None, typer.Option(help="The original model; of a file also the quantized folder it was made of.")
+    ] = None,
     logits: Annotated[
-        bool, typer.Option("--logits/--no-logits", help="Run the model too, as transformers loads it.")
+        bool,
+        typer.Option(
+            "--logits/--no-logits",
+            help="Run the model too, as transformers loads it; of a file, its weights in the config of --against.",
+        ),
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Check that a quantized folder is what it claims to be: complete, sound, no larger than its bits, computing what
-    its codes say. Exit code 2 where it is not."""
+    """Check that a quantized folder or file is what it claims to be: complete, sound, no larger than its bits,
+    computing what its codes say. Exit code 2 where it is not."""
     from bitwright import api
 
     with ProgressReport(err) as listener:

@@ -65,9 +65,10 @@ def _loaded(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _made(folder: Path, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Any:
-    """The same of tensors in memory: the folder's config, without its quantization_config."""
+    """The same of tensors in memory: the folder's config, without its quantization_config where it has one."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     found = kind.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True)
     if (folder / "generation_config.json").is_file():

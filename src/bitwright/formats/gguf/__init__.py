@@ -1,7 +1,8 @@
 """GGUF, one file for llama.cpp and what is built on it: weights, architecture and tokenizer together.
 
 ``weights`` says which codes are held and how, ``blocks`` has the layouts, ``architecture`` and ``tokenizer`` what is
-said of the model, ``base`` takes that from another file, ``model`` and ``file`` put it all down.
+said of the model, ``base`` takes that from another file, ``model`` and ``file`` put it all down; ``header`` and
+``reading`` read such a file again.
 """
 
 from collections.abc import Mapping
@@ -20,8 +21,9 @@ from bitwright.formats import QuantizedFolder
 from bitwright.formats.gguf.architecture import Architecture, architecture
 from bitwright.formats.gguf.base import Base
 from bitwright.formats.gguf.blocks import BLOCK, nbytes_of
-from bitwright.formats.gguf.file import tensors_of, write_file
+from bitwright.formats.gguf.file import write_file
 from bitwright.formats.gguf.model import EMBEDDINGS, Conversion
+from bitwright.formats.gguf.reading import GgufFile, opened
 from bitwright.formats.gguf.tokenizer import tokenizer
 from bitwright.formats.gguf.weights import HOLDS, holds, kind_of
 
@@ -29,12 +31,13 @@ __all__ = [
     "HOLDS",
     "SCALES",
     "SINGLE",
+    "GgufFile",
     "adapted",
     "check",
     "check_shape",
     "holds",
+    "opened",
     "stored_bytes",
-    "tensors_of",
     "write",
 ]
 

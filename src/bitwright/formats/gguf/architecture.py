@@ -7,6 +7,7 @@ halves (0, d/2), (1, d/2 + 1), ... of a head, so that rows of q and k change pla
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -125,8 +126,7 @@ class Architecture:
 
     def tensor(self, name: str) -> str | None:
         """GGUF's name of a tensor, None for one that these architectures have no place for."""
-        names = get_tensor_name_map(self.kind, self.blocks)
-        found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        found: str | None = _names(self.kind, self.blocks).get_name(name, try_suffixes=(".weight", ".bias"))
         return found
 
     def rotated_rows(self, name: str) -> Int[Tensor, " O"] | None:
@@ -139,6 +139,12 @@ class Architecture:
             return None
         rows = torch.arange(heads * self.head_dim)
         return rows.view(heads, 2, self.head_dim // 2).transpose(1, 2).reshape(-1)
+
+
+@cache
+def _names(kind: MODEL_ARCH, blocks: int) -> Any:
+    """The library's map of names, which takes it a while to make."""
+    return get_tensor_name_map(kind, blocks)
 
 
 def architecture(config: Config) -> Architecture:

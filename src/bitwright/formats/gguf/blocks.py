@@ -34,6 +34,14 @@ class Block:
 KINDS = {Kind.Q4_0: Block(18, -8, 7), Kind.Q4_1: Block(20, 0, 15), Kind.Q8_0: Block(34, -128, 127)}
 
 
+SCALES = {
+    Kind.Q4_0: (0, 1), Kind.Q4_1: (0, 2), Kind.Q5_0: (0, 1), Kind.Q5_1: (0, 2), Kind.Q8_0: (0, 1),
+    Kind.Q2_K: (80, 2), Kind.Q3_K: (108, 1), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208, 1),
+    Kind.IQ4_NL: (0, 1), Kind.IQ4_XS: (0, 1),
+}  # fmt: skip
+"""Where the float16 numbers of a block begin, in bytes, and how many there are; also of types that are only read."""
+
+
 def nbytes_of(shape: tuple[int, ...], kind: Kind) -> int:
     """Bytes of a tensor of this shape, its last dimension that of rows."""
     count = int(np.prod(shape))
@@ -58,6 +66,21 @@ def packed(
         numbers = numbers - np.uint8(KINDS[kind].lowest % 256)  # wraps round
         out[..., start:] = numbers[..., :16] | numbers[..., 16:] << 4
     return out.reshape(rows, -1)
+
+
+def unpacked(data: Bytes, kind: Kind) -> "Fitted":
+    """What ``packed`` makes rows of blocks from: levels, d and m."""
+    own, rows = KINDS[kind], len(data)
+    blocks = data.reshape(rows, -1, own.nbytes)
+    start = 4 if kind is Kind.Q4_1 else 2
+    shared = torch.from_numpy(blocks[..., :start].copy().view(np.float16))
+    numbers = blocks[..., start:].copy()
+    if kind is Kind.Q8_0:
+        levels = numbers.view(np.int8)
+    else:
+        levels = np.concatenate([numbers & 15, numbers >> 4], -1).view(np.int8) + np.int8(own.lowest)
+    d, m = shared[..., 0].contiguous(), shared[..., 1].contiguous() if kind is Kind.Q4_1 else None
+    return torch.from_numpy(levels).reshape(rows, -1), d, m
 
 
 def valued(

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
 
 from bitwright.checkpoint.writer import atomic
-from bitwright.core.errors import CheckpointError
 from bitwright.core.progress import Listener, Progress
 from bitwright.formats.gguf.blocks import KINDS, nbytes_of
 from bitwright.formats.gguf.entries import Entry
@@ -65,35 +64,3 @@ def _announce(writer: GGUFWriter, tensor: Planned) -> None:
     else:
         shape, dtype = tensor.shape, DTYPES[tensor.kind]
     writer.add_tensor_info(tensor.name, shape, np.dtype(dtype), tensor.nbytes, raw_dtype=tensor.kind)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: its shape [O, I], its type, its bytes; whether every scale (or value) is finite."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    nbytes: int
-    finite: bool
-
-
-def tensors_of(path: Path) -> list[Stored]:
-    """What a GGUF file holds. Raises CheckpointError for one that is cut short or damaged."""
-    try:
-        reader = GGUFReader(path)
-        return [_stored(each) for each in reader.tensors]
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a GGUF file: {error}") from None
-
-
-def _stored(tensor: Any) -> Stored:
-    kind, data = Kind(tensor.tensor_type), tensor.data
-    if kind in KINDS:
-        shared = 4 if kind is Kind.Q4_1 else 2
-        blocks = np.asarray(data).reshape(-1, KINDS[kind].nbytes)[:, :shared]
-        finite = bool(np.isfinite(np.ascontiguousarray(blocks).view(np.float16)).all())
-    else:
-        finite = bool(np.isfinite(data).all())
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    return Stored(tensor.name, shape, kind.name, int(tensor.n_bytes), finite)

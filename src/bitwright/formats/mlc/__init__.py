@@ -5,7 +5,7 @@ tokenizer's files. Which grids there are stands in ``presets.py``, what tensors 
 phone needs a library beside it that MLC compiles for the same architecture and preset.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,19 @@ from bitwright.formats import awq
 from bitwright.formats.mlc import architectures, chat
 from bitwright.formats.mlc.architectures import EMBEDDING, HEAD, Place
 from bitwright.formats.mlc.beforehand import (
-    AUTOAWQ_GROUP,
     FLOAT16,
     HOLDS,
     NO_WEIGHT,
     Chosen,
     cannot_hold,
     check_weights,
-    is_autoawq,
     no_place,
     no_tensor,
     nothing_quantized,
     preset_of,
 )
-from bitwright.formats.mlc.presets import PRESETS, fitted_to, joined, packed, placed
+from bitwright.formats.mlc.presets import AUTOAWQ_GROUP, PRESETS, fitted_to, is_autoawq, joined, lost, packed, placed
+from bitwright.formats.mlc.reading import opened as opened
 from bitwright.formats.mlc.shards import Shards
 
 __all__ = ["HOLDS", "SCALES", "SINGLE", "adapted", "check", "holds", "queries_left_out", "stored_bytes", "write"]
@@ -153,7 +152,7 @@ class _Writing:
             self._plain(f"{name}.weight", weight)
             return
         made = fitted_to(weight, self.preset)
-        self.differences.append(_lost(name, weight, made))
+        self.differences.append(lost(name, weight, made))
         self._add(name, made)
 
     def _matrix(self, place: Place) -> None:
@@ -188,7 +187,7 @@ class _Writing:
         if self.awq or not self.options.lossy:
             raise cannot_hold(f"{name} {why}", self.quantization)
         made = fitted_to(weight, self.preset)
-        self.differences.append(_lost(name, weight, made))
+        self.differences.append(lost(name, weight, made))
         return made
 
     def _add(self, name: str, weight: QTensor) -> None:
@@ -209,18 +208,3 @@ class _Writing:
             raise no_tensor(self.model.folder, name)
         self.pending -= {name}
         return self.model.tensor(name)
-
-
-def _lost(name: str, weight: Tensor, made: QTensor) -> Difference:
-    """Of a weight that had no codes, a part at a time."""
-    lost = size = 0.0
-    for rows in _slices(len(weight)):
-        before = weight[rows].float()
-        part = QTensor(made.codes[rows], made.scale[rows], None, made.grid, made.tile).dequantize(torch.float32)
-        lost += float((before - part).double().square().sum())
-        size += float(before.double().square().sum())
-    return Difference(name, False, lost / size if size else 0.0)
-
-
-def _slices(rows: int, at_once: int = 4096) -> Iterator[slice]:
-    return (slice(start, start + at_once) for start in range(0, rows, at_once))

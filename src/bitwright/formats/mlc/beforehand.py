@@ -11,9 +11,8 @@ from bitwright.core.scheme import Grid, Tile
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures
 from bitwright.formats.mlc.architectures import EMBEDDING, HEAD
-from bitwright.formats.mlc.presets import EMBEDDINGS_KEPT, PRESETS, Preset
+from bitwright.formats.mlc.presets import AUTOAWQ, EMBEDDINGS_KEPT, PRESETS, Preset, is_autoawq
 
-AUTOAWQ, AUTOAWQ_GRID, AUTOAWQ_GROUP = "q4f16_autoawq", Grid(4), 128
 FLOAT16 = "f16"
 NO_WEIGHT = "rotary_emb.inv_freq"
 """How tensors of old checkpoints end that are none."""
@@ -56,11 +55,6 @@ class Chosen:
                 f"--embeddings {FLOAT16} goes with 4 bits (MLC's q4f16_2), and this is {preset.name}; leave it out"
             )
         return cls(EMBEDDINGS_KEPT, False)
-
-
-def is_autoawq(grid: Grid, tile: Tile) -> bool:
-    """Whether such weights have zero points, in the only groups in which MLC reads them."""
-    return grid == AUTOAWQ_GRID and tile.out == 1 and tile.in_ > 0 and tile.in_ % AUTOAWQ_GROUP == 0
 
 
 def preset_of(grid: Grid, tile: Tile) -> Preset:

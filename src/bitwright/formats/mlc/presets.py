@@ -7,15 +7,17 @@ With b bits, off = 2^(b-1) - 1 and groups of g along the input, a weight [N, K] 
 so that whatever runs from -off to off + 1 steps can be said, or, its scale negated, from -off - 1 to off.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
 from bitwright.core.panels import panels
 from bitwright.core.qtensor import QTensor, affine, quantize, tiled, whole
+from bitwright.core.quantized import Difference
 from bitwright.core.scheme import FULL, NAMED, Grid, Scheme, Tile
 from bitwright.steps.range_fit import fitted
 
@@ -53,7 +55,14 @@ class Preset:
 
 PRESETS = tuple(Preset(name.removeprefix("mlc:"), scheme) for name, scheme in [*NAMED.items()][::-1])
 """Those that quantize everything, few bits first."""
+AUTOAWQ, AUTOAWQ_GRID, AUTOAWQ_GROUP = "q4f16_autoawq", Grid(4), 128
+"""MLC's name for AutoAWQ's layout, and what it holds."""
 EMBEDDINGS_KEPT = Preset("q4f16_2", NAMED["mlc:q4f16_1"], embeddings=False)
+
+
+def is_autoawq(grid: Grid, tile: Tile) -> bool:
+    """Whether weights of this grid and tile go into AutoAWQ's layout."""
+    return grid == AUTOAWQ_GRID and tile.out == 1 and tile.in_ > 0 and tile.in_ % AUTOAWQ_GROUP == 0
 
 
 def placed(weight: QTensor, preset: Preset) -> QTensor | None:
@@ -108,3 +117,26 @@ def packed(weight: QTensor, preset: Preset) -> Int32[Tensor, "N W"]:
         for place, one in enumerate(codes.view(len(codes), words, preset.in_word).unbind(2)):
             found[part] |= one << place * bits
     return found
+
+
+def unpacked(words: Int32[Tensor, "R W"], preset: Preset, columns: int) -> Int8[Tensor, "R K"]:
+    """The codes that ``packed`` makes rows of words from, as levels: from -off to off + 1."""
+    grid, codes = preset.scheme.weight, torch.empty(*words.shape, preset.in_word, dtype=torch.int8)
+    for place in range(preset.in_word):
+        codes[:, :, place] = (words >> place * grid.bits) & grid.steps
+    return codes.view(len(words), -1)[:, :columns] + grid.qmin
+
+
+def lost(name: str, weight: Tensor, made: QTensor) -> Difference:
+    """Of a weight that had no codes, a part at a time."""
+    gone = size = 0.0
+    for rows in _slices(len(weight)):
+        before = weight[rows].float()
+        part = QTensor(made.codes[rows], made.scale[rows], None, made.grid, made.tile).dequantize(torch.float32)
+        gone += float((before - part).double().square().sum())
+        size += float(before.double().square().sum())
+    return Difference(name, False, gone / size if size else 0.0)
+
+
+def _slices(rows: int, at_once: int = 4096) -> Iterator[slice]:
+    return (slice(start, start + at_once) for start in range(0, rows, at_once))

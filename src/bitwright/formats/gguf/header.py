@@ -1,0 +1,195 @@
+"""What a GGUF file says before its data, distrusted: every length is held against that of the file.
+
+    "GGUF", version, number of tensors, number of keys; keys with values; names, shapes, types, offsets; data, aligned
+
+Texts and lists are skipped, not kept: a vocabulary is long, and nobody here reads it.
+"""
+
+import mmap
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from struct import Struct, unpack_from
+from typing import Any
+
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFValueType as ValueType
+
+from bitwright.core.errors import CheckpointError
+
+MAGIC, VERSIONS, ALIGNMENT, DIMENSIONS = b"GGUF", (2, 3), 32, 4
+SCALARS = {
+    ValueType.UINT8: "<B", ValueType.INT8: "<b", ValueType.UINT16: "<H", ValueType.INT16: "<h",
+    ValueType.UINT32: "<I", ValueType.INT32: "<i", ValueType.UINT64: "<Q", ValueType.INT64: "<q",
+    ValueType.FLOAT32: "<f", ValueType.FLOAT64: "<d", ValueType.BOOL: "<?",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A list of so many values."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor: its shape, rows last but one, and where its bytes begin in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the file says; ``tensors`` by name, in order, and ``nbytes``, where the last of them ends."""
+
+    path: Path
+    says: Mapping[str, Any]
+    tensors: Mapping[str, Entry]
+    alignment: int
+    nbytes: int
+
+
+def read_header(path: Path) -> Header:
+    """Raises CheckpointError for what is no GGUF file, is cut short, or contradicts itself."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+            if start != MAGIC:
+                raise CheckpointError(
+                    f"{path}: is no GGUF file: it begins with {start!r}, not {MAGIC!r}; name a folder or a .gguf file, "
+                    "or download it again"
+                )
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _header(path, _Walk(path, data))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read as a GGUF file: {error}") from None
+
+
+def _header(path: Path, walk: "_Walk") -> Header:
+    version = walk.number("<I", "its version")
+    if version not in VERSIONS:
+        raise CheckpointError(f"{path}: is GGUF of version {version}; read are {VERSIONS}, for little-endian machines")
+    tensors, keys = walk.number("<Q", "how many tensors"), walk.number("<Q", "how many keys")
+    says: dict[str, Any] = {}
+    for _ in range(keys):
+        key = walk.text("a key of the metadata")
+        if key in says:
+            raise CheckpointError(f"{path}: says {key} twice; the file is damaged")
+        says[key] = walk.value(walk.number("<I", key), key)
+    found = list(_tensors(walk, tensors))
+    alignment = says.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise CheckpointError(f"{path}: aligns its tensors by {alignment}; the file is damaged")
+    begins = _aligned(walk.at, alignment)
+    entries = [_placed(path, begins, alignment, *one) for one in found]
+    _refuse(path, entries, len(walk.data))
+    ends = max((entry.start + entry.nbytes for entry in entries), default=begins)
+    return Header(path, says, {entry.name: entry for entry in entries}, alignment, ends)
+
+
+def _tensors(walk: "_Walk", count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+    """Name, shape, type and offset in the data."""
+    for _ in range(count):
+        name = walk.text("the name of a tensor")
+        dimensions = walk.number("<I", name)
+        shape = tuple(walk.number("<Q", name) for _ in range(min(dimensions, DIMENSIONS)))
+        if not 0 < dimensions <= DIMENSIONS or 0 in shape:
+            raise CheckpointError(f"{walk.path}: {name} is of shape {list(shape)}; the file is damaged")
+        yield name, shape[::-1], walk.number("<I", name), walk.number("<Q", name)
+
+
+def _placed(
+    path: Path, begins: int, alignment: int, name: str, shape: tuple[int, ...], kind: int, offset: int
+) -> Entry:
+    """Raises CheckpointError for a type that nobody knows, a row that is no whole number of blocks, a crooked place."""
+    try:
+        block, nbytes = GGML_QUANT_SIZES[Kind(kind)]
+    except (ValueError, KeyError):
+        raise CheckpointError(f"{path}: {name} is of type {kind}, which gguf's library does not know") from None
+    if shape[-1] % block or offset % alignment:
+        raise CheckpointError(
+            f"{path}: {name} {list(shape)} is no whole number of {Kind(kind).name}'s blocks of {block}, or begins at "
+            f"{offset}, which is not aligned; the file is damaged"
+        )
+    count = 1
+    for size in shape:
+        count *= size
+    return Entry(name, shape, Kind(kind), begins + offset, count // block * nbytes)
+
+
+def _refuse(path: Path, entries: list[Entry], length: int) -> None:
+    """Raises CheckpointError for a name that is there twice, tensors that overlap, and a file that ends early."""
+    twice = [name for name, times in Counter(entry.name for entry in entries).items() if times > 1]
+    if twice:
+        raise CheckpointError(f"{path}: has tensor {twice[0]} twice; the file is damaged, or its writer is at fault")
+    end, before = 0, ""
+    for entry in sorted(entries, key=lambda entry: entry.start):
+        if entry.start < end:
+            raise CheckpointError(f"{path}: {entry.name} begins within {before}; the file is damaged")
+        end, before = entry.start + entry.nbytes, entry.name
+        if end > length:
+            raise CheckpointError(
+                f"{path}: is cut short: {before} ends at byte {end:,}, the file at {length:,}; download it again"
+            )
+
+
+def _aligned(at: int, alignment: int) -> int:
+    return -(-at // alignment) * alignment
+
+
+class _Walk:
+    """Through the bytes, never beyond their end."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at = path, data, len(MAGIC)
+
+    def number(self, form: str, what: str) -> Any:
+        """The next number of this form."""
+        return unpack_from(form, self.data, self._past(Struct(form).size, what))[0]
+
+    def text(self, what: str) -> str:
+        """The next text. Raises CheckpointError where it is none."""
+        count = self.number("<Q", what)
+        start = self._past(count, what)
+        try:
+            return self.data[start : start + count].decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{self.path}: {what} is no text; the file is damaged") from None
+
+    def value(self, kind: int, key: str) -> Any:
+        """The next value of a type: a number, a text, or how many a list has."""
+        if kind == ValueType.STRING:
+            return self.text(key)
+        if kind in SCALARS:
+            return self.number(SCALARS[ValueType(kind)], key)
+        if kind != ValueType.ARRAY:
+            raise CheckpointError(
+                f"{self.path}: {key} is of type {kind}, which GGUF does not have; the file is damaged"
+            )
+        of, count = self.number("<I", key), self.number("<Q", key)
+        if of in SCALARS:
+            self._past(count * Struct(SCALARS[ValueType(of)]).size, key)
+            return Listed(count)
+        if of != ValueType.STRING:
+            raise CheckpointError(f"{self.path}: {key} is a list of type {of}, which is not read; the file is damaged")
+        for _ in range(count):
+            self._past(self.number("<Q", key), key)
+        return Listed(count)
+
+    def _past(self, count: int, what: str) -> int:
+        """Where the next bytes begin, which are passed."""
+        start = self.at
+        self.at += count
+        if self.at > len(self.data):
+            raise CheckpointError(
+                f"{self.path}: is cut short, or damaged: it ends at byte {len(self.data):,}, within {what}; download "
+                "it again"
+            )
+        return start

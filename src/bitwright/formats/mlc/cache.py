@@ -1,0 +1,120 @@
+"""The index of MLC-LLM's shards read back, distrusted: which tensor lies where, and that it can."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import file_digest, md5
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitwright.checkpoint.strict_json import parse_object
+from bitwright.core.errors import CheckpointError
+from bitwright.formats.mlc.shards import INDEX
+
+INDICES = (INDEX, "ndarray-cache.json")
+"""What the index is called, now and in older folders."""
+RAW, RAW_SHARD = "raw", "raw-shard"
+ITEM = {"uint32": "<u4", "int32": "<i4", "float16": "<f2", "float32": "<f4", "bfloat16": "<u2", "uint8": "u1"}
+ITEM |= {"int8": "i1", "uint16": "<u2"}
+"""NumPy's names of the types that are read; bfloat16 as the words it is."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A tensor: its shape and type there, the shard, and where in it its bytes begin."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    shard: Path
+    start: int
+    nbytes: int
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Any:
+        """Rows [start, stop) as they lie there, mapped."""
+        item, stop = np.dtype(ITEM[self.dtype]), self.shape[0] if stop is None else stop
+        each = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return np.memmap(self.shard, item, "r", self.start + start * each, shape)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What an index says; ``digests`` are the shards' checksums."""
+
+    records: Mapping[str, Record]
+    digests: Mapping[Path, str]
+
+    def changed(self) -> list[str]:
+        """Shards that are not what their checksums say, all bytes being read."""
+        wrong = []
+        for path, said in self.digests.items():
+            with path.open("rb") as file:
+                if file_digest(file, lambda: md5(usedforsecurity=False)).hexdigest() != said:
+                    wrong.append(f"{path.name} is not what its checksum says")
+        return wrong
+
+
+def read_cache(folder: Path) -> Cache:
+    """Raises CheckpointError for an index that is not there or contradicts itself, and for shards that are missing or
+    of another length."""
+    path = next((folder / name for name in INDICES if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{folder}: has no {INDICES[0]}, MLC-LLM's index of weights; copy the whole folder")
+    records, digests = dict[str, Record](), dict[Path, str]()
+    try:
+        for said in parse_object(path.read_bytes(), str(path))["records"]:
+            shard = _shard(folder, path, said)
+            if said.get("md5sum"):
+                digests[shard] = str(said["md5sum"])
+            for record in _records(path, shard, said):
+                if record.name in records:
+                    raise CheckpointError(f"{path}: names {record.name} twice; the folder is damaged, write it again")
+                records[record.name] = record
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is no index of MLC-LLM's weights: {error!r}; copy the folder again") from None
+    return Cache(records, digests)
+
+
+def _shard(folder: Path, index: Path, said: Any) -> Path:
+    """The file of a shard, there and as long as the index says."""
+    name = str(said["dataPath"])
+    path = folder / name
+    if Path(name).name != name or said["format"] != RAW_SHARD:
+        raise CheckpointError(f"{index}: {name} is no shard beside it, in format {RAW_SHARD}; the index is damaged")
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: {name} is missing, which {index.name} names; copy the whole folder again")
+    if (length := path.stat().st_size) != said["nbytes"]:
+        raise CheckpointError(
+            f"{path}: has {length:,} bytes, and {index.name} says {said['nbytes']:,}; copy or write the folder again"
+        )
+    return path
+
+
+def _records(index: Path, shard: Path, said: Any) -> list[Record]:
+    """The tensors of a shard, one after the other."""
+    found, end = [], 0
+    for one in sorted(said["records"], key=lambda one: one["byteOffset"]):
+        name, shape, dtype = str(one["name"]), tuple(int(size) for size in one["shape"]), str(one["dtype"])
+        start, nbytes = int(one["byteOffset"]), int(one["nbytes"])
+        # float32 that is kept as bfloat16 until it is loaded
+        stored = "bfloat16" if one["format"] == "f32-to-bf16" and dtype == "float32" else dtype
+        if stored not in ITEM or not (one["format"] == RAW or stored != dtype) or not shape:
+            raise CheckpointError(
+                f"{index}: {name} is {dtype} {list(shape)} in format {one['format']}, which is not read"
+            )
+        if int(np.prod(shape)) * np.dtype(ITEM[stored]).itemsize != nbytes or min(shape) < 1:
+            raise CheckpointError(
+                f"{index}: {name} is {dtype} {list(shape)} and {nbytes:,} bytes; the index is damaged"
+            )
+        if start < end or start + nbytes > said["nbytes"]:
+            raise CheckpointError(
+                f"{index}: {name} lies at bytes {start:,} to {start + nbytes:,} of {shard.name}, within another tensor "
+                "or beyond its end; the index is damaged"
+            )
+        end = start + nbytes
+        found.append(Record(name, shape, stored, shard, start, nbytes))
+    if end != said["nbytes"]:
+        raise CheckpointError(f"{shard}: has bytes after its last tensor; the folder is damaged, write it again")
+    return found

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bitwright.core import fake_quant, panels
-from bitwright.core.fake_quant import fake_quantize, fake_quantize_each, fake_quantize_tokens
+from bitwright.core.fake_quant import FakeQuantizer, fake_quantize, fake_quantize_tokens
 from bitwright.core.qtensor import affine, dequantize, quantize, tiled
 from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.steps.ranges import minmax
@@ -112,7 +112,7 @@ def test_each_is_as_alone(name: str, dtype: torch.dtype, monkeypatch: pytest.Mon
     weights = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     ranges = [clipping(w, t) for w, t in zip(weights, tiles, strict=True)]
     gradients = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    found = fake_quantize_each(weights, ranges, tiles, grid, torch.bfloat16, dtype)
+    found = FakeQuantizer(tiles, grid, torch.bfloat16, dtype)(weights, ranges)
     for weight, ends, tile, gradient, made in zip(weights, ranges, tiles, gradients, found, strict=True):
         alone = fake_quantize(weight, *ends, grid, tile, torch.bfloat16, dtype)
         assert made.dtype == dtype and torch.equal(made, alone)
@@ -120,3 +120,18 @@ def test_each_is_as_alone(name: str, dtype: torch.dtype, monkeypatch: pytest.Mon
         ours, expected = (torch.autograd.grad(x, given, gradient, retain_graph=True) for x in (made, alone))
         for one, other in zip(ours, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_on_other_weights() -> None:
+    """Weights of the step before are not taken for those of this one; the same ones are not put together again."""
+    scheme = Scheme.parse("W3A16g32")
+    fake = FakeQuantizer([scheme.tile] * 2, scheme.weight, torch.bfloat16)
+    first, second, third = torch.randn(3, 16, 64).unbind()
+
+    def check(*weights: Tensor) -> None:
+        ranges = [minmax(weight, scheme.tile) for weight in weights]
+        for weight, ends, made in zip(weights, ranges, fake(weights, ranges), strict=True):
+            assert torch.equal(made, fake_quantize(weight, *ends, scheme.weight, scheme.tile, torch.bfloat16))
+
+    for weights in ((first, second), (first, second), (first, third), (third, first)):
+        check(*weights)

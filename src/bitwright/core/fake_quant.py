@@ -19,7 +19,7 @@ faster than whole passes.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -53,30 +53,46 @@ def fake_quantize(
     return quantized
 
 
-def fake_quantize_each(
-    weights: Sequence[Float[Tensor, "O I"]],
-    ranges: Sequence[tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]],
-    tiles: Sequence[Tile],
-    grid: Grid,
-    scale_dtype: torch.dtype,
-    dtype: torch.dtype = torch.float32,
-) -> list[Float[Tensor, "O I"]]:
-    """``fake_quantize`` of several weights. Small ones whose tiles are rows of one length go together, which takes
-    hardly longer than one of them."""
-    lengths = [_row(weight, tile) for weight, tile in zip(weights, tiles, strict=True)]
-    found: dict[int, Tensor] = {}
-    for length in dict.fromkeys(lengths):
-        alike = [n for n, other in enumerate(lengths) if other == length]
-        if length is None or len(alike) == 1:
-            of_one = partial(fake_quantize, grid=grid, scale_dtype=scale_dtype, dtype=dtype)
-            found |= {n: of_one(weights[n], *ranges[n], tile=tiles[n]) for n in alike}
-            continue
-        rows = torch.cat([weights[n].reshape(-1, length) for n in alike])
-        low, high = (torch.cat([ranges[n][end].reshape(-1, 1) for n in alike]) for end in (0, 1))
-        made = fake_quantize(rows, low, high, grid, Tile(1, length), scale_dtype, dtype)
-        parts = made.split([weights[n].numel() // length for n in alike])
-        found |= {n: part.view(weights[n].shape) for n, part in zip(alike, parts, strict=True)}
-    return [found[n] for n in range(len(weights))]
+class FakeQuantizer:
+    """``fake_quantize`` of several weights, step after step. Small ones whose tiles are rows of one length go together,
+    which takes hardly longer than one of them."""
+
+    def __init__(
+        self, tiles: Sequence[Tile], grid: Grid, scale_dtype: torch.dtype, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """``tiles``: of each weight."""
+        self.tiles, self.grid, self.scale_dtype, self.dtype = tiles, grid, scale_dtype, dtype
+        self._seen: dict[int, tuple[list[Tensor], Tensor]] = {}
+
+    def __call__(
+        self,
+        weights: Sequence[Float[Tensor, "O I"]],
+        ranges: Sequence[tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]],
+    ) -> list[Float[Tensor, "O I"]]:
+        """The weights that their codes stand for, as ``fake_quantize`` makes them."""
+        lengths = [_row(weight, tile) for weight, tile in zip(weights, self.tiles, strict=True)]
+        found: dict[int, Tensor] = {}
+        for length in dict.fromkeys(lengths):
+            alike = [n for n, other in enumerate(lengths) if other == length]
+            if length is None or len(alike) == 1:
+                found |= {n: self._one(weights[n], *ranges[n], self.tiles[n]) for n in alike}
+                continue
+            low, high = (torch.cat([ranges[n][end].reshape(-1, 1) for n in alike]) for end in (0, 1))
+            made = self._one(self._rows([weights[n] for n in alike], length), low, high, Tile(1, length))
+            parts = made.split([weights[n].numel() // length for n in alike])
+            found |= {n: part.view(weights[n].shape) for n, part in zip(alike, parts, strict=True)}
+        return [found[n] for n in range(len(weights))]
+
+    def _one(self, weight: Tensor, low: Tensor, high: Tensor, tile: Tile) -> Tensor:
+        return fake_quantize(weight, low, high, self.grid, tile, self.scale_dtype, self.dtype)
+
+    def _rows(self, weights: list[Tensor], length: int) -> Float[Tensor, "R n"]:
+        """The tiles of some weights; those that nothing transforms are the same tensors in every step."""
+        before, rows = self._seen.get(length, ([], None))
+        if rows is None or rows.requires_grad or any(a is not b for a, b in zip_longest(before, weights)):
+            rows = torch.cat([weight.reshape(-1, length) for weight in weights])
+            self._seen[length] = (weights, rows)
+        return rows
 
 
 def _row(weight: Float[Tensor, "O I"], tile: Tile) -> int | None:

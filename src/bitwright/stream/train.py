@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
-from bitwright.core.fake_quant import fake_quantize_each
+from bitwright.core.fake_quant import FakeQuantizer
 from bitwright.core.method import Activations, Context, Learnable, Learned, Range
 from bitwright.core.scheme import Tile
 from bitwright.steps.activations import quantized_activations
@@ -91,6 +91,8 @@ class Trainer:
         held = next(block.module.parameters()).dtype
         self.arithmetic = arithmetic or held
         self.running = running_dtype(held, self.arithmetic)
+        scheme, tiles = context.scheme, [decided.tile(name, context.scheme) for name in block.topology.linears]
+        self.quantizer = FakeQuantizer(tiles, scheme.weight, context.scale_dtype, self.arithmetic)
         self.fallbacks: list[str] = []
         self.learned: dict[str, Tensor] = {}
 
@@ -143,18 +145,15 @@ class Trainer:
     def substituted(self) -> dict[str, Tensor]:
         """The block's parameters, transformed and fake-quantized, in what a step runs in; differentiable in every
         learnable."""
-        scheme, dtype = self.context.scheme, self.context.scale_dtype
         parameters: Mapping[str, Tensor] = self.base
         for learnable in self.learnables:
             parameters = learnable.transform(parameters)
         names = self.block.topology.linears
         whole = {name: parameters[f"{name}.weight"] for name in names}
-        tiles = {name: self.decided.tile(name, scheme) for name in names}
         inside = {name: self.decided.linear(name).inside(whole[name]) for name in names}
-        ranges = [self._range(name, inside[name], tiles[name]) for name in names]
-        each = list(inside.values()), ranges, list(tiles.values())
+        ranges = [self._range(name, inside[name], tile) for name, tile in zip(names, self.quantizer.tiles, strict=True)]
         quantized = {name: p.to(self.running) for name, p in parameters.items()}
-        for name, made in zip(names, fake_quantize_each(*each, scheme.weight, dtype, self.arithmetic), strict=True):
+        for name, made in zip(names, self.quantizer(list(inside.values()), ranges), strict=True):
             kept = self.decided.linear(name).outliers
             quantized[f"{name}.weight"] = made if kept is None else whole[name].to(made.dtype).where(kept, made)
         return quantized
@@ -212,7 +211,8 @@ class Trainer:
             sums = torch.zeros(())
             order = torch.randperm(count, generator=generator)
             for rows in order.split(training.batch_size):
-                sums += self._step(rows, optimizer) * len(rows)
+                one = slice(int(rows), int(rows) + 1) if len(rows) == 1 else rows  # which copies nothing
+                sums += self._step(one, optimizer) * len(rows)
                 scheduler.step()
             losses.append(float(sums) / count)
             self._report(len(losses), f"epoch {len(losses)}/{training.epochs} loss {losses[-1]:.4g}")
@@ -222,7 +222,7 @@ class Trainer:
                 break
         return losses, best, best_loss
 
-    def _step(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    def _step(self, rows: Tensor | slice, optimizer: torch.optim.Optimizer) -> Tensor:
         objective, place = self.objective, next(self.block.module.parameters()).device
         inputs, kwargs = objective.inputs.quantized[rows].to(place, self.running), cast(objective.kwargs, self.running)
         parameters = self.substituted()

@@ -71,9 +71,9 @@ def test_a_loss_that_is_not_finite_goes_back_and_slower(streamed: Streamed, monk
         real, calls = Objective.loss, []
 
         def breaks(self: Objective, outputs: Tensor, rows: Tensor | slice) -> Tensor:
-            calls.append(rows)
             loss = real(self, outputs, rows)
-            return loss * float("nan") if isinstance(rows, Tensor) and len(calls) == 12 else loss
+            calls.extend([rows] * outputs.requires_grad)
+            return loss * float("nan") if outputs.requires_grad and len(calls) == 12 else loss
 
         monkeypatch.setattr(Objective, "loss", breaks)
         decided = training.run()

@@ -101,11 +101,11 @@ class Learnable:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """All parameters, by ``group/name``."""
+        """All parameters, by ``group/name``; those of a group, or parts of them in the same memory."""
         return {f"{group}/{name}": p for group, (tensors, _) in self.groups.items() for name, p in tensors.items()}
 
     def transform(self, parameters: Parameters) -> Parameters:
-        """The block's parameters as this method transforms them; differentiable."""
+        """The block's parameters as this method transforms them; differentiable. A step begins with it."""
         return parameters
 
     @property

@@ -38,27 +38,45 @@ LEAST = 0.05
 
 
 class Clipping(Learnable):
-    """a and b of every tile of every linear; gamma and beta are their sigmoids."""
+    """a and b of every tile of every linear; gamma and beta are their sigmoids.
+
+    The optimizer sees all of them as two tensors: of small blocks, one operation takes as long on one linear as on all.
+    """
 
     def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
         """Starts at sigmoid(4), or at the ranges decided."""
         self.context = context
         self.tiles = {n: decisions.tile(n, context.scheme) for n in block.topology.linears}
-        self.a, self.b, self.room = {}, {}, dict[str, Range]()
+        starts, self.room = {}, dict[str, Range]()
         for name, weight in weights_of(block, decisions).items():
             (b, low), (a, high) = _starts(weight, decisions.linear(name), self.tiles[name])
-            self.a[name], self.b[name], self.room[name] = a.requires_grad_(), b.requires_grad_(), (low, high)
+            starts[name], self.room[name] = (a, b), (low, high)
+        self._all = [torch.cat([ends[n].flatten() for ends in starts.values()]).requires_grad_() for n in (0, 1)]
+        self._shapes = {name: a.shape for name, (a, _) in starts.items()}
+        self.a, self.b = (self._by_linear(every.detach()) for every in self._all)
+        self._shares = self.a, self.b
         self._seen: dict[str, tuple[Tensor, Range]] = {}
         rate = context.settings.lwc_lr
-        super().__init__({"lwc.a": (self.a, rate), "lwc.b": (self.b, rate)})
+        super().__init__({f"lwc.{end}": ({"all": every}, rate) for end, every in zip("ab", self._all, strict=True)})
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Those of each linear, in the memory of all."""
+        return {f"lwc.{end}/{name}": p for end in "ab" for name, p in getattr(self, end).items()}
+
+    def transform(self, parameters: Parameters) -> Parameters:
+        """Nothing else; gamma and beta of this step."""
+        gamma, beta = (self._by_linear(every.sigmoid()) for every in self._all)
+        self._shares = gamma, beta
+        return parameters
 
     def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
         """low = beta min(W), high = gamma max(W)."""
         # A weight that nothing transforms is the same tensor in every step.
         if linear not in self._seen or self._seen[linear][0] is not weight:
             self._seen[linear] = (weight, self._ends(linear, weight))
-        low, high = self._seen[linear][1]
-        return self.b[linear].sigmoid() * low, self.a[linear].sigmoid() * high
+        (gamma, beta), (low, high) = self._shares, self._seen[linear][1]
+        return beta[linear] * low, gamma[linear] * high
 
     @torch.no_grad()
     def refine(self, linear: str, weight: Float[Tensor, "O I"], moments: Moments) -> None:
@@ -75,9 +93,14 @@ class Clipping(Learnable):
         for name in self.tiles:
             so_far = decisions.linear(name)
             low, high = self._ends(name, so_far.inside(parameters[f"{name}.weight"]))
-            low, high = self.b[name].detach().sigmoid() * low, self.a[name].detach().sigmoid() * high
+            low, high = self.b[name].sigmoid() * low, self.a[name].sigmoid() * high
             decided[name] = replace(so_far, low=low, high=high)
         return decisions.with_linears(decided)
+
+    def _by_linear(self, every: Tensor) -> dict[str, Tensor]:
+        """Views of the part of each linear."""
+        parts = every.split([shape.numel() for shape in self._shapes.values()])
+        return {name: part.view(shape) for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
 
     def _ends(self, linear: str, weight: Float[Tensor, "O I"]) -> Range:
         """What gamma and beta are shares of: min-max, and more where the start reached further."""

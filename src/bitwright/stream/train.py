@@ -229,8 +229,7 @@ class Trainer:
         with rounding_inputs(place, self.arithmetic):
             outputs = forward(self.block, parameters, inputs, kwargs)
         loss = objective.loss(outputs, rows)
-        for parameter in self._parameters():
-            parameter.grad = None
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.detach().cpu()

@@ -160,7 +160,7 @@ def main(request: str, result: str) -> None:
     from importlib.metadata import version
 
     asked = json.loads(Path(request).read_text())
-    runner = asked["library"] or f"xllamacpp {version('xllamacpp')}"
+    runner = Path(asked["library"]).name if asked["library"] else f"xllamacpp {version('xllamacpp')}"
     Path(result).write_text(json.dumps(measure(asked) | {"version": runner}))
 
 

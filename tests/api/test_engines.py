@@ -129,6 +129,12 @@ def test_sizes_that_the_kernel_of_an_engine_does_not_take(
 def test_outputs_of_joined_linears_count_together(tiny: Checkpoints) -> None:
     recipe = Recipe(str(tiny(head_dim=8, num_key_value_heads=2)), "W4A16g32", "rtn", engines="vllm")
     assert api.plan(recipe).linears == 14, "16 outputs of k and of v are no multiple of 32, 64 of all three are"
+    alone = Recipe(
+        str(tiny(hidden_size=96, head_dim=24, num_key_value_heads=1)), "W4A16g32", "rtn", engines="gptqmodel"
+    )
+    with pytest.raises(RecipeError, match=r"self_attn\.k_proj: 24 output features are no multiple of 16"):
+        api.plan(alone)
+    assert api.plan(replace(alone, format="awq", engines=None)).format == "awq"
 
 
 def test_an_output_layer_that_an_engine_does_not_load(tiny: Checkpoints) -> None:

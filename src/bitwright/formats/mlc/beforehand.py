@@ -79,7 +79,11 @@ def check_weights(config: Mapping[str, Any], folder: Path, options: WriteOptions
             raise cannot_hold(f"{kept[0]} is not quantized", chosen.name, options.lossy)
         if chosen.awq and not kept:
             shapes = [foreseen.linears[linear] for linear in place.linears]
-            awq.check_shape(place.name, (sum(rows for rows, _ in shapes), shapes[0][1]))
+            if (outputs := sum(rows for rows, _ in shapes)) % awq.IN_WORD:
+                raise RecipeError(
+                    f"{place.name}: {outputs} output features are no multiple of {awq.IN_WORD}, as {AUTOAWQ} packs "
+                    "them; quantize the original with --scheme mlc:q4f16_1"
+                )
     for name in sorted(wanted - names):
         raise no_tensor(folder, name)
     for name in sorted(name for name in names - wanted - {f"{HEAD}.weight"} if not name.endswith(NO_WEIGHT)):

@@ -77,8 +77,23 @@ def test_in_turn() -> None:
 
 def test_a_process_that_fails_says_why() -> None:
     broken = Contender("model", "M", (sys.executable, "-c", "raise SystemExit('no room')"), {})
-    with pytest.raises(UserError, match=r"M could not be measured: its process ended with 1\. It said:\nno room"):
+    with pytest.raises(UserError, match=r"M could not be measured: its process ended with 1\. It said:\nno room$"):
         measure_in_turn([broken], 1, lambda _: None)
+
+
+def test_a_process_that_is_killed_was_most_likely_out_of_memory() -> None:
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    killed = Contender("model", "M", (sys.executable, "-c", kill), {})
+    with pytest.raises(
+        UserError, match=r"its process was ended by signal 9\. .*\nnothing\nIt was most likely out of mem"
+    ):
+        measure_in_turn([killed], 1, lambda _: None)
+
+
+def test_what_a_process_refuses_is_all_that_is_said() -> None:
+    refuse = "import sys; sys.stderr.write('M takes 9 tokens at most'); raise SystemExit(3)"
+    with pytest.raises(UserError, match=r"^M takes 9 tokens at most$"):
+        measure_in_turn([Contender("model", "M", (sys.executable, "-c", refuse), {})], 1, lambda _: None)
 
 
 @pytest.mark.parametrize("original", ["file", "folder"])
@@ -95,6 +110,14 @@ def test_llama_cpp(original: str, tmp_path: Path) -> None:
     assert found.weight_ratio is not None and 0.25 < found.weight_ratio < 0.4
     assert all(row.tokens_per_second > 0 and row.prompt_tokens_per_second > 0 for row in found.rows)
     assert found.rows[1].model == str(against)
+
+
+def test_more_tokens_than_a_file_takes(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    folder = Path(bitwright.demo.__file__).parent / "model"
+    bitwright.quantize(Recipe(str(folder), "W4A16g32sym", "rtn", "gguf"), tmp_path / "q4.gguf")
+    with pytest.raises(UserError, match=r"^\S+q4\.gguf takes \d+ tokens at most, and 50000 were asked for; give --pro"):
+        api.bench(tmp_path / "q4.gguf", tokens=50000, threads=1, rounds=1)
 
 
 def test_llama_cpp_and_a_folder(packed: Path) -> None:
@@ -149,5 +172,7 @@ def test_what_is_asked(tiny: Checkpoints) -> None:
         api.bench(tiny(), tokens=0)
     with pytest.raises(UserError, match="takes 128 tokens at most, and 512 were asked for"):
         api.bench(tiny())
+    with pytest.raises(UserError, match=r"bench measures in transformers and llama\.cpp, not in vllm"):
+        api.bench(tiny(), engine="vllm")
     with pytest.raises(UserError, match=r"bench knows no engine .lama\.cpp.; did you mean llama\.cpp"):
         api.bench(tiny(), engine="lama.cpp")

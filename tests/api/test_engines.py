@@ -70,7 +70,10 @@ def test_what_does_not_run_is_refused_with_the_nearest_that_does(
     ({"engines": "llamacpp"}, "there is no engine 'llamacpp'; did you mean llama.cpp"),
     ({"engines": "llama.cpp", "method": "easyquant"}, r"outliers \(--outliers 0 keeps none\)"),
     ({"engines": "llama.cpp", "format": "gptq"}, "does not load format gptq; it loads gguf"),
-    ({"engines": "llama.cpp,vllm"}, r"no one format .*llama\.cpp gguf; vllm comp.*export OUTPUT --format comp"),
+    ({"engines": "llama.cpp,vllm"}, r"no one format .*llama\.cpp gguf; vllm comp.*--engine vllm alone.* --format gguf"),
+    ({"engines": "transformers", "format": "dense"}, "loads format dense as any folder, in 16 bits; .*formats: comp"),
+    ({"engines": "transformers", "format": "gptq"}, "loads format gptq with gptqmodel and optimum beside it"),
+    ({"engines": "vllm", "format": "gptq"}, r"W4A16g32sym, or leave --format out: vllm runs W4A16g32 in compress"),
     ({"engines": ""}, "engines names none; take transformers, vllm"),
     ({"engines": "vllm", "method": "adadim"}, r"the method may choose.*It runs this scheme with --axis oc;"),
     ({"engines": "vllm", "method": "easyquant", "axis": "auto"}, "this scheme with --outliers 0 --axis oc;"),
@@ -80,6 +83,91 @@ def test_refused(how: dict[str, str], says: str, tiny: Checkpoints) -> None:
     recipe = Recipe(str(tiny()), **({"scheme": "W4A16g32", "method": "rtn"} | how))  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=says):
         for_engines(recipe)
+
+
+COMMAND = r"bitwright export OUTPUT --format (\S+) --output (\S+?)(?:;|$)"
+
+
+@pytest.mark.parametrize(("scheme", "engines", "first"), [
+    ("W4A16g128", "llama.cpp,vllm", "vllm"), ("W4A16g128sym", "mlc,llama.cpp,gptqmodel", "gptqmodel"),
+    ("W4A16g32sym", "mlc,llama.cpp", None), ("mlc:q4f16_1", "mlc,transformers", "transformers"),
+    ("W4A16g128", "mlc,vllm,transformers,llama.cpp", "vllm"),
+])  # fmt: skip
+def test_what_is_advised_for_several_engines_works(
+    scheme: str, engines: str, first: str | None, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    recipe = Recipe(str(tiny(**WIDE, eos_token_id=0)), scheme, "rtn", engines=engines)
+    with pytest.raises(RecipeError) as error:
+        for_engines(recipe)
+    begin = re.search(r"Quantize with (?:--engine (\S+) alone|--format (\S+) and no --engine),", str(error.value))
+    assert begin is not None and begin[1] == first, str(error.value)
+    bitwright.quantize(replace(recipe, engines=begin[1], format=begin[2]), tmp_path / "OUTPUT")
+    exports = re.findall(COMMAND, str(error.value))
+    assert exports
+    for format, output in exports:
+        found = bitwright.export(tmp_path / "OUTPUT", tmp_path / output, format=format)
+        assert found.codes_kept == found.linears
+
+
+@pytest.mark.parametrize(("sizes", "scheme", "says"), [
+    ({"hidden_size": 80, "intermediate_size": 100, "head_dim": 20}, "W4A16sym",
+     r"self_attn\.q_proj, k_proj, v_proj: 80 input features are no multiple of 32.*\. No scheme helps;"),
+    ({"intermediate_size": 48}, "W4A16sym", r"mlp\.down_proj: 48 input features"),
+    ({"head_dim": 24, "num_key_value_heads": 1}, "W4A16sym", r"q_proj, k_proj, v_proj: 144 output features"),
+    ({"head_dim": 24, "num_key_value_heads": 1}, "W4A16", r"compressed-tensors, awq, and \S+q_proj, k_proj, v_proj: 1"),
+    ({"intermediate_size": 48}, "W3A16", r"3-bit asymmetric weights\. No scheme helps: the nearest .* 48 input"),
+])  # fmt: skip
+def test_sizes_that_the_kernel_of_an_engine_does_not_take(
+    sizes: dict[str, int], scheme: str, says: str, tiny: Checkpoints
+) -> None:
+    recipe = Recipe(str(tiny(**sizes)), scheme, "rtn", engines="vllm")
+    with pytest.raises(RecipeError, match=says):
+        api.plan(recipe)
+    assert api.plan(replace(recipe, engines="transformers")).linears == 14
+
+
+def test_outputs_of_joined_linears_count_together(tiny: Checkpoints) -> None:
+    recipe = Recipe(str(tiny(head_dim=8, num_key_value_heads=2)), "W4A16g32", "rtn", engines="vllm")
+    assert api.plan(recipe).linears == 14, "16 outputs of k and of v are no multiple of 32, 64 of all three are"
+    alone = Recipe(
+        str(tiny(hidden_size=96, head_dim=24, num_key_value_heads=1)), "W4A16g32", "rtn", engines="gptqmodel"
+    )
+    with pytest.raises(RecipeError, match=r"self_attn\.k_proj: 24 output features are no multiple of 16"):
+        api.plan(alone)
+    assert api.plan(replace(alone, format="awq", engines=None)).format == "awq"
+
+
+def test_an_output_layer_that_an_engine_does_not_load(tiny: Checkpoints) -> None:
+    recipe = Recipe(str(tiny()), "W4A16g32", "rtn", engines="vllm", quantize_lm_head=True)
+    assert api.plan(recipe).format == "awq", "compressed-tensors comes first, and vLLM loads no packed lm_head of it"
+    with pytest.raises(RecipeError, match=r"lm_head: a quantized output layer.*leave --quantize-lm-head out.* in awq"):
+        api.plan(replace(recipe, format="compressed-tensors"))
+    with pytest.raises(RecipeError, match=r"lm_head: 264 output features are no multiple of 64, which it needs"):
+        api.plan(replace(recipe, model=str(tiny(vocab_size=264))))
+
+
+def test_one_reason_for_each_format(tiny: Checkpoints) -> None:
+    with pytest.raises(RecipeError) as error:
+        for_engines(Recipe(str(tiny(**WIDE)), "W4A16g64", "rtn", engines="mlc"))
+    assert str(error.value).count("in mlc") == 1
+    assert "4-bit asymmetric weights in groups of 64, only of multiples of 128" in str(error.value)
+
+
+def test_the_groups_of_the_table_are_those_that_the_format_holds() -> None:
+    restricted = [way for engine in api.engines() for way in engine.ways if way.multiples]
+    assert {way.format for way in restricted} == {"gguf", "mlc"}
+    for format, bits, symmetric in product(("gguf", "mlc"), range(2, 9), (True, False)):
+        grid = Grid(bits, symmetric)
+        ways = [way for way in restricted if way.format == format]
+        ways = [way for way in ways if bits in (way.symmetric if symmetric else way.asymmetric)]
+        for size in range(8, 520, 8):
+            runs = any(size % multiple == 0 for way in ways for multiple in way.multiples)
+            assert runs == find("formats", format).holds(grid, Tile(1, size), False), (format, grid, size)
+
+
+def test_any_architecture_says_which_were_tried() -> None:
+    for way in (way for engine in api.engines() for way in engine.ways):
+        assert way.models is not None or "llama" in way.checked, way.checked
 
 
 def test_an_architecture_that_the_engine_does_not_know(tiny: Checkpoints, tmp_path: Path) -> None:
@@ -137,7 +225,9 @@ def test_the_format_is_one_that_packs_the_shapes(tiny: Checkpoints) -> None:
 @pytest.mark.parametrize("scheme", ["W4A16g32", "W4A4", "W4A16"])
 def test_where_no_scheme_divides_the_rows_that_is_said(scheme: str, tiny: Checkpoints) -> None:
     recipe = Recipe(str(tiny(hidden_size=80, head_dim=20)), scheme, "rtn", engines="llama.cpp")
-    with pytest.raises(RecipeError, match=r"No scheme helps: the nearest would be W\S+, and .*80 input features"):
+    with pytest.raises(
+        RecipeError, match=r"80 input features .*No scheme helps;|No scheme helps: the nearest .* 80 inp"
+    ):
         api.plan(recipe)
 
 
@@ -191,7 +281,7 @@ def test_experts_with_zero_points_for_two_engines_are_one_error(model: str, of_e
 def test_fused_experts_for_two_engines_are_one_error(of_experts: Callable[[str], str]) -> None:
     for scheme in ("W4A16g32", "W4A16g32sym"):
         recipe = Recipe(of_experts("GptOss"), scheme, "rtn", engines="transformers,vllm")
-        with pytest.raises(RecipeError, match=r"No scheme helps: .*, or --engine transformers alone, in format bitw"):
+        with pytest.raises(RecipeError, match=r"fused|experts.* helps, or --engine transformers alone, in format bitw"):
             api.plan(recipe)
     with pytest.raises(RecipeError, match=r"gptqmodel cannot run .*gptq holds no .* fused over 4 experts.*No scheme"):
         api.plan(replace(recipe, engines="gptqmodel"))

@@ -3,11 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import bitwright
@@ -97,6 +99,93 @@ def test_refused(how: dict[str, Any], kind: type[UserError], says: str, folder: 
     with pytest.raises(kind, match=says):
         bitwright.export(folder("W4A16g32"), tmp_path / "out", **how)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_output_in_the_folder_that_is_read(folder: Folder) -> None:
+    before = sorted(folder("W4A16g32").rglob("*"))
+    for output, format in (("sub.gguf", "gguf"), ("sub", "awq"), ("deep/er.gguf", "gguf")):
+        with pytest.raises(OutputError, match=r"lies in .*, which is read"):
+            bitwright.export(folder("W4A16g32"), folder("W4A16g32") / output, format=format)
+    assert sorted(folder("W4A16g32").rglob("*")) == before
+
+
+@pytest.mark.parametrize(("format", "scheme", "most"), [("gguf", "W4A16g32", 1e-3), ("mlc", "W4A16g32sym", 0.02)])
+def test_embeddings_that_a_format_quantizes_are_told_apart(
+    format: str, scheme: str, most: float, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    bitwright.quantize(Recipe(str(tiny(eos_token_id=0)), scheme, "rtn"), tmp_path / "folder")
+    found = bitwright.export(tmp_path / "folder", tmp_path / "out", format=format)
+    assert found.linears == found.codes_kept == 14
+    assert sorted(found.also_quantized) == ["lm_head", "model.embed_tokens"]
+    assert found.largest_error < 1e-6 < found.also_error < most
+    kept = bitwright.export(tmp_path / "folder", tmp_path / "f16", format=format, embeddings="f16")
+    assert (kept.linears, kept.also_quantized, kept.also_error) == (14, (), 0)
+    assert bitwright.export(tmp_path / "folder", tmp_path / "awq", format="awq").also_quantized == ()
+
+
+@pytest.mark.parametrize("format", ["gguf", "mlc"])
+def test_quantize_says_that_embeddings_are_quantized_too(format: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny(eos_token_id=0)), "W4A16g32sym", "rtn", format)
+    (note,) = (note for note in bitwright.quantize(recipe, tmp_path / "out").notes if "too" in note)
+    assert note.startswith(f"format {format} quantizes ") and "model.embed_tokens" in note and "error at most" in note
+    kept = bitwright.quantize(replace(recipe, embeddings="f16"), tmp_path / "kept")
+    assert not any("too: relative" in note for note in kept.notes)
+
+
+OWN = ("mlc:q3f16_1", "mlc:q2f16_1")
+
+
+@pytest.mark.parametrize("scheme", OWN)
+def test_grids_of_mlc_in_other_formats(scheme: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    """Groups of 40 are no blocks of 32; those of 64 are, of which the last in a row of 96 is cut."""
+    bitwright.quantize(Recipe(str(tiny("float16", intermediate_size=96, eos_token_id=0)), scheme), tmp_path / "folder")
+    exact = scheme == "mlc:q2f16_1"
+    if not exact:
+        with pytest.raises(
+            RecipeError, match=r"layers\.0\.\S+: a 3-bit symmetric weight .* in tiles of 1 x 40 .*--lossy"
+        ):
+            bitwright.export(tmp_path / "folder", tmp_path / "out.gguf", format="gguf")
+    found = bitwright.export(tmp_path / "folder", tmp_path / "out.gguf", format="gguf", lossy=not exact)
+    assert found.codes_kept == (found.linears if exact else 0)
+    assert found.largest_error < (1e-9 if exact else 0.05)
+    with pytest.raises(RecipeError, match=r"layers\.0\.\S+: .*--lossy"):
+        bitwright.export(tmp_path / "folder", tmp_path / "gptq", format="gptq")
+    assert 0 < bitwright.export(tmp_path / "folder", tmp_path / "gptq", format="gptq", lossy=True).largest_error < 0.2
+
+
+WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+
+
+def test_what_mlc_has_no_place_for_is_quantized_again_in_its_awq_layout(tiny: Checkpoints, tmp_path: Path) -> None:
+    bitwright.quantize(Recipe(str(tiny("float16", **WIDE)), "W4A16g128", "easyquant"), tmp_path / "folder")
+    with pytest.raises(
+        RecipeError, match=r"outliers, cannot be held exactly .*--lossy quantizes such weights once more"
+    ):
+        bitwright.export(tmp_path / "folder", tmp_path / "mlc", format="mlc")
+    found = bitwright.export(tmp_path / "folder", tmp_path / "mlc", format="mlc", lossy=True)
+    assert found.codes_kept < found.linears == 14 and 1e-4 < found.largest_error < 0.02
+    assert json.loads((tmp_path / "mlc" / "mlc-chat-config.json").read_text())["quantization"] == "q4f16_autoawq"
+    assert bitwright.verify(tmp_path / "mlc", tmp_path / "folder").passed
+
+
+def test_groups_along_the_output_beside_others(tiny: Checkpoints, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny("float16", **WIDE), tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "down_proj" in name:
+            tensor[:, ::8] *= 20
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe(str(model), "W4A16g128", "easyquant", outliers="0", axis="auto")
+    assert 0 < bitwright.quantize(recipe, tmp_path / "folder").per_ic < 14
+    with pytest.raises(RecipeError, match=r"down_proj: a weight in tiles of 128 x 1 .*--lossy"):
+        bitwright.export(tmp_path / "folder", tmp_path / "mlc", format="mlc")
+    found = bitwright.export(tmp_path / "folder", tmp_path / "mlc", format="mlc", lossy=True)
+    assert 0 < found.codes_kept < found.linears == 14
+    assert bitwright.verify(tmp_path / "mlc", tmp_path / "folder").passed
+    bitwright.quantize(replace(recipe, scheme="W4A16g64"), tmp_path / "smaller")
+    for format in ("gptq", "awq"):
+        found = bitwright.export(tmp_path / "smaller", tmp_path / format, format=format, lossy=True)
+        assert 0 < found.codes_kept < found.linears, "groups of 64 too, or they would not go into one folder"
 
 
 def test_an_output_that_exists_and_a_model_that_is_not_quantized(

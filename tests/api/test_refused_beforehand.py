@@ -121,6 +121,21 @@ def test_zero_points_that_mlc_has_in_llama_alone(qwen2: Path, tiny: Checkpoints,
     with pytest.raises(RecipeError, match=says):
         bitwright.export(tmp_path / "folder", tmp_path / "out", format="mlc")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    again = bitwright.export(tmp_path / "folder", tmp_path / "out", format="mlc", lossy=True)
+    assert again.codes_kept == 0 and 0 < again.largest_error < 0.02
+
+
+@pytest.mark.parametrize("asked", [{"base": "model.gguf"}, {"embeddings": "f16"}])
+@pytest.mark.parametrize("format", [None, "compressed-tensors", "bitwright", "gptq"])
+def test_what_only_files_have_a_use_for(format: str | None, asked: dict[str, str], tiny: Checkpoints) -> None:
+    (name,) = asked
+    says = (
+        f"format {format} has no use for --{name}" if format else f"without a format of a file .* no use for --{name}"
+    )
+    with pytest.raises(RecipeError, match=says):
+        bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn", format, **asked))  # type: ignore[arg-type]
+    both = Recipe(str(tiny(eos_token_id=0)), "W4A16g32", "rtn", embeddings="f16", engines="llama.cpp")
+    assert bitwright.plan(both).format == "gguf", "the format that the engine chooses counts"
 
 
 @pytest.mark.parametrize(("how", "says"), [

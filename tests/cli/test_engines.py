@@ -1,8 +1,12 @@
 """``bitwright engines``, and ``--engine`` on ``quantize``."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from tests.cli.conftest import Run
 
 
@@ -13,6 +17,10 @@ def test_the_table(run: Run) -> None:
         assert f"{name}: " in ran.out
     assert "mlc: q, k, v and gate, up have to be quantized alike; " in ran.out
     assert "gptqmodel: 4 bits per channel" in ran.out and "gguf, checked with xllamacpp" in ran.out
+    (llama,) = (line for line in ran.out.splitlines() if line.strip().startswith("llama.cpp ") or " gguf " in line)
+    assert "multiples of 32" in llama
+    assert "multiples of 32 or 40" in ran.out and "multiples of 128" in ran.out
+    assert "dense too, as any folder" in ran.out
 
 
 def test_json(run: Run) -> None:
@@ -21,6 +29,28 @@ def test_json(run: Run) -> None:
     assert gguf["format"] == "gguf" and 8 in gguf["symmetric"] and 8 not in gguf["asymmetric"]
     assert not (gguf["activations"] or gguf["cache"] or gguf["outliers"] or gguf["per_input"])
     assert all(way["checked"] for engine in found.values() for way in engine["ways"])
+    assert gguf["groups"] is None and gguf["multiples"] == [32] and "gptq" in found["transformers"]["also"]
+    assert all(way["inputs"] == way["outputs"] == 32 for way in found["vllm"]["ways"])
+
+
+@pytest.mark.parametrize("arguments", [("engines",), ("engines", "--json"), ("--help",), ("quantize", "--help")])
+def test_an_output_that_nobody_reads_ends_quietly(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "bitwright", *arguments]
+    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+def test_a_pipe_of_our_own_that_breaks_is_a_bug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("bitwright.api.engines", broken)
+    monkeypatch.setattr("bitwright.cli.entry._silenced", lambda: False)
+    ran = run("engines")
+    assert ran.code == 1 and "this is a bug" in ran.err
 
 
 def test_several_engines(run: Run, model: Path) -> None:

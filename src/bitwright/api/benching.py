@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bitwright.api.engine_table import engines
 from bitwright.api.exporting import export
 from bitwright.api.loading import load
 from bitwright.api.source import model_config, open_checkpoint, pick_device, pick_dtype
@@ -104,6 +105,8 @@ def bench(
 
 def _engine(model: Path, named: str | None) -> str:
     """The engine that was named, or the one for this kind of model. Raises UserError where they do not go together."""
+    if named in {engine.name for engine in engines()} - {*ENGINES}:
+        raise RecipeError(f"bench measures in {' and '.join(ENGINES)}, not in {named}; leave --engine {named} out")
     if named is not None and named not in ENGINES:
         raise RecipeError(f"bench knows no engine '{named}'; {nearest(named, ENGINES)}")
     if model.is_dir():

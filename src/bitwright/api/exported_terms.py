@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
+from math import gcd
 from types import ModuleType
 from typing import Any
 
@@ -67,8 +68,13 @@ def refuse_terms(model: QuantizedFolder, format: str, to: ModuleType, lossy: boo
         )
     if model.linears and (described.activations or described.kv):
         name = model.linears[0]
-        weight, _ = refitted(name, model.read(name), to, lossy)
+        weight, _ = refitted(name, model.read(name), to, lossy, common_columns(model))
         to.quantization_config(written_model(model, format, [{"name": name} | terms_of(weight)], ()))
+
+
+def common_columns(model: QuantizedFolder) -> int:
+    """What the input features of all linears are multiples of: groups that divide it divide them all."""
+    return gcd(*(model.shape(name)[1] for name in model.linears))
 
 
 def refuse_departures(model: QuantizedFolder, to: ModuleType) -> None:

@@ -12,10 +12,17 @@ from torch import Tensor
 
 from bitwright.api.companions import copy_companions, write_config
 from bitwright.api.engine_files import require_sound_file
-from bitwright.api.exported_terms import kept_linears, refuse_departures, refuse_terms, terms_of, written_model
+from bitwright.api.exported_terms import (
+    common_columns,
+    kept_linears,
+    refuse_departures,
+    refuse_terms,
+    terms_of,
+    written_model,
+)
 from bitwright.api.finishing import bytes_of
-from bitwright.api.format_choice import check_shape, is_file_format, target
-from bitwright.api.places import refuse_output
+from bitwright.api.format_choice import check_shape, is_file_format, refuse_idle, target
+from bitwright.api.places import refuse_output, refuse_within
 from bitwright.api.quantizing import JOURNAL
 from bitwright.api.refitting import refitted
 from bitwright.api.report_file import REPORT, account_of
@@ -28,7 +35,7 @@ from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.convert import relative_error
 from bitwright.core.errors import RecipeError
 from bitwright.core.progress import Listener, Progress, silent
-from bitwright.core.quantized import Difference, Foreseen, WriteOptions
+from bitwright.core.quantized import Difference, Foreseen, WriteOptions, typical
 from bitwright.core.recipe import size_in_bytes
 from bitwright.formats import QuantizedFolder
 from bitwright.report.plain import plain
@@ -44,6 +51,8 @@ class Exported:
 
     Of ``linears``, ``exact`` compute the same weights, ``codes_kept`` have the same codes; the rest was quantized once
     more. Errors are ``|Wq - Wx|^2 / |Wq|^2`` between the weights that were read and those of the new format.
+    ``also_quantized`` are the tensors that had no codes and have some in this format, embeddings mostly, and
+    ``also_error`` the largest error among them.
     """
 
     folder: str
@@ -56,6 +65,8 @@ class Exported:
     largest_error: float
     largest_in: str | None
     mean_error: float
+    also_quantized: tuple[str, ...]
+    also_error: float
     bytes_in: int
     bytes_out: int
     verified: str
@@ -85,6 +96,7 @@ def export(
     start, folder, output, to = monotonic(), Path(folder), Path(output), target(format)
     single = is_file_format(to) and bool(to.SINGLE)
     refuse_output(folder, output, overwrite, single)
+    refuse_within(folder, output)
     model, shard_bytes = QuantizedFolder.open(folder), size_in_bytes(shard_size, "shard size")
     options = WriteOptions(lossy, embeddings, None if base is None else Path(base), account_of(folder))
     _refuse(model, format, to, options)
@@ -108,9 +120,7 @@ def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteO
     if is_file_format(to):
         to.check(model.checkpoint.config, model.folder, options, _foreseen(model))
         return
-    for name, value in (("embeddings", options.embeddings), ("base", options.base)):
-        if value is not None:
-            raise RecipeError(f"format {format} has no use for --{name}; leave it out")
+    refuse_idle(format, options.embeddings, options.base)
     if model.format is None:
         raise RecipeError(
             f"{model.folder} is not quantized: bitwright quantize {model.folder} --format {format} does that"
@@ -128,7 +138,7 @@ def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteO
 
 
 def _foreseen(model: QuantizedFolder) -> Foreseen:
-    first = model.read(model.linears[0]) if model.linears else None
+    first = model.read(typical(model)) if model.linears else None
     grid, tile = (None, None) if first is None else (first.grid, first.tile)
     return Foreseen({name: model.shape(name) for name in model.linears}, model.passed, grid, tile)
 
@@ -142,7 +152,7 @@ class _TensorExport:
         self.model, self.to, self.name, self.lossy, self.work = model, to, name, lossy, work
         identity = {"model": model.checkpoint.fingerprint(), "format": name}
         self.journal = Journal.open(work.work / JOURNAL, identity, restart=restart)
-        self.units = _units(model)
+        self.units, self.common = _units(model), common_columns(model)
         self.files = {unit: f"part-{n:05d}.safetensors" for n, unit in enumerate(self.units)}
 
     def run(self, shard_bytes: int, listener: Listener) -> list[Difference]:
@@ -163,7 +173,7 @@ class _TensorExport:
         tensors: dict[str, Tensor | Stored] = {name: self.model.checkpoint.stored(name) for name in passed}
         rows: list[dict[str, Any]] = []
         for name in linears:
-            weight, lost = refitted(name, read := self.model.read(name), self.to, self.lossy)
+            weight, lost = refitted(name, read := self.model.read(name), self.to, self.lossy, self.common)
             tensors |= (made := self.to.encode(name, weight))
             if not hasattr(self.to, "described"):  # what is stored are no codes but the weights, rounded to their dtype
                 stored = self.to.decode(made, name, weight.grid).float()
@@ -200,11 +210,12 @@ def _summed(
     model: QuantizedFolder,
     output: Path,
     format: str,
-    lost: Sequence[Difference],
+    differences: Sequence[Difference],
     bytes_out: int,
     verified: str,
     seconds: float,
 ) -> Exported:
+    lost, also = ([each for each in differences if each.fresh is fresh] for fresh in (False, True))
     worst = max(lost, key=lambda one: one.error, default=None)
     return Exported(
         folder=str(model.folder),
@@ -217,6 +228,8 @@ def _summed(
         largest_error=0.0 if worst is None else worst.error,
         largest_in=worst.name if worst is not None and worst.error else None,
         mean_error=sum(one.error for one in lost) / max(1, len(lost)),
+        also_quantized=tuple(each.name for each in also),
+        also_error=max((each.error for each in also), default=0.0),
         bytes_in=model.checkpoint.total_bytes,
         bytes_out=bytes_out,
         verified=verified,

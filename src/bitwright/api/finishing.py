@@ -1,5 +1,6 @@
 """From the parts of a run to what its user gets: shards, what lies beside them, the account; or a format's own file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
 from bitwright.checkpoint.writer import write_json
 from bitwright.core.progress import Listener
+from bitwright.core.quantized import Difference
 from bitwright.formats import QuantizedFolder
 from bitwright.report.plain import plain
 
@@ -40,9 +42,19 @@ def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -
     differences = job.target.write(model, place, write_options(job.recipe, told), listener)
     account["verified"] = require_sound_file(job.target, place, model, differences)
     account["totals"]["bytes_out"] = bytes_of(place)
+    account["notes"] = [*account["notes"], *quantized_too(job.recipe.format, differences)]
     if not job.target.SINGLE:
         write_json(work.path / REPORT, account)
     return account
+
+
+def quantized_too(format: str | None, differences: Sequence[Difference]) -> list[str]:
+    """A note on what a format quantizes by its nature, embeddings mostly, with the relative squared error."""
+    also = [each for each in differences if each.fresh]
+    if not also:
+        return []
+    names, most = ", ".join(each.name for each in also), max(each.error for each in also)
+    return [f"format {format} quantizes {names} too: relative error at most {most:.3g}, squared"]
 
 
 def bytes_of(place: Path) -> int:

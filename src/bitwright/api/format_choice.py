@@ -45,6 +45,14 @@ def on_the_way(named: str | None) -> str | None:
     return HOLDS_ALL if is_file_format(target(named)) else named
 
 
+def refuse_idle(format: str | None, embeddings: object, base: object) -> None:
+    """Raises RecipeError for what is asked of a file format where the format is none."""
+    for name, value in (("embeddings", embeddings), ("base", base)):
+        if value is not None and not is_file_format(target(format)):
+            what = "without a format of a file (gguf, mlc), there is" if format is None else f"format {format} has"
+            raise RecipeError(f"{what} no use for --{name}; leave it out")
+
+
 def not_widely_loaded(weight: str) -> str:
     """Why a weight has no place in the widely loaded format."""
     return (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitwright.api.arithmetic import pick_arithmetic
 from bitwright.api.checks import check_dtypes, check_scheme, check_shapes, check_weights_alone
-from bitwright.api.format_choice import encoder, expected, is_file_format, settled, target
+from bitwright.api.format_choice import encoder, expected, is_file_format, refuse_idle, settled, target
 from bitwright.api.parameters import LearnedParameters, belonging
 from bitwright.api.source import Source
 from bitwright.api.work import Work, foreseen, opened
@@ -113,6 +113,7 @@ class Job:
 def prepare(recipe: Recipe, device: str = "auto") -> Job:
     """Checks a recipe against the model without reading any weight. Raises UserError."""
     chosen, goal = encoder(recipe.format), target(recipe.format)
+    refuse_idle(recipe.format, recipe.embeddings, recipe.base)
     scheme, _ = Scheme.parse(recipe.scheme), compose(recipe.settled_method)
     if is_file_format(goal):
         check_weights_alone(recipe.format, scheme)

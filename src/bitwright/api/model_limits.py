@@ -1,9 +1,11 @@
-"""What a model's own sizes and experts allow of schemes and formats, told from headers and names."""
+"""What a model's own sizes and experts allow of schemes, formats and engines, told from headers and names."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from bitwright.api.checks import check_shapes
+from bitwright.api.engine_table import Way
 from bitwright.api.format_choice import WIDELY_LOADED, not_widely_loaded, target
 from bitwright.api.work import Work, opened
 from bitwright.core.errors import RecipeError, SchemeError
@@ -23,12 +25,23 @@ class ModelLimits:
         """The linears that would be quantized. Raises UserError where the model cannot be at all."""
         return opened(self.recipe, self.device)[1]
 
-    def refuse(self, scheme: Scheme, format: str) -> str | None:
-        """Why linears of this model have no place in a format under a scheme, as ``prepare`` will say; None where they
-        all have."""
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Sizes [O, I] of the linears, those of experts left out."""
+        return {
+            weight.name: weight.slice[::-1] if weight.turned else weight.slice
+            for weight in self.work.weights
+            if not (weight.stacked or "experts" in weight.name.split("."))
+        }
+
+    def refuse(self, scheme: Scheme, format: str, ways: Iterable[Way] = ()) -> str | None:
+        """Why linears of this model have no place in a format under a scheme, as ``prepare`` will say, or do not run in
+        one of these ways; None where they all have one and do."""
         try:
             check_shapes(self.work, scheme, [scheme.tile], target(format))
         except (SchemeError, RecipeError) as error:
             return str(error)
         ours = self.work.only_ours(scheme) if format == WIDELY_LOADED else None
-        return None if ours is None else not_widely_loaded(ours)
+        if ours is not None:
+            return not_widely_loaded(ours)
+        return next((why for way in ways if (why := way.refuses_sizes(self.linears)) is not None), None)

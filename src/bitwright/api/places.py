@@ -44,6 +44,14 @@ def refuse_output(model: Path, output: Path, overwrite: bool, single: bool = Fal
         raise OutputError(f"{output}: cannot be made: {around} {found}; check permissions, or choose another output")
 
 
+def refuse_within(folder: Path, output: Path) -> None:
+    """Raises OutputError for an output in the very folder that is read."""
+    if folder.resolve() in output.resolve().parents:
+        raise OutputError(
+            f"{output}: lies in {folder}, which is read and would be changed by it; choose an output beside that folder"
+        )
+
+
 def require_room(job: Job, output: Path) -> None:
     """Refuses a disk too small for all parts and one shard beside them, less what an earlier run has written."""
     total = plan_of(job).bytes_out * (2 if is_file_format(job.target) else 1)  # the folder that it is made of

@@ -20,12 +20,15 @@ ALIGNMENT = 16.0
 """How errors along the weights count, as in easyquant."""
 
 
-def refitted(name: str, weight: QTensor, format: ModuleType, lossy: bool) -> tuple[QTensor, Difference]:
-    """The weight as a format holds it, and what it lost.
+def refitted(
+    name: str, weight: QTensor, format: ModuleType, lossy: bool, common: int = 0
+) -> tuple[QTensor, Difference]:
+    """The weight as a format holds it, and what it lost. Groups that it did not have divide ``common``, so that all
+    linears of a model get the same.
 
     Raises RecipeError where its codes cannot be kept, unless ``lossy``.
     """
-    exact = _exactly(weight, format)
+    exact = _exactly(weight, format, common)
     if exact is not None:
         return exact, difference(name, weight, exact)
     if not lossy:
@@ -33,17 +36,17 @@ def refitted(name: str, weight: QTensor, format: ModuleType, lossy: bool) -> tup
             f"{name}: {_described(weight)} cannot be held exactly in this format, which holds {format.HOLDS}. --lossy "
             "quantizes such weights once more and says what that adds"
         )
-    again = _again(name, weight, format)
+    again = _again(name, weight, format, common)
     return again, difference(name, weight, again, codes=False)
 
 
-def _exactly(weight: QTensor, format: ModuleType) -> QTensor | None:
+def _exactly(weight: QTensor, format: ModuleType, common: int) -> QTensor | None:
     """The same codes on the first terms that fit."""
     outliers = weight.outlier_index is not None and weight.outlier_index.numel() > 0
     scaled = with_scales(weight, format.SCALES or weight.scale.dtype)
     if not scaled.scale.isfinite().all() or (scaled.scale == 0).any():
         return None
-    for grid, tile in product(_grids(weight.grid), _tiles(weight)):
+    for grid, tile in product(_grids(weight.grid), _tiles(weight, common)):
         if format.holds(grid, tile, outliers) and (found := _on(scaled, grid, tile)) is not None:
             return found
     return None
@@ -62,17 +65,19 @@ def _grids(grid: Grid) -> Iterator[Grid]:
             yield Grid(bits, symmetric)
 
 
-def _tiles(weight: QTensor) -> Iterator[Tile]:
-    if weight.tile.size(weight.shape) == (1, weight.shape[1]):
+def _tiles(weight: QTensor, common: int) -> Iterator[Tile]:
+    if weight.tile.size(weight.shape) == (1, weight.shape[1]) and not weight.grid.signed_scale:
         yield Tile(1, FULL)  # a reader cannot tell one group that is the whole row from a channel
     yield weight.tile
-    for group in GROUPS:
-        yield Tile(1, group)
+    own = max(weight.tile.out, weight.tile.in_)  # groups along the output are as large along the input
+    for group in sorted(GROUPS, key=lambda size: size != own):
+        if common % group == 0:
+            yield Tile(1, group)
 
 
-def _again(name: str, weight: QTensor, format: ModuleType) -> QTensor:
+def _again(name: str, weight: QTensor, format: ModuleType, common: int) -> QTensor:
     """The dequantized weight on the nearest terms that the format holds, with ranges of least squared error."""
-    terms = _nearest(weight, format)
+    terms = _nearest(weight, format, common)
     if terms is None:
         raise RecipeError(f"{name} {list(weight.shape)}: fits into no groups that this format holds ({format.HOLDS})")
     grid, tile = terms
@@ -81,11 +86,12 @@ def _again(name: str, weight: QTensor, format: ModuleType) -> QTensor:
     return quantize_linear(dense, LinearDecision(low=low, high=high), Scheme(grid, tile), dtype)
 
 
-def _nearest(weight: QTensor, format: ModuleType) -> tuple[Grid, Tile] | None:
+def _nearest(weight: QTensor, format: ModuleType, common: int) -> tuple[Grid, Tile] | None:
     """The bits nearest to the weight's, more rather than fewer; its own tile where that is held."""
     bits = sorted(range(MIN_BITS, MAX_BITS + 1), key=lambda b: (abs(b - weight.grid.bits), -b))
     grids = (Grid(b, symmetric) for b, symmetric in product(bits, (weight.grid.symmetric, not weight.grid.symmetric)))
-    for grid, tile in product(grids, list(_tiles(weight))):
+    tiles = [tile for tile in _tiles(weight, common) if tile.in_ == FULL or common % tile.in_ == 0]
+    for grid, tile in product(grids, tiles):
         if tile.divides(weight.shape) and format.holds(grid, tile, False):
             return grid, tile
     return None

@@ -9,8 +9,17 @@ from rich.console import Console
 
 from bitwright.report.plain import plain
 
+
+class _Console(Console):
+    """A console that leaves it to ``entry.py`` what happens when nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises BrokenPipeError, again."""
+        raise
+
+
 WIDE = 1000  # characters; in a pipe or a file no path is to be broken into lines
-out, err = Console(width=None if Console().is_terminal else WIDE), Console(stderr=True)
+out, err = _Console(width=None if Console().is_terminal else WIDE), Console(stderr=True)
 
 
 def show(found: Any, screen: Callable[[Console, Any], None], as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import signal
 import sys
 import traceback
@@ -13,7 +14,7 @@ from bitwright.cli.commands import app
 from bitwright.cli.console import err
 from bitwright.core.errors import UserError
 
-MENDABLE, BUG, INTERRUPTED = 2, 1, 130
+MENDABLE, BUG, INTERRUPTED, UNREAD = 2, 1, 130, 141
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
 ISSUES = "Please report it with the lines above."
 
@@ -23,23 +24,53 @@ class Interrupted(BaseException):
 
 
 def main() -> NoReturn:
-    """Runs the command line: exit code 0, 2 for what a user can mend, 1 for a bug, 130 when interrupted."""
+    """Runs the command line: exit code 0, 2 for what a user can mend, 1 for a bug, 130 when interrupted, 141 where what
+    reads the output has had enough of it."""
     signal.signal(signal.SIGINT, _interrupt)
     # compressed-tensors draws a bar per loaded model with tqdm, which reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to fail
     try:
-        app()
+        _run()
+    except BrokenPipeError as error:
+        if _silenced():
+            sys.exit(UNREAD)
+        _bug(error)
     except Interrupted:
         _fail("interrupted; quantize and evaluate --tasks, when repeated, continue where they stopped", INTERRUPTED)
     except Exception as error:
         message = _mendable(error)
         if message is not None:
             _fail(message, MENDABLE)
-        traceback.print_exc()
-        _fail(f"this is a bug in Bitwright {version('bitwright')}. {ISSUES}", BUG)
+        _bug(error)
     sys.exit(0)
+
+
+def _run() -> None:
+    """Raises BrokenPipeError also where click has made an exit code of it."""
+    try:
+        app()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise ended.__context__ from None
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _silenced() -> bool:
+    """Whether nobody reads an output any more; what is left of it when Python ends then goes nowhere."""
+    gone = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _unread(stream.fileno())]
+    for number in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(gone)
+
+
+def _unread(number: int) -> bool:
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(said & (select.POLLERR | select.POLLHUP) for _, said in poll.poll(0))
 
 
 def _mendable(error: Exception) -> str | None:
@@ -57,6 +88,11 @@ def _mendable(error: Exception) -> str | None:
 
 def _interrupt(*_: object) -> NoReturn:
     raise Interrupted
+
+
+def _bug(error: Exception) -> NoReturn:
+    traceback.print_exception(error)
+    _fail(f"this is a bug in Bitwright {version('bitwright')}. {ISSUES}", BUG)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -126,13 +126,15 @@ class Described:
 class Difference:
     """What a linear lost on its way into another format.
 
-    ``codes``: whether it kept them; ``error`` is ``|Wq - Wx|^2 / |Wq|^2`` between the weights [O, I] as the folder that
-    was read says them, and as the client of the new format will compute them, both in float32.
+    ``codes``: whether it kept them; ``fresh``: that it had none before; ``error`` is ``|Wq - Wx|^2 / |Wq|^2`` between
+    the weights [O, I] as the folder that was read says them, and as the client of the new format will compute them,
+    both in float32.
     """
 
     name: str
     codes: bool
     error: float
+    fresh: bool = False
 
 
 class QuantizedModel(Protocol):
@@ -166,6 +168,14 @@ class QuantizedModel(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a quantized linear [O, I], or of another tensor; nothing but its header is read."""
+
+
+def typical(model: QuantizedModel) -> str:
+    """A quantized linear on the terms of most: with groups along the input where there are such, without outliers where
+    there are such. Raises IndexError where nothing is quantized."""
+    apart = {} if model.described is None else model.described.departures
+    rows = {name: apart[name].tile[0] if name in apart else 0 for name in model.linears}
+    return min(model.linears, key=lambda name: min(rows[name], 2), default="") or model.linears[0]
 
 
 @dataclass(frozen=True)

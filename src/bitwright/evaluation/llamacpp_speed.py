@@ -24,6 +24,8 @@ ROOM = 1024  # bytes, more than any version of a parameter structure takes; such
 FIRST = (512, 2048, 512, 1)
 """Defaults of n_ctx, n_batch, n_ubatch and n_seq_max, with which the parameters of a context begin."""
 AT_ONCE, ERROR, STEP = 512, 4, 256
+REFUSED = 3
+"""The exit code where what is asked cannot be measured, and standard error is all there is to say."""
 
 
 class Parameters(ctypes.Structure):
@@ -49,6 +51,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_init_from_model": (P, [P, Parameters]),
     "llama_set_n_threads": (None, [P, I32, I32]),
     "llama_model_get_vocab": (P, [P]),
+    "llama_model_n_ctx_train": (I32, [P]),
     "llama_model_size": (ctypes.c_uint64, [P]),
     "llama_vocab_n_tokens": (I32, [P]),
     "llama_batch_get_one": (Batch, [ctypes.POINTER(I32), I32]),
@@ -92,11 +95,21 @@ class Llama:
         self.model = self.library.llama_model_load_from_file(os.fsencode(model), asked)
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {model}")
+        self._refuse_more_than_it_takes(model, context)
         self.context = self.library.llama_init_from_model(self.model, self._context(context))
         if not self.context:
             raise SystemExit(f"llama.cpp has no room for a context of {context} tokens")
         self.library.llama_set_n_threads(self.context, threads, threads)
         self.vocabulary = self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self.model))
+
+    def _refuse_more_than_it_takes(self, model: str, tokens: int) -> None:
+        longest = self.library.llama_model_n_ctx_train(self.model)
+        if tokens > longest:
+            sys.stderr.write(
+                f"{model} takes {longest} tokens at most, and {tokens} were asked for; give --prompt and --tokens of "
+                f"at most {longest}"
+            )
+            raise SystemExit(REFUSED)
 
     def _context(self, tokens: int) -> Parameters:
         found: Parameters = self.library.llama_context_default_params()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, Progress
-from bitwright.evaluation.llamacpp_speed import peak_resident
+from bitwright.evaluation.llamacpp_speed import REFUSED, peak_resident
 
 SAID = 2000  # characters of what a failed process wrote, from the end
 
@@ -78,14 +78,17 @@ def _measured(contender: Contender) -> dict[str, Any]:
         request.write_text(json.dumps(dict(contender.request)))
         ran = subprocess.run([*contender.command, str(request), str(result)], capture_output=True)
         if ran.returncode or not result.is_file():
-            said = ran.stderr.decode(errors="replace").strip()[-SAID:]
-            how = f"was ended by signal {-ran.returncode}" if ran.returncode < 0 else f"ended with {ran.returncode}"
-            raise UserError(
-                f"{contender.model} could not be measured: its process {how}. It said:\n{said or 'nothing'}\n"
-                "Killed, it was most likely out of memory; a smaller --prompt takes less"
-            )
+            raise UserError(_why(contender.model, ran.returncode, ran.stderr.decode(errors="replace").strip()[-SAID:]))
         found: dict[str, Any] = json.loads(result.read_text())
         return found
+
+
+def _why(model: str, code: int, said: str) -> str:
+    if code == REFUSED:
+        return said
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
+    memory = "\nIt was most likely out of memory; a smaller --prompt takes less" if code < 0 else ""
+    return f"{model} could not be measured: its process {how}. It said:\n{said or 'nothing'}{memory}"
 
 
 def _summed(contender: Contender, runs: Sequence[Mapping[str, Any]]) -> Speed:

@@ -15,19 +15,32 @@ def engines(console: Console, found: Any) -> None:
             way.format,
             _bits(way.symmetric),
             _bits(way.asymmetric),
-            "any" if way.groups is None else ", ".join(map(str, way.groups)),
+            way.sizes,
             "yes" if way.channel else "no",
             ", ".join(what for has, what in _beyond(way) if has) or "nothing",
+            _features(way),
             "any" if way.models is None else ", ".join(way.models),
         )
         for engine in found
         for way in engine.ways
     ]
-    header = ("engine", "format", "symmetric", "asymmetric", "groups", "channels", "beside that", "architectures")
+    header = (
+        "engine",
+        "format",
+        "symmetric",
+        "asymmetric",
+        "groups",
+        "channels",
+        "beside that",
+        "features",
+        "architectures",
+    )
     grid(console, "What each engine runs: bits of weights, groups that the format holds too", header, rows)
     for engine in found:
         alike = "q, k, v and gate, up have to be quantized alike; " if engine.fused else ""
         console.print(f"\n{engine.name}: {alike}{engine.note}", highlight=False, markup=False)
+        for format, how in engine.also.items():
+            console.print(f"  {format} too, {how}; not asked by --engine", highlight=False, markup=False)
         for way in engine.ways:
             console.print(f"  {way.format}, checked with {way.checked}", highlight=False, markup=False)
 
@@ -39,6 +52,15 @@ def _beyond(way: Any) -> tuple[tuple[bool, str], ...]:
         (way.cache, "KV cache"),
         (way.outliers, "outliers"),
         (way.per_input, "ic groups"),
+    )
+
+
+def _features(way: Any) -> str:
+    """What the sizes of a linear are multiples of, the format's own aside."""
+    if way.inputs == way.outputs:
+        return "any" if way.inputs == 1 else f"multiples of {way.inputs}"
+    return " and ".join(
+        f"{what} multiples of {size}" for what, size in (("in", way.inputs), ("out", way.outputs)) if size > 1
     )
 
 

@@ -77,7 +77,7 @@ def result(console: Console, found: Any) -> None:
 
 def exported(console: Console, found: Any) -> None:
     """``export``."""
-    again = found.linears - found.codes_kept
+    again, also = found.linears - found.codes_kept, found.also_quantized
     error = f"at most {found.largest_error:.3g} (in {found.largest_in}), {found.mean_error:.3g} on average, squared"
     pairs(
         console,
@@ -88,6 +88,10 @@ def exported(console: Console, found: Any) -> None:
             ("codes kept", f"in {found.codes_kept} of {found.linears}" if found.exact < found.linears else None),
             ("quantized again", f"{again} linears" if again else None),
             ("relative error", error if found.largest_in else None),
+            (
+                "quantized too",
+                f"{', '.join(also)}, not so before: at most {found.also_error:.3g} squared" if also else None,
+            ),
             ("size", f"{size(found.bytes_in)} -> {size(found.bytes_out)}"),
             ("verified", found.verified),
             ("took", f"{duration(found.seconds)}, peak memory {size(found.peak_bytes)}"),

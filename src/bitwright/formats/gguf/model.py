@@ -16,7 +16,7 @@ from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.quantized import Difference, QuantizedModel, WriteOptions
 from bitwright.formats.gguf.architecture import NO_WEIGHTS, ROPE_FACTORS, Architecture
 from bitwright.formats.gguf.base import Base
-from bitwright.formats.gguf.blocks import BLOCK, nbytes_of, nearest, packed
+from bitwright.formats.gguf.blocks import BLOCK, nbytes_of, nearest, packed, valued
 from bitwright.formats.gguf.entries import Entry, count, text
 from bitwright.formats.gguf.file import Planned
 from bitwright.formats.gguf.weights import TOGETHER, held, kind_of
@@ -37,7 +37,7 @@ PLACES = ("model", "calibration", "load_parameters", "base")
 
 @dataclass
 class Conversion:
-    """A model on its way into a file; ``differences`` grow as its linears are written."""
+    """A model on its way into a file; ``differences`` grow as its linears are written, and embeddings in blocks."""
 
     model: QuantizedModel
     into: Architecture
@@ -107,8 +107,15 @@ class Conversion:
             return tensor.float().numpy()
         out = np.empty((tensor.shape[0], nbytes_of((tensor.shape[1],), kind)), np.uint8)
         at_once = max(1, TOGETHER // tensor.shape[1])
+        lost = size = 0.0
         for start in range(0, len(tensor), at_once):
-            out[start : start + at_once] = _rounded(name, tensor[start : start + at_once].float(), kind)
+            rows = tensor[start : start + at_once].float()
+            out[start : start + at_once], after = _rounded(name, rows, kind)
+            lost += float((after - rows).double().square().sum())
+            size += float(rows.double().square().sum())
+        if kind is not Kind.F16:
+            error = lost / size if size else 0.0
+            self.differences.append(Difference(name.removesuffix(".weight"), False, error, fresh=True))
         return out.view(np.float16) if kind is Kind.F16 else out
 
     def general(self) -> Iterator[Entry]:
@@ -147,8 +154,8 @@ class _Passed:
         return self.conversion.other(self.name, self.kind)
 
 
-def _rounded(name: str, rows: Tensor, kind: Kind) -> np.ndarray[Any, Any]:
-    """Rows of a tensor as F16, or to nearest in blocks."""
+def _rounded(name: str, rows: Tensor, kind: Kind) -> tuple[np.ndarray[Any, Any], Tensor]:
+    """Rows of a tensor as F16, or to nearest in blocks; and the values that they have then."""
     half = rows.half()
     found = None if kind is Kind.F16 else nearest(rows, kind)
     if not (half if found is None else found[1]).isfinite().all():
@@ -156,7 +163,9 @@ def _rounded(name: str, rows: Tensor, kind: Kind) -> np.ndarray[Any, Any]:
             f"{name}: has numbers that {kind.name} does not hold, the largest {float(rows.abs().max()):g}; the "
             "checkpoint is damaged, or was never meant for 16 bits"
         )
-    return half.numpy().view(np.uint8) if found is None else packed(*found, kind)
+    if found is None:
+        return half.numpy().view(np.uint8), half.float()
+    return packed(*found, kind), valued(*found)
 
 
 def _account(account: Mapping[str, Any]) -> Iterator[Entry]:

@@ -7,7 +7,7 @@ row, so larger groups along the input repeat their scale.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -135,8 +135,8 @@ def _tile(weight: QTensor) -> Tile:
 
 def _as_they_are(name: str, weight: QTensor, rows: Rows, kind: Kind) -> Fitted:
     """Levels of rows, with the scales and minima of their groups repeated for each block."""
-    of_row = weight.shape[1] // BLOCK // weight.scale.shape[1]
-    scale = weight.scale[rows].float().repeat_interleave(of_row, 1)
+    of_block = torch.arange(0, weight.shape[1], BLOCK) // weight.tile.size(weight.shape)[1]
+    scale = weight.scale[rows][:, of_block].float()
     d = scale.half()
     if not d.isfinite().all():
         raise CheckpointError(
@@ -147,7 +147,7 @@ def _as_they_are(name: str, weight: QTensor, rows: Rows, kind: Kind) -> Fitted:
         levels, turned = _levels(weight, rows), _turned(weight.grid, kind)
         return (-levels, -d, None) if turned else (levels, d, None)
     assert weight.zero is not None
-    m = (-weight.zero[rows].float().repeat_interleave(of_row, 1) * d.float()).half()
+    m = (-weight.zero[rows][:, of_block].float() * d.float()).half()
     return weight.codes[rows].to(torch.int16), d, m
 
 
@@ -162,7 +162,7 @@ def _levels(weight: QTensor, rows: Rows) -> Int[Tensor, "O I"]:
 def _values(weight: QTensor, rows: Rows) -> Float[Tensor, "O I"]:
     """Rows as the folder says them, in float32."""
     zero = None if weight.zero is None else weight.zero[rows]
-    part = QTensor(weight.codes[rows], weight.scale[rows], zero, weight.grid, Tile(1, weight.tile.in_))
+    part = QTensor(weight.codes[rows], weight.scale[rows], zero, weight.grid, replace(weight.tile, out=1))
     return part.dequantize(torch.float32)
 
 

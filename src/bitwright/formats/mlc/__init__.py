@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from bitwright.checkpoint.writer import copy_file, write_json
-from bitwright.core.convert import difference, split
+from bitwright.core.convert import difference
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.qtensor import QTensor
-from bitwright.core.quantized import Difference, Foreseen, QuantizedModel, WriteOptions
+from bitwright.core.quantized import Difference, Foreseen, QuantizedModel, WriteOptions, typical
 from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures, chat
@@ -35,7 +35,18 @@ from bitwright.formats.mlc.beforehand import (
     nothing_quantized,
     preset_of,
 )
-from bitwright.formats.mlc.presets import AUTOAWQ_GROUP, PRESETS, fitted_to, is_autoawq, joined, lost, packed, placed
+from bitwright.formats.mlc.presets import (
+    AUTOAWQ_GROUP,
+    PRESETS,
+    as_autoawq,
+    fitted_to,
+    fitted_to_autoawq,
+    is_autoawq,
+    joined,
+    lost,
+    packed,
+    placed,
+)
 from bitwright.formats.mlc.reading import opened as opened
 from bitwright.formats.mlc.shards import Shards
 
@@ -108,11 +119,11 @@ class _Writing:
         self.model, self.options, self.shards, self.config = model, options, shards, model.config
         self.linears, self.differences, self.parameters = {*model.linears}, list[Difference](), 0
         self.pending = {*model.linears, *model.passed}
-        first = model.read(model.linears[0])
-        chosen = Chosen.of(self.config, first.grid, first.tile, options.embeddings)
+        first = model.read(of_most := typical(model))
+        chosen = Chosen.of(self.config, first.grid, first.tile, options)
         self.awq, self.preset, self.quantization = chosen.awq, chosen.preset, chosen.name
         if not (self.awq or options.lossy) and placed(first, self.preset) is None:  # the embedding takes long
-            raise cannot_hold(f"{model.linears[0]} cannot be held exactly", self.quantization)
+            raise cannot_hold(f"{of_most} cannot be held exactly", self.quantization, options.lossy)
 
     def run(self, listener: Listener) -> None:
         """Every tensor of MLC's model. Raises CheckpointError for a tensor that it has no place for."""
@@ -140,19 +151,19 @@ class _Writing:
             self._matrix(Place(HEAD, (HEAD,)))
         elif HEAD in self.linears:
             self.pending -= {HEAD}
-            self._outside(HEAD, self.model.read(HEAD).dequantize(torch.float32))
+            self._outside(HEAD, self.model.read(HEAD).dequantize(torch.float32), fresh=False)
         else:
             source = EMBEDDING if tied else HEAD
             self.pending.add(f"{source}.weight")
             self._outside(HEAD, self._taken(f"{source}.weight"))
 
-    def _outside(self, name: str, weight: Tensor) -> None:
+    def _outside(self, name: str, weight: Tensor, fresh: bool = True) -> None:
         """Embedding or output layer: in the preset's codes of least squared error, or as it is."""
         if self.awq or not self.preset.embeddings:
             self._plain(f"{name}.weight", weight)
             return
         made = fitted_to(weight, self.preset)
-        self.differences.append(lost(name, weight, made))
+        self.differences.append(lost(name, weight, made, fresh))
         self._add(name, made)
 
     def _matrix(self, place: Place) -> None:
@@ -170,24 +181,22 @@ class _Writing:
     def _linear(self, name: str) -> QTensor:
         """A linear in the preset's codes."""
         if name not in self.linears:
-            return self._again(name, self._taken(f"{name}.weight"), "is not quantized")
+            return self._again(name, self._taken(f"{name}.weight"), "is not quantized", fresh=True)
         self.pending -= {name}
         weight = self.model.read(name)
-        if self.awq:
-            made = split(weight, Tile(1, AUTOAWQ_GROUP)) if is_autoawq(weight.grid, weight.tile) else None
-            made = None if made is None else replace(made, scale=made.scale.to(torch.float16))
-        else:
-            made = placed(weight, self.preset)
+        made = as_autoawq(weight) if self.awq else placed(weight, self.preset)
         if made is None or not made.scale.isfinite().all():
             return self._again(name, weight.dequantize(torch.float32), "cannot be held exactly")
         self.differences.append(difference(name, weight, made))
         return made
 
-    def _again(self, name: str, weight: Tensor, why: str) -> QTensor:
-        if self.awq or not self.options.lossy:
-            raise cannot_hold(f"{name} {why}", self.quantization)
-        made = fitted_to(weight, self.preset)
-        self.differences.append(lost(name, weight, made))
+    def _again(self, name: str, weight: Tensor, why: str, fresh: bool = False) -> QTensor:
+        divides = not self.awq or weight.shape[1] % AUTOAWQ_GROUP == 0
+        if not (divides and self.options.lossy):
+            also = "" if divides else f", and {weight.shape[1]} input features do not divide into groups of 128,"
+            raise cannot_hold(f"{name} {why}{also}", self.quantization, self.options.lossy)
+        made = fitted_to_autoawq(weight) if self.awq else fitted_to(weight, self.preset)
+        self.differences.append(lost(name, weight, made, fresh))
         return made
 
     def _add(self, name: str, weight: QTensor) -> None:

@@ -37,18 +37,19 @@ class Chosen:
         return AUTOAWQ if self.awq else self.preset.name
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], grid: Grid, tile: Tile, embeddings: str | None) -> "Chosen":
+    def of(cls, config: Mapping[str, Any], grid: Grid, tile: Tile, options: WriteOptions) -> "Chosen":
         """For linears of this grid and tile. Raises RecipeError for what MLC has in no, or not in this architecture."""
         kind = config["model_type"]
-        if is_autoawq(grid, tile):
-            if kind != "llama":
-                raise RecipeError(
-                    f"weights with zero points are {AUTOAWQ} to MLC-LLM, which has only half of that for {kind}; "
-                    f"quantize the original with --scheme mlc:q4f16_1 or W4A16g{tile.in_}sym"
-                )
+        if is_autoawq(grid, tile) and kind == "llama":
             return cls(PRESETS[-1], True)
+        if is_autoawq(grid, tile) and not options.lossy:
+            raise RecipeError(
+                f"weights with zero points are {AUTOAWQ} to MLC-LLM, which has only half of that for {kind}; "
+                f"quantize the original with --scheme mlc:q4f16_1 or W4A16g{tile.in_}sym, or quantize them once more, "
+                "with --lossy on bitwright export"
+            )
         preset = preset_of(grid, tile)
-        if embeddings != FLOAT16:
+        if options.embeddings != FLOAT16:
             return cls(preset, False)
         if preset.scheme.weight.bits != EMBEDDINGS_KEPT.scheme.weight.bits:
             raise RecipeError(
@@ -68,17 +69,21 @@ def check_weights(config: Mapping[str, Any], folder: Path, options: WriteOptions
     """Refuses a model whose weights no preset holds, or that has other tensors than MLC's model. Raises UserError."""
     if foreseen.grid is None or foreseen.tile is None:
         raise nothing_quantized(folder)
-    chosen = Chosen.of(config, foreseen.grid, foreseen.tile, options.embeddings)
+    chosen = Chosen.of(config, foreseen.grid, foreseen.tile, options)
     names = {*foreseen.passed, *(f"{linear}.weight" for linear in foreseen.linears)}
     wanted = {*_plain(config, foreseen)}
     for place in architectures.matrices(config):
         wanted |= {f"{linear}.weight" for linear in place.linears}
         kept = [linear for linear in place.linears if linear not in foreseen.linears]
-        if kept and f"{kept[0]}.weight" in names and (chosen.awq or not options.lossy):
-            raise cannot_hold(f"{kept[0]} is not quantized", chosen.name)
+        if kept and f"{kept[0]}.weight" in names and not options.lossy:
+            raise cannot_hold(f"{kept[0]} is not quantized", chosen.name, options.lossy)
         if chosen.awq and not kept:
             shapes = [foreseen.linears[linear] for linear in place.linears]
-            awq.check_shape(place.name, (sum(rows for rows, _ in shapes), shapes[0][1]))
+            if (outputs := sum(rows for rows, _ in shapes)) % awq.IN_WORD:
+                raise RecipeError(
+                    f"{place.name}: {outputs} output features are no multiple of {awq.IN_WORD}, as {AUTOAWQ} packs "
+                    "them; quantize the original with --scheme mlc:q4f16_1"
+                )
     for name in sorted(wanted - names):
         raise no_tensor(folder, name)
     for name in sorted(name for name in names - wanted - {f"{HEAD}.weight"} if not name.endswith(NO_WEIGHT)):
@@ -112,9 +117,10 @@ def no_place(folder: Path, name: str, config: Mapping[str, Any]) -> CheckpointEr
     )
 
 
-def cannot_hold(what: str, quantization: str) -> RecipeError:
+def cannot_hold(what: str, quantization: str, lossy: bool) -> RecipeError:
     """Of a linear that is not quantized, or not so that its codes can be kept."""
+    more = "bitwright export --lossy quantizes such weights once more and says what that adds"
     return RecipeError(
         f"{what} in MLC-LLM's {quantization}; the format holds {HOLDS}. "
-        "--lossy quantizes such weights once more and says what that adds"
+        + ("Quantize the original with --scheme mlc:q4f16_1" if lossy else more)
     )

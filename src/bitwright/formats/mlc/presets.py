@@ -15,10 +15,13 @@ import torch
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
+from bitwright.core.convert import split, with_scales
+from bitwright.core.decisions import LinearDecision
 from bitwright.core.panels import panels
 from bitwright.core.qtensor import QTensor, affine, quantize, tiled, whole
 from bitwright.core.quantized import Difference
 from bitwright.core.scheme import FULL, NAMED, Grid, Scheme, Tile
+from bitwright.steps.apply import quantize_linear
 from bitwright.steps.range_fit import fitted
 
 WORD_BITS = 32
@@ -65,6 +68,15 @@ def is_autoawq(grid: Grid, tile: Tile) -> bool:
     return grid == AUTOAWQ_GRID and tile.out == 1 and tile.in_ > 0 and tile.in_ % AUTOAWQ_GROUP == 0
 
 
+def as_autoawq(weight: QTensor) -> QTensor | None:
+    """The same weight in AutoAWQ's groups; None where it cannot be said."""
+    outliers = weight.outlier_index is not None and weight.outlier_index.numel() > 0
+    if outliers or not is_autoawq(weight.grid, weight.tile):
+        return None
+    made = split(weight, Tile(1, AUTOAWQ_GROUP))
+    return None if made is None else replace(with_scales(made, torch.float16), outlier_index=None, outlier_value=None)
+
+
 def placed(weight: QTensor, preset: Preset) -> QTensor | None:
     """The same weight in a preset's codes, each group turned round where that fits; None where it cannot be said."""
     grid, tile = preset.scheme.weight, preset.scheme.tile
@@ -101,6 +113,18 @@ def fitted_to(weight: Float[Tensor, "N K"], preset: Preset) -> QTensor:
     return QTensor.of_rows(parts)
 
 
+def fitted_to_autoawq(weight: Float[Tensor, "N K"]) -> QTensor:
+    """The same in AutoAWQ's layout, whose groups have to divide the row."""
+    grid, tile = AUTOAWQ_GRID, Tile(1, AUTOAWQ_GROUP)
+    parts = []
+    for rows in panels((weight.shape[0], weight.shape[1]), tile):
+        part = weight[rows].float()
+        low, high = fitted(part, grid, tile, torch.float16, alignment=0.0)
+        decision = LinearDecision(low=low, high=high)
+        parts.append(quantize_linear(part, decision, Scheme(grid, tile), torch.float16))
+    return QTensor.of_rows(parts)
+
+
 def joined(parts: list[QTensor]) -> QTensor:
     """The weights of linears that read the same input, one below the other."""
     return replace(QTensor.of_rows(parts), tile=parts[0].tile)
@@ -127,15 +151,16 @@ def unpacked(words: Int32[Tensor, "R W"], preset: Preset, columns: int) -> Int8[
     return codes.view(len(words), -1)[:, :columns] + grid.qmin
 
 
-def lost(name: str, weight: Tensor, made: QTensor) -> Difference:
-    """Of a weight that had no codes, a part at a time."""
+def lost(name: str, weight: Tensor, made: QTensor, fresh: bool = True) -> Difference:
+    """Of a weight that had no codes, or whose codes were not kept, a part at a time."""
     gone = size = 0.0
     for rows in _slices(len(weight)):
         before = weight[rows].float()
-        part = QTensor(made.codes[rows], made.scale[rows], None, made.grid, made.tile).dequantize(torch.float32)
+        zero = None if made.zero is None else made.zero[rows]
+        part = QTensor(made.codes[rows], made.scale[rows], zero, made.grid, made.tile).dequantize(torch.float32)
         gone += float((before - part).double().square().sum())
         size += float(before.double().square().sum())
-    return Difference(name, False, gone / size if size else 0.0)
+    return Difference(name, False, gone / size if size else 0.0, fresh)
 
 
 def _slices(rows: int, at_once: int = 4096) -> Iterator[slice]:

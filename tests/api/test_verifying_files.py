@@ -153,7 +153,7 @@ def test_a_tensor_that_mlc_s_index_does_not_have(files: Files, source: Path, tmp
         one["name"] = one["name"].replace("layers.1.mlp.gate_up", "layers.1.mlp.up_gate")
     (damaged / "tensor-cache.json").write_text(json.dumps(said))
     found = bitwright.verify(damaged)
-    assert failed(found) == {"complete": "model.layers.1.mlp.gate_up_proj.q_scale is not there, and 1 others"}
+    assert failed(found) == {"complete": "model.layers.1.mlp.gate_up_proj.q_scale is not there, and 1 other"}
     assert failed(bitwright.verify(damaged, source))["all of the folder"].startswith("model.layers.1.mlp.gate_proj.w")
 
 

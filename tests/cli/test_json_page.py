@@ -12,12 +12,11 @@ from bitwright.api.demonstrating import Demonstration, DemoRow
 from bitwright.api.engine_table import Engine, Way
 from bitwright.api.evaluating import Evaluation
 from bitwright.api.exporting import Exported
+from bitwright.api.findings import Check, Verification
 from bitwright.api.inspecting import Inspection, LinearSize
 from bitwright.api.planning import Plan
 from bitwright.api.quantizing import Result
-from bitwright.api.soundness import Check
 from bitwright.api.tensor_kinds import TensorKind
-from bitwright.api.verifying import Verification
 from bitwright.evaluation.measure import Measurement
 from bitwright.evaluation.speed import Speed
 from bitwright.stream.budget import Budget

@@ -63,7 +63,9 @@ class ModelView:
     def of_outline(cls, outline: Outline, checkpoint: Checkpoint) -> "ModelView":
         """The view of an architecture that is described: its linears are ordinary, its parameters called as on disk."""
         linears = frozenset((*outline.linears, outline.family.head))
-        return cls(linears, linears, {name: name for name in checkpoint.names}, outline.tied)
+        needed = frozenset(name for name in outline.shapes if outline.source(name) == name)
+        places = {name: name for name in checkpoint.names}
+        return cls(linears, linears, places, outline.tied, outline.shapes, needed)
 
     @classmethod
     def of_model(cls, model: "PreTrainedModel", names: Iterable[str]) -> "ModelView":

@@ -57,7 +57,7 @@ def config_changed(folder: Path, place: Path, change: Callable[[dict[str, Any]],
 
 def by_others(folder: Path) -> Path:
     """The folder without what Bitwright says of it."""
-    (folder / "bitwright.json").unlink()
+    (folder / "bitwright.json").unlink(missing_ok=True)
     return folder
 
 
@@ -237,8 +237,11 @@ def test_a_weight_that_is_not_quantized_and_not_the_original(
     def turned(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0)
 
-    found = bitwright.verify(by_others(changed(folders(), tmp_path / "out", turned)), tiny(**WIDE), logits=False)
-    assert "lm_head.weight is not the original's" in failed(found)["weights"]
+    damaged = changed(folders(), tmp_path / "out", turned)
+    for _ in range(2):
+        found = bitwright.verify(damaged, tiny(**WIDE), logits=False)
+        assert "lm_head.weight is not the original's" in failed(found)["weights"]
+        by_others(damaged)
 
 
 def test_how_far_every_linear_is_from_the_original(folders: Folders, tiny: Checkpoints) -> None:

@@ -54,17 +54,18 @@ class Beside:
         return sum(self.linears.values()) / len(self.linears) if self.linears else None
 
     def check(self, decided: bool) -> Check:
-        """Whether every weight is the original's. ``decided``: where that is known better, nothing is refused."""
-        errors = self.linears | self.others
+        """Whether every weight is the original's. ``decided``: of the linears that is known better, and none is
+        refused."""
+        errors = self.others if decided else self.linears | self.others
         worst = max(errors, key=errors.__getitem__, default=None)
-        if worst is None or self.worst is None or self.mean is None:
+        if self.worst is None or self.mean is None:
             return Check("weights", True, "not looked at: the original has none of these tensors")
         most = f"relative error at most {self.linears[self.worst]:.3g} (in {self.worst})"
         said = f"{len(self.linears)} linears, {most}, {self.mean:.3g} on average"
         moved = max((e for n, e in self.others.items() if len(self.model.shape(n)) == 1), default=0.0) > MOVED
         if moved:
             said += "; norms are not the original's: scales were moved between tensors"
-        elif errors[worst] >= ANOTHER and not decided:
+        elif worst is not None and errors[worst] >= ANOTHER:
             return Check("weights", False, f"{worst} is not the original's: a relative error of {errors[worst]:.3g}")
         return Check("weights", True, said)
 

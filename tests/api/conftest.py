@@ -1,12 +1,24 @@
-"""Folders compared byte by byte."""
+"""Folders compared byte by byte, and damaged tensor by tensor."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 TIMINGS = "bitwright-timings.json"
 LETTERS = "the quick brown fox jumps over the lazy dog, 0123456789 times; "
+
+
+def changed(folder: Path, place: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of a folder with other tensors."""
+    copy = Path(shutil.copytree(folder, place))
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 @pytest.fixture(scope="session")

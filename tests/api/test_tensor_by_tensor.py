@@ -85,6 +85,8 @@ def test_an_architecture_that_nobody_described(
     assert 1e-4 < float((expected - logits(source)).abs().max()) < 1
     if format is not None:
         assert result.format == format
+    assert bitwright.verify(result.output, source, logits=False).passed
+    assert bitwright.verify(result.output, logits=False).passed
     experts_apart, alike = kind == "mixtral" and not scheme.endswith("sym"), kind in ("falcon", "gpt_oss")
     if format is None:
         assert result.format == ("bitwright" if experts_apart or alike else "compressed-tensors")

@@ -1,12 +1,10 @@
 """A folder that is what it claims to be passes; one damaged in each way that is looked for does not."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bitwright
@@ -14,6 +12,7 @@ from bitwright.core.errors import CheckpointError, OutputError
 from bitwright.core.recipe import Recipe
 
 from ..conftest import Checkpoints
+from .conftest import changed
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -24,14 +23,6 @@ def packed(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = bitwright.quantize(Recipe(str(tiny()), "W4A16g32", "rtn"), folder)
     assert "14 linears, each once" in result.verified
     return folder
-
-
-def changed(folder: Path, place: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    copy = Path(shutil.copytree(folder, place))
-    tensors = load_file(copy / "model.safetensors")
-    change(tensors)
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    return copy
 
 
 @pytest.mark.parametrize("scheme", ["W4A16g32", "W3A16sym", "W4A16g32ic", "W4A4", "W4A8KV4", "mlc:q3f16_1"])

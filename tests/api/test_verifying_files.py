@@ -70,6 +70,21 @@ def overwritten(format: str, path: Path, name: str, data: bytes) -> None:
     file.write_bytes(raw)
 
 
+def test_no_digests_of_tensors_that_are_not_there(source: Path, tmp_path: Path) -> None:
+    """They are of the folder that a file is made of."""
+    for format, (name, scheme) in FORMATS.items():
+        bitwright.quantize(Recipe(str(source), scheme, "rtn", format), tmp_path / name)
+    said = (tmp_path / "mlc" / "bitwright.json").read_text()
+    assert "weight_error" in said and "digest" not in said
+    bitwright.quantize(Recipe(str(source), "W4A16g32sym", "rtn"), tmp_path / "folder")
+    assert "digest" in (tmp_path / "folder" / "bitwright.json").read_text()
+    bitwright.export(tmp_path / "folder", tmp_path / "exported.gguf", format="gguf")
+    for path in (tmp_path / "m.gguf", tmp_path / "exported.gguf"):
+        field = GGUFReader(path).fields["bitwright.account"]
+        account = bytes(field.parts[field.data[0]]).decode()
+        assert "weight_error" in account and "digest" not in account
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_sound(format: str, files: Files, source: Path) -> None:
     alone = bitwright.verify(files(format))
@@ -153,7 +168,7 @@ def test_a_tensor_that_mlc_s_index_does_not_have(files: Files, source: Path, tmp
         one["name"] = one["name"].replace("layers.1.mlp.gate_up", "layers.1.mlp.up_gate")
     (damaged / "tensor-cache.json").write_text(json.dumps(said))
     found = bitwright.verify(damaged)
-    assert failed(found) == {"complete": "model.layers.1.mlp.gate_up_proj.q_scale is not there, and 1 others"}
+    assert failed(found) == {"complete": "model.layers.1.mlp.gate_up_proj.q_scale is not there, and 1 other"}
     assert failed(bitwright.verify(damaged, source))["all of the folder"].startswith("model.layers.1.mlp.gate_proj.w")
 
 

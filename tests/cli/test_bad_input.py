@@ -102,6 +102,15 @@ class TestWeightFiles:
         gone.unlink()
         assert gone.name in quantize()
 
+    def test_truncated_folder_in_verify(self, tiny: Checkpoints, tmp_path: Path, run: Run) -> None:
+        assert (
+            run("quantize", str(tiny()), "--scheme", SCHEME, "--method", "rtn", "-o", str(tmp_path / "out")).code == 0
+        )
+        weights = tmp_path / "out" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        ran = run("verify", str(tmp_path / "out"), "--json")
+        assert (ran.code, ran.out) == (2, "") and f"{weights}: truncated" in ran.error
+
     def test_truncated_shard(self, quantize: Refused, tiny: Checkpoints, model: Path) -> None:
         cut = shard(tiny, model)
         raw = cut.read_bytes()

@@ -12,12 +12,12 @@ from bitwright.api.demonstrating import Demonstration, DemoRow
 from bitwright.api.engine_table import Engine, Way
 from bitwright.api.evaluating import Evaluation
 from bitwright.api.exporting import Exported
+from bitwright.api.findings import Check, Verification
 from bitwright.api.inspecting import Inspection, LinearSize
 from bitwright.api.planning import Plan
 from bitwright.api.quantizing import Result
-from bitwright.api.soundness import Check
 from bitwright.api.tensor_kinds import TensorKind
-from bitwright.api.verifying import Verification
+from bitwright.core.quantized import BlockReport, LinearReport
 from bitwright.evaluation.measure import Measurement
 from bitwright.evaluation.speed import Speed
 from bitwright.stream.budget import Budget
@@ -35,7 +35,7 @@ def keys_of(section: str) -> set[str]:
     ("`quantize`", [Result]), ("`quantize --dry-run`", [Plan, Budget, TensorKind]), ("`export`", [Exported]),
     ("`verify`", [Verification, Check]), ("`engines`", [Engine, Way]), ("`bench`", [Bench, Speed]),
     ("`evaluate`", [Evaluation, Measurement]), ("`inspect`", [Inspection, LinearSize]),
-    ("`demo`", [Demonstration, DemoRow]),
+    ("`demo`", [Demonstration, DemoRow]), ("`bitwright.json`, in every written folder", [BlockReport, LinearReport]),
 ])  # fmt: skip
 def test_every_key_is_on_the_page(section: str, results: list[Any]) -> None:
     printed = {field.name for result in results for field in fields(result)}

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from bitwright.api.engine_table import Engine, engines
     from bitwright.api.evaluating import Evaluation, evaluate
     from bitwright.api.exporting import Exported, export
+    from bitwright.api.findings import Verification
     from bitwright.api.inspecting import Inspection, inspect
     from bitwright.api.loading import load
     from bitwright.api.planning import Plan, plan
     from bitwright.api.quantizing import Result, quantize, speaks
-    from bitwright.api.soundness import Verification
     from bitwright.api.verifying import verify
 
 _HOMES = {

@@ -9,7 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bitwright.api.soundness import Check, first, lacking, published_only_if
+from bitwright.api.findings import Check, first, lacking
+from bitwright.api.soundness import published_only_if
 from bitwright.core.engine_file import EngineFile, Rows, unlike
 from bitwright.core.errors import CheckpointError
 from bitwright.core.progress import Listener, Progress, silent

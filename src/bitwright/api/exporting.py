@@ -25,7 +25,7 @@ from bitwright.api.format_choice import check_shape, is_file_format, refuse_idle
 from bitwright.api.places import refuse_output, refuse_within
 from bitwright.api.quantizing import JOURNAL
 from bitwright.api.refitting import refitted
-from bitwright.api.report_file import REPORT, account_of
+from bitwright.api.report_file import REPORT, account_of, without_digests
 from bitwright.api.soundness import require_sound
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
@@ -33,6 +33,7 @@ from bitwright.checkpoint.output import OutputFolder
 from bitwright.checkpoint.ranges import Stored
 from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.convert import relative_error
+from bitwright.core.digest import digest
 from bitwright.core.errors import RecipeError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.quantized import Difference, Foreseen, WriteOptions, typical
@@ -43,6 +44,8 @@ from bitwright.stream.memory import peak_memory
 from bitwright.stream.units import block_of
 
 OUTSIDE = "outside of the blocks"
+KEPT = ("name", "codes", "error", "digest")
+"""What bitwright.json keeps of the account of a linear."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def export(
     refuse_output(folder, output, overwrite, single)
     refuse_within(folder, output)
     model, shard_bytes = QuantizedFolder.open(folder), size_in_bytes(shard_size, "shard size")
-    options = WriteOptions(lossy, embeddings, None if base is None else Path(base), account_of(folder))
+    account = without_digests(account_of(folder))
+    options = WriteOptions(lossy, embeddings, None if base is None else Path(base), account)
     _refuse(model, format, to, options)
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single) as work:
         if is_file_format(to):
@@ -107,7 +111,7 @@ def export(
             verified = require_sound_file(to, place, model, differences)
         else:
             differences = _TensorExport(model, to, format, lossy, work, restart).run(shard_bytes, listener)
-            verified = require_sound(work.path, _names(model))
+            verified = require_sound(work.path, _shapes(model))
         bytes_out = bytes_of(work.file if single else work.path)
         work.publish()
     return _summed(model, output, format, differences, bytes_out, verified, monotonic() - start)
@@ -178,7 +182,7 @@ class _TensorExport:
             if not hasattr(self.to, "described"):  # what is stored are no codes but the weights, rounded to their dtype
                 stored = self.to.decode(made, name, weight.grid).float()
                 lost = replace(lost, error=relative_error(read.dequantize(torch.float32), stored))
-            rows.append(asdict(lost) | terms_of(weight))
+            rows.append(asdict(lost) | terms_of(weight) | {"digest": digest(made)})
         write_tensors(self.work.work / self.files[unit], tensors)
         self.journal.record(unit, self.files[unit], {"linears": rows})
 
@@ -186,15 +190,16 @@ class _TensorExport:
         written = written_model(self.model, self.name, rows, kept_linears(self.model))
         write_config(dict(self.model.config), self.to, written, self.work.path)
         copy_companions(self.model.folder, self.work.path)
-        account = account_of(self.model.folder)
-        linears = [{key: row[key] for key in ("name", "codes", "error")} for row in rows]
+        account = without_digests(account_of(self.model.folder))
+        linears = [{key: row[key] for key in KEPT if key in row} for row in rows]
         lost = {"read_as": self.model.format_name, "linears": linears}
         write_json(self.work.path / REPORT, plain(account | {"format": self.name, "export": lost}))
 
 
-def _names(model: QuantizedFolder) -> list[str]:
-    """What all tensors together are called where nothing is quantized."""
-    return [*model.passed, *(f"{linear}.weight" for linear in model.linears)]
+def _shapes(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:
+    """All tensors as they are called, with the shapes that they have, where nothing is quantized."""
+    linears = {f"{linear}.weight": model.shape(linear) for linear in model.linears}
+    return {name: model.shape(name) for name in model.passed} | linears
 
 
 def _units(model: QuantizedFolder) -> dict[str, tuple[list[str], list[str]]]:

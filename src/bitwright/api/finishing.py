@@ -9,7 +9,7 @@ from bitwright.api.companions import write_companions
 from bitwright.api.engine_files import require_sound_file
 from bitwright.api.format_choice import is_file_format
 from bitwright.api.job import Job, write_options
-from bitwright.api.report_file import REPORT
+from bitwright.api.report_file import REPORT, without_digests
 from bitwright.api.sink import FolderSink
 from bitwright.api.soundness import require_sound
 from bitwright.checkpoint.merge import merge_shards
@@ -32,11 +32,12 @@ def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -
     merge_shards(sink.parts(), folder, job.recipe.shard_bytes)
     write_companions(job, sink.reports(), folder)
     account: dict[str, Any] = plain(run_account(job, sink.reports(), folder))
-    account["verified"] = require_sound(folder, job.source.checkpoint.names)
+    account["verified"] = require_sound(folder, job.source.checkpoint.shapes)
     if not whole:
         write_json(folder / REPORT, account)
         return account
     place = work.file if job.target.SINGLE else work.path
+    account = without_digests(account)
     told = {key: value for key, value in account.items() if key != "totals"}
     model = QuantizedFolder.open(folder)
     differences = job.target.write(model, place, write_options(job.recipe, told), listener)

@@ -1,7 +1,7 @@
 """How transformers sees a checkpoint: which of its tensors become linears, under which names. No weight is read."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +18,21 @@ if TYPE_CHECKING:
 class ModelView:
     """``linears`` are the model's, by their names in it, and ``ordinary`` those of no class of their own; ``places`` is
     the parameter that each tensor of the checkpoint becomes, or a part of which it becomes; ``tied``: the output layer
-    may be the embedding."""
+    may be the embedding.
+
+    ``shapes`` are those of all that the model stores, ``needed`` the parameters that no other is tied to;
+    ``converted`` are tensors that become part of a parameter, or one of another shape. Tensors that fit a pattern in
+    ``ignored`` are not loaded, and nobody minds.
+    """
 
     linears: frozenset[str]
     ordinary: frozenset[str]
     places: Mapping[str, str]
     tied: bool
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    needed: frozenset[str] = frozenset()
+    converted: frozenset[str] = frozenset()
+    ignored: tuple[str, ...] = ()
 
     def linear(self, tensor: str) -> str | None:
         """The linear whose weight a tensor becomes; None where it becomes something else, as merged experts do."""
@@ -54,7 +63,9 @@ class ModelView:
     def of_outline(cls, outline: Outline, checkpoint: Checkpoint) -> "ModelView":
         """The view of an architecture that is described: its linears are ordinary, its parameters called as on disk."""
         linears = frozenset((*outline.linears, outline.family.head))
-        return cls(linears, linears, {name: name for name in checkpoint.names}, outline.tied)
+        needed = frozenset(name for name in outline.shapes if outline.source(name) == name)
+        places = {name: name for name in checkpoint.names}
+        return cls(linears, linears, places, outline.tied, outline.shapes, needed)
 
     @classmethod
     def of_model(cls, model: "PreTrainedModel", names: Iterable[str]) -> "ModelView":
@@ -63,8 +74,18 @@ class ModelView:
         special = getattr(model.config, "is_encoder_decoder", False)  # T5 looks at a linear's weight before it uses it
         ordinary = frozenset(name for name, module in linears.items() if type(module) is nn.Linear and not special)
         rename = _renaming(model)
-        tied = bool(getattr(model.config, "tie_word_embeddings", False))
-        return cls(frozenset(linears), ordinary, {name: rename(name) for name in names}, tied)
+        found = {name: rename(name) for name in names}
+        again = frozenset(getattr(model, "all_tied_weights_keys", None) or ())
+        return cls(
+            linears=frozenset(linears),
+            ordinary=ordinary,
+            places={name: place for name, (place, _) in found.items()},
+            tied=bool(getattr(model.config, "tie_word_embeddings", False)),
+            shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+            needed=frozenset(name for name, _ in model.named_parameters()) - again,
+            converted=frozenset(name for name, (_, pattern) in found.items() if pattern is not None),
+            ignored=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        )
 
 
 def _class(config: Any) -> Any:
@@ -76,15 +97,16 @@ def _class(config: Any) -> Any:
     return getattr(transformers, named, None) or AutoModelForCausalLM._model_mapping[type(config)]
 
 
-def _renaming(model: "PreTrainedModel") -> Callable[[str], str]:
-    """What loading makes of a tensor's name; the name itself where this transformers does not say."""
+def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, str | None]]:
+    """What loading makes of a tensor's name, and the pattern of what converts its values, if anything does; the name
+    itself where this transformers does not say."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
-        return str
+        return lambda name: (name, None)
     found = get_model_conversion_mapping(model)
     renamings = [one for one in found if isinstance(one, WeightRenaming)]
     converters = [one for one in found if isinstance(one, WeightConverter)]
     state = dict(model.state_dict())
-    return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
+    return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)

@@ -1,7 +1,7 @@
 """Finished blocks, made durable one by one: encoded by the format, written as a part, noted in the journal."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.ranges import Stored
 from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.block import Block
+from bitwright.core.digest import digest
 from bitwright.core.errors import OutputError
 from bitwright.core.quantized import BlockReport, QuantizedBlock
 from bitwright.stream.units import Unit
@@ -62,11 +63,14 @@ class FolderSink:
     def write(self, unit: str, result: QuantizedBlock) -> None:
         """Writes a unit's part and notes it, with its report, in the journal."""
         tensors: dict[str, Tensor | Stored] = dict(result.passed)
+        digests = dict[str, str]()
         for name, weight in result.linears.items():
-            tensors |= self.job.format.encode(name, weight)
+            tensors |= (made := self.job.format.encode(name, weight))
+            digests[name] = digest(made)
+        rows = tuple(replace(row, digest=digests[row.name]) for row in result.report.linears)
         if result.learned:
             write_tensors(self._learned(unit), result.learned)
-        self._record(unit, tensors, asdict(result.report))
+        self._record(unit, tensors, asdict(replace(result.report, linears=rows)))
 
     def learned(self) -> dict[str, Tensor]:
         """The parameters that training found, as ``BLOCK/GROUP/NAME``."""

@@ -1,10 +1,13 @@
-"""What can be told of a written folder without running it: everything is there once, shapes fit, scales are numbers."""
+"""What can be told of a written folder without running it: everything is there once, shapes fit, scales are numbers,
+and what is stored is what was decided."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bitwright.api.model_view import ModelView
+from bitwright.api.completeness import Shapes, complete
+from bitwright.api.findings import Check, first
+from bitwright.api.report_file import digests_of, is_ours
+from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import OutputError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.qtensor import QTensor
@@ -14,60 +17,33 @@ from bitwright.stream.memory import peak_memory
 OVERHEAD, SMALL_LINEARS, HEADERS = 1.02, 1.0, 0.01
 """Of what linears take on disk over their true bits: shapes, group indices; in bits, of small ones; of what files take
 beside their tensors."""
-HEADS = ("lm_head", "embed_out")
-"""Output layers that share the embedding's weight where the config says so."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at, whether it is as it should be, and what was found."""
-
-    name: str
-    passed: bool
-    found: str
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What is true of a folder, or of an engine's file.
-
-    ``kl_divergence`` (nats per token, on random tokens) is None without an original; so are ``largest_error``, the
-    tensor that it is in, and ``mean_error``, which are of engines' files alone: ``|W - Wx|^2 / |W|^2`` of every tensor.
-    """
-
-    folder: str
-    format: str
-    against: str | None
-    linears: int
-    bits_per_weight: float
-    kl_divergence: float | None
-    checks: tuple[Check, ...]
-    largest_error: float | None = None
-    largest_in: str | None = None
-    mean_error: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
+WHOLE_BYTES, SAMPLES = 16 * 2**20, 16
+"""A tensor that is not quantized and has more is looked at in so many places, where a look is to be short."""
+SCALES = ("weight_scale", "scales")
+"""How the names of scales end."""
 
 
 def structure(
-    model: QuantizedFolder, expected: Iterable[str] | None = None, listener: Listener = silent
+    model: QuantizedFolder, original: Shapes | None = None, listener: Listener = silent
 ) -> tuple[list[Check], float]:
-    """What can be told without running the model, every code being read; and the true bits per weight.
+    """What can be told without running the model, everything being read; and the true bits per weight.
 
-    ``expected`` are the names that all tensors together must have where nothing is quantized.
+    ``original`` are the shapes that all tensors together must have where nothing is quantized, by their names.
     """
-    looked = _Looked(model)
-    for done, name in enumerate(names := (*model.linears, *model.stacks)):
+    looked, linears = _Looked(model), (*model.linears, *model.stacks)
+    names = (*linears, *model.passed)
+    for done, name in enumerate(names):
         listener(Progress("verify", done, len(names), name, peak_memory()))
-        looked.read(name)
-    listener(Progress("verify", len(names), len(names), "all linears", peak_memory()))
-    return [_once(model), _complete(model, expected), looked.numbers(), looked.on_disk()], looked.bits_per_weight
+        if done < len(linears):
+            looked.read(name)
+        else:
+            looked.passed(name, whole=True)
+    listener(Progress("verify", len(names), len(names), "all tensors", peak_memory()))
+    checks = [_once(model), complete(model, original), looked.numbers(), looked.on_disk()]
+    return [*checks, *looked.as_decided()], looked.bits_per_weight
 
 
-def require_sound(folder: Path, expected: Iterable[str]) -> str:
+def require_sound(folder: Path, original: Shapes) -> str:
     """Looks at a folder that has just been written: names, shapes, scales, not codes; says what was found, in a line.
 
     Raises OutputError where a check fails: nobody is to load what is silently broken.
@@ -76,7 +52,9 @@ def require_sound(folder: Path, expected: Iterable[str]) -> str:
     looked = _Looked(model)
     for name in (*model.linears, *model.stacks):
         looked.glance(name)
-    checks = [_complete(model, expected), looked.numbers()]
+    for name in model.passed:
+        looked.passed(name, whole=False)
+    checks = [complete(model, original, by_config=False), looked.numbers()]
     if model.format is not None:
         checks.append(_once(model))
     return published_only_if(checks)
@@ -95,11 +73,11 @@ def published_only_if(checks: Sequence[Check]) -> str:
 
 
 class _Looked:
-    """At linears one by one: their numbers, and what they take."""
+    """At linears one by one: their numbers, what they take, and whether they are what was stored once."""
 
     def __init__(self, model: QuantizedFolder) -> None:
-        self.model = model
-        self.wrong: list[str] = []
+        self.model, self.decided, self.ours = model, digests_of(model.folder), is_ours(model.folder)
+        self.wrong, self.unlike = list[str](), list[str]()
         self.true_bits = self.stored_bits = self.weights = 0
 
     @property
@@ -113,19 +91,29 @@ class _Looked:
         self.true_bits += sum(part.storage_bits for part in parts)
         self.stored_bits += 8 * sum(self.model.checkpoint.nbytes(tensor) for tensor in self.model.stored(name))
         self.weights += sum(part.codes.numel() for part in parts)
-        self.wrong += [f"{name}: {what}" for part in parts for what in _wrong(part)]
+        self.wrong += [f"{name}: {what}" for part in parts for what in _wrong(part, self.ours)]
+        if self.decided and self.model.digest(name) != self.decided.get(name.removesuffix(".weight")):
+            self.unlike.append(name)
 
     def glance(self, name: str) -> None:
         """Reads what lies beside a linear's codes."""
-        checkpoint, (codes, *others) = self.model.checkpoint, self.model.stored(name)
-        if not min(self.model.shape(name)) or not checkpoint.nbytes(codes):
+        checkpoint, stored = self.model.checkpoint, self.model.stored(name)
+        if not min(self.model.shape(name)) or not all(checkpoint.nbytes(tensor) for tensor in stored):
             self.wrong.append(f"{name}: is empty")
-        for other in others:
-            if checkpoint.entry(other).dtype.is_floating_point and not checkpoint.read(other).isfinite().all():
-                self.wrong.append(f"{other}: NaN or infinite")
+        for tensor in (tensor for tensor in stored if checkpoint.entry(tensor).dtype.is_floating_point):
+            found = checkpoint.read(tensor)
+            if not found.isfinite().all():
+                self.wrong.append(f"{tensor}: NaN or infinite")
+            elif tensor.endswith(SCALES) and self.ours and self._unsigned(name) and (found < 0).any():
+                self.wrong.append(f"{tensor}: negative")
+
+    def passed(self, name: str, whole: bool) -> None:
+        """Reads a tensor that is not quantized, or, unless it is to be ``whole``, places in a large one."""
+        if not _is_finite(self.model.checkpoint, name, whole):
+            self.wrong.append(f"{name}: NaN or infinite")
 
     def numbers(self) -> Check:
-        """Shapes fit, scales are finite and not zero."""
+        """Shapes fit, scales are finite and not zero, and so is what is not quantized."""
         return Check("scales and shapes", not self.wrong, first(self.wrong) or "scales finite, shapes fit")
 
     def on_disk(self) -> Check:
@@ -139,12 +127,42 @@ class _Looked:
         passed = fits and on_disk - held <= HEADERS * held + 2**20 * len(files)
         return Check("size on disk", passed, said if passed else f"{said}, of which tensors are {held:,}")
 
+    def as_decided(self) -> Iterator[Check]:
+        """Every linear has the bytes that bitwright.json names, where it names them."""
+        if self.decided:
+            linears = len(self.model.linears) + len(self.model.stacks)
+            wrong = first([f"{name} is not what bitwright.json says was written" for name in self.unlike])
+            yield Check("as decided", not wrong, wrong or f"{linears} linears byte for byte as they were written")
 
-def _wrong(part: QTensor) -> Iterator[str]:
+    def _unsigned(self, name: str) -> bool:
+        return self.model.described is not None and not self.model.described.grid_of(name).signed_scale
+
+
+def _is_finite(checkpoint: Checkpoint, name: str, whole: bool) -> bool:
+    entry = checkpoint.entry(name)
+    if not entry.dtype.is_floating_point or not entry.elements:
+        return True
+    if whole or entry.nbytes <= WHOLE_BYTES:
+        return checkpoint.is_finite(name)
+    rows = entry.shape[0]
+    few = max(1, rows * (WHOLE_BYTES // SAMPLES) // entry.nbytes)
+    starts = sorted({(rows - few) * at // (SAMPLES - 1) for at in range(SAMPLES)})
+    return all(bool(checkpoint.read_slice(name, start, start + few).float().isfinite().all()) for start in starts)
+
+
+def _wrong(part: QTensor, ours: bool) -> Iterator[str]:
+    """What is wrong with the numbers of a weight.
+
+    Where there is no sign, some tools (AutoRound) still give a group a negative scale to spend the extra code of a
+    symmetric grid on the other side; Bitwright does not, and nobody gives one to every group.
+    """
+    negative = part.scale < 0
     if not part.scale.isfinite().all():
         yield "a scale is NaN or infinite"
     elif (part.scale == 0).any():
         yield "a scale is zero"
+    elif not part.grid.signed_scale and bool(negative.any() if ours else negative.all()):
+        yield f"{int(negative.sum())} of {negative.numel()} scales are negative, on a grid without signs"
     if part.outlier_value is not None and not part.outlier_value.isfinite().all():
         yield "an outlier is NaN or infinite"
     if part.outlier_index is not None and part.outlier_index.numel():
@@ -162,30 +180,3 @@ def _once(model: QuantizedFolder) -> Check:
     if twice:
         found = f"{twice[0]} is quantized, and there in full precision too"
     return Check("no duplicates", bool(linears) and not twice, found)
-
-
-def _complete(model: QuantizedFolder, expected: Iterable[str] | None) -> Check:
-    """Everything that the model needs is there: by these names, else by transformers' view of the config."""
-    stacks = {name for stack in model.stacks for name in (stack, f"{stack}.weight")}
-    there = {*model.passed, *(f"{linear}.weight" for linear in model.linears), *stacks}
-    if expected is not None:
-        wanted = set(expected)
-        missing = sorted(wanted - there)
-        return Check("complete", not missing, lacking(missing) or f"all {len(wanted)} tensors of the original")
-    view = ModelView.of(model.checkpoint, there)
-    if view is None:
-        return Check("complete", True, "not looked at: transformers does not know this architecture; --against tells")
-    places = {view.places[tensor] for tensor in there}
-    wanted = {f"{linear}.weight" for linear in view.linears if not (view.tied and linear in HEADS)}
-    missing = sorted(wanted - places)
-    return Check("complete", not missing, lacking(missing) or f"all {len(wanted)} linears of the architecture")
-
-
-def lacking(missing: Sequence[str]) -> str:
-    """In words what is not there, "" for nothing."""
-    return f"{missing[0]} is not there, and {len(missing) - 1} others" if missing else ""
-
-
-def first(texts: Sequence[str]) -> str:
-    """The first of several findings, and how many more there are."""
-    return f"{texts[0]}, and {len(texts) - 1} others" if len(texts) > 1 else "".join(texts)

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+from bitwright.api.beside_original import Beside
+from bitwright.api.completeness import require_same_model
 from bitwright.api.dequantizing import is_made_dense, load_codes
 from bitwright.api.engine_files import engine_format
+from bitwright.api.findings import Check, Verification
 from bitwright.api.loading import load
 from bitwright.api.random_tokens import divergence_from, logits_of, of_chance, random_tokens
-from bitwright.api.soundness import Check, Verification, structure
+from bitwright.api.report_file import digests_of
+from bitwright.api.soundness import structure
 from bitwright.api.source import open_checkpoint
 from bitwright.api.verifying_files import verify_file
 from bitwright.core.errors import CheckpointError, UserError
@@ -24,9 +28,9 @@ def verify(
     """Looks at every quantized linear of a folder, at what it takes on disk, and, with ``logits``, at what the folder
     computes when transformers loads it, beside our own decoding of its codes; or at an engine's own file (gguf, mlc).
 
-    ``against`` is the original: its tensors must all be there, quantized or as they were, and the divergence from it is
-    measured. A file's may also be the quantized folder that it was made of. Raises CheckpointError for a folder or a
-    file that cannot be read at all.
+    ``against`` is the original: its tensors must all be there, quantized or as they were, and how far weights and
+    logits are from it is measured. A file's may also be the quantized folder that it was made of. Raises
+    CheckpointError for a folder or a file that cannot be read at all, and for an original of another model.
     """
     if (format := engine_format(Path(folder))) is not None:
         return verify_file(format, Path(folder), None if against is None else Path(against), logits, listener)
@@ -34,8 +38,14 @@ def verify(
     if model.format is None:
         raise CheckpointError(f"{folder} is not quantized: its config.json has no quantization_config")
     original = None if against is None else open_checkpoint(Path(against))
-    checks, bits = structure(model, None if original is None else original.names, listener)
-    divergence = None
+    if original is not None:
+        require_same_model(model, original)
+    checks, bits = structure(model, None if original is None else original.shapes, listener)
+    divergence = beside = None
+    if original is not None:
+        beside = Beside(model, original)
+        beside.look(listener)
+        checks.append(beside.check(decided=bool(digests_of(model.folder))))
     if logits and all(check.passed for check in checks):
         found, divergence = _logits(model, None if original is None else original.folder, listener)
         checks += found
@@ -47,6 +57,9 @@ def verify(
         bits_per_weight=bits,
         kl_divergence=divergence,
         checks=tuple(checks),
+        largest_error=None if beside is None or beside.worst is None else beside.linears[beside.worst],
+        largest_in=None if beside is None else beside.worst,
+        mean_error=None if beside is None else beside.mean,
     )
 
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from bitwright.api.dequantizing import load_codes
 from bitwright.api.engine_files import bits_per_weight, error_of, file_structure, linears_of, not_there
+from bitwright.api.findings import Check, Verification, first, lacking
 from bitwright.api.loading import load
 from bitwright.api.random_tokens import divergence_from, logits_of, of_chance, random_tokens
-from bitwright.api.soundness import Check, Verification, first, lacking
 from bitwright.core.engine_file import EngineFile
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.progress import Listener, Progress

@@ -15,7 +15,7 @@ NARROW_CHUNK_BYTES = CHUNK_BYTES // 4  # float8 has no min and max of its own an
 
 def check_tensor(header: Header, entry: TensorEntry) -> None:
     """CheckpointError when the floating tensor `entry` has a NaN or an infinity, with how many of each."""
-    if all(is_finite(chunk) for chunk in _chunks(header, entry)):
+    if is_finite_tensor(header, entry):
         return
     nans = infinities = 0
     for chunk in _chunks(header, entry):
@@ -26,6 +26,11 @@ def check_tensor(header: Header, entry: TensorEntry) -> None:
         f"its {entry.elements} values; the checkpoint is damaged, or was saved from a training run that had diverged: "
         "download it again"
     )
+
+
+def is_finite_tensor(header: Header, entry: TensorEntry) -> bool:
+    """Whether the floating tensor `entry` is finite throughout."""
+    return all(is_finite(chunk) for chunk in _chunks(header, entry))
 
 
 def is_finite(chunk: torch.Tensor) -> bool:

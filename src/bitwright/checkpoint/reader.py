@@ -53,6 +53,11 @@ class Checkpoint:
         return self.entry(name).nbytes
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by their names."""
+        return {name: self.entry(name).shape for name in self.names}
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors' data."""
         return sum(self.nbytes(name) for name in self.names)
@@ -108,6 +113,10 @@ class Checkpoint:
         entry = self.entry(name)
         if entry.dtype.is_floating_point:
             finite.check_tensor(self._header(name), entry)
+
+    def is_finite(self, name: str) -> bool:
+        """Whether a floating tensor, read 64 MiB at a time, is finite throughout."""
+        return finite.is_finite_tensor(self._header(name), self.entry(name))
 
     def _read(self, name: str, shape: tuple[int, ...], skipped_rows: int) -> torch.Tensor:
         """`shape` of the tensor, after as many of its rows."""

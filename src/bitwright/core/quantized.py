@@ -22,7 +22,8 @@ class LinearReport:
     ``outlier_share`` of all.
     ``bits_per_weight`` counts all that is packed, scales, zeros and outliers too. ``weight_error`` is
     ``|W - Wq|^2 / |W|^2``; ``output_error`` is ``|XW' - XWq'|^2 / |XW'|^2`` on the calibration tokens as the
-    full-precision blocks produce them, None without calibration text.
+    full-precision blocks produce them, None without calibration text. ``digest`` is that of the tensors that the
+    linear was stored as (``core/digest.py``), "" before it is.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LinearReport:
     output_error: float | None
     outliers: int = 0
     outlier_share: float = 0.0
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Described:
     ``grid`` is that of its linears, in whose ``codes`` they are read; ``kept`` the linears that are not quantized.
     ``variant`` is what else a format needs to know to read its tensors. ``rules`` are regular expressions with the grid
     of linears whose names they match from the beginning; the first that does counts, other linears have ``grid``.
-    ``departures`` are the linears that are said to be unlike the others.
+    ``departures`` are the linears that are said to be unlike the others. ``tile`` is that of the other linears, None
+    where nothing is said of it; ``tiles`` has rules for it like ``rules``.
     """
 
     grid: Grid
@@ -116,10 +119,19 @@ class Described:
     variant: str = ""
     rules: tuple[tuple[str, Grid], ...] = ()
     departures: Mapping[str, Departure] = field(default_factory=dict)
+    tile: Tile | None = None
+    tiles: tuple[tuple[str, Tile | None], ...] = ()
 
     def grid_of(self, linear: str) -> Grid:
         """The grid of one linear."""
         return next((grid for pattern, grid in self.rules if re.match(pattern, linear)), self.grid)
+
+    def tile_of(self, linear: str) -> Tile | None:
+        """The tile that one linear, or every slice of a stack, is said to have; None where nothing is said."""
+        for name in (linear, f"{linear}.weight"):
+            if name in self.departures:
+                return Tile(*self.departures[name].tile, ragged=self.tile is not None and self.tile.ragged)
+        return next((tile for pattern, tile in self.tiles if re.match(pattern, linear)), self.tile)
 
 
 @dataclass(frozen=True)

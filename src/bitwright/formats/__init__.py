@@ -13,10 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.digest import digest
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
 from bitwright.core.registry import find, names
+from bitwright.core.scheme import Tile
 
 CONFIG = "quantization_config"
 READABLE = "compressed-tensors (integer weights), bitwright, gptq and awq folders"
@@ -45,16 +47,16 @@ class QuantizedFolder:
             return cls(checkpoint, None, None, (), (), _in_order(checkpoint.names))
         format = _format_of(folder, said)
         described = _described(folder, format, said)
-        leaf = format.LEAVES[0]
-        found = [name.removesuffix(f".{leaf}") for name in checkpoint.names if name.endswith(f".{leaf}")]
+        found = _found(checkpoint.names, format.LEAVES)
         theirs = {f"{name}.{end}" for name in found for end in format.LEAVES}
-        stacks = {name for name in found if len(checkpoint.entry(f"{name}.{leaf}").shape) == 3}
+        first = {name: [f"{name}.{leaf}" for leaf in format.LEAVES if f"{name}.{leaf}" in checkpoint] for name in found}
+        stacks = {name for name, stored in first.items() if len(checkpoint.entry(stored[0]).shape) == 3}
         passed = [name for name in checkpoint.names if name not in theirs]
         return cls(
             checkpoint,
             format,
             described,
-            _in_order(set(found) - stacks),
+            _in_order(found - stacks),
             _in_order(stacks),
             _in_order(passed),
         )
@@ -83,7 +85,7 @@ class QuantizedFolder:
             rows, columns = self.shape(linear)
             if found.shape != (rows, columns):
                 raise ValueError(f"codes {list(found.shape)}, a shape of {rows} x {columns}")
-            found.tile.counts(found.shape)
+            check_tiles(found, described.tile_of(linear))
         except CheckpointError as error:  # not damaged, but of a kind that is not read
             raise CheckpointError(f"{self.folder}: {error}") from error
         except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError, UserError) as error:
@@ -94,8 +96,14 @@ class QuantizedFolder:
         """A weight that is fused over experts, slice by slice. Raises CheckpointError as ``read`` does."""
         format, described = self._quantized()
         tensors = self._tensors(stack)
+        if not hasattr(format, "read_stacked"):
+            raise CheckpointError(
+                f"{self.folder}: {stack} is fused over experts, which Bitwright does not read of {self.format_name}"
+            )
         try:
             found: list[QTensor] = format.read_stacked(tensors, stack, described.grid_of(stack))
+            for part in found:
+                check_tiles(part, described.tile_of(stack))
         except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError, UserError) as error:
             raise _damaged(self.folder, stack, tensors, error) from error
         return found
@@ -109,7 +117,7 @@ class QuantizedFolder:
 
         Raises CheckpointError for a tensor that is not there.
         """
-        if f"{name}.{self._leaf}" not in self.checkpoint:
+        if not self.stored(name):
             return self.checkpoint.entry(name).shape
         format, described = self._quantized()
         try:
@@ -127,17 +135,41 @@ class QuantizedFolder:
         leaves = () if self.format is None else self.format.LEAVES
         return [name for leaf in leaves if (name := f"{linear}.{leaf}") in self.checkpoint]
 
+    def digest(self, linear: str) -> str:
+        """``core.digest`` of the tensors that a quantized linear or stack is stored as."""
+        return digest(self._tensors(linear))
+
     def _tensors(self, linear: str) -> dict[str, Tensor]:
         return {name: self.checkpoint.read(name) for name in self.stored(linear)}
-
-    @property
-    def _leaf(self) -> str:
-        return "" if self.format is None else str(self.format.LEAVES[0])
 
     def _quantized(self) -> tuple[ModuleType, Described]:
         if self.format is None or self.described is None:
             raise CheckpointError(f"{self.folder} is not quantized")
         return self.format, self.described
+
+
+def check_tiles(weight: QTensor, said: Tile | None) -> None:
+    """Raises ValueError where scales and zero points of a weight are not one for each tile, or its tiles are not those
+    that config.json names."""
+    counts, scales = weight.tile.counts(weight.shape), tuple(weight.scale.shape)
+    if scales != counts:
+        raise ValueError(f"scales {list(scales)} for {counts[0]} x {counts[1]} tiles")
+    if weight.zero is not None and tuple(weight.zero.shape) != scales:
+        raise ValueError(f"zero points for {list(weight.zero.shape)} tiles, scales for {list(scales)}")
+    found, wanted = weight.tile.size(weight.shape), (said or weight.tile).size(weight.shape)
+    if any(one != min(other, most) for one, other, most in zip(found, wanted, weight.shape, strict=True)):
+        raise ValueError(f"{_tile(found)} weights share a scale, config.json says {_tile(wanted)}")
+
+
+def _tile(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _found(names: Sequence[str], leaves: Sequence[str]) -> set[str]:
+    """The weights of which a tensor is there that no other weight has: one that is not whole is seen all the same."""
+    ends = {leaf for leaf in leaves if leaf != "weight"}
+    parts = (name.rpartition(".") for name in names)
+    return {stem for stem, _, leaf in parts if leaf in ends}
 
 
 def _format_of(folder: Path, said: Any) -> ModuleType:
@@ -171,6 +203,11 @@ def _parts(name: str) -> Sequence[str]:
 
 def _damaged(folder: Path, linear: str, tensors: Mapping[str, Tensor], error: Exception) -> CheckpointError:
     found = ", ".join(f"{name.removeprefix(linear + '.')} {list(t.shape)}" for name, t in tensors.items())
+    if isinstance(error, KeyError):
+        return CheckpointError(
+            f"{folder}: there is no tensor {error.args[0]}, of {linear} there are {found}; the folder is damaged, "
+            "download or quantize it again"
+        )
     return CheckpointError(
         f"{folder}: the tensors of {linear} do not fit together ({found}): {error}; the folder is damaged, download or "
         "quantize it again"

@@ -9,7 +9,7 @@ with bits of their own. Codes and zero points are signed there, ours are not on 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -19,9 +19,10 @@ from bitwright.core.errors import CheckpointError
 from bitwright.core.packing import WORD_BITS, unpack, unpack_apart
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
-from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Tile
-from bitwright.formats.gptq import check_order
+from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Tile
+from bitwright.formats.gptq import check_order, tile_of
 
+T = TypeVar("T")
 PACKED, MIXED = "pack-quantized", "mixed-precision"
 LAYOUTS = (PACKED, "int-quantized", "naive-quantized")
 STRATEGIES = ("tensor", "channel", "group", "block")
@@ -45,27 +46,38 @@ def described(config: Mapping[str, Any]) -> Described:
 def _described(config: Mapping[str, Any]) -> Described:
     _check_whole(config)
     groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, dict)]
-    weights = [(group.get("targets") or [], _weights(group, config)) for group in groups if group.get("weights")]
+    quantized = [group for group in groups if group.get("weights")]
+    weights = [(group.get("targets") or [], _weights(group, config)) for group in quantized]
     if not weights:
         raise CheckpointError(f"its config_groups name no weights; {READABLE}")
-    first = next(group for group in groups if group.get("weights"))
+    first, tiles = quantized[0], [(group.get("targets") or [], _tile(group["weights"])) for group in quantized]
     attention = next((group for group in groups if not group.get("weights")), {})
     cache = config.get("kv_cache_scheme") or attention.get("input_activations")
     return Described(
-        next((grid for targets, grid in weights if any(target[:1].isupper() for target in targets)), weights[0][1]),
+        _of_most(weights),
         _dynamic(first.get("input_activations"), "activations"),
         _dynamic(cache, "a KV cache"),
         tuple(config.get("ignore") or ()),
         rules=tuple(_rules(weights)),
+        tile=_of_most(tiles),
+        tiles=tuple(_rules(tiles)),
     )
+
+
+def _of_most(said: list[tuple[list[str], T]]) -> T:
+    """What is said of classes of modules, else what is said first."""
+    return next((one for targets, one in said if any(target[:1].isupper() for target in targets)), said[0][1])
 
 
 def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:
     """The shape of a weight [O, I], from the shapes of its tensors or what is in them."""
     try:
         return tuple(read("weight_shape").tolist())
-    except CheckpointError:  # one code to a byte
-        return stored("weight")
+    except CheckpointError as missing:
+        try:
+            return stored("weight")  # one code to a byte
+        except CheckpointError:
+            raise missing from None
 
 
 def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTensor:
@@ -93,6 +105,8 @@ def _codes(tensors: Mapping[str, Tensor], name: str, bits: int) -> Int[Tensor, "
     words, signed = tensors.get(f"{name}.weight_packed"), Grid(bits, symmetric=True)
     if words is not None:
         return _unpacked(words, signed, tensors[f"{name}.weight_shape"].tolist()[1])
+    if f"{name}.weight" not in tensors and f"{name}.weight_shape" in tensors:
+        raise KeyError(f"{name}.weight_packed")
     codes = tensors[f"{name}.weight"]
     if codes.dtype != torch.int8:
         raise ValueError(f"weights of dtype {codes.dtype} beside scales, not int8")
@@ -152,7 +166,22 @@ def _weights(group: Mapping[str, Any], config: Mapping[str, Any]) -> Grid:
     return Grid(bits, bool(said.get("symmetric", True)))
 
 
-def _rules(weights: list[tuple[list[str], Grid]]) -> Iterator[tuple[str, Grid]]:
+def _tile(said: Mapping[str, Any]) -> Tile | None:
+    """The weights that share a scale; None where that is not said."""
+    group = said.get("group_size")
+    match said.get("strategy"):
+        case "tensor":
+            return Tile(FULL, FULL)
+        case "channel":
+            return Tile(1, FULL)
+        case "group":
+            return tile_of(group)
+        case "block" if (block := said.get("block_structure")) is not None:
+            return Tile(int(block[0]), int(block[1]))
+    return None
+
+
+def _rules(weights: list[tuple[list[str], T]]) -> Iterator[tuple[str, T]]:
     """Names first, then patterns, as the library does; classes of modules are left to the grid of all others."""
     yield from ((f"{re.escape(t)}$", grid) for targets, grid in weights for t in targets if not _is_pattern(t))
     yield from ((t.removeprefix("re:"), grid) for targets, grid in weights for t in targets if _is_pattern(t))

@@ -27,6 +27,7 @@ from bitwright.formats.gptq import (
     refuse_scheme,
     refuse_sizes,
     said_of_kept,
+    tile_of,
 )
 from bitwright.formats.gptq import queries_left_out as queries_left_out
 
@@ -75,7 +76,8 @@ def described(config: Mapping[str, Any]) -> Described:
         raise CheckpointError(
             f"version {version}, {bits!r} bits, zero_point {config.get('zero_point', True)!r}; {READABLE}"
         )
-    return Described(Grid(BITS), kept=tuple(config.get("modules_to_not_convert") or ()))
+    kept, group = tuple(config.get("modules_to_not_convert") or ()), config.get("group_size")
+    return Described(Grid(BITS), kept=kept, tile=tile_of(config.get("q_group_size") if group is None else group))
 
 
 def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:

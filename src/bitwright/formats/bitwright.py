@@ -15,7 +15,7 @@ ending ``.weight``.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
+from math import ceil, prod
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from torch import Tensor
 
 from bitwright.core.errors import CheckpointError, SchemeError
-from bitwright.core.packing import pack, pack_down, unpack, unpack_down
+from bitwright.core.packing import WORD_BITS, pack, pack_down, unpack, unpack_down
 from bitwright.core.qtensor import QTensor, packed_bits
 from bitwright.core.quantized import Departure, Described, WrittenModel
 from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Scheme, Tile
@@ -74,7 +74,8 @@ def described(config: Mapping[str, Any]) -> Described:
     said = Config.parse(config)
     activations, kv = (None if one is None else one.grid for one in (said.activations, said.keys_values))
     unlike = {name: Departure(each.tile, each.outliers) for name, each in said.exceptions.items()}
-    return Described(said.weights.grid, activations, kv, said.modules_to_not_convert, departures=unlike)
+    tile = Tile(*said.weights.tile, ragged=said.weights.signed_scale)
+    return Described(said.weights.grid, activations, kv, said.modules_to_not_convert, departures=unlike, tile=tile)
 
 
 def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:
@@ -90,14 +91,25 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
 def _read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     scale = tensors[f"{name}.weight_scale"]
-    codes = unpack(tensors[f"{name}.weight_packed"], grid, columns)
-    zero = None if grid.symmetric else unpack_down(tensors[f"{name}.weight_zero_point"], grid, len(scale))
+    words = tensors[f"{name}.weight_packed"]
+    _check_words("weight_packed", words, (rows, ceil(columns * grid.bits / WORD_BITS)))
+    codes, zero = unpack(words, grid, columns), None
+    if not grid.symmetric:
+        words = tensors[f"{name}.weight_zero_point"]
+        _check_words("weight_zero_point", words, (ceil(len(scale) * grid.bits / WORD_BITS), scale.shape[1]))
+        zero = unpack_down(words, grid, len(scale))
     outliers = (tensors.get(f"{name}.outlier_index"), tensors.get(f"{name}.outlier_value"))
     tile = Tile(rows // scale.shape[0], columns // scale.shape[1])
     if f"{name}.weight_tile" in tensors:
         out, in_ = tensors[f"{name}.weight_tile"].tolist()
         tile = Tile(out, in_, ragged=True)
     return QTensor(codes, scale, zero, grid, tile, *outliers)
+
+
+def _check_words(leaf: str, words: Tensor, wanted: tuple[int, int]) -> None:
+    """Raises ValueError for words of another shape than the others call for: fewer would be read as zeros."""
+    if words.dtype != torch.int32 or tuple(words.shape) != wanted:
+        raise ValueError(f"{leaf} is {words.dtype} {list(words.shape)}, the others call for int32 {list(wanted)}")
 
 
 def encode_stacked(name: str, slices: Sequence[QTensor]) -> dict[str, Tensor]:

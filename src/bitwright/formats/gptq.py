@@ -24,7 +24,7 @@ from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.packing import pack, unpack
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import FULL, Grid, Scheme, Tile
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 32
@@ -83,11 +83,23 @@ def described(config: Mapping[str, Any]) -> Described:
     if not isinstance(dynamic, dict):
         raise CheckpointError(f"its rules ('dynamic') are {dynamic!r:.60}, not a table; {READABLE}")
     rules = tuple(
-        (pattern.removeprefix("+:"), _grid({**config, **rule}))
+        (pattern.removeprefix("+:"), {**config, **rule})
         for pattern, rule in dynamic.items()
         if not pattern.startswith("-:") and isinstance(rule, dict)
     )
-    return Described(_grid(config), variant=layout, rules=rules)
+    return Described(
+        _grid(config),
+        variant=layout,
+        rules=tuple((pattern, _grid(said)) for pattern, said in rules),
+        tile=tile_of(config.get("group_size")),
+        tiles=tuple((pattern, tile_of(said.get("group_size"))) for pattern, said in rules),
+    )
+
+
+def tile_of(group: Any) -> Tile | None:
+    """What a group_size says: -1 is one group per channel; None where it says nothing that is one."""
+    whole = isinstance(group, int) and not isinstance(group, bool) and (group == FULL or group > 0)
+    return Tile(1, group) if whole else None
 
 
 def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from bitwright.checkpoint.ranges import Stored
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.decisions import Decision, LinearDecision
+from bitwright.core.digest import digest
 from bitwright.core.method import Context, DataFree
 from bitwright.core.outlier_rule import Bounds
 from bitwright.core.panels import panels
@@ -104,11 +105,10 @@ def _slice(checkpoint: Checkpoint, weight: Weight, number: int) -> Float[Tensor,
 
 @dataclass
 class _Made:
-    """What has become of a unit so far."""
+    """What has become of a unit so far: the tensors of each linear, with the account of it."""
 
     unit: Unit
-    tensors: dict[str, Tensor | Stored] = field(default_factory=dict)
-    rows: list[LinearReport] = field(default_factory=list)
+    linears: list[tuple[dict[str, Tensor], LinearReport]] = field(default_factory=list)
 
 
 def _made(read: Iterator[_Read], plan: TensorPlan, started: Started) -> _Made:
@@ -122,19 +122,23 @@ def _made(read: Iterator[_Read], plan: TensorPlan, started: Started) -> _Made:
         account = _Account(weight)
         quantized = (_quantized(stored, weight, plan, account) for _, _, stored in slices)
         if weight.stacked:
-            made.tensors |= plan.encode_stacked(weight.tensor, list(quantized))
+            tensors = plan.encode_stacked(weight.tensor, list(quantized))
         else:
-            made.tensors |= plan.encode(weight.name, next(quantized))
-        made.rows.append(account.report())
+            tensors = plan.encode(weight.name, next(quantized))
+        made.linears.append((tensors, account.report()))
     return made
 
 
 def _write(made: _Made, plan: TensorPlan, finished: Finished) -> None:
+    tensors = dict[str, Tensor | Stored]()
+    for encoded, _ in made.linears:
+        tensors |= encoded
     for name in made.unit.copied:
         plan.checkpoint.check_finite_tensor(name)
-        made.tensors[name] = plan.checkpoint.stored(name)
-    write_tensors(plan.folder / made.unit.file, made.tensors)
-    finished(made.unit, BlockReport(made.unit.block, tuple(made.rows)) if made.rows else None)
+        tensors[name] = plan.checkpoint.stored(name)
+    write_tensors(plan.folder / made.unit.file, tensors)
+    rows = tuple(replace(report, digest=digest(encoded)) for encoded, report in made.linears)
+    finished(made.unit, BlockReport(made.unit.block, rows) if rows else None)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def _measured(model: Path, kind: str, python: Path) -> Row:
 def _cells(row: Row) -> list[str]:
     errors = row["errors"]
     shown = (f"{error:.1e}".replace("e-0", "e-") for error in (min(errors), sum(errors) / len(errors), max(errors)))
-    return [row["type"], f"{row['bits']:.4g}", str(len(errors)), *shown]
+    return [row["type"], f"{row['bits']:g}", str(len(errors)), *shown]
 
 
 if __name__ == "__main__":

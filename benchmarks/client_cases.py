@@ -1,6 +1,6 @@
 """Which folders the clients are asked to open, how these are made, and what Bitwright itself says they compute."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from bitwright.api.dequantizing import load_codes
 from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder
 from bitwright.formats.gguf.blocks import nearest, valued
-from bitwright.formats.mlc.presets import PRESETS, Preset, fitted_to
+from bitwright.formats.mlc.presets import PRESETS, Preset, fitted_to, is_autoawq
 
 FILES = ("gguf", "mlc")
 """Formats that cannot be read back: they are exported from a folder that can."""
 OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")
 """What these formats quantize too; the second is not there where it is the first."""
+EXPORTING, CLIENTS_OWN = ("embeddings",), ("backend",)
+"""Keys of settings that are no recipe's."""
 Q8_0_BITS = 8.5
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "params_shard_*.bin")
 
@@ -28,7 +30,8 @@ WEIGHT_FILES = ("*.safetensors", "*.gguf", "params_shard_*.bin")
 class Case:
     """A folder for a client. ``source`` is the format it is exported from, None where it is quantized into its own.
 
-    ``dtype`` is that of the client's arithmetic.
+    ``dtype`` is that of the client's arithmetic. ``settings`` are keys of the recipe, what the export is told
+    (``EXPORTING``), and what the client is told (``CLIENTS_OWN``).
     """
 
     client: str
@@ -36,11 +39,23 @@ class Case:
     scheme: str
     source: str | None = None
     dtype: str = "auto"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str | None]:
         """What a row is known by."""
-        return {"client": self.client, "format": self.format, "scheme": self.scheme, "from": self.source or "model"}
+        said = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        named = {"client": self.client, "format": self.format, "scheme": self.scheme, "from": self.source or "model"}
+        return named | ({} if self.dtype == "auto" else {"dtype": self.dtype}) | {"settings": said or None}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the client is told."""
+        return self.among(CLIENTS_OWN)
+
+    def among(self, keys: Collection[str]) -> dict[str, Any]:
+        """The settings with these keys."""
+        return {key: value for key, value in self.settings.items() if key in keys}
 
 
 @dataclass(frozen=True)
@@ -65,25 +80,64 @@ class Made:
 
 
 CT = "compressed-tensors"
+FLOAT16: dict[str, Any] = {"dtype": "float16"}
+ONE_LEFT: dict[str, Any] = {"settings": {"exclude": "model.layers.1.self_attn.o_proj.weight"}}
+OUTPUT_TOO: dict[str, Any] = {"settings": {"quantize_lm_head": True}}
 CASES = (
     Case("transformers", CT, "W4A16g128", dtype="float32"),
     Case("transformers", CT, "W3A16g128", dtype="float32"),
-    Case("gptqmodel", "gptq", "W4A16g128sym", dtype="float16"),
-    Case("gptqmodel", "gptq", "W4A16g128", dtype="float16"),
-    Case("gptqmodel", "gptq", "W3A16g128", dtype="float16"),
-    Case("gptqmodel", "gptq", "W4A16g128sym", CT, dtype="float16"),
-    Case("gptqmodel", "awq", "W4A16g128", dtype="float16"),
-    Case("gptqmodel", "awq", "W4A16g128", CT, dtype="float16"),
+    Case("gptqmodel", "gptq", "W4A16g128sym", **FLOAT16),
+    Case("gptqmodel", "gptq", "W4A16g128sym", dtype="bfloat16"),
+    Case("gptqmodel", "gptq", "W4A16g128sym", CT, **FLOAT16),
+    Case("gptqmodel", "gptq", "W4A16g128sym", **FLOAT16, **ONE_LEFT),
+    Case("gptqmodel", "gptq", "W4A16g128sym", **FLOAT16, **OUTPUT_TOO),
+    Case("gptqmodel", "gptq", "W4A16g128", **FLOAT16),
+    Case("gptqmodel", "gptq", "W4A16", **FLOAT16, settings={"backend": "gptq_torch"}),
+    Case("gptqmodel", "gptq", "W3A16g128", **FLOAT16),
+    Case("gptqmodel", "gptq", "W2A16g128", **FLOAT16),
+    Case("gptqmodel", "gptq", "W2A16sym", **FLOAT16),
+    Case("gptqmodel", "gptq", "W8A16g128", **FLOAT16),
+    Case("gptqmodel", "gptq", "W8A16sym", **FLOAT16),
+    Case("gptqmodel", "awq", "W4A16g128", **FLOAT16),
+    Case("gptqmodel", "awq", "W4A16g128", dtype="bfloat16"),
+    Case("gptqmodel", "awq", "W4A16g128", CT, **FLOAT16),
+    Case("gptqmodel", "awq", "W4A16g128", **FLOAT16, **ONE_LEFT),
+    Case("gptqmodel", "awq", "W4A16g128", **FLOAT16, **OUTPUT_TOO),
+    Case("gptqmodel", "awq", "W4A16g64", **FLOAT16),
+    Case("gptqmodel", "awq", "W4A16", **FLOAT16, settings={"backend": "awq_torch"}),
+    Case("optimum", "gptq", "W4A16g128sym", **FLOAT16),
+    Case("optimum", "gptq", "W2A16g128", **FLOAT16),
+    Case("optimum", "gptq", "W8A16sym", **FLOAT16),
+    Case("optimum", "awq", "W4A16g128", **FLOAT16),
     Case("llamacpp", "gguf", "W4A16g32", "bitwright"),
     Case("llamacpp", "gguf", "W4A16g32sym", "bitwright"),
-    Case("llamacpp", "gguf", "W8A16g32sym", "bitwright"),
     Case("llamacpp", "gguf", "W4A16g32sym", CT),
+    Case("llamacpp", "gguf", "W4A16g128", "bitwright"),
+    Case("llamacpp", "gguf", "W2A16g64", "bitwright"),
+    Case("llamacpp", "gguf", "W3A16g128", "bitwright"),
+    Case("llamacpp", "gguf", "W5A16g64", "bitwright"),
+    Case("llamacpp", "gguf", "W8A16g32sym", "bitwright"),
     Case("tvm", "mlc", "mlc:q4f16_1", "bitwright"),
+    Case("tvm", "mlc", "mlc:q4f16_1", "bitwright", settings={"embeddings": "f16"}),
     Case("tvm", "mlc", "mlc:q3f16_1", "bitwright"),
+    Case("tvm", "mlc", "mlc:q2f16_1", "bitwright"),
     Case("tvm", "mlc", "W4A16g32sym", CT),
-    Case("vllm", CT, "W4A16g128", dtype="float16"),
-    Case("vllm", "gptq", "W4A16g128sym", dtype="float16"),
-    Case("vllm", "awq", "W4A16g128", dtype="float16"),
+    Case("tvm", "mlc", "W4A16g128", "bitwright"),
+    Case("vllm", CT, "W4A16g128", **FLOAT16),
+    Case("vllm", CT, "W4A16g128", dtype="bfloat16"),
+    Case("vllm", CT, "W4A16g128sym", **FLOAT16),
+    Case("vllm", CT, "W4A16g32", **FLOAT16),
+    Case("vllm", CT, "W4A16", **FLOAT16),
+    Case("vllm", CT, "W4A16sym", **FLOAT16),
+    Case("vllm", "gptq", "W4A16g128sym", **FLOAT16),
+    Case("vllm", "gptq", "W4A16g128sym", **FLOAT16, **ONE_LEFT),
+    Case("vllm", "gptq", "W4A16g128sym", **FLOAT16, **OUTPUT_TOO),
+    Case("vllm", "gptq", "W4A16sym", **FLOAT16),
+    Case("vllm", "awq", "W4A16g128", **FLOAT16),
+    Case("vllm", "awq", "W4A16g128", **FLOAT16, **ONE_LEFT),
+    Case("vllm", "awq", "W4A16g128", **FLOAT16, **OUTPUT_TOO),
+    Case("vllm", "awq", "W4A16g64", **FLOAT16),
+    Case("vllm", "awq", "W4A16", **FLOAT16),
 )
 
 
@@ -92,10 +146,11 @@ def make(case: Case, model: Path, scratch: Path) -> Made:
     first, output = scratch / "quantized", scratch / ("out.gguf" if case.format == "gguf" else "out")
     if case.source is None:
         first = output
-    recipe = bitwright.Recipe(model=str(model), scheme=case.scheme, method="rtn", format=case.source or case.format)
-    bitwright.quantize(recipe, first)
+    asked = case.among(case.settings.keys() - {*EXPORTING, *CLIENTS_OWN})
+    how = {"model": str(model), "scheme": case.scheme, "method": "rtn", "format": case.source or case.format}
+    bitwright.quantize(bitwright.Recipe.from_mapping(how | asked), first)
     if case.source is not None:
-        bitwright.export(first, output, format=case.format)
+        bitwright.export(first, output, format=case.format, **case.among(EXPORTING))
     reference = QuantizedFolder.open(first)
     changed = _changed(case, reference)
     return Made(output, reference, bytes_of_weights(output), *_true_size(reference, case), changed)
@@ -112,7 +167,7 @@ def _true_size(model: QuantizedFolder, case: Case) -> tuple[float, float]:
     weights = [model.read(name) for name in model.linears]
     bits, count = sum(one.storage_bits for one in weights), sum(one.codes.numel() for one in weights)
     others = sum(model.checkpoint.nbytes(name) for name in model.passed)
-    if case.format in FILES:
+    if _quantizes_outside(case):
         plain = Q8_0_BITS if case.format == "gguf" else _bits(_preset(case))
         for name in filter(model.passed.__contains__, OUTSIDE):
             others += model.checkpoint.entry(name).elements * plain / 8 - model.checkpoint.nbytes(name)
@@ -125,8 +180,15 @@ def _changed(case: Case, model: QuantizedFolder) -> dict[str, Tensor]:
         "gguf": lambda weight: valued(*nearest(weight, GGMLQuantizationType.Q8_0)),
         "mlc": lambda weight: fitted_to(weight, _preset(case)).dequantize(torch.float32),
     }
-    names = [name for name in OUTSIDE if name in model.passed and case.format in how]
+    names = [name for name in OUTSIDE if name in model.passed and _quantizes_outside(case)]
     return {name: how[case.format](model.tensor(name).float()) for name in names}
+
+
+def _quantizes_outside(case: Case) -> bool:
+    """Whether embedding and output layer are quantized in what the client opens."""
+    scheme = Scheme.parse(case.scheme)
+    kept = case.settings.get("embeddings") == "f16" or (case.format == "mlc" and is_autoawq(scheme.weight, scheme.tile))
+    return case.format in FILES and not kept
 
 
 def _preset(case: Case) -> Preset:

@@ -12,36 +12,28 @@ not pass.
 """
 
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from agreement import LOGITS, PERPLEXITY, compared, expected, verdict
-from client_cases import CASES, Case, Made, make
+from client_cases import CASES, Case, make
 from rows import Kept, Row, listed, measured_on
+from workers import NotRun, interpreters, run
 
 from bitwright import UserError
 from bitwright.api.source import BUILTIN, text_of, tokenize
 from bitwright.demo import MODEL_DIR
 from bitwright.evaluation.windows import consecutive
 
-ROOT = Path(__file__).parent.parent
-WORKERS = Path(__file__).parent / "clients"
 PROMPT, NEW, SEQLEN, WINDOWS = 64, 32, 512, 10
-LIMIT, LOG_TAIL = 1200, 3000
 COLUMNS = (
     *("client", "format", "scheme", "exported from", "arithmetic", "greedy tokens alike", "logits apart (std)"),
     *("perplexity", "the client's", "difference", "bits per weight", "bytes on disk", "over true bits", "verdict"),
 )
-
-
-class NotRun(Exception):
-    """Why a case has no row: the client is not there, or broke off."""
 
 
 def main(
@@ -53,7 +45,7 @@ def main(
     threads: int = 1,
 ) -> None:
     """Runs the cases that are missing and writes the table."""
-    pythons, tokens = _pythons(python or []), tokenize(model, text_of(text, "evaluation"))
+    pythons, tokens = interpreters(python or []), tokenize(model, text_of(text, "evaluation"))
     config = json.loads((model / "config.json").read_text())
     seqlen = min(SEQLEN, config.get("max_position_embeddings", SEQLEN))
     asked: Row = {
@@ -69,26 +61,13 @@ def main(
     raise typer.Exit(1 if failed else 0)
 
 
-def _pythons(given: list[str]) -> dict[str, str]:
-    """Interpreters by client: those named, else those that ``make clients`` made."""
-    found = {path.parts[-3]: str(path) for path in ROOT.glob(".clients/*/bin/python")}
-    for one in given:
-        name, _, path = one.partition("=")
-        if not os.path.exists(path) or not (WORKERS / f"{name}_worker.py").exists():
-            raise typer.BadParameter(f"'{one}' should read CLIENT=INTERPRETER, both of them there (benchmarks/clients)")
-        found[name] = os.path.abspath(path)  # the link that it is: an environment is known by it
-    return found
-
-
-def _row(
-    kept: Kept, case: Case, model: Path, asked: Row, pythons: dict[str, str], clients: list[str] | None
-) -> dict[str, Any]:
+def _row(kept: Kept, case: Case, model: Path, asked: Row, pythons: dict[str, str], clients: list[str] | None) -> Row:
     """The row of a case; one that only says why, where there is none."""
     there = {name: path for name, path in pythons.items() if not clients or name in clients}
     try:
         return kept.row(case.identity, partial(_measured, case, model, asked, there))
     except (NotRun, UserError) as error:
-        print(f"{' '.join(case.identity.values())}: {error}", file=sys.stderr, flush=True)
+        print(f"{' '.join(filter(None, case.identity.values()))}: {error}", file=sys.stderr, flush=True)
         return case.identity | {"verdict": f"not run: {str(error).strip().splitlines()[-1][:160]}"}
 
 
@@ -97,7 +76,8 @@ def _measured(case: Case, model: Path, asked: Row, pythons: dict[str, str]) -> R
         raise NotRun("no environment for this client")
     with TemporaryDirectory() as scratch:
         made = make(case, model, Path(scratch))
-        result = _run(case, made, asked | {"dtype": case.dtype}, pythons[case.client], Path(scratch))
+        request = asked | {"dtype": case.dtype, "options": case.options}
+        result = run(case.client, pythons[case.client], made.output, request, Path(scratch))
         wanted = expected(made.load(), asked["prompt"], asked["new_tokens"], asked["windows"])
     found = compared(wanted, result)
     return found | {
@@ -110,32 +90,12 @@ def _measured(case: Case, model: Path, asked: Row, pythons: dict[str, str]) -> R
     }
 
 
-def _run(case: Case, made: Made, request: Row, python: str, scratch: Path) -> dict[str, Any]:
-    """What the worker gave. Raises NotRun with what it said."""
-    told, result, log = scratch / "request.json", scratch / "result.json", scratch / "log.txt"
-    told.write_text(json.dumps(request))
-    command = [python, str(WORKERS / f"{case.client}_worker.py"), str(made.output), str(told), str(result)]
-    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(request["threads"])}
-    try:
-        with log.open("w") as file:
-            done = subprocess.run(
-                command, cwd=scratch, env=alone | quiet, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT
-            )
-    except subprocess.TimeoutExpired:
-        raise NotRun(f"the client was not done after {LIMIT} seconds") from None
-    if done.returncode or not result.exists():
-        raise NotRun(f"{log.read_text(errors='replace')[-LOG_TAIL:]}\nthe client ended with {done.returncode}")
-    found: dict[str, Any] = json.loads(result.read_text())
-    return found
-
-
 def _write(kept: Kept, rows: list[Row]) -> None:
-    run = [row for row in rows if "alike" in row]
-    if not run:
+    done = [row for row in rows if "alike" in row]
+    if not done:
         print("No client could be run: make clients, or --python CLIENT=INTERPRETER", file=sys.stderr)
         return
-    versions = {row["client"]: listed(row["client_versions"]) for row in run}
+    versions = {row["client"]: listed(row["client_versions"]) for row in done}
     said = kept.protocol
     kept.write_table(
         "",
@@ -144,7 +104,7 @@ def _write(kept: Kept, rows: list[Row]) -> None:
         f"model in float32. A case passes where the client loads it, all tokens are alike or logits at most {LOGITS} "
         f"of their standard deviation apart, and perplexities within {PERPLEXITY}%. vLLM gives no logits: its first "
         "other token may be that much less likely. True bits are codes, scales and zero points without padding, and "
-        f"all other tensors as the format holds them. {measured_on(run)} "
+        f"all other tensors as the format holds them. {measured_on(done)} "
         + " ".join(f"{name} with {one}." for name, one in versions.items()),
         COLUMNS,
         [_cells(row) for row in rows],
@@ -152,7 +112,8 @@ def _write(kept: Kept, rows: list[Row]) -> None:
 
 
 def _cells(row: Row) -> list[str]:
-    named = [row["client"], row["format"], row["scheme"], row["from"]]
+    scheme = ", ".join(filter(None, [row["scheme"], row.get("settings")]))
+    named = [row["client"], row["format"], scheme, row["from"]]
     if "alike" not in row:
         return [*named, *["-"] * (len(COLUMNS) - len(named) - 1), row["verdict"].replace("|", "/")]
     tokens = f"{row['alike']} of {row['of']}"

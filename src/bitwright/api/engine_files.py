@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from bitwright.api.beside_original import error_in_parts
 from bitwright.api.findings import Check, first, lacking
 from bitwright.api.soundness import published_only_if
 from bitwright.core.engine_file import EngineFile, Rows, unlike
@@ -17,14 +18,13 @@ from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
 from bitwright.core.registry import find
+from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import QuantizedFolder
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.units import block_of
 
 MARKS = ("mlc-chat-config.json", "tensor-cache.json", "ndarray-cache.json")
 """A folder with one of these, and no config.json, is MLC-LLM's."""
-NOT_HELD = ("rotary_emb.inv_freq", "masked_bias")
-"""How tensors of old checkpoints end that no engine's file holds."""
 MEASURED = 1e-3
 """How far a linear's error may be from what was measured when it was written, as a share of it."""
 SMALLEST = 1e-9
@@ -90,7 +90,7 @@ def not_there(file: EngineFile, model: QuantizedFolder) -> list[str]:
     tied = bool(model.config.get("tie_word_embeddings"))
     for name in (*model.passed, *model.linears, *model.stacks):
         full = f"{name}.weight" if name in model.linears else name
-        if full.endswith(NOT_HELD) or (tied and full == "lm_head.weight" and full not in here):
+        if full.endswith(NO_WEIGHTS) or (tied and full == "lm_head.weight" and full not in here):
             continue
         if full not in here:
             wrong.append(full)
@@ -159,12 +159,7 @@ def _apart(file: EngineFile, model: QuantizedFolder, linear: str, lost: Differen
 
 def error_of(file: EngineFile, name: str, before: Callable[[Rows], Tensor]) -> float:
     """``|W - Wx|^2 / |W|^2`` of a tensor of the folder, whose rows ``before`` gives; some rows at a time."""
-    gone = size = 0.0
-    for rows, values in file.values(name):
-        was = before(rows).float()
-        gone += float((values - was).double().square().sum())
-        size += float(was.double().square().sum())
-    return gone / size if size else (0.0 if not gone else float("inf"))
+    return error_in_parts((before(rows), values) for rows, values in file.values(name))
 
 
 def _by_rows(weight: QTensor) -> Callable[[Rows], Tensor]:

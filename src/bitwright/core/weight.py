@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from bitwright.core.scheme import Tile
 
+NO_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
+"""How tensors end that old checkpoints hold and no model reads."""
+
 
 @dataclass(frozen=True)
 class Weight:

@@ -54,7 +54,8 @@ class Clipping(Learnable):
         self._all = [torch.cat([ends[n].flatten() for ends in starts.values()]).requires_grad_() for n in (0, 1)]
         self._shapes = {name: a.shape for name, (a, _) in starts.items()}
         self.a, self.b = (self._by_linear(every.detach()) for every in self._all)
-        self._shares = self.a, self.b
+        with torch.no_grad():
+            self.transform({})
         self._seen: dict[str, tuple[Tensor, Range]] = {}
         rate = context.settings.lwc_lr
         super().__init__({f"lwc.{end}": ({"all": every}, rate) for end, every in zip("ab", self._all, strict=True)})
@@ -67,7 +68,7 @@ class Clipping(Learnable):
     def transform(self, parameters: Parameters) -> Parameters:
         """Nothing else; gamma and beta of this step."""
         gamma, beta = (self._by_linear(every.sigmoid()) for every in self._all)
-        self._shares = gamma, beta
+        self._shares: tuple[dict[str, Tensor], dict[str, Tensor]] = gamma, beta
         return parameters
 
     def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:

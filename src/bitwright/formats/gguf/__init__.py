@@ -1,7 +1,7 @@
 """GGUF, one file for llama.cpp and what is built on it: weights, architecture and tokenizer together.
 
 ``weights`` says which codes are held and how, ``blocks`` has the layouts, ``architecture`` and ``tokenizer`` what is
-said of the model, ``base`` takes that from another file, ``model`` and ``file`` put it all down; ``header`` and
+said of the model, ``base_file`` takes that from another file, ``model`` and ``file`` put it all down; ``header`` and
 ``reading`` read such a file again.
 """
 
@@ -19,7 +19,7 @@ from bitwright.core.quantized import Difference, Foreseen, QuantizedModel, Write
 from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder
 from bitwright.formats.gguf.architecture import Architecture, architecture
-from bitwright.formats.gguf.base import Base
+from bitwright.formats.gguf.base_file import Base
 from bitwright.formats.gguf.blocks import BLOCK, nbytes_of
 from bitwright.formats.gguf.file import write_file
 from bitwright.formats.gguf.model import EMBEDDINGS, Conversion

@@ -31,8 +31,6 @@ LINEAR, YARN, LLAMA3 = "linear", "yarn", "llama3"
 PLAIN = ("default", None)
 YARN_TAKES = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "truncate"}
 ROPE_FACTORS = "rope_freqs.weight"
-NO_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
-"""How tensors of old checkpoints end that are no weights."""
 
 
 @dataclass(frozen=True)

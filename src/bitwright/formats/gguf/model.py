@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.quantized import Difference, QuantizedModel, WriteOptions
-from bitwright.formats.gguf.architecture import NO_WEIGHTS, ROPE_FACTORS, Architecture
-from bitwright.formats.gguf.base import Base
+from bitwright.core.weight import NO_WEIGHTS
+from bitwright.formats.gguf.architecture import ROPE_FACTORS, Architecture
+from bitwright.formats.gguf.base_file import Base
 from bitwright.formats.gguf.blocks import BLOCK, nbytes_of, nearest, packed, valued
 from bitwright.formats.gguf.entries import Entry, count, text
 from bitwright.formats.gguf.file import Planned

@@ -20,13 +20,13 @@ from bitwright.core.progress import Listener, Progress
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference, Foreseen, QuantizedModel, WriteOptions, typical
 from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures, chat
 from bitwright.formats.mlc.architectures import EMBEDDING, HEAD, Place
 from bitwright.formats.mlc.beforehand import (
     FLOAT16,
     HOLDS,
-    NO_WEIGHT,
     Chosen,
     cannot_hold,
     check_weights,
@@ -135,7 +135,7 @@ class _Writing:
         for name in norms:
             self._plain(name, self._taken(name))
         self._head()
-        left = sorted(name for name in self.pending if not name.endswith(NO_WEIGHT))
+        left = sorted(name for name in self.pending if not name.endswith(NO_WEIGHTS))
         if left:
             raise no_place(self.model.folder, left[0], self.config)
         self.shards.finish(self.parameters)

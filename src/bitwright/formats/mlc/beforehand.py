@@ -8,14 +8,13 @@ from typing import Any
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.quantized import Foreseen, WriteOptions
 from bitwright.core.scheme import Grid, Tile
+from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures
 from bitwright.formats.mlc.architectures import EMBEDDING, HEAD
 from bitwright.formats.mlc.presets import AUTOAWQ, EMBEDDINGS_KEPT, PRESETS, Preset, is_autoawq
 
 FLOAT16 = "f16"
-NO_WEIGHT = "rotary_emb.inv_freq"
-"""How tensors of old checkpoints end that are none."""
 HOLDS = (
     "4 bits in groups of 32 (q4f16_1), 3 bits in groups of 40 (q3f16_1), 2 bits in groups of 64 (q2f16_1) or multiples "
     "of those, symmetric; fewer bits in such groups as 4 bits; of llama also 4 bits with zero points in groups of 128 "
@@ -86,7 +85,7 @@ def check_weights(config: Mapping[str, Any], folder: Path, options: WriteOptions
                 )
     for name in sorted(wanted - names):
         raise no_tensor(folder, name)
-    for name in sorted(name for name in names - wanted - {f"{HEAD}.weight"} if not name.endswith(NO_WEIGHT)):
+    for name in sorted(name for name in names - wanted - {f"{HEAD}.weight"} if not name.endswith(NO_WEIGHTS)):
         raise no_place(folder, name, config)
 
 

@@ -12,12 +12,11 @@ from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
 from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
+from bitwright.core.settings import alignment_at
 from bitwright.steps.apply import quantize_linear
 from bitwright.steps.range_fit import fitted
 
 GROUPS = (128, 64, 32)
-ALIGNMENT = 16.0
-"""How errors along the weights count, as in easyquant."""
 
 
 def refitted(
@@ -76,13 +75,13 @@ def _tiles(weight: QTensor, common: int) -> Iterator[Tile]:
 
 
 def _again(name: str, weight: QTensor, format: ModuleType, common: int) -> QTensor:
-    """The dequantized weight on the nearest terms that the format holds, with ranges of least squared error."""
+    """The dequantized weight on the nearest terms that the format holds, with ranges as easyquant finds them."""
     terms = _nearest(weight, format, common)
     if terms is None:
         raise RecipeError(f"{name} {list(weight.shape)}: fits into no groups that this format holds ({format.HOLDS})")
     grid, tile = terms
     dense, dtype = weight.dequantize(torch.float32), format.SCALES or weight.scale.dtype
-    low, high = fitted(dense, grid, tile, dtype, alignment=ALIGNMENT)
+    low, high = fitted(dense, grid, tile, dtype, alignment=alignment_at(grid.bits))
     return quantize_linear(dense, LinearDecision(low=low, high=high), Scheme(grid, tile), dtype)
 
 

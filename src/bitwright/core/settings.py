@@ -14,6 +14,7 @@ SITES = ("paper", "all")
 AXES = ("auto", "oc", "ic")
 RANGES = ("fitted", "paper")
 FEW_BITS = 2
+ALIGNED_BITS = 4
 SMALLEST_NORM, LARGEST_NORM = 0.5, 4.0
 
 
@@ -112,8 +113,13 @@ def ours(scheme: Scheme, closed: bool = False) -> Settings:
         refine=True,
         drift=True,
         range="fitted",
-        alignment=16.0,
+        alignment=alignment_at(scheme.weight.bits),
     )
+
+
+def alignment_at(bits: int) -> float:
+    """How many times more errors along a tile's own weights count by default; measured, docs/methods/easyquant.md."""
+    return 16.0 if bits < ALIGNED_BITS else 64.0
 
 
 PRESETS = {"bitwright": ours, "paper": paper}

@@ -124,7 +124,9 @@ def quantize(
     norm: Annotated[float | None, typer.Option(help="easyquant: p, the range of least |error|^p. [default: 2]")] = None,
     alignment: Annotated[
         float | None,
-        typer.Option(help="easyquant: errors along the weights count so much more. [default: 64; 2-3 bits: 16; paper: 0]"),
+        typer.Option(
+            help="easyquant: errors along the weights count so much more. [default: 64; 2-3 bits: 16; paper: 0]"
+        ),
     ] = None,
     include: Annotated[
         list[str] | None,

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from bitwright.checkpoint.writer import (
+    LARGE_BYTES,
     atomic,
     copy_file,
     free_bytes,
@@ -164,3 +165,14 @@ def test_a_single_element_of_any_stride_is_written(tmp_path: Path) -> None:
     assert tensor.is_contiguous()
     write_tensors(tmp_path / "x.safetensors", {"a": tensor.as_strided((1, 1), (1, 3))})
     assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [[1]]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system knows no such advice")
+def test_large_files_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *_: advised.append(os.fstat(file).st_size))
+    for elements in (1, LARGE_BYTES):
+        write_tensors(tmp_path / "x", {"w": torch.zeros(elements, dtype=torch.uint8)})
+    assert advised == [(tmp_path / "x").stat().st_size], (
+        "durable and whole when it is let go of, and only the large one"
+    )

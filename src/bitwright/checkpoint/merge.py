@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from bitwright.checkpoint.header import Header, TensorEntry, build_header, file_order, read_header
 from bitwright.checkpoint.layout import INDEX, SINGLE
-from bitwright.checkpoint.ranges import Stored
+from bitwright.checkpoint.ranges import Stored, forget
 from bitwright.checkpoint.strict_json import shown
 from bitwright.checkpoint.writer import atomic, sync_folder, write_json
 from bitwright.core.errors import CheckpointError, OutputError
@@ -170,7 +170,12 @@ def _flushed(before: Future[None] | None, behind: ThreadPoolExecutor, file: Bina
     """Has what is in the file by now made durable; an error of the time before is told to nobody else."""
     if before is not None:
         before.result()
-    return behind.submit(os.fsync, file.fileno())
+    return behind.submit(_flush, file)
+
+
+def _flush(file: BinaryIO) -> None:
+    os.fsync(file.fileno())
+    forget(file)
 
 
 def _remove_parts(work: Path, parts: list[str]) -> None:

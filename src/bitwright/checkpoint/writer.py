@@ -16,10 +16,11 @@ from typing import Any, BinaryIO
 import torch
 
 from bitwright.checkpoint.header import METADATA, TensorEntry, build_header, file_order
-from bitwright.checkpoint.ranges import COPY_BYTES, Stored, memory_of
+from bitwright.checkpoint.ranges import COPY_BYTES, Stored, forget, memory_of
 from bitwright.core.errors import CheckpointError, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
+LARGE_BYTES = 2**23  # of a file that is not kept in memory once it is durable
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # file systems that cannot sync a folder say one of these
 
 
@@ -36,6 +37,8 @@ def atomic(path: Path, nbytes: int) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if nbytes >= LARGE_BYTES:
+                forget(file)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:

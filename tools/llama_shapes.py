@@ -66,6 +66,7 @@ class Shape:
 SIZES = {
     "tiny": Shape(128, 384, 2, 4, 2, 512, tied=False),
     "1B": Shape(2048, 8192, 16, 32, 8, 128256, tied=True, positions=131072, rope_theta=500000.0),
+    "1.1B": Shape(2048, 5632, 22, 32, 4, 32000, tied=False, positions=2048),
     "3B": Shape(3072, 8192, 28, 24, 8, 128256, tied=True, positions=131072, rope_theta=500000.0),
     "7B": Shape(4096, 11008, 32, 32, 32, 32000, tied=False),
     "70B": Shape(8192, 28672, 80, 64, 8, 32000, tied=False),

@@ -4,8 +4,8 @@
     python tools/make_random_checkpoint.py OUTPUT --size 7B --layers 4 --shard-size 1GB
     python tools/make_random_checkpoint.py OUTPUT --hidden 512 --mlp 1536 --layers 6 --heads 8 --vocab 4096
 
-Sizes have the shapes of Llama-3.2-1B and -3B and of Llama-2-7B and -70B; `tiny` is for tests. A model speaks no
-language, and its tokenizer knows bytes only. Killed, nothing is at OUTPUT, and the same command begins anew.
+Sizes have the shapes of Llama-3.2-1B and -3B, TinyLlama-1.1B, Llama-2-7B and -70B; `tiny` is for tests. A model speaks
+no language, and its tokenizer knows bytes only. Killed, nothing is at OUTPUT, and the same command begins anew.
 
 Weights have heavy tails, as trained ones have: Student's t with `--tail` degrees of freedom (more than 2) times a
 factor per row. Of a linear's weights 1.30% then lie beyond three standard deviations with the default of 5, 0.94% with

@@ -141,10 +141,10 @@ def test_grids_of_mlc_in_other_formats(scheme: str, tiny: Checkpoints, tmp_path:
     bitwright.quantize(Recipe(str(tiny("float16", intermediate_size=96, eos_token_id=0)), scheme), tmp_path / "folder")
     exact = scheme == "mlc:q2f16_1"
     if not exact:
-        with pytest.raises(
-            RecipeError, match=r"layers\.0\.\S+: a 3-bit symmetric weight .* in tiles of 1 x 40 .*--lossy"
-        ):
+        told = r"layers\.0\.\S+: a 3-bit symmetric weight .* in tiles of 1 x 40 .*--lossy"
+        with pytest.raises(RecipeError, match=told):
             bitwright.export(tmp_path / "folder", tmp_path / "out.gguf", format="gguf")
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"], "nothing was begun"
     found = bitwright.export(tmp_path / "folder", tmp_path / "out.gguf", format="gguf", lossy=not exact)
     assert found.codes_kept == (found.linears if exact else 0)
     assert found.largest_error < (1e-9 if exact else 0.05)

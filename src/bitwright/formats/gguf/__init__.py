@@ -67,7 +67,7 @@ def check_shape(name: str, shape: tuple[int, ...]) -> None:
 
 def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, foreseen: Foreseen | None = None) -> None:
     """Refuses, before the work, a model or a tokenizer that GGUF cannot express, a base of another model, options that
-    it does not know, and, unless ``lossy``, rows that are no whole blocks.
+    it does not know, and, unless ``lossy``, rows that are no whole blocks and codes that it does not hold.
 
     Raises RecipeError, or CheckpointError for files that cannot be read and tensors that llama.cpp has no place for.
     """
@@ -79,7 +79,7 @@ def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, forese
             check_shape(name, shape)
     if options.base is None:
         tokenizer(folder, config, into.vocabulary)
-    _conversion(QuantizedFolder.open(folder), into, options).tensors()
+    _conversion(QuantizedFolder.open(folder), into, options).require_one()
 
 
 def _conversion(model: QuantizedModel, into: Architecture, options: WriteOptions) -> Conversion:

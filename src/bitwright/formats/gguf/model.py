@@ -55,6 +55,15 @@ class Conversion:
         found.sort(key=lambda each: _position(each.name))
         return [*self._rope_factors(), *found]
 
+    def require_one(self) -> None:
+        """Makes one linear, and none of the rest: what the file does not hold is mostly held by none of them.
+
+        Raises RecipeError as ``linear``, CheckpointError as ``tensors``.
+        """
+        made = (each.make for each in self.tensors() if isinstance(each.make, _Linear))
+        if (first := next(made, None)) is not None:
+            first()
+
     def _linears(self) -> Iterator[Planned]:
         described = self.model.described
         for linear in self.model.linears:

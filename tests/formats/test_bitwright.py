@@ -23,6 +23,7 @@ from bitwright.core.quantized import Departure, Described, WrittenModel, departu
 from bitwright.core.scheme import FULL, Grid, Scheme, Tile
 from bitwright.families import llama
 from bitwright.formats import bitwright as format
+from bitwright.formats.bitwright.config import schema
 from bitwright.steps.apply import quantize_linear
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "formats" / "bitwright.md"
@@ -154,7 +155,7 @@ def test_the_example_of_the_page() -> None:
 
 def test_the_schema_beside_the_page_is_the_one_that_is_read() -> None:
     beside = json.loads(PAGE.with_suffix(".schema.json").read_text())
-    assert beside == format.schema()
+    assert beside == schema()
     jsonschema.Draft202012Validator.check_schema(beside)
 
 
@@ -163,7 +164,7 @@ def test_the_schema_beside_the_page_is_the_one_that_is_read() -> None:
 def test_configs_keep_to_the_schema_and_say_the_scheme(scheme: str, dtype: torch.dtype) -> None:
     departed = {"model.layers.0.mlp.up_proj": Departure((64, 1), 3)}
     config = json.loads(json.dumps(written(scheme, dtype, departures=departed)))
-    jsonschema.Draft202012Validator(format.schema()).validate(config)
+    jsonschema.Draft202012Validator(schema()).validate(config)
     read, asked = format.Config.parse(config), Scheme.parse(scheme)
     assert (read.weights.grid, read.tile("model.layers.1.mlp.up_proj")) == (asked.weight, asked.tile)
     assert (read.tile("model.layers.0.mlp.up_proj"), read.outliers("model.layers.0.mlp.up_proj")) == (Tile(64, 1), 3)

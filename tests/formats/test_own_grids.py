@@ -16,6 +16,7 @@ from bitwright.core.quantized import Described
 from bitwright.core.scheme import NAMED, Scheme
 from bitwright.formats import bitwright as format
 from bitwright.formats import compressed_tensors
+from bitwright.formats.bitwright.config import schema
 from bitwright.kernels.reference import PackedLinear
 
 SHAPES = [(5, 120), (6, 130), (3, 24)]
@@ -60,7 +61,7 @@ def test_slices_of_experts() -> None:
 @pytest.mark.parametrize("scheme", NAMED)
 def test_the_config_says_it_and_others_stay_as_they_were(scheme: str) -> None:
     config = json.loads(json.dumps(written(scheme, torch.float16)))
-    jsonschema.Draft202012Validator(format.schema()).validate(config)
+    jsonschema.Draft202012Validator(schema()).validate(config)
     read, asked = format.Config.parse(config), Scheme.parse(scheme)
     assert (read.weights.grid, read.tile("x"), config["weights"]["signed_scale"]) == (asked.weight, asked.tile, True)
     assert format.described(config).grid == asked.weight

@@ -4,7 +4,7 @@ The config is what the library's classes would write (compressed-tensors 0.20, w
 importing them: that takes as long as torch and transformers together. Its codes are signed,
 ``-2**(bits-1) .. 2**(bits-1) - 1``, 32 of them in exactly ``bits`` int32 words; asymmetric codes and zero points
 are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``. The tensors are those of
-``formats/bitwright.py``, which can hold more; only what config.json says is this file's own. Folders of others are read
+``formats/bitwright``, which can hold more; only what config.json says is this file's own. Folders of others are read
 by ``_compressed_tensors_reading.py``.
 """
 

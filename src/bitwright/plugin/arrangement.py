@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
-from bitwright.formats.bitwright import Config
+from bitwright.formats.bitwright.config import Config
 from bitwright.plugin.dense_loading import DensePlan, Source
 from bitwright.plugin.destinations import Destination, Destinations
 from bitwright.plugin.packed_model import check_headers, linears_of, pack_linears

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from bitwright.core.errors import CheckpointError
-from bitwright.formats.bitwright import Config
+from bitwright.formats.bitwright.config import Config
 from bitwright.plugin.destinations import Destination
 from bitwright.plugin.stored import AGAIN, dequantized
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
-from bitwright.formats.bitwright import Config
+from bitwright.formats.bitwright.config import Config
 from bitwright.plugin.arrangement import arrange, check_names, look_into
 from bitwright.plugin.dense_loading import DensePlan, FromPacked
 from bitwright.plugin.packed_model import check_headers, linears_of, pack_linears

@@ -33,7 +33,7 @@ class BitwrightConfig(QuantizationConfigMixin):
 
     def __init__(self, **found: Any) -> None:
         """Raises CheckpointError for a config that cannot be read."""
-        from bitwright.formats.bitwright import Config
+        from bitwright.formats.bitwright.config import Config
 
         self.quant_method: Any = NAME
         self.described = Config.parse(found)

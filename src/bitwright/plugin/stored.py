@@ -10,7 +10,7 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, SchemeError
 from bitwright.core.quantized import Described
 from bitwright.formats import bitwright as format
-from bitwright.formats.bitwright import Config
+from bitwright.formats.bitwright.config import Config
 from bitwright.kernels.reference import WORD_BITS
 
 AGAIN = "the folder is damaged: download it again, or quantize the model again"

@@ -1,7 +1,7 @@
 """Bitwright's own format, for what others cannot hold: groups along the output, outliers, tiles that differ per linear.
 
 A safetensors folder whose config.json describes itself; docs/formats/bitwright.md says how to read one, and
-docs/formats/bitwright.schema.json is ``Config`` as a JSON schema. Transformers loads it after ``import bitwright``.
+docs/formats/bitwright.schema.json is ``config.Config`` as a JSON schema. Transformers loads it after ``import bitwright``.
 
 Tensors of a linear X [O, I] with P x Q tiles and K outliers: ``X.weight_packed``, ``X.weight_scale``,
 ``X.weight_zero_point`` (asymmetric grids), ``X.weight_shape``, as compressed-tensors packs and names them (32
@@ -13,21 +13,19 @@ A weight that is fused over experts, N [E, A, B], is E such linears [A, B], thei
 ending ``.weight``.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import ceil, prod
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
-from bitwright.core.errors import CheckpointError, SchemeError
 from bitwright.core.packing import WORD_BITS, pack, pack_down, unpack, unpack_down
 from bitwright.core.qtensor import QTensor, packed_bits
 from bitwright.core.quantized import Departure, Described, WrittenModel
-from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Scheme, Tile
+from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.formats.bitwright.config import DTYPES, Config, Exceptional, Integers, Weights
 
 SIZE_BYTES = 8
 """Bytes of one number of ``weight_shape`` or ``weight_tile``."""
@@ -37,8 +35,6 @@ LEAVES = (*STACKED, "weight_shape", "weight_tile", *CHAINED, "outlier_count")
 """How the names of a weight's tensors end; the first is always there."""
 SCALES: torch.dtype | None = None
 """The dtype of scales; None: that of the checkpoint."""
-
-
 HOLDS = "everything"
 
 
@@ -168,7 +164,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
             symmetric=scheme.weight.symmetric,
             signed_scale=scheme.weight.signed_scale,
             tile=(scheme.tile.out, scheme.tile.in_),
-            dtype=_DTYPES[model.dtype],
+            dtype=DTYPES[model.dtype],
         ),
         exceptions={name: Exceptional(tile=d.tile, outliers=d.outliers) for name, d in model.departures.items()},
         activations=_said(scheme.activations),
@@ -197,117 +193,5 @@ def _slices(tensors: Mapping[str, Tensor], x: str) -> Iterator[dict[str, Tensor]
         yield part
 
 
-Extent = Literal[-1] | PositiveInt
-Dtype = Literal["float32", "bfloat16", "float16"]
-_DTYPES: dict[torch.dtype, Dtype] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
-
-class _Described(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Integers(_Described):
-    """The integers that codes are drawn from: 0 to 2^bits - 1 with a zero point of the same range, or, symmetric,
-    -2^(bits-1) to 2^(bits-1) - 1 without one."""
-
-    bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
-    symmetric: bool
-
-    @property
-    def grid(self) -> Grid:
-        """The same in our own words."""
-        return Grid(self.bits, self.symmetric)
-
-
-class Weights(Integers):
-    """The weights of every converted linear: their integers, the rows and columns that share a scale (-1: all of
-    them), and the dtype of scales and outliers, in which a weight is computed. With ``signed_scale`` symmetric codes
-    are one higher than without, -2^(bits-1) + 1 to 2^(bits-1), scales may be negative, and the last tile of a row may
-    be cut short."""
-
-    tile: tuple[Extent, Extent]
-    dtype: Dtype
-    signed_scale: bool = False
-
-    @property
-    def grid(self) -> Grid:
-        """The same in our own words."""
-        return Grid(self.bits, self.symmetric, self.signed_scale)
-
-    @model_validator(mode="after")
-    def _is_one(self) -> "Weights":
-        try:
-            _ = self.grid
-        except SchemeError as error:
-            raise ValueError(str(error)) from None
-        return self
-
-
-class Exceptional(_Described):
-    """A weight that differs: its own tile, and how many of its numbers are stored exactly. Of a weight that is stacked
-    over experts, the tile is that of a slice, the outliers are those of all slices."""
-
-    tile: tuple[Extent, Extent]
-    outliers: NonNegativeInt
-
-
-class Config(_Described):
-    """The quantization_config of a folder in the bitwright format. Every linear of the model is converted but those
-    that are named. Names are those of the folder. Inputs of linears are quantized per token, queries, keys and values
-    per token and head, as the model runs; null leaves them alone."""
-
-    quant_method: Literal["bitwright"]
-    version: Literal[1]
-    weights: Weights
-    exceptions: dict[str, Exceptional]
-    activations: Integers | None
-    queries: Integers | None
-    keys_values: Integers | None
-    modules_to_not_convert: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, found: Mapping[str, Any]) -> "Config":
-        """The config in a folder. Raises CheckpointError for one that no Bitwright of this version has written."""
-        try:
-            return cls.model_validate_json(json.dumps(dict(found)))
-        except (ValidationError, TypeError, ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"the quantization_config of this bitwright folder cannot be read: {_first(error)}. It is damaged, or "
-                "a newer Bitwright wrote it: update Bitwright, or quantize the model again"
-            ) from None
-
-    def tile(self, linear: str) -> Tile:
-        """The tile of a linear or of a slice of stacked experts, by its name in the folder."""
-        tile = self.exceptions[linear].tile if linear in self.exceptions else self.weights.tile
-        return Tile(*tile, ragged=self.weights.signed_scale)
-
-    def outliers(self, linear: str) -> int:
-        """How many weights of a linear, or of all slices of stacked experts, are stored exactly."""
-        return self.exceptions[linear].outliers if linear in self.exceptions else 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of scales and outliers, and of the weights that they make."""
-        dtype: torch.dtype = getattr(torch, self.weights.dtype)
-        return dtype
-
-
-def schema() -> dict[str, Any]:
-    """``Config`` as a JSON schema, draft 2020-12."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Config.model_json_schema()
-
-
 def _said(grid: Grid | None) -> Integers | None:
     return None if grid is None else Integers(bits=grid.bits, symmetric=grid.symmetric)
-
-
-def _first(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors(include_url=False)[0]
-    found = "" if first["type"] == "missing" else f", found {first['input']!r:.60}"
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}{found}"

@@ -1,7 +1,8 @@
 """Bitwright's own format, for what others cannot hold: groups along the output, outliers, tiles that differ per linear.
 
 A safetensors folder whose config.json describes itself; docs/formats/bitwright.md says how to read one, and
-docs/formats/bitwright.schema.json is ``config.Config`` as a JSON schema. Transformers loads it after ``import bitwright``.
+docs/formats/bitwright.schema.json is ``config.Config`` as a JSON schema. Transformers loads it after
+``import bitwright``.
 
 Tensors of a linear X [O, I] with P x Q tiles and K outliers: ``X.weight_packed``, ``X.weight_scale``,
 ``X.weight_zero_point`` (asymmetric grids), ``X.weight_shape``, as compressed-tensors packs and names them (32

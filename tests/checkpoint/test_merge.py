@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from bitwright.checkpoint import ranges
 from bitwright.checkpoint.header import read_header
 from bitwright.checkpoint.merge import merge_begun, merge_shards
-from bitwright.checkpoint.ranges import pieces
+from bitwright.checkpoint.ranges import Stored, pieces
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.errors import CheckpointError, OutputError
@@ -92,6 +92,50 @@ def test_killed_at_every_step_the_merge_goes_on_to_the_same_bytes(
         assert contents(folder) == expected
         step += 1
     assert step > 10
+
+
+@pytest.mark.parametrize("shard_bytes", [5 * 320, 400])
+def test_tensors_in_no_part_are_copied_from_where_they_lie(
+    tmp_path: Path, killed_at: KilledAt, shard_bytes: int
+) -> None:
+    """The same bytes as from parts, killed at every step; they stay, and may have moved before the merge goes on."""
+    whole, folder = make(tmp_path / "whole")
+    merge_shards(whole, folder, shard_bytes)
+    expected, step = contents(folder), 0
+
+    def kept(original: Path) -> list[Stored]:
+        header = read_header(original)
+        return [Stored(header, entry) for entry in sorted(header.entries.values(), key=lambda entry: entry.start)]
+
+    while True:
+        (first, *parts), folder = make(tmp_path / f"{step}")
+        original = first.rename(tmp_path / f"{step}" / "original.safetensors")
+        was, others = original.read_bytes(), kept(original)
+        if not killed_at(step, partial(merge_shards, parts, folder, shard_bytes, others)):
+            break
+        original = original.rename(original.with_name("moved.safetensors"))
+        merge_shards(parts, folder, shard_bytes, kept(original))
+        assert contents(folder) == expected
+        assert original.read_bytes() == was and not any(part.exists() for part in parts)
+        step += 1
+    assert step > 10
+
+
+def test_tensors_in_no_part_that_have_changed_are_refused(tmp_path: Path) -> None:
+    (first, *parts), folder = make(tmp_path)
+    header = read_header(first.rename(tmp_path / "original.safetensors"))
+    others = [Stored(header, entry) for entry in header.entries.values()]
+    with (tmp_path / "original.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match=r"original\.safetensors: changed under the run"):
+        merge_shards(parts, folder, 640, others)
+
+
+def test_a_tensor_in_a_part_and_in_none_is_refused(tmp_path: Path) -> None:
+    parts, folder = make(tmp_path)
+    header = read_header(parts[0])
+    with pytest.raises(CheckpointError, match=r"part-0\.safetensors: tensor 'block.0.*stands in the original too"):
+        merge_shards(parts, folder, 640, [Stored(header, entry) for entry in header.entries.values()])
 
 
 def test_killed_while_data_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,5 +288,4 @@ def test_memory_that_parts_are_kept_in_is_given_back(tmp_path: Path, monkeypatch
         if (entries := read_header(part).entries.values())
     }
     merge_shards(parts, folder, 10**9)
-    assert (0, 0) in advised.pop((folder / "model.safetensors").stat().st_ino), "nor is the shard kept in memory"
     assert {part: sorted(ranges) for part, ranges in advised.items()} == expected

@@ -81,6 +81,11 @@ class BlockWork:
         return [n for n in self.source.checkpoint.names if not n.startswith(blocks) and n not in head]
 
     @property
+    def as_stored(self) -> Sequence[str]:
+        """The same."""
+        return self.outside
+
+    @property
     def units(self) -> Sequence[str]:
         """The blocks, and an output layer of its own."""
         return (*self.skeleton.block_names, *((self.skeleton.family.head,) if self.quantize_head else ()))

@@ -29,7 +29,8 @@ def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -
     whole = is_file_format(job.target)
     folder = work.work / ON_THE_WAY if whole else work.path
     folder.mkdir(exist_ok=True)
-    merge_shards(sink.parts(), folder, job.recipe.shard_bytes)
+    kept = [job.source.checkpoint.stored(name) for name in job.work.as_stored]
+    merge_shards(sink.parts(), folder, job.recipe.shard_bytes, kept)
     write_companions(job, sink.reports(), folder)
     account: dict[str, Any] = plain(run_account(job, sink.reports(), folder))
     account["verified"] = require_sound(folder, job.source.checkpoint.shapes)

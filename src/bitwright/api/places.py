@@ -55,5 +55,6 @@ def refuse_within(folder: Path, output: Path) -> None:
 def require_room(job: Job, output: Path) -> None:
     """Refuses a disk too small for all parts and one shard beside them, less what an earlier run has written."""
     total = plan_of(job).bytes_out * (2 if is_file_format(job.target) else 1)  # the folder that it is made of
+    in_parts = total - sum(map(job.source.checkpoint.nbytes, job.work.as_stored))
     written = sum(path.stat().st_size for path in work_folder(output.resolve()).rglob("*.safetensors"))
-    require_free(output, max(0, total + min(total, job.recipe.shard_bytes) - written))
+    require_free(output, max(0, in_parts + min(total, job.recipe.shard_bytes) - written))

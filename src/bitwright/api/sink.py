@@ -78,9 +78,9 @@ class FolderSink:
         return {f"{unit}/{name}": tensor for unit, tensors in found.items() for name, tensor in tensors.items()}
 
     def pass_through(self, name: str) -> None:
-        """Copies a tensor that is in no block as it is, unless an earlier run has."""
+        """Notes a tensor that is in no block and stays as it is: its part is empty."""
         if not self.finished(name):
-            self._record(name, {name: self.job.source.checkpoint.stored(name)}, {})
+            self._record(name, {}, {})
 
     def made(self, unit: Unit, report: BlockReport | None) -> None:
         """Notes a unit whose part has been written already."""

@@ -78,6 +78,11 @@ class TensorWork:
         return units(self.division, self.source.checkpoint)
 
     @property
+    def as_stored(self) -> Sequence[str]:
+        """Those of units in which nothing is quantized."""
+        return [name for unit in self.all_units if not unit.weights for name in unit.copied]
+
+    @property
     def units(self) -> Sequence[str]:
         """The units' names."""
         return [unit.name for unit in self.all_units]

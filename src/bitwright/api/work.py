@@ -49,7 +49,11 @@ class Work(Protocol):
 
     @property
     def outside(self) -> Sequence[str]:
-        """Names of the tensors that are written one by one as they are, before everything else."""
+        """Names of the tensors that are noted one by one, before everything else: they stay as they are."""
+
+    @property
+    def as_stored(self) -> Sequence[str]:
+        """Those of all tensors that are copied from the checkpoint when everything else is there, and in no part."""
 
     @property
     def units(self) -> Sequence[str]:

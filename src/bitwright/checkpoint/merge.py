@@ -1,5 +1,7 @@
 """Part files -> the shards of a model folder, by copying byte ranges; a merge that is killed is simply run again.
 
+Tensors that stay as they are need be in no part: they are copied from where they have always been.
+
 What makes that safe, in this order:
 1. The plan (which tensors of which parts make up which shard) is written beside the parts before anything else is.
    From then on the plan is followed, whatever is left of the parts.
@@ -12,26 +14,27 @@ What makes that safe, in this order:
 
 import hashlib
 import json
-import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 from bitwright.checkpoint.header import Header, TensorEntry, build_header, file_order, read_header
 from bitwright.checkpoint.layout import INDEX, SINGLE
-from bitwright.checkpoint.ranges import Stored, forget
+from bitwright.checkpoint.ranges import Stored
 from bitwright.checkpoint.strict_json import shown
 from bitwright.checkpoint.writer import atomic, sync_folder, write_json
 from bitwright.core.errors import CheckpointError, OutputError
 
 PLAN = "merge.json"
+NO_PART = ""
 METADATA = {"format": "pt"}  # transformers refuses a safetensors file that does not say so
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One final file: its name, header (by its sha256), tensor data (bytes), and the part each tensor comes from."""
+    """One final file: its name, header (by its sha256), tensor data (bytes), and the part each tensor comes from; ""
+    for those that are in none."""
 
     file: str
     header_sha256: str
@@ -53,8 +56,10 @@ def merge_begun(work: Path) -> bool:
     return (work / PLAN).exists()
 
 
-def merge_shards(parts: list[Path], folder: Path, shard_bytes: int) -> None:
+def merge_shards(parts: list[Path], folder: Path, shard_bytes: int, others: Sequence[Stored] = ()) -> None:
     """Makes `parts`, safetensors files of one folder with no tensor in two of them, a model in `folder`; removes them.
+
+    `others` are further tensors, the first of the model, and are left where they lie.
 
     `model.safetensors` when all tensors together have at most `shard_bytes` bytes, else an index and shards, the first
     called model-00001-of-000NN.safetensors; a tensor larger than that has a shard of its own. At most 4 MiB are in
@@ -66,13 +71,13 @@ def merge_shards(parts: list[Path], folder: Path, shard_bytes: int) -> None:
             f"{len(parts)} parts, expected some, of one folder; shards of {shard_bytes} bytes, expected > 0"
         )
     work = parts[0].parent
-    plan = _settled_plan(work, [part.name for part in parts], shard_bytes)
+    plan = _settled_plan(work, [part.name for part in parts], shard_bytes, others)
     if work.resolve() == folder.resolve() and {shard.file for shard in plan.shards} & set(plan.parts):
         raise ValueError(f"a part in {work} is called as a shard will be; keep parts elsewhere or name them otherwise")
     last_use = {part: number for number, shard in enumerate(plan.shards) for part in shard.parts.values()}
     for number, shard in enumerate(plan.shards):
         if not _is_finished(folder / shard.file, shard):
-            _write_shard(work, folder, shard)
+            _write_shard(work, folder, shard, others)
         _remove_parts(work, [part for part in plan.parts if last_use.get(part, 0) == number])
     if len(plan.shards) > 1:
         homes = {name: shard.file for shard in plan.shards for name in shard.parts}
@@ -80,11 +85,11 @@ def merge_shards(parts: list[Path], folder: Path, shard_bytes: int) -> None:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))})
 
 
-def _settled_plan(work: Path, parts: list[str], shard_bytes: int) -> Plan:
+def _settled_plan(work: Path, parts: list[str], shard_bytes: int, others: Sequence[Stored]) -> Plan:
     """The plan that a killed merge left, or else a new one, on disk before it is followed."""
     path = work / PLAN
     if not path.exists():
-        plan = _new_plan([read_header(work / part) for part in parts], shard_bytes)
+        plan = _new_plan([read_header(work / part) for part in parts], shard_bytes, others)
         write_json(path, asdict(plan))
         return plan
     try:
@@ -100,18 +105,18 @@ def _settled_plan(work: Path, parts: list[str], shard_bytes: int) -> Plan:
     return plan
 
 
-def _new_plan(headers: list[Header], shard_bytes: int) -> Plan:
+def _new_plan(headers: list[Header], shard_bytes: int, others: Sequence[Stored]) -> Plan:
     """Shards filled in the order of the parts and of the tensors in them, each as far as `shard_bytes` allows."""
-    sources = _sources(headers)
+    sources = _sources(headers, others)
     groups: list[list[TensorEntry]] = [[]]
     room = shard_bytes
-    for header in headers:
-        for entry in sorted(header.entries.values(), key=lambda entry: (entry.start, entry.name)):
-            if entry.nbytes > room and groups[-1]:
-                groups.append([])
-                room = shard_bytes
-            groups[-1].append(entry)
-            room -= entry.nbytes
+    inside = (sorted(header.entries.values(), key=lambda entry: (entry.start, entry.name)) for header in headers)
+    for entry in chain((stored.entry for stored in others), *inside):
+        if entry.nbytes > room and groups[-1]:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(entry)
+        room -= entry.nbytes
     shards = []
     for number, group in enumerate(groups, start=1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -121,15 +126,16 @@ def _new_plan(headers: list[Header], shard_bytes: int) -> Plan:
     return Plan([header.path.name for header in headers], shard_bytes, shards)
 
 
-def _sources(headers: list[Header]) -> dict[str, str]:
+def _sources(headers: list[Header], others: Sequence[Stored]) -> dict[str, str]:
     """The part each tensor stands in; CheckpointError for a tensor that stands in two."""
-    sources: dict[str, str] = {}
+    sources = {stored.entry.name: NO_PART for stored in others}
     for header in headers:
         for name in header.entries:
             if name in sources:
+                also = sources[name] or "the original"
                 raise CheckpointError(
-                    f"{header.path}: tensor {shown(name)} stands in {sources[name]} too; parts that share a tensor "
-                    "cannot be merged; begin anew with --restart"
+                    f"{header.path}: tensor {shown(name)} stands in {also} too; parts that share a tensor cannot be "
+                    "merged; begin anew with --restart"
                 )
             sources[name] = header.path.name
     return sources
@@ -146,36 +152,21 @@ def _is_finished(path: Path, shard: Shard) -> bool:
     return found == shard.header_sha256
 
 
-def _write_shard(work: Path, folder: Path, shard: Shard) -> None:
+def _write_shard(work: Path, folder: Path, shard: Shard, others: Sequence[Stored]) -> None:
     """One shard from the parts it comes from, all of which are still there."""
-    headers = {part: read_header(work / part) for part in sorted(set(shard.parts.values()))}
-    missing = [name for name, part in shard.parts.items() if name not in headers[part].entries]
-    entries = [headers[part].entries[name] for name, part in shard.parts.items() if name not in missing]
+    headers = [read_header(work / part) for part in sorted(set(shard.parts.values()) - {NO_PART})]
+    found = {stored.entry.name: stored for stored in others}
+    found |= {name: Stored(header, entry) for header in headers for name, entry in header.entries.items()}
+    entries = [found[name].entry for name in shard.parts if name in found]
     start = build_header(entries, METADATA)
-    if missing or hashlib.sha256(start).hexdigest() != shard.header_sha256:
+    if hashlib.sha256(start).hexdigest() != shard.header_sha256:
         raise OutputError(f"{work}: the parts of {shard.file} changed since the merge began; begin anew with --restart")
-    with atomic(folder / shard.file, len(start) + shard.data_bytes) as file, ThreadPoolExecutor(1, "flush") as behind:
+    with atomic(folder / shard.file, len(start) + shard.data_bytes) as file:
         file.write(start)
-        flushing: Future[None] | None = None
         for entry in file_order(entries):
-            stored = Stored(headers[shard.parts[entry.name]], entry)
-            stored.copy_to(file)
-            stored.forget()
-            if flushing is None or flushing.done():  # so that little is left to be made durable at the end
-                flushing = _flushed(flushing, behind, file)
-        _flushed(flushing, behind, file).result()
-
-
-def _flushed(before: Future[None] | None, behind: ThreadPoolExecutor, file: BinaryIO) -> Future[None]:
-    """Has what is in the file by now made durable; an error of the time before is told to nobody else."""
-    if before is not None:
-        before.result()
-    return behind.submit(_flush, file)
-
-
-def _flush(file: BinaryIO) -> None:
-    os.fsync(file.fileno())
-    forget(file)
+            found[entry.name].copy_to(file)
+            if shard.parts[entry.name] != NO_PART:
+                found[entry.name].forget()
 
 
 def _remove_parts(work: Path, parts: list[str]) -> None:

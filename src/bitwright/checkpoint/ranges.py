@@ -34,18 +34,14 @@ class Stored:
     def forget(self) -> None:
         """Lets the system use the memory that it keeps the bytes in for others: nobody reads them again."""
         with suppress(OSError), self.header.path.open("rb") as file:
-            forget(file, self.entry.start, self.entry.nbytes)
+            forget(file.fileno(), self.entry.start, self.entry.nbytes)
 
 
-def forget(file: BinaryIO, start: int = 0, nbytes: int = 0) -> None:
-    """Lets the system use the memory that it keeps a file's durable bytes in (all from `start` on, or `nbytes`).
-
-    Else a model that is written takes as much memory again as it is large, which has to be found page by page: in
-    virtual machines, where the host finds it, for several times what copying costs.
-    """
+def forget(file: int, start: int = 0, nbytes: int = 0) -> None:
+    """Lets the system use the memory that it keeps a file's durable bytes in: all of them, or `nbytes` from `start`."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
-            os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file, start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def read_into(header: Header, start: int, target: memoryview) -> None:

@@ -16,11 +16,12 @@ from typing import Any, BinaryIO
 import torch
 
 from bitwright.checkpoint.header import METADATA, TensorEntry, build_header, file_order
-from bitwright.checkpoint.ranges import COPY_BYTES, Stored, forget, memory_of
+from bitwright.checkpoint.ranges import COPY_BYTES, Stored, memory_of
+from bitwright.checkpoint.steady import steady
 from bitwright.core.errors import CheckpointError, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
-LARGE_BYTES = 2**23  # of a file that is not kept in memory once it is durable
+LARGE_BYTES = 8 * 2**20  # of a file that is not kept in memory once it is durable
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # file systems that cannot sync a folder say one of these
 
 
@@ -33,12 +34,8 @@ def atomic(path: Path, nbytes: int) -> Iterator[BinaryIO]:
     temporary = temporary_name(path)
     try:
         temporary.unlink(missing_ok=True)  # what a killed run left
-        with temporary.open("xb") as file:
+        with steady(temporary) if nbytes >= LARGE_BYTES else _small(temporary) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if nbytes >= LARGE_BYTES:
-                forget(file)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -47,6 +44,15 @@ def atomic(path: Path, nbytes: int) -> Iterator[BinaryIO]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+@contextmanager
+def _small(path: Path) -> Iterator[BinaryIO]:
+    """A new file, durable when the body has succeeded."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_tensors(

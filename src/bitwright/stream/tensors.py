@@ -63,7 +63,7 @@ def work(units: Iterable[Unit], plan: TensorPlan, started: Started, finished: Fi
     """Makes the part of every unit. ``finished`` is called from other threads when the part of a unit is durable;
     ``started`` with each tensor before its arithmetic. Raises UserError.
 
-    What is only copied, such as a large embedding, goes its own way: nothing waits for it.
+    A unit that is only copied, such as a large embedding, is only looked at: its part is empty, and nothing waits.
     """
     keep_freed_memory()
     with ThreadPoolExecutor(1, "behind") as behind, ThreadPoolExecutor(1, "aside") as aside:
@@ -135,7 +135,8 @@ def _write(made: _Made, plan: TensorPlan, finished: Finished) -> None:
         tensors |= encoded
     for name in made.unit.copied:
         plan.checkpoint.check_finite_tensor(name)
-        tensors[name] = plan.checkpoint.stored(name)
+        if made.unit.weights:
+            tensors[name] = plan.checkpoint.stored(name)
     write_tensors(plan.folder / made.unit.file, tensors)
     rows = tuple(replace(report, digest=digest(encoded)) for encoded, report in made.linears)
     finished(made.unit, BlockReport(made.unit.block, rows) if rows else None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -225,6 +226,15 @@ def test_another_model_of_the_same_name_is_refused(tiny: Checkpoints, recipe: Re
     model.unlink()
     model.symlink_to(tiny(attention_bias=True))
     with pytest.raises(OutputError, match=r"model\.safetensors"):
+        bitwright.quantize(replace(recipe, model=str(model)), tmp_path / "out")
+
+
+def test_a_model_that_was_written_to_is_refused(tiny: Checkpoints, recipe: Recipe, tmp_path: Path) -> None:
+    """Wherever in its files: what identifies them reads samples only."""
+    model = Path(shutil.copytree(tiny(), tmp_path / "model"))
+    partial(replace(recipe, model=str(model)), tmp_path / "out")
+    os.utime(model / "model.safetensors", (1, 1))
+    with pytest.raises(OutputError, match=r"written\.model\.safetensors: '20.*' -> '1970-01-01 00:00:01"):
         bitwright.quantize(replace(recipe, model=str(model)), tmp_path / "out")
 
 

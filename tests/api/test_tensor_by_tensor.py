@@ -356,6 +356,8 @@ class TestProcesses:
 
     @pytest.mark.parametrize(("how", "says"), [
         ({"workers": 0}, "at least one is needed"),
+        ({"workers": "2"}, "workers '2': at least one is needed, and a whole number"),
+        ({"max_memory": 10**9}, "max memory '1000000000' is no size"),
         ({"max_memory": "5"}, "'5' is no size"),
         ({"max_memory": "10MB"}, r"one process alone needs about \d\.\d GB .* allow \d"),
         ({"max_memory": "much"}, "'much' is no size"),

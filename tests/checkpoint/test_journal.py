@@ -98,6 +98,13 @@ def test_another_identity_is_refused_key_by_key(path: Path) -> None:
     assert len(Journal.open(path, IDENTITY).done) == 2
 
 
+def test_long_values_are_shown_from_where_they_differ(tmp_path: Path) -> None:
+    path, alike = tmp_path / "journal.jsonl", "a" * 1000
+    Journal.open(path, {"key": f"{alike}old"})
+    with pytest.raises(OutputError, match=r"key: '\.\.\.old' -> '\.\.\.new'"):
+        Journal.open(path, {"key": f"{alike}new"})
+
+
 def test_at_most_eight_differences_are_listed(path: Path) -> None:
     with pytest.raises(OutputError) as caught:
         Journal.open(path, IDENTITY | {f"key{number:02d}": "x" * 500 for number in range(20)})

@@ -1,12 +1,15 @@
 """EasyQuant: what is kept is exact, what is not loses less, and others go on from there."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tests.conftest import Checkpoints
 from tests.methods.conftest import Streamed, context_of
 
@@ -14,7 +17,7 @@ import bitwright
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, LinearDecision
-from bitwright.core.errors import UserError
+from bitwright.core.errors import RecipeError, UserError
 from bitwright.core.method import Context
 from bitwright.core.outlier_rule import OutlierRule
 from bitwright.core.qtensor import QTensor
@@ -58,6 +61,52 @@ def test_outliers_are_written_exactly_and_few(tiny: Checkpoints, tmp_path: Path,
         if expected is not None:
             assert torch.equal(written.dequantize()[expected], weight[expected])
     assert sum(row["outliers"] for row in rows) > 0  # type: ignore[misc]
+
+
+def rewritten(model: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
+    shutil.copytree(model, to)
+    tensors = load_file(to / "model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return str(to)
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_outliers_are_exact_in_a_checkpoint_of_several_dtypes(
+    dtype: torch.dtype, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    """Of most linears the dtype is another, and too narrow for the values of one."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].to(dtype) * (1 + 2**-9)
+
+    model = rewritten(tiny("bfloat16"), tmp_path / "model", change)
+    out = bitwright.quantize(bitwright.Recipe(model, "W4A16g32", "easyquant"), tmp_path / "out").output
+    written, original = load_file(Path(out, "model.safetensors")), load_file(Path(model, "model.safetensors"))
+    index, value = written[f"{UP}.outlier_index"].long(), written[f"{UP}.outlier_value"]
+    assert len(index) and value.dtype == torch.float32
+    assert torch.equal(value, original[f"{UP}.weight"].flatten()[index].float())
+
+
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_weights_beyond_the_scales_dtype_are_refused(
+    by_blocks: bool, tiny: Checkpoints, text: Path, tmp_path: Path
+) -> None:
+    model = rewritten(tiny("bfloat16"), tmp_path / "model", lambda tensors: tensors[f"{UP}.weight"].mul_(2**26))
+    calibration = {"calibration": str(text), "samples": 2, "seqlen": 32} if by_blocks else {}
+    recipe = bitwright.Recipe(model, "W4A16g32", "rtn", "gptq", **calibration)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=rf"{UP}: has weights of \S+, and float16, .* ends at 6\.55e\+04.*--format"):
+        bitwright.quantize(recipe, tmp_path / "out")
+
+
+def test_linears_of_which_little_is_left_are_named(tiny: Checkpoints, tmp_path: Path) -> None:
+    model = rewritten(tiny("bfloat16"), tmp_path / "model", lambda tensors: tensors[f"{UP}.weight"].mul_(2**-40))
+    recipe = bitwright.Recipe(model, "W4A16g32", "rtn", "gptq")
+    (note,) = bitwright.quantize(recipe, tmp_path / "out").notes
+    assert note.startswith(f"of 1 linears more than half is lost, by squared error; the most of {UP}: 1")
 
 
 def test_plain_transformers_loads_it_where_no_outlier_is_kept(tiny: Checkpoints, tmp_path: Path) -> None:

@@ -66,3 +66,12 @@ def test_none_asked(text: str) -> None:
 def test_refused(text: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         OutlierRule.parse(text)
+
+
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**-60, 2.0**60, 2.0**100])
+def test_weights_of_any_size_have_the_same(factor: float) -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    plain, scaled = (bounds(lambda w=w: [w], OutlierRule(3.0)) for w in (weight, weight * factor))  # type: ignore[misc]
+    assert scaled.distance / factor == pytest.approx(plain.distance, rel=1e-6)
+    found = outliers(weight * factor, scaled)
+    assert found is not None and torch.equal(found, outliers(weight, plain))  # type: ignore[arg-type]

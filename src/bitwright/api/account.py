@@ -15,6 +15,10 @@ from bitwright.methods import used
 
 EXPECTED_SHARE = 0.01
 """Of weights beyond three standard deviations, in trained models."""
+WRITTEN = "written"
+"""Of what tells runs apart: when the model's files were written to."""
+LOST = 0.5
+"""Of a weight, ``|W_q - W|^2 / |W|^2``."""
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 
@@ -27,6 +31,7 @@ def identity(job: Job) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "model": job.source.checkpoint.fingerprint(),
+        WRITTEN: job.source.checkpoint.modified(),
         "calibration": _calibration(job),
         "arithmetic": _arithmetic(job),
         "parameters": None if job.learned is None else job.learned.digest(),
@@ -61,7 +66,7 @@ def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[s
         },
         "notes": [
             note
-            for note in (job.note, job.left_out(job.settled_format(reports)), _many_outliers(rows))
+            for note in (job.note, job.left_out(job.settled_format(reports)), _many_outliers(rows), _lost(rows))
             if note is not None
         ],
         "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
@@ -92,6 +97,18 @@ def _settings(job: Job) -> dict[str, Any]:
     """What the methods were told, ``auto`` replaced by what it came to."""
     found = {key: value for key, value in asdict(job.settings).items() if key in used(job.methods)}
     return found if job.arithmetic is None else found | {"precision": name_of(job.arithmetic)}
+
+
+def _lost(rows: list[dict[str, Any]]) -> str | None:
+    """A note on linears of which little is left."""
+    lost = [row for row in rows if not row["weight_error"] <= LOST]
+    if not lost:
+        return None
+    worst = max(lost, key=lambda row: row["weight_error"])
+    return (
+        f"of {len(lost)} linears more than half is lost, by squared error; the most of {worst['name']}: "
+        f"{worst['weight_error']:.2g}. More bits, smaller groups, or methods that see a text lose less"
+    )
 
 
 def _many_outliers(rows: list[dict[str, Any]]) -> str | None:

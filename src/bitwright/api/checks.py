@@ -34,6 +34,7 @@ def check_scheme(source: Source, scheme: Scheme) -> None:
 def check_dtypes(source: Source, work: Work) -> None:
     """Refuses weights that are no ordinary floating-point numbers, such as the float8 of models quantized already."""
     checkpoint, known = source.checkpoint, set(DTYPES.values())
+    _ = checkpoint.dtype_of_weights  # refuses a checkpoint in which nothing is floating
     embedding = [f"{source.family.embedding}.weight"] if source.family else []
     for name in [*embedding, *(weight.tensor for weight in work.weights)]:
         found = checkpoint.entry(name).dtype

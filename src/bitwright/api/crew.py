@@ -35,8 +35,8 @@ def crew_of(job: Job, workers: int | None, max_memory: str | None, ranks: Ranks 
     """
     ranks = ranks or Ranks()
     limit = None if max_memory is None else size_in_bytes(max_memory, "max memory")
-    if workers is not None and workers < 1:
-        raise RecipeError(f"workers {workers}: at least one is needed")
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise RecipeError(f"workers {workers!r}: at least one is needed, and a whole number")
     each = job.work.budget(job.settings, learned(job.methods))
     if not isinstance(job.work, TensorWork):
         _refuse_for_blocks(job, workers, max_memory, ranks)

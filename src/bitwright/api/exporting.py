@@ -154,7 +154,8 @@ class _TensorExport:
         self, model: QuantizedFolder, to: ModuleType, name: str, lossy: bool, work: OutputFolder, restart: bool
     ) -> None:
         self.model, self.to, self.name, self.lossy, self.work = model, to, name, lossy, work
-        identity = {"model": model.checkpoint.fingerprint(), "format": name}
+        checkpoint = model.checkpoint
+        identity = {"model": checkpoint.fingerprint(), "written": checkpoint.modified(), "format": name}
         self.journal = Journal.open(work.work / JOURNAL, identity, restart=restart)
         self.units, self.common = _units(model), common_columns(model)
         self.files = {unit: f"part-{n:05d}.safetensors" for n, unit in enumerate(self.units)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,11 +53,15 @@ class Job:
         """The calibration segments, None where no text was named."""
         return self.work.tokens
 
-    @property
+    @cached_property
     def scales(self) -> torch.dtype:
-        """The dtype that scales are stored in: the format's, or the scheme's, or that of the checkpoint."""
-        own = torch.float16 if self.scheme.float16_scales else self.source.checkpoint.dtype_of_weights
-        return self.target.SCALES or own
+        """The dtype that scales and outliers are stored in: the format's, or the scheme's, or one that holds the
+        weights of all linears."""
+        if self.target.SCALES is not None or self.scheme.float16_scales:
+            return self.target.SCALES or torch.float16
+        checkpoint = self.source.checkpoint
+        dtypes = {checkpoint.entry(w.tensor).dtype for w in self.work.weights if w.tensor in checkpoint}
+        return reduce(torch.promote_types, dtypes) if dtypes else checkpoint.dtype_of_weights
 
     def written(self, reports: Sequence[dict[str, Any]] = ()) -> WrittenModel:
         """What config.json has to say once these blocks are done."""
@@ -126,8 +131,8 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     format = expected(recipe.format, scheme, methods, settings, work.only_ours(scheme))
     job = Job(recipe, scheme, method, methods, settings, chosen, goal, format, source, work, note, None)
     check_scheme(source, scheme)
-    chosen.quantization_config(job.written())  # refuses a scheme that it has no words for
     check_dtypes(source, work)
+    chosen.quantization_config(job.written())  # refuses a scheme that it has no words for
     check_shapes(work, scheme, _tiles(job), goal)
     if is_file_format(goal):
         model, known = source.checkpoint, foreseen(source, work, scheme)

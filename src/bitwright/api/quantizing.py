@@ -7,7 +7,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from bitwright.api.account import identity
+from bitwright.api.account import WRITTEN, identity
 from bitwright.api.block_work import BlockWork
 from bitwright.api.crew import Crew, crew_of
 from bitwright.api.engine_choice import for_engines
@@ -134,9 +134,10 @@ def _in_folder(
 
 def _help(job: Job, output: Path, crew: Crew, ranks: Ranks) -> Result:
     """What every process but the first does: its share, noted in a journal of its own that the first takes over."""
-    ranks.wait_for_all()  # the first has the folder
+    first: dict[str, Any] = ranks.from_first(None)  # which has the folder by now
     work = work_folder(output.resolve())
-    journal = Journal.open(work / f"journal-{ranks.index}.jsonl", identity(job), restart=True)
+    own = identity(job) | {WRITTEN: first[WRITTEN]}  # of the same files on several machines
+    journal = Journal.open(work / f"journal-{ranks.index}.jsonl", own, restart=True)
     with _forgetting_what_changed(work):
         run_tensors(job, FolderSink(work, journal, job), crew, ranks, silent)
     ranks.wait_for_all()
@@ -171,7 +172,7 @@ def _produce(
     """Everything that becomes the output, in the work folder; what bitwright.json says, and the peak bytes of worker
     processes."""
     beside = 0
-    ranks.wait_for_all()
+    ranks.from_first(identity(job))
     if not merge_begun(work.work):
         beside = _write_tensors(job, sink, crew, ranks, listener)
     elif ranks.count > 1:

@@ -138,9 +138,11 @@ def _tokenizer(folder: Path) -> Any:
 
 def _answerer(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     """All that an answer depends on, beside the question."""
+    checkpoint = open_checkpoint(folder)
     texts = sorted(path for path in folder.iterdir() if path.suffix in DESCRIBE_THE_MODEL and path.is_file())
     return {
-        "weights": open_checkpoint(folder).fingerprint(),
+        "weights": checkpoint.fingerprint(),
+        "written": checkpoint.modified(),
         "files": {
             path.name: fingerprint.of_small_file(path.read_bytes()) for path in texts if "timing" not in path.name
         },

@@ -1,6 +1,7 @@
 """The identity of a checkpoint, taken without reading all of it: enough to notice that a model was exchanged."""
 
 import hashlib
+from datetime import UTC, datetime
 
 from bitwright.checkpoint.header import Header
 from bitwright.checkpoint.ranges import read_into
@@ -21,6 +22,12 @@ def of_weights(header: Header) -> str:
     of_header = hashlib.sha256(_bytes(header, 0, header.data_start))
     of_samples = hashlib.sha256(b"".join(_bytes(header, start, length) for start in starts))
     return f"{header.size} bytes, header sha256 {of_header.hexdigest()}, samples sha256 {of_samples.hexdigest()}"
+
+
+def of_time(header: Header) -> str:
+    """When the file was last written to, to the nanosecond, UTC."""
+    seconds, rest = divmod(header.mtime_ns, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
 
 
 def _bytes(header: Header, start: int, length: int) -> bytearray:

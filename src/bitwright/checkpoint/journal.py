@@ -158,7 +158,7 @@ def _other_run(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -
     """What differs between two identities, at most eight lines of it, and what to do."""
     old, new = dict(_dotted(begun)), dict(_dotted(asked))
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, ABSENT) != new.get(key, ABSENT)]
-    lines = [f"  {key}: {_short(old, key)} -> {_short(new, key)}" for key in keys[:SHOWN_DIFFERENCES]]
+    lines = [f"  {key}: {' -> '.join(_beside(old, new, key))}" for key in keys[:SHOWN_DIFFERENCES]]
     if len(keys) > SHOWN_DIFFERENCES:
         lines.append(f"  and {len(keys) - SHOWN_DIFFERENCES} more")
     return "\n".join(
@@ -170,9 +170,15 @@ def _other_run(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -
     )
 
 
-def _short(values: Mapping[str, Any], key: str) -> str:
-    """A value as it is shown."""
-    return shown(values[key]) if key in values else ABSENT
+def _beside(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> tuple[str, str]:
+    """Two values as they are shown; long texts from where they differ."""
+    was, now = (shown(values[key]) if key in values else ABSENT for values in (old, new))
+    if was != now:
+        return was, now
+    before, after = str(old[key]), str(new[key])
+    pairs = zip(before, after, strict=False)
+    alike = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(before), len(after)))
+    return shown(f"...{before[alike:]}"), shown(f"...{after[alike:]}")
 
 
 def _dotted(identity: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

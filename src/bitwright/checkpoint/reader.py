@@ -95,6 +95,11 @@ class Checkpoint:
         found = {name: fingerprint.of_small_file(read_bytes(self.folder / name)) for name in small}
         return found | {file: fingerprint.of_weights(header) for file, header in sorted(self._headers.items())}
 
+    def modified(self) -> dict[str, str]:
+        """When each file of weights was last written to, file name -> time (UTC): beside ``fingerprint``, which reads
+        samples, what tells that anything of it may have changed."""
+        return {file: fingerprint.of_time(header) for file, header in sorted(self._headers.items())}
+
     def check_finite(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads every floating tensor, 64 MiB at a time; CheckpointError for the first with a NaN or infinity.
 

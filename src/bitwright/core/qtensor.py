@@ -61,6 +61,12 @@ class QTensor:
         """True bits per weight: everything stored, over the number of weights."""
         return self.storage_bits / self.codes.numel()
 
+    def cuts(self, weight: Float[Tensor, "O I"]) -> bool:
+        """Whether some of the weight is beyond what scales of this dtype stand for, and has been cut off there."""
+        furthest = max(-self.grid.qmin, self.grid.qmax) * self.scale.abs().max().double()
+        most = torch.finfo(self.scale.dtype).max
+        return bool(furthest > most / 2) and bool(weight.abs().max() > most)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "O I"]:
         """The weight [O, I] that these codes stand for, computed in ``dtype`` (default: the scales' own)."""
         dtype = dtype or self.scale.dtype

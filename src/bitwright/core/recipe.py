@@ -121,9 +121,9 @@ _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) *(KB|MB|GB|TB)", re.IGNORECAS
 _FACTORS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def size_in_bytes(text: str, what: str) -> int:
-    """Bytes of ``500MB`` or ``5GB``. Raises RecipeError for a text that is no size; ``what`` is what it was to be."""
-    match = _SIZE.fullmatch(text.strip())
+def size_in_bytes(text: object, what: str) -> int:
+    """Bytes of ``500MB`` or ``5GB``. Raises RecipeError for what is no such text; ``what`` is what it was to be."""
+    match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None or not float(match[1]):
         raise RecipeError(f"{what} '{text}' is no size; write a number and a unit: 500MB, 5GB")
     return int(float(match[1]) * _FACTORS[match[2].upper()])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitwright.core.block import Block, Topology
 from bitwright.core.decisions import BlockDecisions, LinearDecision
+from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor, affine, quantize
 from bitwright.core.scheme import Scheme
 from bitwright.steps.ranges import minmax
@@ -55,6 +56,17 @@ def weights_of(block: Block, decisions: BlockDecisions) -> dict[str, Float[Tenso
     """The weights of a block's linears in float32, every decided site's scale and shift moved in."""
     moved = parameters_of(block, decisions)
     return {name: moved[f"{name}.weight"] for name in block.topology.linears}
+
+
+def require_held(name: str, weight: Float[Tensor, "O I"], made: QTensor) -> None:
+    """Raises RecipeError for a weight that its scales' dtype cannot hold."""
+    if made.cuts(weight):
+        dtype = str(made.scale.dtype).removeprefix("torch.")
+        raise RecipeError(
+            f"{name}: has weights of {float(weight.abs().max()):.3g}, and {dtype}, in which their scales are to be "
+            f"stored, ends at {torch.finfo(made.scale.dtype).max:.3g}; leave it as it is with --exclude, or take a "
+            "--format that stores scales in the checkpoint's dtype: bitwright, or compressed-tensors"
+        )
 
 
 def fold(

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from bitwright.core.outlier_rule import Bounds, OutlierRule
 
+TELLING = 1e-15
+"""Smaller deviations, and larger than 1 over it, have squares that float32 does not hold well."""
 Panels = Callable[[], Iterable[Float[Tensor, "R I"]]]
 """The panels of a weight, once more at each call, on one device."""
 
@@ -26,8 +28,20 @@ def bounds(panels: Panels, rule: OutlierRule) -> Bounds:
     mean = total / max(1, count)
     if rule.deviations is None:
         return Bounds(mean, _beyond(panels, mean, int(rule.share * count)))
-    squares = sum(float((panel.float() - mean).square_().sum(dtype=torch.float64)) for panel in panels())
-    return Bounds(mean, rule.deviations * math.sqrt(squares / max(1, count)))
+    deviation = _deviation(panels, mean, 1.0)
+    if not TELLING < deviation < 1 / TELLING:
+        furthest = max(float((panel.float() - mean).abs_().max()) for panel in panels())
+        deviation = _deviation(panels, mean, furthest) if furthest else 0.0
+    return Bounds(mean, rule.deviations * deviation)
+
+
+def _deviation(panels: Panels, mean: float, unit: float) -> float:
+    """The standard deviation of all weights, from squares that are taken in this unit."""
+    count, squares = 0, 0.0
+    for panel in panels():
+        distance = (panel.float() - mean).div_(unit) if unit != 1 else panel.float() - mean
+        count, squares = count + panel.numel(), squares + float(distance.square_().sum(dtype=torch.float64))
+    return unit * math.sqrt(squares / max(1, count))
 
 
 def outliers(weight: Float[Tensor, "O I"], bounds: Bounds) -> Bool[Tensor, "O I"] | None:

@@ -21,7 +21,7 @@ from bitwright.core.progress import Listener, Progress
 from bitwright.core.quantized import BlockReport, LinearReport, QuantizedBlock
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
-from bitwright.steps.apply import Folded, fold, parameters_of, weights_of
+from bitwright.steps.apply import Folded, fold, parameters_of, require_held, weights_of
 from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
 from bitwright.stream.forward import forward_all
 from bitwright.stream.inspection import ModuleInspection
@@ -105,6 +105,8 @@ def _quantize(
     decisions, learned = _decide(block, plan, stream, inside)
     parameters = dict(block.module.named_parameters())
     folded = fold(parameters, block.topology, decisions, plan.scheme, plan.scales)
+    for name, made in folded.linears.items():
+        require_held(block.path(name), folded.full[f"{name}.weight"], made)
     after, errors = stream, None
     if stream is not None and block.name:  # the output layer's outputs would be logits of every calibration token
         after, errors = advance(block, folded, folded.written(), plan.scheme, stream, in_place=True)

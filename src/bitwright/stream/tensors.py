@@ -29,7 +29,7 @@ from bitwright.core.quantized import BlockReport, LinearReport
 from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.settings import Settings
 from bitwright.core.weight import Weight
-from bitwright.steps.apply import quantize_linear
+from bitwright.steps.apply import quantize_linear, require_held
 from bitwright.steps.outliers import bounds
 from bitwright.stream.ahead import ahead
 from bitwright.stream.memory import keep_freed_memory
@@ -156,6 +156,7 @@ def _quantized(stored: Float[Tensor, "O I"], weight: Weight, plan: TensorPlan, a
         for method in plan.methods:
             decided = method.decide(panel, context, decided)
         part = quantize_linear(panel, decided, scheme, plan.dtype)
+        require_held(weight.name, panel, part)
         account.compare(panel, part)
         parts.append(part)
     return account.add(QTensor.of_rows(parts))

@@ -74,6 +74,18 @@ def test_hardly_worse_than_every_range_tried(grid: Grid, alignment: float) -> No
     assert (ours.sum() / best.sum()) < 1.03
 
 
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_at_many_bits_ranges_are_tried_near_the_whole(bits: int) -> None:
+    """There the least error lies within a few steps of min-max, and moves with each of them."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    tile, grid = Tile(1, -1), Grid(bits, True)
+    found = written(weight, fitted(weight, grid, tile, torch.float32, alignment=0.0), grid, tile)
+    low, high = minmax(weight, tile)
+    shares = torch.linspace(0.5, 1.05, 400).tolist()
+    tried = [loss(weight, written(weight, (a * low, a * high), grid, tile), tile, 0.0) for a in shares]
+    assert loss(weight, found, tile, 0.0).sum() / torch.stack(tried).amin(0).sum() < 1.018
+
+
 def test_clipping_makes_weights_smaller_and_alignment_holds_them() -> None:
     """What the second term is for: at 2 bits the least squared error shrinks a tile, the aligned one hardly does."""
     weight, grid, tile = heavy(64, 128), Grid(2, False), Tile(1, -1)

@@ -182,6 +182,7 @@ def _shares(grid: Grid) -> list[tuple[float, float]]:
     """
     if grid.bits <= FEW and not grid.symmetric:
         return list(product(torch.linspace(1.0, 0.3, 6).tolist(), repeat=2))
-    both = torch.linspace(1.0, 0.3, 16) if grid.bits <= MANY else torch.linspace(1.0, 0.8, 8)
+    least = 1 - 0.2 * 2.0 ** (MANY + 1 - grid.bits)
+    both = torch.linspace(1.0, 0.3, 16) if grid.bits <= MANY else torch.linspace(1.0, least, 8)
     wider = torch.linspace(1.3, 1.05, 6).tolist() if grid.signed_scale else []
     return [(share, share) for share in (*both.tolist(), *wider)]

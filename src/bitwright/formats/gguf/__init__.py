@@ -61,7 +61,7 @@ def check_shape(name: str, shape: tuple[int, ...]) -> None:
     if shape[-1] % BLOCK:
         raise RecipeError(
             f"{name} {list(shape)}: {shape[-1]} input features are no multiple of {BLOCK}, the block of GGUF, which "
-            "would keep them in 16 bits. Take another format"
+            "would keep them in 16 bits; compressed-tensors and bitwright take any number"
         )
 
 

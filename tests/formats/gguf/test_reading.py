@@ -199,14 +199,16 @@ def test_what_is_said_of_the_model(quantized: Models, tmp_path: Path) -> None:
     assert len(said) == 2 and any("rope.freq_base" in one for one in said)
 
 
-@pytest.mark.parametrize(("old", "new"), [(2, 1), (2, 4)])
-def test_heads_that_do_not_make_up_the_rows(old: int, new: int, quantized: Models, tmp_path: Path) -> None:
-    """``verify`` says so, beside the original and beside the folder that it was made of."""
+@pytest.mark.parametrize(
+    ("key", "old", "new"), [("head_count_kv", 2, 1), ("head_count_kv", 2, 4), ("key_length", 16, 15)]
+)
+def test_heads_that_do_not_make_up_the_rows(key: str, old: int, new: int, quantized: Models, tmp_path: Path) -> None:
+    """``verify`` says so, beside the folder that the file was made of."""
     file = written(folder := quantized("llama", "W4A16g32"), tmp_path / "m.gguf")
-    raw, key = file.path.read_bytes(), b"llama.attention.head_count_kv\x04\x00\x00\x00"
-    assert raw.count(key + bytes([old])) == 1
-    file.path.write_bytes(raw.replace(key + bytes([old]), key + bytes([new])))
+    raw, begin = file.path.read_bytes(), f"llama.attention.{key}".encode() + b"\x04\x00\x00\x00"
+    assert raw.count(begin + bytes([old])) == 1
+    file.path.write_bytes(raw.replace(begin + bytes([old]), begin + bytes([new])))
     found = {check.name: check for check in bitwright.verify(file.path, folder).checks}
-    assert not found["complete"].passed and "attn_k.weight is [32, 64]" in found["complete"].found
-    assert found["settings"].found == f"llama.attention.head_count_kv is {new}, the folder's {old}"
+    assert not found["complete"].passed and ", 64], the architecture's [" in found["complete"].found
+    assert found["settings"].found == f"llama.attention.{key} is {new}, the folder's {old}"
     assert not found["settings"].passed and not found["weights"].passed

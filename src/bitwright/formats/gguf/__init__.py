@@ -2,7 +2,7 @@
 
 ``weights`` says which codes are held and how, ``blocks`` has the layouts, ``architecture`` and ``tokenizer`` what is
 said of the model, ``base_file`` takes that from another file, ``model`` and ``file`` put it all down; ``header`` and
-``reading`` read such a file again.
+``reading`` read such a file again, ``settings`` holds it against a config.json.
 """
 
 from collections.abc import Mapping

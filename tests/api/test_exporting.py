@@ -94,6 +94,8 @@ def test_activations_go_along_or_are_refused(folder: Folder, tmp_path: Path) -> 
     ({"format": "compressed-tensors"}, RecipeError, "is a compressed-tensors folder already"),
     ({"format": "gptq", "embeddings": "f16"}, RecipeError, "has no use for --embeddings"),
     ({"format": "gptq", "shard_size": "many"}, RecipeError, "shard size 'many' is no size"),
+    ({"format": "gguf", "shard_size": "1GB"}, RecipeError, "format gguf has no use for --shard-size 1GB"),
+    ({"format": "mlc", "shard_size": "1GB"}, RecipeError, "format mlc has no use for --shard-size 1GB"),
 ])  # fmt: skip
 def test_refused(how: dict[str, Any], kind: type[UserError], says: str, folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(kind, match=says):

@@ -169,6 +169,17 @@ def test_the_model_is_never_written_over(place: str, tiny: Checkpoints, tmp_path
     assert [path.name for path in tmp_path.rglob("*.partial")] == []
 
 
+@pytest.mark.parametrize(("place", "format"), [("sub", None), ("model.gguf", "gguf"), ("deep/er", "mlc")])
+def test_an_output_in_the_folder_of_the_model(
+    place: str, format: str | None, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny(eos_token_id=0), tmp_path / "model"))
+    before = sorted(model.rglob("*"))
+    with pytest.raises(OutputError, match=r"lies in .*model, which is read"):
+        bitwright.quantize(Recipe(str(model), "W4A16g32sym", "rtn", format), model / place)
+    assert sorted(model.rglob("*")) == before
+
+
 def test_a_finished_result_is_kept_unless_overwriting(
     tiny: Checkpoints, contents: Callable[[Path], dict[str, bytes]], tmp_path: Path
 ) -> None:

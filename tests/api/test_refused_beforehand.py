@@ -12,7 +12,7 @@ from tests.conftest import Checkpoints
 from tests.plugin.experts import save_original
 
 import bitwright
-from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.recipe import Recipe
 
 
@@ -101,13 +101,39 @@ def test_an_export_of_activations_is_refused_before_anything_is_written(tiny: Ch
 def test_rows_that_are_no_whole_blocks_of_gguf(tiny: Checkpoints, tmp_path: Path) -> None:
     model = str(tiny("float16", intermediate_size=72, eos_token_id=0))
     says = r"down_proj \[64, 72\]: 72 input features are no multiple of 32, the block of GGUF"
-    with pytest.raises(RecipeError, match=rf"{says}.*Or leave it as it is: --exclude"):
-        bitwright.plan(Recipe(model, "W4A16", "rtn", "gguf"))
+    for scheme in ("W4A16", "W4A16g32"):  # groups that divide 72 are none of GGUF's
+        with pytest.raises(RecipeError, match=rf"{says}.*; compressed-tensors .*Or leave it as it is: --exclude"):
+            bitwright.plan(Recipe(model, scheme, "rtn", "gguf"))
     bitwright.quantize(Recipe(model, "W4A16", "rtn"), tmp_path / "folder")
     with pytest.raises(RecipeError, match=says):
         bitwright.export(tmp_path / "folder", tmp_path / "out.gguf", format="gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert bitwright.export(tmp_path / "folder", tmp_path / "out.gguf", format="gguf", lossy=True).codes_kept == 12
+
+
+@pytest.mark.parametrize(("format", "scheme", "divide"), [
+    ("gguf", "W4A16g64", "32, 96"), ("mlc", "W4A16g64sym", "32, 96"),
+    ("awq", "W4A16g64", "32, 48, 96"), (None, "W4A16g64", "32, 48, 96"),
+])  # fmt: skip
+def test_the_groups_that_are_offered_are_those_of_the_format(
+    format: str | None, scheme: str, divide: str, tiny: Checkpoints
+) -> None:
+    recipe = Recipe(str(tiny(hidden_size=96, head_dim=24, eos_token_id=0)), scheme, "gptq", format)
+    recipe = replace(recipe, calibration="builtin", seqlen=32, samples=2)
+    with pytest.raises(SchemeError, match=rf"96 input features .* groups of 64; what divides them: {divide}$"):
+        bitwright.plan(recipe)
+
+
+def test_what_mlc_does_not_compute_goes_where_that_is_said(tiny: Checkpoints) -> None:
+    """GGUF has no place for this scaling either."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    recipe = Recipe(str(tiny(rope_parameters=rope, eos_token_id=0)), "mlc:q4f16_1", "rtn", "mlc")
+    says = r"'dynamic', which MLC-LLM's llama does not compute; bitwright quantize without --format and --engine writes"
+    for how in ({}, {"engines": "mlc"}):
+        with pytest.raises(RecipeError, match=says) as error:
+            bitwright.plan(replace(recipe, **how))
+        assert "gguf" not in str(error.value)
+    assert bitwright.plan(replace(recipe, format=None)).format == "bitwright"
 
 
 def test_zero_points_that_mlc_has_in_llama_alone(qwen2: Path, tiny: Checkpoints, tmp_path: Path) -> None:
@@ -134,6 +160,8 @@ def test_what_only_files_have_a_use_for(format: str | None, asked: dict[str, str
     )
     with pytest.raises(RecipeError, match=says):
         bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn", format, **asked))  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="format gguf has no use for --shard-size 1GB"):
+        bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn", "gguf", shard_size="1GB"))
     both = Recipe(str(tiny(eos_token_id=0)), "W4A16g32", "rtn", embeddings="f16", engines="llama.cpp")
     assert bitwright.plan(both).format == "gguf", "the format that the engine chooses counts"
 

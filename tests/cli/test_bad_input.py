@@ -61,6 +61,19 @@ class TestFolder:
     def test_a_file(self, refused: Refused, text: Path, tmp_path: Path) -> None:
         assert "a file, no model folder" in refused("quantize", text, "--scheme", SCHEME, "-o", tmp_path / "out")
 
+    @pytest.mark.parametrize("command", ["quantize", "export", "inspect", "evaluate", "bench"])
+    def test_what_was_written_for_an_engine(self, refused: Refused, tmp_path: Path, command: str) -> None:
+        how = {"quantize": ("--scheme", SCHEME), "export": ("--format", "gptq")}.get(command, ())
+        out = ("-o", tmp_path / "out") if how else ()
+        (tmp_path / "m.gguf").write_bytes(b"GGUF")
+        (tmp_path / "mlc").mkdir()
+        (tmp_path / "mlc" / "mlc-chat-config.json").write_text("{}")
+        for name, what in (("m.gguf", "a .gguf file"), ("mlc", "a folder of MLC-LLM")):
+            if (command, name) != ("bench", "m.gguf"):
+                message = refused(command, tmp_path / name, *how, *out)
+                assert f"{tmp_path / name}: is {what}, which Bitwright writes and verifies, but" in message
+                assert "name the folder that it was made of" in message
+
     def test_links_in_a_circle(self, refused: Refused, tmp_path: Path) -> None:
         link = tmp_path / "link"
         link.symlink_to(link)
@@ -404,6 +417,12 @@ class TestOutput:
 
     def test_under_a_file(self, quantize: Refused, text: Path) -> None:
         assert f"{text} is a file" in quantize("-o", text / "out")
+
+    @pytest.mark.parametrize("place", ["small", "deep/er", "link/small"])
+    def test_in_the_model(self, quantize: Refused, model: Path, place: str) -> None:
+        (model.parent / "link").symlink_to(model)
+        place = place.replace("link", "../link")
+        assert f"lies in {model}, which is read" in quantize("-o", model / place, "--overwrite")
 
     @pytest.mark.parametrize("place", [".", "..", "../model", "sub/..", "link"])
     def test_the_model_or_around_it(self, quantize: Refused, model: Path, place: str) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,11 +107,20 @@ class TestPaths:
         assert run("quantize", "~/model", "--scheme", SCHEME, "--output=~/out").code == 0
         assert (tmp_path / "out").is_dir() and not (model / "~").exists()
 
-    def test_inside_of_the_model(self, run: Run, model: Path) -> None:
-        before = contents(model)
-        assert run("quantize", model, "--scheme", SCHEME, "-o", model / "small").code == 0
-        shutil.rmtree(model / "small")
-        assert contents(model) == before
+
+class TestExport:
+    @pytest.mark.parametrize(("dtype", "format", "lines"), [
+        ("float16", "gptq", ["linears 14, all exactly as they were"]),
+        ("float32", "gptq", ["linears 14", "codes kept in 14, of which 14 have rounded scales or minima"]),
+        ("float16", "dense", ["linears 14", "codes kept in 14, of which 14 have rounded weights"]),
+    ])  # fmt: skip
+    def test_what_was_kept(
+        self, run: Run, tiny: Callable[..., Path], tmp_path: Path, dtype: str, format: str, lines: list[str]
+    ) -> None:
+        assert run("quantize", tiny(dtype), "--scheme", SCHEME, "--method", "rtn", "-o", tmp_path / "out").code == 0
+        ran = run("export", tmp_path / "out", "--format", format, "-o", tmp_path / "again")
+        found = [" ".join(line.split()) for line in ran.out.splitlines()]
+        assert ran.code == 0 and [line for line in found if line.startswith(("linears", "codes kept"))] == lines
 
 
 class TestEvaluate:
@@ -280,6 +288,12 @@ class TestUsage:
 
     def test_version(self, run: Run) -> None:
         assert run("--version") == Ran(0, f"bitwright {version('bitwright')}\n", "")
+
+    @pytest.mark.parametrize("command", ["quantize", "export"])
+    def test_help_of_files(self, run: Run, command: str) -> None:
+        said = " ".join(run(command, "--help").out.replace("│", " ").split())
+        assert "older or file" in said and "mlc-chat-config.json" in said and "not of gguf and mlc" in said
+        assert "mlc: f16, with 4 bits" in said
 
     @pytest.mark.parametrize("arguments", [[], ["-h"], ["quantize", "--help"]])
     def test_help(self, run: Run, arguments: list[str]) -> None:

@@ -304,8 +304,14 @@ def test_the_conversation_is_that_of_the_chat_template(
     (tmp_path / "mlc-chat-config.json").write_text(json.dumps(own))
     again = chat.chat_config(config, tmp_path, "q4f16_1", tmp_path)
     assert (again["conv_template"], again["top_p"], again["quantization"]) == ({"name": "mine"}, 0.9, "q4f16_1")
-    with pytest.raises(UserError, match=r"is no mlc-chat-config.json of a mistral model"):
+    with pytest.raises(UserError, match=r"is the mlc-chat-config.json of a llama model; name .* of a mistral model"):
         chat.of_base(tmp_path / "mlc-chat-config.json", config_of(model_type="mistral"))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\xbd\xff")
+    (tmp_path / "list.json").write_text("[1]")
+    for name, says in (("m.gguf", "is no"), ("list.json", "is no"), ("gone", "no such file"), ("x", "has no")):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=rf"--base .*{name}: .*{says}.*; name the mlc-chat-config.json of a llama"):
+            chat.of_base(tmp_path / name, config)
 
 
 def test_a_sentencepiece_tokenizer() -> None:

@@ -1,6 +1,6 @@
 """What a recipe may not ask of a model: told from names, shapes and dtypes, before any weight is read."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product
 from types import ModuleType
 
@@ -45,25 +45,31 @@ def check_dtypes(source: Source, work: Work) -> None:
             )
 
 
-def check_shapes(work: Work, scheme: Scheme, tiles: Iterable[Tile], format: ModuleType) -> None:
-    """Every weight must divide into these tiles, and be of a shape that the format packs.
+def check_shapes(work: Work, scheme: Scheme, tiles: Iterable[Tile], format: ModuleType, advise: bool = True) -> None:
+    """Every weight must be of a shape that the format packs, and divide into these tiles.
 
-    Raises SchemeError, RecipeError.
+    Raises SchemeError, RecipeError; with ``advise`` they say which groups the format holds that do divide it, and how
+    one weight is left as it is.
     """
     kinds: dict[tuple[tuple[int, ...], bool], Weight] = {}
     for weight in work.weights:
         kinds.setdefault((weight.shape, weight.turned), weight)  # of experts there are thousands alike
-    for weight, tile in product(kinds.values(), tiles):
-        try:
-            weight.tile(tile).counts(weight.slice)
-        except SchemeError as error:
-            what = f"{weight.name} {list(weight.shape)} under scheme {scheme}: {error}"
-            raise SchemeError(what + _or_leave_it(work, weight)) from None
     for weight in kinds.values():
         try:
             check_shape(format, weight.name, weight.shape)
         except RecipeError as error:
-            raise RecipeError(f"{error}{_or_leave_it(work, weight)}") from None
+            raise RecipeError(f"{error}{_or_leave_it(work, weight) if advise else ''}") from None
+    for weight, tile in product(kinds.values(), tiles):
+        try:
+            weight.tile(tile).counts(weight.slice, _offered(format, scheme, tile) if advise else None)
+        except SchemeError as error:
+            what = f"{weight.name} {list(weight.shape)} under scheme {scheme}: {error}"
+            raise SchemeError(what + (_or_leave_it(work, weight) if advise else "")) from None
+
+
+def _offered(format: ModuleType, scheme: Scheme, tile: Tile) -> Callable[[int], bool]:
+    """Whether a format holds such weights in groups of a size, along the dimension of the tile's."""
+    return lambda size: bool(format.holds(scheme.weight, Tile(1, size) if tile.out == 1 else Tile(size, 1), False))
 
 
 def _or_leave_it(work: Work, weight: Weight) -> str:

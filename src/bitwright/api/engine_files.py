@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitwright.api.beside_original import error_in_parts
+from bitwright.api.engine_marks import engine_format as engine_format
 from bitwright.api.findings import Check, first, lacking
 from bitwright.api.soundness import published_only_if
 from bitwright.core.engine_file import EngineFile, Rows, unlike
@@ -17,27 +18,15 @@ from bitwright.core.errors import CheckpointError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
-from bitwright.core.registry import find
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import QuantizedFolder
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.units import block_of
 
-MARKS = ("mlc-chat-config.json", "tensor-cache.json", "ndarray-cache.json")
-"""A folder with one of these, and no config.json, is MLC-LLM's."""
 MEASURED = 1e-3
 """How far a linear's error may be from what was measured when it was written, as a share of it."""
 SMALLEST = 1e-9
 """What of an error may be rounding."""
-
-
-def engine_format(path: Path) -> ModuleType | None:
-    """The format of an engine's own file or folder, None for any other folder."""
-    if path.is_file():
-        return find("formats", "gguf")
-    if any((path / mark).is_file() for mark in MARKS) and not (path / "config.json").is_file():
-        return find("formats", "mlc")
-    return None
 
 
 def file_structure(file: EngineFile, listener: Listener = silent) -> list[Check]:

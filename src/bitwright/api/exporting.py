@@ -22,7 +22,7 @@ from bitwright.api.exported_terms import (
 )
 from bitwright.api.finishing import bytes_of
 from bitwright.api.format_choice import check_shape, is_file_format, refuse_idle, target
-from bitwright.api.places import refuse_output, refuse_within
+from bitwright.api.places import refuse_output
 from bitwright.api.quantizing import JOURNAL
 from bitwright.api.refitting import refitted
 from bitwright.api.report_file import REPORT, account_of, without_digests
@@ -37,7 +37,7 @@ from bitwright.core.digest import digest
 from bitwright.core.errors import RecipeError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.quantized import Difference, Foreseen, WriteOptions, typical
-from bitwright.core.recipe import size_in_bytes
+from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
 from bitwright.formats import QuantizedFolder
 from bitwright.report.plain import plain
 from bitwright.stream.memory import peak_memory
@@ -85,7 +85,7 @@ def export(
     lossy: bool = False,
     embeddings: str | None = None,
     base: Path | str | None = None,
-    shard_size: str = "5GB",
+    shard_size: str = SHARD_SIZE,
     overwrite: bool = False,
     restart: bool = False,
     listener: Listener = silent,
@@ -99,10 +99,10 @@ def export(
     start, folder, output, to = monotonic(), Path(folder), Path(output), target(format)
     single = is_file_format(to) and bool(to.SINGLE)
     refuse_output(folder, output, overwrite, single)
-    refuse_within(folder, output)
     model, shard_bytes = QuantizedFolder.open(folder), size_in_bytes(shard_size, "shard size")
     account = without_digests(account_of(folder))
     options = WriteOptions(lossy, embeddings, None if base is None else Path(base), account)
+    refuse_idle(format, embeddings, base, shard_size)
     _refuse(model, format, to, options)
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single) as work:
         if is_file_format(to):
@@ -124,7 +124,6 @@ def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteO
     if is_file_format(to):
         to.check(model.checkpoint.config, model.folder, options, _foreseen(model))
         return
-    refuse_idle(format, options.embeddings, options.base)
     if model.format is None:
         raise RecipeError(
             f"{model.folder} is not quantized: bitwright quantize {model.folder} --format {format} does that"

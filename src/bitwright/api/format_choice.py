@@ -11,6 +11,7 @@ from bitwright.core.decisions import Decision
 from bitwright.core.errors import RecipeError
 from bitwright.core.method import Method
 from bitwright.core.quantized import WrittenModel
+from bitwright.core.recipe import SHARD_SIZE
 from bitwright.core.registry import find
 from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.settings import Settings
@@ -45,12 +46,15 @@ def on_the_way(named: str | None) -> str | None:
     return HOLDS_ALL if is_file_format(target(named)) else named
 
 
-def refuse_idle(format: str | None, embeddings: object, base: object) -> None:
-    """Raises RecipeError for what is asked of a file format where the format is none."""
+def refuse_idle(format: str | None, embeddings: object, base: object, shard_size: str) -> None:
+    """Raises RecipeError for what is asked of a file format where the format is none, and for shards of one."""
+    files = is_file_format(target(format))
     for name, value in (("embeddings", embeddings), ("base", base)):
-        if value is not None and not is_file_format(target(format)):
+        if value is not None and not files:
             what = "without a format of a file (gguf, mlc), there is" if format is None else f"format {format} has"
             raise RecipeError(f"{what} no use for --{name}; leave it out")
+    if shard_size != SHARD_SIZE and files:
+        raise RecipeError(f"format {format} has no use for --shard-size {shard_size}; leave it out")
 
 
 def not_widely_loaded(weight: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitwright.api.arithmetic import pick_arithmetic
 from bitwright.api.checks import check_dtypes, check_scheme, check_shapes, check_weights_alone
-from bitwright.api.format_choice import encoder, expected, is_file_format, refuse_idle, settled, target
+from bitwright.api.format_choice import encoder, expected, is_file_format, is_single, refuse_idle, settled, target
 from bitwright.api.parameters import LearnedParameters, belonging
 from bitwright.api.source import Source
 from bitwright.api.work import Work, foreseen, opened
@@ -118,12 +118,12 @@ class Job:
 def prepare(recipe: Recipe, device: str = "auto") -> Job:
     """Checks a recipe against the model without reading any weight. Raises UserError."""
     chosen, goal = encoder(recipe.format), target(recipe.format)
-    refuse_idle(recipe.format, recipe.embeddings, recipe.base)
+    refuse_idle(recipe.format, recipe.embeddings, recipe.base, recipe.shard_size)
     scheme, _ = Scheme.parse(recipe.scheme), compose(recipe.settled_method)
     if is_file_format(goal):
         check_weights_alone(recipe.format, scheme)
         scheme = goal.adapted(scheme)
-    source, work = opened(recipe, device)
+    source, work = opened(recipe, device, tokenizer=needs_tokenizer(recipe))
     topology = source.family.topology if source.family else None
     method, note = fit(recipe.settled_method, scheme, topology, recipe.sites)
     methods = compose(method)
@@ -140,6 +140,12 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     if recipe.load_parameters is not None:
         job = replace(job, learned=_load_parameters(job, recipe.load_parameters))
     return replace(job, work=work.with_text(recipe, methods))
+
+
+def needs_tokenizer(recipe: Recipe) -> bool:
+    """Whether the model's folder has to have a tokenizer: not where the result is a file that takes that of its base,
+    and no text is read."""
+    return recipe.calibration is not None or recipe.base is None or not is_single(recipe.format)
 
 
 def write_options(recipe: Recipe, account: Mapping[str, Any] | None = None) -> WriteOptions:

@@ -23,7 +23,7 @@ class ModelLimits:
     @cached_property
     def work(self) -> Work:
         """The linears that would be quantized. Raises UserError where the model cannot be at all."""
-        return opened(self.recipe, self.device)[1]
+        return opened(self.recipe, self.device, tokenizer=False)[1]  # whether it needs one, the format says
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -35,10 +35,10 @@ class ModelLimits:
         }
 
     def refuse(self, scheme: Scheme, format: str, ways: Iterable[Way] = ()) -> str | None:
-        """Why linears of this model have no place in a format under a scheme, as ``prepare`` will say, or do not run in
-        one of these ways; None where they all have one and do."""
+        """Why linears of this model have no place in a format under a scheme, without what ``prepare`` would advise,
+        since an engine may not run that; or do not run in one of these ways. None where they all have one and do."""
         try:
-            check_shapes(self.work, scheme, [scheme.tile], target(format))
+            check_shapes(self.work, scheme, [scheme.tile], target(format), advise=False)
         except (SchemeError, RecipeError) as error:
             return str(error)
         ours = self.work.only_ours(scheme) if format == WIDELY_LOADED else None

@@ -34,6 +34,7 @@ def refuse_output(model: Path, output: Path, overwrite: bool, single: bool = Fal
     require_folder(model)
     try:
         refuse_overlap(model, output)
+        _refuse_within(model, output)
         refuse_existing(output, overwrite, single)
         work_folder(output.resolve()).exists()  # its name is longer: perhaps too long
         around = next(folder for folder in output.resolve().parents if folder.exists())
@@ -44,7 +45,7 @@ def refuse_output(model: Path, output: Path, overwrite: bool, single: bool = Fal
         raise OutputError(f"{output}: cannot be made: {around} {found}; check permissions, or choose another output")
 
 
-def refuse_within(folder: Path, output: Path) -> None:
+def _refuse_within(folder: Path, output: Path) -> None:
     """Raises OutputError for an output in the very folder that is read."""
     if folder.resolve() in output.resolve().parents:
         raise OutputError(

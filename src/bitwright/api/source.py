@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.api.engine_marks import refuse_engine_file
 from bitwright.calibration.texts import read_text
 from bitwright.calibration.tokens import tokens_of
 from bitwright.checkpoint.reader import Checkpoint
@@ -47,11 +48,11 @@ class Source:
     outline: Outline | None = None
 
     @classmethod
-    def open(cls, folder: Path, *, to_build: bool = True) -> "Source":
+    def open(cls, folder: Path, *, to_build: bool = True, tokenizer: bool = True) -> "Source":
         """Raises CheckpointError or RecipeError for what cannot be quantized.
 
         Where no model is going to be built of it, transformers is not asked about a configuration that says nothing
-        out of the ordinary.
+        out of the ordinary. Without ``tokenizer`` there need not be one.
         """
         checkpoint = open_checkpoint(folder)
         how = checkpoint.config.get("quantization_config")
@@ -59,8 +60,9 @@ class Source:
             method = how.get("quant_method", "an unknown method") if isinstance(how, dict) else "an unknown method"
             raise CheckpointError(f"{folder} is quantized already ({method}); start from the full-precision model")
         model_type = _model_type(checkpoint)
-        if model_type not in FAMILIES:
+        if tokenizer:
             require_tokenizer(folder)
+        if model_type not in FAMILIES:
             return cls(checkpoint, model_type, None, None)
         module = find("families", model_type)
         plain = None if to_build or not hasattr(module, "plain") else module.plain(checkpoint.config)
@@ -68,7 +70,6 @@ class Source:
         _check_blocks(checkpoint, config)
         with blaming_the_config(folder):
             family: Family = module.describe(config)
-        require_tokenizer(folder)
         return cls(checkpoint, model_type, config, family, module.outline(config) if plain else None)
 
     def described(self) -> "tuple[Family, PretrainedConfig]":
@@ -143,10 +144,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def require_folder(folder: Path) -> None:
-    """Raises CheckpointError for a path that cannot be; a name of the hub is told how to become a folder."""
+    """Raises CheckpointError for a path that cannot be, and for what an engine reads in its place; a name of the hub is
+    told how to become a folder."""
     try:
         missing = not folder.exists()
         folder.resolve()
+        refuse_engine_file(folder)
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
         raise CheckpointError(f"{folder}: cannot be the folder of a model: {error}; check the path") from None
     if missing and len(folder.parts) <= 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..", "~"):

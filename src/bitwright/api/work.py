@@ -78,11 +78,12 @@ class Work(Protocol):
         """The memory that it needs."""
 
 
-def opened(recipe: Recipe, device: str) -> tuple[Source, Work]:
-    """The model of a recipe, and the way that its method takes through it; no weight is read. Raises UserError."""
+def opened(recipe: Recipe, device: str, *, tokenizer: bool) -> tuple[Source, Work]:
+    """The model of a recipe, and the way that its method takes through it; no weight is read. Raises UserError, also,
+    with ``tokenizer``, where the model has none."""
     methods = compose(recipe.settled_method)
     free = recipe.calibration is None and all(isinstance(method, DataFree) for method in methods)
-    source = Source.open(Path(recipe.model), to_build=not free)
+    source = Source.open(Path(recipe.model), to_build=not free, tokenizer=tokenizer)
     return source, (TensorWork if free else BlockWork).of(recipe, source, device)
 
 

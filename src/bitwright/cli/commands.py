@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bitwright.cli.console import err, out, show
-from bitwright.cli.options import FORMATS, Base, Device, Embeddings, Json
+from bitwright.cli.options import FORMATS, SHARDS, Base, Device, Embeddings, Json
 from bitwright.cli.quantize import quantize
 from bitwright.report import engines_screen, screens
 from bitwright.report.progress import ProgressReport
@@ -122,7 +122,7 @@ def export(
     ] = False,
     embeddings: Embeddings = None,
     base: Base = None,
-    shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    shard_size: Annotated[str, typer.Option(help=SHARDS)] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of continuing.")] = False,
     as_json: Json = False,

@@ -8,9 +8,18 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
 FORMATS = "compressed-tensors, bitwright, dense, gptq, awq, gguf, mlc."
 Embeddings = Annotated[
-    str | None, typer.Option(help="gguf: embedding and output layer in q8_0, or f16. [default: q8_0]")
+    str | None,
+    typer.Option(
+        help="gguf: embedding and output layer in q8_0, or f16; mlc: f16, with 4 bits. [default: q8_0; mlc: quantized "
+        "like the linears]"
+    ),
 ]
 Base = Annotated[
-    Path | None, typer.Option(help="gguf: a .gguf file of the same model, whose metadata and tokenizer are taken.")
+    Path | None,
+    typer.Option(
+        help="gguf: a .gguf file of the same model, whose metadata and tokenizer are taken; mlc: an "
+        "mlc-chat-config.json of the same architecture, or its folder, whose conversation is taken."
+    ),
 ]
+SHARDS = "Largest weight file; not of gguf and mlc."
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]

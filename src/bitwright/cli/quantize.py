@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bitwright.cli.console import err, show
-from bitwright.cli.options import FORMATS, Base, Device, Embeddings, Json
+from bitwright.cli.options import FORMATS, SHARDS, Base, Device, Embeddings, Json
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import GRAMMAR
@@ -34,7 +34,9 @@ def quantize(
         str | None,
         typer.Option(help=METHODS),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder or file (gguf) to write; must not exist.")
+    ] = None,
     format: Annotated[
         str | None,
         typer.Option(help=f"{FORMATS} [default: compressed-tensors, bitwright where it must]"),
@@ -52,7 +54,7 @@ def quantize(
         bool | None,
         typer.Option("--quantize-lm-head/--no-quantize-lm-head", help="Quantize the output layer too. [default: no]"),
     ] = None,
-    shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB]")] = None,
+    shard_size: Annotated[str | None, typer.Option(help=f"{SHARDS} [default: 5GB]")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with the same keys as these flags; flags win.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of continuing.")] = False,

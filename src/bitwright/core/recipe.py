@@ -9,6 +9,7 @@ from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.settings import ASKED
 
 PATTERNS = ("include", "exclude", "engines")
+SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Recipe:
     seqlen: int | None = None
     seed: int = 0
     quantize_lm_head: bool = False
-    shard_size: str = "5GB"
+    shard_size: str = SHARD_SIZE
     training: str = "bitwright"
     epochs: int | None = None
     batch_size: int | None = None

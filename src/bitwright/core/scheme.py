@@ -12,7 +12,7 @@ or named after the grid of an engine that has one of its own (``NAMED``): ``mlc:
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
@@ -105,18 +105,19 @@ class Tile:
         """Rows and columns of one tile of a weight of this shape [O, I]."""
         return (shape[0] if self.out == FULL else self.out, shape[1] if self.in_ == FULL else self.in_)
 
-    def counts(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def counts(
+        self, shape: tuple[int, int], offered: Callable[[int], bool] | None = lambda size: True
+    ) -> tuple[int, int]:
         """Number of tiles along each dimension of a weight of this shape [O, I].
 
-        Raises SchemeError where a tile does not divide the weight and is not ragged.
+        Raises SchemeError where a tile does not divide the weight and is not ragged, with sizes that do, as far as they
+        are ``offered``; None: with none.
         """
         (rows, columns), (t_o, t_i) = shape, self.size(shape)
         for extent, tile, which in ((rows, t_o, "output"), (columns, t_i, "input")):
             if extent % tile and not (self.ragged and which == "input"):
-                sizes = ", ".join(str(s) for s in _dividing_groups(extent, tile)) or "per channel, without a group"
-                raise SchemeError(
-                    f"{extent} {which} features do not divide into groups of {tile}; what divides them: {sizes}"
-                )
+                wrong = f"{extent} {which} features do not divide into groups of {tile}"
+                raise SchemeError(wrong if offered is None else wrong + _what_divides(extent, tile, offered))
         return rows // t_o, ceil(columns / t_i)
 
     def cut(self, shape: tuple[int, int]) -> bool:
@@ -272,8 +273,9 @@ def _common_schemes() -> Iterator[str]:
         yield f"W{bits}A{activation}{cache}"
 
 
-def _dividing_groups(extent: int, wanted: int) -> list[int]:
+def _what_divides(extent: int, wanted: int, offered: Callable[[int], bool]) -> str:
     """Up to three group sizes that divide the extent, nearest to the one wanted, multiples of 8 first."""
     divisors = [d for d in range(MIN_GROUP, extent + 1) if extent % d == 0] if extent < 10**6 else []
     rounded = [d for d in divisors if d % 8 == 0] or divisors
-    return sorted(sorted(rounded, key=lambda d: abs(d - wanted))[:3])
+    near = sorted((d for d in rounded if offered(d)), key=lambda d: abs(d - wanted))[:3]
+    return f"; what divides them: {', '.join(map(str, sorted(near))) or 'per channel, without a group'}"

@@ -84,8 +84,11 @@ def exported(console: Console, found: Any) -> None:
         f"Wrote {found.output}",
         [
             ("format", f"{found.format}, from {found.read_as}"),
-            ("linears", f"{found.linears}, {found.exact} of them exactly as they were"),
-            ("codes kept", f"in {found.codes_kept} of {found.linears}" if found.exact < found.linears else None),
+            (
+                "linears",
+                f"{found.linears}, all exactly as they were" if found.exact == found.linears else found.linears,
+            ),
+            ("codes kept", _codes_kept(found) if found.exact < found.linears else None),
             ("quantized again", f"{again} linears" if again else None),
             ("relative error", error if found.largest_in else None),
             (
@@ -97,6 +100,12 @@ def exported(console: Console, found: Any) -> None:
             ("took", f"{duration(found.seconds)}, peak memory {size(found.peak_bytes)}"),
         ],
     )
+
+
+def _codes_kept(found: Any) -> str:
+    """In how many linears, and in how many of those the client still computes something else."""
+    rounded, what = found.codes_kept - found.exact, "weights" if found.format == "dense" else "scales or minima"
+    return f"in {found.codes_kept}" + (f", of which {rounded} have rounded {what}" if rounded else "")
 
 
 def verification(console: Console, found: Any) -> None:

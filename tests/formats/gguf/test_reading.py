@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from tests.formats.gguf.conftest import KINDS, Models
 
+import bitwright
 from bitwright.core.engine_file import unlike
 from bitwright.core.errors import CheckpointError
 from bitwright.core.quantized import WriteOptions
@@ -196,3 +197,18 @@ def test_what_is_said_of_the_model(quantized: Models, tmp_path: Path) -> None:
     other |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "num_key_value_heads": 4}
     said = gguf.opened(header.path).unlike(other)
     assert len(said) == 2 and any("rope.freq_base" in one for one in said)
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"), [("head_count_kv", 2, 1), ("head_count_kv", 2, 4), ("key_length", 16, 15)]
+)
+def test_heads_that_do_not_make_up_the_rows(key: str, old: int, new: int, quantized: Models, tmp_path: Path) -> None:
+    """``verify`` says so, beside the folder that the file was made of."""
+    file = written(folder := quantized("llama", "W4A16g32"), tmp_path / "m.gguf")
+    raw, begin = file.path.read_bytes(), f"llama.attention.{key}".encode() + b"\x04\x00\x00\x00"
+    assert raw.count(begin + bytes([old])) == 1
+    file.path.write_bytes(raw.replace(begin + bytes([old]), begin + bytes([new])))
+    found = {check.name: check for check in bitwright.verify(file.path, folder).checks}
+    assert not found["complete"].passed and ", 64], the architecture's [" in found["complete"].found
+    assert found["settings"].found == f"llama.attention.{key} is {new}, the folder's {old}"
+    assert not found["settings"].passed and not found["weights"].passed

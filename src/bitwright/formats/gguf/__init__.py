@@ -2,7 +2,7 @@
 
 ``weights`` says which codes are held and how, ``blocks`` has the layouts, ``architecture`` and ``tokenizer`` what is
 said of the model, ``base_file`` takes that from another file, ``model`` and ``file`` put it all down; ``header`` and
-``reading`` read such a file again.
+``reading`` read such a file again, ``settings`` holds it against a config.json.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ def check_shape(name: str, shape: tuple[int, ...]) -> None:
     if shape[-1] % BLOCK:
         raise RecipeError(
             f"{name} {list(shape)}: {shape[-1]} input features are no multiple of {BLOCK}, the block of GGUF, which "
-            "would keep them in 16 bits. Take another format"
+            "would keep them in 16 bits; compressed-tensors and bitwright take any number"
         )
 
 

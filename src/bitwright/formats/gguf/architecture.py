@@ -133,7 +133,7 @@ class Architecture:
             return None
         module = name.rpartition(".self_attn.")[2].partition(".")[0]
         heads = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(module)
-        if heads is None:
+        if heads is None or self.head_dim % 2:
             return None
         rows = torch.arange(heads * self.head_dim)
         return rows.view(heads, 2, self.head_dim // 2).transpose(1, 2).reshape(-1)

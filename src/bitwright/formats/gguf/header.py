@@ -63,8 +63,8 @@ def read_header(path: Path) -> Header:
             start = file.read(len(MAGIC))
             if start != MAGIC:
                 raise CheckpointError(
-                    f"{path}: is no GGUF file: it begins with {start!r}, not {MAGIC!r}; name a folder or a .gguf file, "
-                    "or download it again"
+                    f"{path}: is no GGUF file: it begins with {start!r}, not {MAGIC!r}; name another, or "
+                    "download it again"
                 )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _header(path, _Walk(path, data))

@@ -21,6 +21,7 @@ from bitwright.formats import _decoder_shapes as decoder
 from bitwright.formats.gguf.architecture import ROPE_FACTORS, Architecture, architecture
 from bitwright.formats.gguf.blocks import BLOCK, KINDS, SCALES, unpacked
 from bitwright.formats.gguf.header import Entry, Header, Listed, read_header
+from bitwright.formats.gguf.settings import lacks_factors, unlike
 from bitwright.formats.gguf.weights import TOGETHER
 
 PLAIN = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.F64: np.float64}
@@ -28,8 +29,6 @@ BRAIN_EXPONENT = 0x7F80
 """The bits of bfloat16 that are all set in NaN and infinity."""
 OUTPUT = "output.weight"
 FACTORS = (ROPE_FACTORS, "rope_factors_long.weight", "rope_factors_short.weight")
-CHOSEN = ("context_length", "vocab_size")
-"""Settings that may differ from config.json: how long a context is to be, what the tokens say as well."""
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """GGUF's architectures that are known here, and transformers' names for them."""
 KEYS = {
@@ -133,18 +132,8 @@ class GgufFile:
     def unlike(self, config: Mapping[str, Any]) -> list[str]:
         """Metadata of both that say different things. Raises RecipeError for an architecture that GGUF has no words
         for."""
-        into, says = architecture(config), self.header.says
-        named = says.get("general.architecture")
-        if named != into.name:
-            return [f"general.architecture is {named}, the folder's {into.name}"]
-        wrong = []
-        for entry in into.entries():
-            theirs = says.get(entry.key)
-            if theirs is None or entry.key.endswith(CHOSEN) or isinstance(theirs, str | Listed):
-                continue
-            if abs(theirs - entry.value) > 1e-6 * abs(entry.value):
-                wrong.append(f"{entry.key} is {theirs:g}, the folder's {entry.value:g}")
-        return wrong
+        into = architecture(config)
+        return [*unlike(self.header, into), *lacks_factors(self.header, into)]
 
     def shape(self, name: str) -> Shape:
         """Of a tensor of the folder."""
@@ -169,6 +158,8 @@ class GgufFile:
 
     def _parts(self, name: str, entry: Entry) -> Iterator[tuple[Rows, Any]]:
         order = None if self._architecture is None else self._architecture.rotated_rows(name)
+        if order is not None and len(order) != entry.shape[0]:
+            order = None  # heads that do not make up these rows, which ``wanted`` tells: none can be turned back
         for rows in _panels((entry.shape[0], int(np.prod(entry.shape[1:])))):
             yield (rows if order is None else order[rows]), self._raw(entry, rows, entry.shape[0])
 

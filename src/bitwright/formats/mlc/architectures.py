@@ -10,6 +10,7 @@ from typing import Any
 from bitwright.core.errors import CheckpointError, RecipeError
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+ELSEWHERE = "bitwright quantize without --format and --engine writes a folder for transformers"
 BATCH, CHUNK = 128, 8192
 """What MLC itself writes: sequences at once, and tokens of a prompt at once at most."""
 
@@ -76,9 +77,7 @@ def check(config: Mapping[str, Any]) -> None:
             "Bitwright does not know; mlc_llm convert_weight takes a folder in --format dense"
         )
     for what, found in _unknown(config):
-        raise RecipeError(
-            f"{what} is {found!r}, which MLC-LLM's {kind} does not compute; take another format, such as gguf"
-        )
+        raise RecipeError(f"{what} is {found!r}, which MLC-LLM's {kind} does not compute; {ELSEWHERE}")
 
 
 def _unknown(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -112,7 +112,7 @@ def no_tensor(folder: Path, name: str) -> CheckpointError:
 def no_place(folder: Path, name: str, config: Mapping[str, Any]) -> CheckpointError:
     """Of a tensor too many."""
     return CheckpointError(
-        f"{folder}: {name} has no place in MLC-LLM's {config['model_type']}; take another format, such as gguf"
+        f"{folder}: {name} has no place in MLC-LLM's {config['model_type']}; {architectures.ELSEWHERE}"
     )
 
 

@@ -10,6 +10,8 @@ from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.formats.mlc.architectures import model_config
 
 CONFIG, VERSION = "mlc-chat-config.json", "0.1.0"
+MOST_BYTES = 2**24
+"""A file that is larger is no such config, and is not read."""
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
 )  # fmt: skip
@@ -95,14 +97,24 @@ def files_of(folder: Path) -> list[str]:
 
 
 def of_base(base: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """An mlc-chat-config.json, or that of a folder. Raises RecipeError for one of another architecture."""
-    path = base / CONFIG if base.is_dir() else base
-    found = _read(path)
-    if not isinstance(found.get("conv_template"), dict) or found.get("model_type") != config["model_type"]:
-        raise RecipeError(
-            f"--base {base}: is no mlc-chat-config.json of a {config['model_type']} model, with a conv_template"
-        )
-    return found
+    """An mlc-chat-config.json, or that of a folder. Raises RecipeError for what is none, and for one of another
+    architecture."""
+    path, kind = base / CONFIG if base.is_dir() else base, config["model_type"]
+    try:
+        found = _read(path) if path.is_file() and path.stat().st_size <= MOST_BYTES else {}
+    except CheckpointError:
+        found = {}  # no JSON, or no text at all
+    if not path.is_file():
+        wrong = f"has no {CONFIG}" if base.is_dir() else "there is no such file"
+    elif not isinstance(found.get("conv_template"), dict):
+        wrong = f"is no {CONFIG}, which is a JSON object with a conv_template"
+    elif found.get("model_type") != kind:
+        wrong = f"is the {CONFIG} of a {found.get('model_type')} model"
+    else:
+        return found
+    raise RecipeError(
+        f"--base {base}: {wrong}; name the {CONFIG} of a {kind} model, or the folder that it is in, or leave --base out"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """From the parts of a run to what its user gets: shards, what lies beside them, the account; or a format's own file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bitwright.api.soundness import require_sound
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
 from bitwright.checkpoint.writer import write_json
+from bitwright.core.errors import OutputError, UserError
 from bitwright.core.progress import Listener
 from bitwright.core.quantized import Difference
 from bitwright.formats import QuantizedFolder
@@ -47,6 +49,18 @@ def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -
     if not job.target.SINGLE:
         write_json(work.path / REPORT, account)
     return account
+
+
+@contextmanager
+def leaving_nothing(work: OutputFolder) -> Iterator[None]:
+    """Of a file that could not be made of what was read nothing is kept: it is begun anew anyway."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except UserError:
+        work.discard()
+        raise
 
 
 def quantized_too(format: str | None, differences: Sequence[Difference]) -> list[str]:

@@ -26,7 +26,7 @@ from bitwright.api.format_choice import check_shape, is_file_format, refuse_idle
 from bitwright.api.places import refuse_output, refuse_within
 from bitwright.api.quantizing import JOURNAL
 from bitwright.api.refitting import refitted
-from bitwright.api.report_file import REPORT, account_of, without_digests
+from bitwright.api.report_file import REPORT, account_of, as_written, without_digests
 from bitwright.api.soundness import require_sound
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
@@ -192,12 +192,13 @@ class _TensorExport:
 
     def _write_companions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         written = written_model(self.model, self.name, rows, kept_linears(self.model))
-        write_config(dict(self.model.config), self.to, written, self.work.path)
+        said = write_config(dict(self.model.config), self.to, written, self.work.path)
         copy_companions(self.model.folder, self.work.path)
         account = without_digests(account_of(self.model.folder))
         linears = [{key: row[key] for key in KEPT if key in row} for row in rows]
         lost = {"read_as": self.model.format_name, "linears": linears}
-        write_json(self.work.path / REPORT, plain(account | {"format": self.name, "export": lost}))
+        account |= {"format": self.name, "export": lost, **as_written(said)}
+        write_json(self.work.path / REPORT, plain(account))
 
 
 def _shapes(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from bitwright.api.companions import write_companions
 from bitwright.api.engine_files import require_sound_file
 from bitwright.api.format_choice import is_file_format
 from bitwright.api.job import Job, write_options
-from bitwright.api.report_file import REPORT, without_digests
+from bitwright.api.report_file import REPORT, as_written, without_digests
 from bitwright.api.sink import FolderSink
 from bitwright.api.soundness import require_sound
 from bitwright.checkpoint.merge import merge_shards
@@ -32,8 +32,8 @@ def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -
     folder = work.work / ON_THE_WAY if whole else work.path
     folder.mkdir(exist_ok=True)
     merge_shards(sink.parts(), folder, job.recipe.shard_bytes)
-    write_companions(job, sink.reports(), folder)
-    account: dict[str, Any] = plain(run_account(job, sink.reports(), folder))
+    said = write_companions(job, sink.reports(), folder)
+    account: dict[str, Any] = plain(run_account(job, sink.reports(), folder) | as_written(said))
     account["verified"] = require_sound(folder, job.source.checkpoint.shapes)
     if not whole:
         write_json(folder / REPORT, account)

@@ -4,6 +4,7 @@ and what is stored is what was decided."""
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bitwright.api.as_written import edited
 from bitwright.api.completeness import Shapes, complete, twice
 from bitwright.api.findings import Check, first
 from bitwright.api.report_file import digests_of, is_ours
@@ -128,10 +129,13 @@ class _Looked:
         return Check("size on disk", passed, said if passed else f"{said}, of which tensors are {held:,}")
 
     def as_decided(self) -> Iterator[Check]:
-        """Every linear has the bytes that bitwright.json names, where it names them."""
-        if self.decided:
+        """Every linear has the bytes that bitwright.json names, where it names them, and config.json says of them what
+        it said then."""
+        meaning = edited(self.model)
+        if self.decided or meaning:
             linears = len(self.model.linears) + len(self.model.stacks)
-            wrong = first([f"{name} is not what bitwright.json says was written" for name in self.unlike])
+            unlike = [f"{name} is not what bitwright.json says was written" for name in self.unlike]
+            wrong = meaning or first(unlike)
             yield Check("as decided", not wrong, wrong or f"{linears} linears byte for byte as they were written")
 
     def _unsigned(self, name: str) -> bool:

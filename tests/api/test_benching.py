@@ -1,6 +1,7 @@
 """Speed and memory of tiny models: what is measured adds up, and what cannot be measured is refused."""
 
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import bitwright
 import bitwright.demo
 from bitwright import api
+from bitwright.api import benching
 from bitwright.core.errors import UserError
 from bitwright.core.recipe import Recipe
 from bitwright.evaluation.llamacpp_speed import peak_resident
@@ -157,6 +159,75 @@ def test_a_library_that_is_none(tmp_path: Path) -> None:
     other = next(path for path in Path(torch.__file__).parent.rglob("libc10.*"))
     with pytest.raises(UserError, match="llama_backend_init"):
         api.bench(tmp_path / "m.gguf", library=other)
+
+
+@pytest.mark.parametrize("asked", [{"python": sys.executable}, {"library": "libllama.so"}])
+def test_what_transformers_has_no_use_for(asked: dict[str, str], packed: Path) -> None:
+    ((name, value),) = asked.items()
+    with pytest.raises(UserError, match=rf"engine transformers has no use for --{name} {value}; leave it out$"):
+        api.bench(packed, tokens=4, prompt=4, **asked)
+
+
+@pytest.mark.parametrize(("asked", "says"), [
+    ({"device": "cuda"}, "--device cuda; leave it out; llama.cpp runs where it was built for: --library takes"),
+    ({"device": "cpu"}, "--device cpu; leave it out; llama.cpp runs where it was built for: --library takes"),
+    ({"dtype": "float16"}, "--dtype float16; leave it out$"),
+])  # fmt: skip
+def test_what_llama_cpp_has_no_use_for(asked: dict[str, str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=f"engine llama.cpp has no use for {says}"):
+        api.bench(tmp_path / "m.gguf", **asked)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"num_hidden_layers": 3}, "num_hidden_layers 3 there and 2 here"),
+    ({"vocab_size": 128, "hidden_size": 128}, "vocab_size 128 there and 256 here, hidden_size 128 there and 64 here"),
+    ({"num_key_value_heads": 4}, "num_key_value_heads 4 there and 2 here"),
+])  # fmt: skip
+def test_another_model_s_original(
+    change: dict[str, int], says: str, packed: Path, tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benching, "measure_in_turn", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(UserError, match=rf"--against {tiny(**change)} is another model than {packed}: {says}\. Name"):
+        api.bench(packed, tiny(**change), tokens=4, prompt=4)
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``gguf(**config)``: the tiny model as a .gguf file."""
+    made: dict[str, Path] = {}
+
+    def of(**config: int) -> Path:
+        if (key := repr(config)) not in made:
+            made[key] = tmp_path_factory.mktemp("gguf") / "m.gguf"
+            api.export(tiny(eos_token_id=0, **config), made[key], format="gguf")
+        return made[key]
+
+    return of
+
+
+def test_another_model_s_original_in_llama_cpp(
+    gguf: Callable[..., Path], tiny: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = list[object]()
+    monkeypatch.setattr(benching, "_with_xllamacpp", lambda _: sys.executable)
+    monkeypatch.setattr(benching, "measure_in_turn", lambda made, *_: (measured.append(made), ([], "v"))[1])
+    says = "num_hidden_layers 3 there and 2 here"
+    for other in (gguf(num_hidden_layers=3), tiny(eos_token_id=0, num_hidden_layers=3)):
+        with pytest.raises(UserError, match=rf"--against {other} is another model than {gguf()}: {says}\. Name"):
+            api.bench(gguf(), other)
+    raw = gguf().read_bytes()
+    key = b"general.architecture\x08\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00\x00llama"
+    (tmp_path / "m.gguf").write_bytes(raw.replace(key, key[:-5] + b"phi99"))
+    with pytest.raises(UserError, match="model_type phi99 there and llama here"):
+        api.bench(gguf(), tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="is cut short"):
+        (tmp_path / "m.gguf").write_bytes(raw[: len(raw) // 2])
+        api.bench(gguf(), tmp_path / "m.gguf")
+    assert not measured
+    for same in (gguf(), tiny(eos_token_id=0)):
+        api.bench(gguf(), same)
+    assert len(measured) == 2
 
 
 def test_neither(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a folder can lack, have too much of, or say wrongly, found without running the model."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from hashlib import blake2b
@@ -229,6 +230,76 @@ def test_other_codes_than_were_decided(
     assert found.keys() == {"as decided"} and found["as decided"].startswith(f"{Q} is not what bitwright.json says")
     found = failed(bitwright.verify(by_others(damaged), tiny(**WIDE), logits=False))
     assert found.keys() == {"weights"} and "self_attn.q_proj is not the original's" in found["weights"]
+
+
+def _unlike(format: str, said: dict[str, Any]) -> None:
+    """The same tensors by another grid, or, of gptq, another version's zero points."""
+    match format:
+        case "compressed-tensors":
+            said["config_groups"]["group_0"]["weights"]["symmetric"] = True
+        case "bitwright":
+            said["activations"] = {"bits": 8, "symmetric": True}
+        case _:
+            said["checkpoint_format"] = "gptq"
+
+
+@pytest.mark.parametrize(("format", "says"), [
+    ("gptq", "config.json says checkpoint_format 'gptq' (written: 'gptq_v2')"),
+    ("compressed-tensors", "config.json says config_groups {"),
+    ("bitwright", "config.json says activations {'bits': 8, 'symmetric': True} (written: None)"),
+])  # fmt: skip
+def test_a_config_that_gives_codes_another_meaning(
+    format: str, says: str, folders: Folders, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    """The bytes are all there; zero points less one ruin the model, and keep every error small."""
+    lying = config_changed(folders(format), tmp_path / "lying", lambda c: _unlike(format, c["quantization_config"]))
+    for against in (None, tiny(**WIDE)):
+        found = failed(bitwright.verify(lying, against, logits=False))
+        assert found.keys() == {"as decided"} and found["as decided"].startswith(says)
+    account = json.loads((lying / "bitwright.json").read_text())
+    del account["quantization_config"]  # as an earlier Bitwright wrote it
+    (lying / "bitwright.json").write_text(json.dumps(account))
+    assert bitwright.verify(lying, logits=False).passed
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_config_that_others_wrote_anew(format: str, folders: Folders, tmp_path: Path) -> None:
+    """Keys in another order, and such as tell a program how to run it, change no weight."""
+    from transformers import AutoConfig
+
+    again = config_changed(folders(format), tmp_path / "again", lambda c: c["quantization_config"].pop("meta", None))
+    AutoConfig.from_pretrained(again).save_pretrained(again)
+    assert bitwright.verify(again, logits=False).passed
+    if format in ("gptq", "awq"):
+        more = config_changed(again, tmp_path / "more", lambda c: c["quantization_config"].update(use_exllama=False))
+        assert bitwright.verify(more, logits=False).passed
+
+
+def test_what_an_export_says_of_its_codes_is_its_own(folders: Folders, tmp_path: Path) -> None:
+    for format in ("awq", "dense"):
+        bitwright.export(folders("gptq"), tmp_path / format, format=format)
+    said, plain = (json.loads((tmp_path / name / "bitwright.json").read_text()) for name in ("awq", "dense"))
+    assert (
+        said["quantization_config"] == json.loads((tmp_path / "awq" / "config.json").read_text())["quantization_config"]
+    )
+    assert "quantization_config" not in plain
+    assert bitwright.verify(tmp_path / "awq", logits=False).passed
+
+
+def test_scales_that_were_moved_between_tensors(tiny: Checkpoints, tmp_path: Path) -> None:
+    """Without logits it is the account that tells whether this is the original; without an account, nothing."""
+    source, other = tiny(**WIDE), tmp_path / "other"
+    bitwright.quantize(Recipe(str(source), "W4A16g32", "awq", calibration="builtin", samples=2, seqlen=32),
+                       tmp_path / "out")  # fmt: skip
+    changed(source, other, lambda t: [tensor.copy_(tensor.flip(0)) for tensor in t.values()])
+    found = bitwright.verify(tmp_path / "out", source, logits=False)
+    assert found.passed and any("scales were moved between tensors" in check.found for check in found.checks)
+    assert bitwright.verify(tmp_path / "out", source).passed
+    undecided = r"^not decided: .*norms are not the original's.*leave --no-logits out$"
+    assert re.match(undecided, failed(bitwright.verify(tmp_path / "out", other, logits=False))["weights"])
+    by_others(tmp_path / "out")
+    assert re.match(undecided, failed(bitwright.verify(tmp_path / "out", source, logits=False))["weights"])
+    assert bitwright.verify(tmp_path / "out", source).passed
 
 
 def test_a_weight_that_is_not_quantized_and_not_the_original(

@@ -75,14 +75,14 @@ def test_no_digests_of_tensors_that_are_not_there(source: Path, tmp_path: Path) 
     for format, (name, scheme) in FORMATS.items():
         bitwright.quantize(Recipe(str(source), scheme, "rtn", format), tmp_path / name)
     said = (tmp_path / "mlc" / "bitwright.json").read_text()
-    assert "weight_error" in said and "digest" not in said
+    assert "weight_error" in said and "digest" not in said and "quantization_config" not in said
     bitwright.quantize(Recipe(str(source), "W4A16g32sym", "rtn"), tmp_path / "folder")
     assert "digest" in (tmp_path / "folder" / "bitwright.json").read_text()
     bitwright.export(tmp_path / "folder", tmp_path / "exported.gguf", format="gguf")
     for path in (tmp_path / "m.gguf", tmp_path / "exported.gguf"):
         field = GGUFReader(path).fields["bitwright.account"]
         account = bytes(field.parts[field.data[0]]).decode()
-        assert "weight_error" in account and "digest" not in account
+        assert "weight_error" in account and "digest" not in account and "quantization_config" not in account
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -200,6 +200,19 @@ def test_scales_that_were_moved_are_not_another_model(files: Files, source: Path
     found = bitwright.verify(tmp_path / "m.gguf", source)
     assert found.passed and found.largest_error is not None and found.largest_error > 1
     assert any("scales were moved between tensors" in check.found for check in found.checks)
+    blind = bitwright.verify(tmp_path / "m.gguf", source, logits=False)
+    assert failed(blind).keys() == {"weights"} and blind.largest_error == found.largest_error
+    assert failed(blind)["weights"].startswith("not decided: ") and "leave --no-logits out" in failed(blind)["weights"]
+    assert bitwright.verify(tmp_path / "m.gguf", moved, logits=False).passed
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_another_model_of_the_same_shapes(format: str, files: Files, source: Path, tmp_path: Path) -> None:
+    """Every weight is another one, norms too: without logits nothing tells it from scales that were moved."""
+    other = copied(source, tmp_path / "other")
+    tensors = {name: tensor.flip(0).contiguous() for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert "weights" in failed(bitwright.verify(files(format), other, logits=False))
 
 
 @pytest.mark.parametrize("format", FORMATS)

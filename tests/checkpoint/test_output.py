@@ -45,6 +45,18 @@ def test_a_result_appears_whole_and_alone(tmp_path: Path) -> None:
     assert list(output.parent.iterdir()) == [output]
 
 
+def test_discarded_nothing_is_left_but_work_that_can_go_on(tmp_path: Path) -> None:
+    make(tmp_path / "out", "old")
+    with OutputFolder.claim(tmp_path / "out", overwrite=True) as claimed:
+        (claimed.path / "half").touch()
+        claimed.discard()
+    assert contents(tmp_path) == {f"out/{name}": text for name, text in whole("old").items()}
+    with OutputFolder.claim(tmp_path / "other") as claimed:
+        fill(claimed, "half")
+        claimed.discard()
+        assert (claimed.work / "journal.jsonl").exists() and (claimed.path / "b").exists()
+
+
 def test_what_exists_is_kept(tmp_path: Path) -> None:
     make(tmp_path / "out", "old")
     with pytest.raises(OutputError, match=r"out: exists and is kept as it is; .*--overwrite"):

@@ -1,18 +1,22 @@
 """compressed-tensors folders that others wrote: tensors as the library's own compressors make them, read by us."""
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bitwright.core.errors import CheckpointError
 from bitwright.core.packing import unpack_apart
 from bitwright.core.quantized import Described
 from bitwright.core.scheme import Grid
+from bitwright.formats import QuantizedFolder
 from bitwright.formats import compressed_tensors as format
 
 OUT, IN = 24, 64
@@ -68,6 +72,45 @@ def test_the_library_makes_the_same_weights(layout: str, strategy: str, symmetri
         OUT,
         IN,
     )
+
+
+def saved(tensors: dict[str, Tensor], folder: Path, layout: str, said: dict[str, Any]) -> QuantizedFolder:
+    """A folder with this linear alone."""
+    folder.mkdir()
+    groups = {"group_0": {"targets": ["Linear"], "weights": said, "input_activations": None}}
+    described = config(layout, config_groups=groups)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": described}))
+    save_file(tensors, folder / "model.safetensors")
+    return QuantizedFolder.open(folder)
+
+
+@pytest.mark.parametrize("layout", ["pack-quantized", "int-quantized", "naive-quantized"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_headers_pass_wherever_tensors_do(layout: str, strategy: str, symmetric: bool, tmp_path: Path) -> None:
+    if layout == "pack-quantized" and strategy == "block":
+        pytest.skip("the library packs no blocks")
+    said = weights(3, symmetric, strategy, **STRATEGIES[strategy][0])
+    made, _ = compressed(layout, 3, symmetric, strategy)
+    more: dict[str, dict[str, Tensor]] = {
+        "as they are": {},
+        "no order": {"x.weight_g_idx": torch.full((IN,), -1, dtype=torch.int32)},
+        "zeros one to a byte": {"x.weight_zero_point": torch.zeros(STRATEGIES[strategy][1], dtype=torch.int8)},
+    }
+    for n, tensors in enumerate(more.values()):
+        model = saved(made | tensors, tmp_path / str(n), layout, said)
+        model.look("x")
+        assert model.read("x").shape == (OUT, IN)
+    model = saved(made | {"x.weight_scale": torch.ones(5, 3)}, tmp_path / "damaged", layout, said)
+    for refuses in (model.look, model.read):
+        with pytest.raises(CheckpointError, match="x do not fit together"):
+            refuses("x")
+
+
+def test_headers_pass_where_no_code_is_cut(tmp_path: Path) -> None:
+    tensors = {"x.weight_scale": torch.ones(1, 1), "x.weight_shape": torch.tensor([1, 64])}
+    tensors["x.weight_packed"] = torch.zeros(1, 7, dtype=torch.int32)
+    saved(tensors, tmp_path / "folder", "pack-quantized", weights(3, True, "channel")).look("x")
 
 
 def _there(tensors: dict[str, Tensor], leaf: str) -> Any:

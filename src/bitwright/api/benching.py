@@ -14,18 +14,16 @@ from typing import Any
 
 import torch
 
-from bitwright.api.engine_table import engines
+from bitwright.api.bench_engine import chosen_engine, refuse_idle, require_gguf
+from bitwright.api.bench_pair import require_same_folders, require_same_in_files
 from bitwright.api.exporting import export
 from bitwright.api.loading import load
 from bitwright.api.source import model_config, open_checkpoint, pick_device, pick_dtype
-from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
+from bitwright.core.errors import CheckpointError, RecipeError, UserError
 from bitwright.core.progress import Listener, silent
 from bitwright.evaluation import llamacpp_speed
 from bitwright.evaluation.speed import Contender, Speed, measure_in_turn, time_model
 from bitwright.formats import CONFIG
-
-ENGINES = ("transformers", "llama.cpp")
-MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,15 @@ def bench(
 
     Engine transformers (None for a folder) takes folders, llama.cpp (None for a .gguf file) files; there ``against``
     may be an unquantized folder, which is written as F16 for the while, ``python`` an interpreter that has xllamacpp,
-    or ``library`` the shared library of a llama.cpp built elsewhere.
+    or ``library`` the shared library of a llama.cpp built elsewhere; ``device`` and ``dtype`` are for transformers.
     ``dtype`` "auto" is 16 bits: the checkpoint's own where it has them, else bfloat16. Raises UserError.
     """
     for name, value in (("tokens", tokens), ("prompt", prompt), ("rounds", rounds), ("threads", threads)):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
     model, against = Path(model), None if against is None else Path(against)
-    chosen, threads = _engine(model, engine), threads or len(os.sched_getaffinity(0))
+    chosen, threads = chosen_engine(model, engine), threads or len(os.sched_getaffinity(0))
+    refuse_idle(chosen, device=device, dtype=dtype, python=python, library=library)
     with ExitStack() as stack:
         if chosen == "llama.cpp":
             asked = _Asked(prompt, tokens, threads, "cpu", "", *_llama_cpp(python, library))
@@ -101,38 +100,6 @@ def bench(
         rows, runner = measure_in_turn(contenders, rounds, listener)
     where, kind = (asked.device, asked.dtype) if asked.dtype else ("as llama.cpp chooses", None)
     return Bench(chosen, runner, where, kind, threads, prompt, tokens, rounds, tuple(rows), *_related(rows))
-
-
-def _engine(model: Path, named: str | None) -> str:
-    """The engine that was named, or the one for this kind of model. Raises UserError where they do not go together."""
-    if named in {engine.name for engine in engines()} - {*ENGINES}:
-        raise RecipeError(f"bench measures in {' and '.join(ENGINES)}, not in {named}; leave --engine {named} out")
-    if named is not None and named not in ENGINES:
-        raise RecipeError(f"bench knows no engine '{named}'; {nearest(named, ENGINES)}")
-    if model.is_dir():
-        if named == "llama.cpp":
-            raise RecipeError(
-                f"llama.cpp runs .gguf files, and {model} is a folder: bitwright export {model} --format gguf --output "
-                f"{model.name}.gguf writes one, then bitwright bench {model.name}.gguf"
-            )
-        return "transformers"
-    _require_gguf(model)
-    if named == "transformers":
-        raise RecipeError(f"engine transformers runs folders, and {model} is a GGUF file: --engine llama.cpp runs it")
-    return "llama.cpp"
-
-
-def _require_gguf(path: Path) -> None:
-    """Raises CheckpointError for what is no GGUF file."""
-    if not path.is_file():
-        raise CheckpointError(f"there is no {path}; bench takes a folder of a model or a .gguf file")
-    with path.open("rb") as file:
-        found = file.read(len(MAGIC))
-    if found != MAGIC:
-        raise CheckpointError(
-            f"{path} is neither the folder of a model nor a GGUF file: it begins with {found!r}, not {MAGIC!r}. Name "
-            "the folder that holds config.json, or a file that bitwright export --format gguf wrote"
-        )
 
 
 def _for_transformers(
@@ -152,6 +119,8 @@ def _for_transformers(
                 f"{folder} takes {longest} tokens at most, and {max(prompt, tokens)} were asked for; give --prompt and "
                 f"--tokens of at most {longest}"
             )
+    if against is not None:
+        require_same_folders(model, against)
     return _Asked(prompt, tokens, threads, str(where), str(arithmetic).removeprefix("torch."), sys.executable)
 
 
@@ -171,6 +140,7 @@ def _in_llama_cpp(
     request["library"] = asked.library
     files = [("model", model, model)]
     if against is not None:
+        require_same_in_files(model, against)
         files.append(("original", against, _as_gguf(against, stack, listener)))
     return [Contender(role, str(name), command, {**request, "model": str(file)}) for role, name, file in files]
 
@@ -178,7 +148,7 @@ def _in_llama_cpp(
 def _as_gguf(against: Path, stack: ExitStack, listener: Listener) -> Path:
     """The original as a file: itself, or what an unquantized folder becomes in F16, for as long as ``stack`` lives."""
     if not against.is_dir():
-        _require_gguf(against)
+        require_gguf(against)
         return against
     if open_checkpoint(against).config.get(CONFIG) is not None:
         raise CheckpointError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitwright.api.completeness import HEADS
-from bitwright.api.findings import Check
+from bitwright.api.findings import MOVED, SCALES_MOVED, Check, undecided
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.progress import Listener, Progress
 from bitwright.formats import QuantizedFolder
@@ -17,8 +17,6 @@ Pair = tuple[Tensor, Tensor]
 ANOTHER = 0.9
 """A weight with a relative squared error of that or more is not the original's: of a weight of zeros it is 1, of
 another one of the same size 2. Two bits per channel lose less than half of that."""
-MOVED = 1e-4
-"""Vectors (norms) with a larger error than that were changed on purpose."""
 ROWS_BYTES = 64 * 2**20
 """A tensor is read so much at a time."""
 
@@ -53,9 +51,9 @@ class Beside:
         """Of the errors of the quantized linears."""
         return sum(self.linears.values()) / len(self.linears) if self.linears else None
 
-    def check(self, decided: bool) -> Check:
+    def check(self, decided: bool, sure: bool) -> Check:
         """Whether every weight is the original's. ``decided``: of the linears that is known better, and none is
-        refused."""
+        refused. ``sure``: where scales were moved, something else tells whether this is the original."""
         errors = self.others if decided else self.linears | self.others
         worst = max(errors, key=errors.__getitem__, default=None)
         if self.worst is None or self.mean is None:
@@ -63,8 +61,10 @@ class Beside:
         most = f"relative error at most {self.linears[self.worst]:.3g} (in {self.worst})"
         said = f"{len(self.linears)} linears, {most}, {self.mean:.3g} on average"
         moved = max((e for n, e in self.others.items() if len(self.model.shape(n)) == 1), default=0.0) > MOVED
+        if moved and not sure:
+            return undecided(said)
         if moved:
-            said += "; norms are not the original's: scales were moved between tensors"
+            said += f"; {SCALES_MOVED}"
         elif worst is not None and errors[worst] >= ANOTHER:
             return Check("weights", False, f"{worst} is not the original's: a relative error of {errors[worst]:.3g}")
         return Check("weights", True, said)

@@ -28,24 +28,28 @@ COPIED = (
 """What goes along besides the weights, as file name patterns."""
 
 
-def write_companions(job: Job, reports: list[dict[str, Any]], folder: Path) -> None:
-    """config.json with its quantization_config, and the files that go along."""
+def write_companions(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str, Any] | None:
+    """config.json with its quantization_config, which is returned, and the files that go along."""
     config = dict(job.source.checkpoint.config)
     if job.recipe.quantize_lm_head:
         config["tie_word_embeddings"] = False
     format = find("formats", job.settled_format(reports))
-    write_config(config, format, job.written(reports), folder)
+    described = write_config(config, format, job.written(reports), folder)
     copy_companions(job.source.checkpoint.folder, folder)
+    return described
 
 
-def write_config(config: dict[str, Any], format: ModuleType, written: WrittenModel, folder: Path) -> None:
-    """config.json, with what a format has to say of the quantized model."""
+def write_config(
+    config: dict[str, Any], format: ModuleType, written: WrittenModel, folder: Path
+) -> dict[str, Any] | None:
+    """config.json, with what a format has to say of the quantized model; that is returned."""
     if written.scheme.kv is not None:  # compressed-tensors asks every attention for it
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    described = format.quantization_config(written)
+    described: dict[str, Any] | None = format.quantization_config(written)
     if described is not None:
         config["quantization_config"] = described
     write_json(folder / CONFIG, config)
+    return described
 
 
 def copy_companions(source: Path, folder: Path) -> None:

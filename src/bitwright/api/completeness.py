@@ -4,6 +4,7 @@ architecture that its config.json names."""
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bitwright.api.findings import Check, first, lacking
 from bitwright.api.model_view import ModelView
@@ -15,6 +16,17 @@ from bitwright.formats import QuantizedFolder
 Shapes = Mapping[str, tuple[int, ...]]
 HEADS = ("lm_head", "embed_out")
 """Output layers that share the embedding's weight where the config says so."""
+DIMENSIONS = (
+    "model_type",
+    "num_hidden_layers",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+"""What of config.json tells one model from another."""
 UNUSED = (*NO_WEIGHTS, "attn.bias", "attention.bias")
 """How tensors end that old checkpoints hold and no model reads."""
 
@@ -51,6 +63,18 @@ def complete(model: QuantizedFolder, original: Shapes | None, by_config: bool = 
     return Check("complete", not str(wrong), str(wrong) or "; ".join(said))
 
 
+def require_all_tensors(model: QuantizedFolder) -> None:
+    """Raises CheckpointError for a tensor that the architecture in config.json needs and the folder lacks.
+
+    Tensors that it has no use for are nobody's harm, and architectures that transformers does not know are let pass.
+    """
+    there, wrong = _there(model), _too_many_blocks(model)
+    if wrong is None and (view := ModelView.of(model.checkpoint, there)) is not None:
+        wrong = lacking(_by_architecture(model, there, view).missing)
+    if wrong:
+        raise CheckpointError(f"{model.folder}: {wrong}; the folder is damaged, download or quantize it again")
+
+
 def require_same_model(model: QuantizedFolder, original: Checkpoint) -> None:
     """Raises CheckpointError where a tensor of a folder has another shape in the original: it was made of another."""
     if (how := original.config.get("quantization_config")) is not None:
@@ -59,7 +83,7 @@ def require_same_model(model: QuantizedFolder, original: Checkpoint) -> None:
     for name, shape in _there(model).items():
         if name in original and original.entry(name).shape != shape:
             theirs = original.entry(name).shape
-            settings = _unlike(model, original)
+            settings = apart(model.config, original.config)
             raise CheckpointError(
                 f"{original.folder} is another model than {model.folder} was made of: {name} is {list(theirs)} there "
                 f"and {list(shape)} here{f'; config.json: {settings}' if settings else ''}. Name the original with "
@@ -67,13 +91,36 @@ def require_same_model(model: QuantizedFolder, original: Checkpoint) -> None:
             )
 
 
-def _unlike(model: QuantizedFolder, original: Checkpoint) -> str:
-    """The dimensions in which two configurations differ."""
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    here, there = model.config, original.config
+def apart(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """The dimensions in which two configurations differ, and their architectures, where both say them; "" for none."""
     return ", ".join(
-        f"{key} {there.get(key)} there and {here.get(key)} here" for key in keys if here.get(key) != there.get(key)
+        f"{key} {there[key]} there and {here[key]} here"
+        for key in DIMENSIONS
+        if here.get(key) is not None and there.get(key) is not None and here[key] != there[key]
     )
+
+
+def twice(model: QuantizedFolder) -> list[str]:
+    """The linears that are there quantized and in full precision too."""
+    dense, passed = ".weight", set(model.passed)
+    return [
+        x
+        for x in (*model.linears, *model.stacks)
+        if {x, x + dense} & passed or {x + dense, f"{x}.weight_packed"} <= {*model.stored(x)}
+    ]
+
+
+def require_sound_headers(model: QuantizedFolder) -> None:
+    """Raises CheckpointError, little being read, for a linear that is there twice, and for linears whose tensors do not
+    fit together by their dtypes and shapes."""
+    if found := twice(model):
+        full = next(name for name in (f"{found[0]}.weight", found[0]) if name in model.checkpoint)
+        raise CheckpointError(
+            f"{model.folder}: {found[0]} is there twice, quantized and in full precision ({full}), and which of them "
+            "counts nobody can tell. Remove one of them, or quantize the original again"
+        )
+    for linear in model.linears:
+        model.look(linear)
 
 
 def _there(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:

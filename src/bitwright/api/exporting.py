@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitwright.api.companions import copy_companions, write_config
+from bitwright.api.completeness import require_all_tensors, require_sound_headers
 from bitwright.api.engine_files import require_sound_file
 from bitwright.api.exported_terms import (
     common_columns,
@@ -20,12 +21,12 @@ from bitwright.api.exported_terms import (
     terms_of,
     written_model,
 )
-from bitwright.api.finishing import bytes_of
+from bitwright.api.finishing import bytes_of, leaving_nothing
 from bitwright.api.format_choice import check_shape, is_file_format, refuse_idle, target
 from bitwright.api.places import refuse_output
 from bitwright.api.quantizing import JOURNAL
 from bitwright.api.refitting import refitted
-from bitwright.api.report_file import REPORT, account_of, without_digests
+from bitwright.api.report_file import REPORT, account_of, as_written, without_digests
 from bitwright.api.soundness import require_sound
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
@@ -107,7 +108,8 @@ def export(
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single) as work:
         if is_file_format(to):
             place = work.file if single else work.path
-            differences = to.write(model, place, options, listener)
+            with leaving_nothing(work):
+                differences = to.write(model, place, options, listener)
             verified = require_sound_file(to, place, model, differences)
         else:
             differences = _TensorExport(model, to, format, lossy, work, restart).run(shard_bytes, listener)
@@ -121,6 +123,7 @@ def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteO
     """Refuses, before the work, what can be told beforehand."""
     if model.described is not None and not options.lossy:
         refuse_departures(model, to)
+    require_sound_headers(model)
     if is_file_format(to):
         to.check(model.checkpoint.config, model.folder, options, _foreseen(model))
         return
@@ -135,6 +138,7 @@ def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteO
         )
     if model.format_name == format:
         raise RecipeError(f"{model.folder} is a {format} folder already; name another format")
+    require_all_tensors(model)
     for name in model.linears if hasattr(to, "check_shape") else ():
         check_shape(to, name, model.shape(name))
     refuse_terms(model, format, to, options.lossy)
@@ -188,12 +192,13 @@ class _TensorExport:
 
     def _write_companions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         written = written_model(self.model, self.name, rows, kept_linears(self.model))
-        write_config(dict(self.model.config), self.to, written, self.work.path)
+        said = write_config(dict(self.model.config), self.to, written, self.work.path)
         copy_companions(self.model.folder, self.work.path)
         account = without_digests(account_of(self.model.folder))
         linears = [{key: row[key] for key in KEPT if key in row} for row in rows]
         lost = {"read_as": self.model.format_name, "linears": linears}
-        write_json(self.work.path / REPORT, plain(account | {"format": self.name, "export": lost}))
+        account |= {"format": self.name, "export": lost, **as_written(said)}
+        write_json(self.work.path / REPORT, plain(account))
 
 
 def _shapes(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MOVED = 1e-4
+"""Vectors (norms) with a larger relative squared error than that were changed on purpose."""
+SCALES_MOVED = "norms are not the original's: scales were moved between tensors"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -37,6 +41,15 @@ class Verification:
     def passed(self) -> bool:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
+
+
+def undecided(said: str) -> Check:
+    """The check of weights that tell nothing, where logits are left out: nobody is told yes."""
+    return Check(
+        "weights",
+        False,
+        f"not decided: {said}; {SCALES_MOVED}, or it is another model, and logits alone tell: leave --no-logits out",
+    )
 
 
 def lacking(missing: Sequence[str]) -> str:

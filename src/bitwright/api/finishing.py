@@ -1,6 +1,7 @@
 """From the parts of a run to what its user gets: shards, what lies beside them, the account; or a format's own file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ from bitwright.api.companions import write_companions
 from bitwright.api.engine_files import require_sound_file
 from bitwright.api.format_choice import is_file_format
 from bitwright.api.job import Job, write_options
-from bitwright.api.report_file import REPORT, without_digests
+from bitwright.api.report_file import REPORT, as_written, without_digests
 from bitwright.api.sink import FolderSink
 from bitwright.api.soundness import require_sound
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
 from bitwright.checkpoint.writer import write_json
+from bitwright.core.errors import OutputError, UserError
 from bitwright.core.progress import Listener
 from bitwright.core.quantized import Difference
 from bitwright.formats import QuantizedFolder
@@ -31,8 +33,8 @@ def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -
     folder.mkdir(exist_ok=True)
     kept = [job.source.checkpoint.stored(name) for name in job.work.as_stored]
     merge_shards(sink.parts(), folder, job.recipe.shard_bytes, kept)
-    write_companions(job, sink.reports(), folder)
-    account: dict[str, Any] = plain(run_account(job, sink.reports(), folder))
+    said = write_companions(job, sink.reports(), folder)
+    account: dict[str, Any] = plain(run_account(job, sink.reports(), folder) | as_written(said))
     account["verified"] = require_sound(folder, job.source.checkpoint.shapes)
     if not whole:
         write_json(folder / REPORT, account)
@@ -48,6 +50,18 @@ def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -
     if not job.target.SINGLE:
         write_json(work.path / REPORT, account)
     return account
+
+
+@contextmanager
+def leaving_nothing(work: OutputFolder) -> Iterator[None]:
+    """Of a file that could not be made of what was read nothing is kept: it is begun anew anyway."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except UserError:
+        work.discard()
+        raise
 
 
 def quantized_too(format: str | None, differences: Sequence[Difference]) -> list[str]:

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bitwright.checkpoint.reader import Checkpoint
+
 REPORT = "bitwright.json"
+SAID = "quantization_config"
+"""What config.json said of the linears when they were written, under its own name."""
 
 
 def account_of(folder: Path) -> dict[str, Any]:
@@ -33,8 +37,28 @@ def is_ours(folder: Path) -> bool:
     return bool(account_of(folder).get("blocks"))
 
 
+def as_written(said: dict[str, Any] | None) -> dict[str, Any]:
+    """What an account keeps of config.json, which may be edited; nothing where nothing is said."""
+    return {} if said is None else {SAID: said}
+
+
+def said_of(folder: Path) -> dict[str, Any] | None:
+    """The quantization_config that a folder was written with; None where no account has it, as of an earlier
+    Bitwright."""
+    found = account_of(folder).get(SAID)
+    return found if isinstance(found, dict) else None
+
+
+def is_made_of(folder: Path, original: Checkpoint) -> bool:
+    """Whether the account names the weight files of this original."""
+    told, found = account_of(folder).get("model"), original.fingerprint()
+    weights = {name: digest for name, digest in found.items() if name.endswith(".safetensors")}
+    return bool(weights) and isinstance(told, dict) and weights.items() <= told.items()
+
+
 def without_digests(account: dict[str, Any]) -> dict[str, Any]:
     """An account that goes along with linears that are stored otherwise."""
+    account = {key: value for key, value in account.items() if key != SAID}
     try:
         blocks = [
             block | {"linears": [{key: row[key] for key in row if key != "digest"} for row in block["linears"]]}

@@ -4,7 +4,8 @@ and what is stored is what was decided."""
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bitwright.api.completeness import Shapes, complete
+from bitwright.api.as_written import edited
+from bitwright.api.completeness import Shapes, complete, twice
 from bitwright.api.findings import Check, first
 from bitwright.api.report_file import digests_of, is_ours
 from bitwright.checkpoint.reader import Checkpoint
@@ -128,10 +129,13 @@ class _Looked:
         return Check("size on disk", passed, said if passed else f"{said}, of which tensors are {held:,}")
 
     def as_decided(self) -> Iterator[Check]:
-        """Every linear has the bytes that bitwright.json names, where it names them."""
-        if self.decided:
+        """Every linear has the bytes that bitwright.json names, where it names them, and config.json says of them what
+        it said then."""
+        meaning = edited(self.model)
+        if self.decided or meaning:
             linears = len(self.model.linears) + len(self.model.stacks)
-            wrong = first([f"{name} is not what bitwright.json says was written" for name in self.unlike])
+            unlike = [f"{name} is not what bitwright.json says was written" for name in self.unlike]
+            wrong = meaning or first(unlike)
             yield Check("as decided", not wrong, wrong or f"{linears} linears byte for byte as they were written")
 
     def _unsigned(self, name: str) -> bool:
@@ -173,10 +177,8 @@ def _wrong(part: QTensor, ours: bool) -> Iterator[str]:
 
 def _once(model: QuantizedFolder) -> Check:
     """No weight is there twice, quantized and in full."""
-    linears = (*model.linears, *model.stacks)
-    dense, passed = ".weight", set(model.passed)
-    twice = [x for x in linears if {x, x + dense} & passed or {x + dense, f"{x}.weight_packed"} <= {*model.stored(x)}]
-    found = f"{len(linears)} linears, each once" if linears else "no quantized linear at all"
-    if twice:
-        found = f"{twice[0]} is quantized, and there in full precision too"
-    return Check("no duplicates", bool(linears) and not twice, found)
+    linears, double = len(model.linears) + len(model.stacks), twice(model)
+    found = f"{linears} linears, each once" if linears else "no quantized linear at all"
+    if double:
+        found = f"{double[0]} is quantized, and there in full precision too"
+    return Check("no duplicates", bool(linears) and not double, found)

@@ -9,7 +9,7 @@ from bitwright.api.engine_files import engine_format
 from bitwright.api.findings import Check, Verification
 from bitwright.api.loading import load
 from bitwright.api.random_tokens import divergence_from, logits_of, of_chance, random_tokens
-from bitwright.api.report_file import digests_of
+from bitwright.api.report_file import digests_of, is_made_of
 from bitwright.api.soundness import structure
 from bitwright.api.source import open_checkpoint
 from bitwright.api.verifying_files import verify_file
@@ -29,7 +29,8 @@ def verify(
     computes when transformers loads it, beside our own decoding of its codes; or at an engine's own file (gguf, mlc).
 
     ``against`` is the original: its tensors must all be there, quantized or as they were, and how far weights and
-    logits are from it is measured. A file's may also be the quantized folder that it was made of. Raises
+    logits are from it is measured; where its weights tell nothing and logits are left out, the check of weights is not
+    passed. A file's may also be the quantized folder that it was made of. Raises
     CheckpointError for a folder or a file that cannot be read at all, and for an original of another model.
     """
     if (format := engine_format(Path(folder))) is not None:
@@ -45,7 +46,8 @@ def verify(
     if original is not None:
         beside = Beside(model, original)
         beside.look(listener)
-        checks.append(beside.check(decided=bool(digests_of(model.folder))))
+        decided = bool(digests_of(model.folder))
+        checks.append(beside.check(decided, sure=logits or (decided and is_made_of(model.folder, original))))
     if logits and all(check.passed for check in checks):
         found, divergence = _logits(model, None if original is None else original.folder, listener)
         checks += found

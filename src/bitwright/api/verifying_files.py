@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bitwright.api.dequantizing import load_codes
 from bitwright.api.engine_files import bits_per_weight, error_of, file_structure, linears_of, not_there
-from bitwright.api.findings import Check, Verification, first, lacking
+from bitwright.api.findings import MOVED, SCALES_MOVED, Check, Verification, first, lacking, undecided
 from bitwright.api.loading import load
 from bitwright.api.random_tokens import divergence_from, logits_of, of_chance, random_tokens
 from bitwright.core.engine_file import EngineFile
@@ -23,8 +23,6 @@ from bitwright.stream.memory import peak_memory
 FROM_QUANTIZED, FROM_ORIGINAL = 0.5, 1.0
 """How large the relative squared error of a tensor may be: beside codes that were kept, or quantized once more (an
 embedding in two bits); and beside the original's weights. 2 is that of another weight altogether."""
-MOVED = 1e-4
-"""Vectors (norms) with a larger error than that were changed on purpose."""
 
 
 def verify_file(format: ModuleType, path: Path, against: Path | None, logits: bool, listener: Listener) -> Verification:
@@ -37,7 +35,7 @@ def verify_file(format: ModuleType, path: Path, against: Path | None, logits: bo
     beside, divergence = _Beside(), None
     if against is not None:
         model = QuantizedFolder.open(against)
-        checks += beside.look(file, model, listener)
+        checks += beside.look(file, model, logits, listener)
         if logits and all(check.passed for check in checks):
             found, divergence = _logits(file, model, listener)
             checks.append(found)
@@ -62,8 +60,9 @@ class _Beside:
 
     errors: dict[str, float] = field(default_factory=dict)
 
-    def look(self, file: EngineFile, model: QuantizedFolder, listener: Listener) -> list[Check]:
-        """Settings, names, weights. Raises CheckpointError where the file's weights cannot be told apart."""
+    def look(self, file: EngineFile, model: QuantizedFolder, logits: bool, listener: Listener) -> list[Check]:
+        """Settings, names, weights; ``logits``: whether they are looked at afterwards. Raises CheckpointError where the
+        file's weights cannot be told apart."""
         if not file.names:
             raise CheckpointError(f"{file.path}: cannot be compared with {model.folder}: {file.unknown}")
         unlike = file.unlike(model.config)
@@ -76,9 +75,9 @@ class _Beside:
             listener(Progress("verify", done, len(file.names), name, peak_memory(), detail="beside the folder"))
             if (before := _in(model, name)) is not None:
                 self.errors[name] = error_of(file, name, before.__getitem__)
-        return [*checks, self._weights(file, model)]
+        return [*checks, self._weights(file, model, logits)]
 
-    def _weights(self, file: EngineFile, model: QuantizedFolder) -> Check:
+    def _weights(self, file: EngineFile, model: QuantizedFolder, logits: bool) -> Check:
         worst = max(self.errors, key=self.errors.__getitem__)
         mean = sum(self.errors.values()) / len(self.errors)
         most = f"relative error at most {self.errors[worst]:.3g} (in {worst})"
@@ -86,8 +85,9 @@ class _Beside:
         allowed = FROM_QUANTIZED if model.format is not None else FROM_ORIGINAL
         vectors = (error for name, error in self.errors.items() if len(file.shape(name)) == 1)
         if model.format is None and max(vectors, default=0.0) > MOVED:
-            said += "; norms are not the original's: scales were moved between tensors, logits alone tell"
-            allowed = float("inf")
+            if not logits:
+                return undecided(said)
+            said, allowed = f"{said}; {SCALES_MOVED}, logits alone tell", float("inf")
         return Check("weights", self.errors[worst] < allowed, said)
 
 

@@ -81,6 +81,11 @@ class OutputFolder:
         _remove_work(self.work)
         self._lock.release()
 
+    def discard(self) -> None:
+        """Removes the work, unless more than the result lies there: that of a run which can go on."""
+        if {path.name for path in self.work.iterdir()} <= {LOCK, RESULT}:
+            _remove_work(self.work)
+
     def release(self) -> None:
         """Lets go of the lock; the work stays for a run that goes on."""
         self._lock.release()

@@ -209,7 +209,7 @@ def bench(
     library: Annotated[
         Path | None, typer.Option(help="llama.cpp: the libllama.so of a build of your own, in xllamacpp's place.")
     ] = None,
-    device: Device = "auto",
+    device: Annotated[str, typer.Option(help="transformers: auto, cpu, cuda, cuda:1 ...")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure speed and memory: weights, running memory, tokens per second when generating and when reading a prompt,

@@ -32,7 +32,7 @@ def pack(codes: Int[Tensor, "R C"], grid: Grid) -> Int32[Tensor, "R W"]:
 def unpack(words: Int32[Tensor, "R W"], grid: Grid, columns: int) -> Int[Tensor, "R C"]:
     """The codes of each row of words: uint8, or int8 on a symmetric grid."""
     stored = torch.empty(len(words), columns, dtype=torch.uint8, device=words.device)
-    for here in _few(len(words), columns):
+    for here in [slice(None)] if words.is_meta else _few(len(words), columns):
         stored[here] = _unpacked(words[here], grid.bits, columns)
     return (stored + grid.qmin).view(torch.int8) if grid.symmetric else stored
 

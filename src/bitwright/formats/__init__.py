@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitwright.checkpoint.reader import Checkpoint
@@ -21,6 +22,8 @@ from bitwright.core.registry import find, names
 from bitwright.core.scheme import Tile
 
 CONFIG = "quantization_config"
+SHORT_BYTES = 2**20
+"""A list of integers that has no more is read to see whether tensors fit together."""
 READABLE = "compressed-tensors (integer weights), bitwright, gptq and awq folders"
 
 
@@ -78,8 +81,15 @@ class QuantizedFolder:
 
     def read(self, linear: str) -> QTensor:
         """A quantized linear. Raises CheckpointError where its tensors do not fit together."""
+        return self._made(linear, self._tensors(linear))
+
+    def look(self, linear: str) -> None:
+        """Raises CheckpointError, as ``read`` does, for what dtypes, shapes and short lists of integers (the order of
+        groups) tell of a linear; neither codes nor scales are read."""
+        self._made(linear, {name: self._outlined(name) for name in self.stored(linear)})
+
+    def _made(self, linear: str, tensors: Mapping[str, Tensor]) -> QTensor:
         format, described = self._quantized()
-        tensors = self._tensors(linear)
         try:
             found: QTensor = format.read(tensors, linear, described)
             rows, columns = self.shape(linear)
@@ -142,6 +152,13 @@ class QuantizedFolder:
     def _tensors(self, linear: str) -> dict[str, Tensor]:
         return {name: self.checkpoint.read(name) for name in self.stored(linear)}
 
+    def _outlined(self, name: str) -> Tensor:
+        """A tensor without its data, which no format needs to tell whether it fits; a short list of integers whole."""
+        entry = self.checkpoint.entry(name)
+        if len(entry.shape) == 1 and not entry.dtype.is_floating_point and entry.nbytes <= SHORT_BYTES:
+            return self.checkpoint.read(name)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
     def _quantized(self) -> tuple[ModuleType, Described]:
         if self.format is None or self.described is None:
             raise CheckpointError(f"{self.folder} is not quantized")
@@ -151,6 +168,8 @@ class QuantizedFolder:
 def check_tiles(weight: QTensor, said: Tile | None) -> None:
     """Raises ValueError where scales and zero points of a weight are not one for each tile, or its tiles are not those
     that config.json names."""
+    if not weight.scale.is_floating_point():
+        raise ValueError(f"scales of dtype {weight.scale.dtype}")
     counts, scales = weight.tile.counts(weight.shape), tuple(weight.scale.shape)
     if scales != counts:
         raise ValueError(f"scales {list(scales)} for {counts[0]} x {counts[1]} tiles")

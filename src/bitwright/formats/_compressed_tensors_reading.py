@@ -93,7 +93,7 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
     check_order(name, tensors.get(f"{name}.weight_g_idx"), columns, scale.shape[1])
     zero = _zeros(tensors.get(f"{name}.weight_zero_point"), scale, grid.bits)
     tile, middle = Tile(rows // scale.shape[0], columns // scale.shape[1]), 2 ** (grid.bits - 1)
-    if grid.symmetric and (zero is None or not zero.any()):
+    if grid.symmetric and (zero is None or not (zero.is_meta or zero.any())):
         return QTensor(codes, scale, None, grid, tile)
     if zero is None:
         raise ValueError("its config says asymmetric, and there is no weight_zero_point")
@@ -110,6 +110,8 @@ def _codes(tensors: Mapping[str, Tensor], name: str, bits: int) -> Int[Tensor, "
     codes = tensors[f"{name}.weight"]
     if codes.dtype != torch.int8:
         raise ValueError(f"weights of dtype {codes.dtype} beside scales, not int8")
+    if codes.is_meta:  # without data: only whether it fits is asked
+        return codes
     if int(codes.min()) < signed.qmin or int(codes.max()) > signed.qmax:
         raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())}, which are more than {bits} bits")
     return codes
@@ -129,6 +131,8 @@ def _zeros(stored: Tensor | None, scale: Float[Tensor, "P Q"], bits: int) -> Int
 def _unpacked(words: Int[Tensor, "R W"], grid: Grid, columns: int) -> Int[Tensor, "R C"]:
     """Codes of rows of words, dense as they are today, or none cut as they once were."""
     found = words.shape[1]
+    if words.dtype != torch.int32:
+        raise ValueError(f"words of dtype {words.dtype}, not int32")
     if found == ceil(columns * grid.bits / WORD_BITS):
         return unpack(words, grid, columns)
     if found == ceil(columns / (WORD_BITS // grid.bits)):

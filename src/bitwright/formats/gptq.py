@@ -97,9 +97,18 @@ def described(config: Mapping[str, Any]) -> Described:
 
 
 def tile_of(group: Any) -> Tile | None:
-    """What a group_size says: -1 is one group per channel; None where it says nothing that is one."""
-    whole = isinstance(group, int) and not isinstance(group, bool) and (group == FULL or group > 0)
-    return Tile(1, group) if whole else None
+    """What a group_size says: -1 is one group per channel; None where nothing is said.
+
+    Raises CheckpointError for what is no size of a group.
+    """
+    if group is None:
+        return None
+    if not isinstance(group, int) or isinstance(group, bool) or not (group == FULL or group > 0):
+        raise CheckpointError(
+            f"its group_size is {group!r:.60}, and a group has 1 input feature at least (-1 is one group per channel); "
+            "its quantization_config is damaged, download or quantize it again"
+        )
+    return Tile(1, group)
 
 
 def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:
@@ -138,9 +147,12 @@ def check_shapes(tensors: Mapping[str, Tensor], name: str, wanted: Mapping[str, 
 def on_grid(
     codes: Int[Tensor, "O I"], scale: Float[Tensor, "O Q"], zero: Int[Tensor, "O Q"], grid: Grid, tile: Tile
 ) -> QTensor:
-    """A linear of unsigned codes: symmetric where the grid says so and every zero point lies in the middle."""
+    """A linear of unsigned codes: symmetric where the grid says so and every zero point lies in the middle.
+
+    Tensors without data have no middle.
+    """
     middle = 2 ** (grid.bits - 1)
-    if not grid.symmetric or not bool((zero == middle).all()):
+    if not grid.symmetric or zero.is_meta or not bool((zero == middle).all()):
         return QTensor(codes, scale, zero, Grid(grid.bits), tile)
     return QTensor((codes - middle).view(torch.int8), scale, None, grid, tile)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tests.formats.gguf import trained
 from tests.formats.gguf.conftest import Models
+from tokenizers import Tokenizer
 
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.quantized import WriteOptions
@@ -196,6 +197,28 @@ def test_text_prepared_otherwise_before_sentencepiece(byte_fallback: Path) -> No
     assert entries(byte_fallback, 1000)["ggml.add_space_prefix"] is False
     changed(byte_fallback, lambda f: f["pre_tokenizer"].update(split=True))
     with pytest.raises(RecipeError, match="prepares text"):
+        entries(byte_fallback, 1000)
+
+
+@pytest.mark.parametrize(("pair", "says"), [
+    (["zzzz", "qqqq"], r"merges \('zzzz', 'qqqq'\), and has no token 'zzzz'"),
+    (["e", "qqqq"], r"and has no token 'qqqq'"),
+    ("e zzzz", r"and has no token 'zzzz'"),
+    (["e", "z"], r"merges \('e', 'z'\), and has no token 'ez'"),
+])  # fmt: skip
+def test_merges_of_pieces_that_are_no_tokens(pair: Any, says: str, byte_level: Path) -> None:
+    """The tokenizers library refuses them as well."""
+    entries(byte_level)
+    changed(byte_level, lambda f: f["model"]["merges"].append(pair))
+    with pytest.raises(CheckpointError, match=rf"{says}: the tokenizers library does not load it.*copy it from"):
+        entries(byte_level)
+    with pytest.raises(Exception, match=r"out of vocabulary|MergeType"):
+        Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+
+
+def test_merges_of_sentencepiece_that_are_no_tokens(byte_fallback: Path) -> None:
+    changed(byte_fallback, lambda f: f["model"]["merges"].append(["zzzz", "qqqq"]))
+    with pytest.raises(CheckpointError, match="has no token 'zzzz'"):
         entries(byte_fallback, 1000)
 
 

@@ -79,7 +79,9 @@ def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, forese
             check_shape(name, shape)
     if options.base is None:
         tokenizer(folder, config, into.vocabulary)
-    _conversion(QuantizedFolder.open(folder), into, options).require_one()
+    conversion = _conversion(QuantizedFolder.open(folder), into, options)
+    conversion.require_whole()
+    conversion.require_one()
 
 
 def _conversion(model: QuantizedModel, into: Architecture, options: WriteOptions) -> Conversion:

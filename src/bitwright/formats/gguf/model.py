@@ -15,6 +15,7 @@ from torch import Tensor
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.quantized import Difference, QuantizedModel, WriteOptions
 from bitwright.core.weight import NO_WEIGHTS
+from bitwright.formats import _decoder_shapes as decoder
 from bitwright.formats.gguf.architecture import ROPE_FACTORS, Architecture
 from bitwright.formats.gguf.base_file import Base
 from bitwright.formats.gguf.blocks import BLOCK, nbytes_of, nearest, packed, valued
@@ -54,6 +55,21 @@ class Conversion:
         found = [*self._linears(), *self._passed()]
         found.sort(key=lambda each: _position(each.name))
         return [*self._rope_factors(), *found]
+
+    def require_whole(self) -> None:
+        """Raises CheckpointError for a tensor that the architecture needs and the model lacks."""
+        into, model = self.into, self.model
+        sizes = {"num_key_value_heads": into.kv_heads, "head_dim": into.head_dim, "vocab_size": into.vocabulary}
+        config = {**into.config, **sizes}
+        needed = {name for n in range(into.blocks) for name in decoder.block(config, n)} | {*decoder.outer(config)}
+        there = {*model.passed, *(f"{linear}.weight" for linear in model.linears)}
+        missing = sorted(needed - there - ({decoder.HEAD} if into.tied else set()))
+        if missing:
+            raise CheckpointError(
+                f"{model.folder}: {missing[0]} is not there, which architecture {into.name} of llama.cpp needs"
+                f"{f', and {len(missing) - 1} more' * (len(missing) > 1)}; the folder is damaged, download or quantize "
+                "it again"
+            )
 
     def require_one(self) -> None:
         """Makes one linear, and none of the rest: what the file does not hold is mostly held by none of them.

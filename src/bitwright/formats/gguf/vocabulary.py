@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitwright.core.errors import RecipeError
+from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.formats.gguf.pretokenizers import of_bytes, pre_tokenizer
 from bitwright.formats.gguf.sentencepiece import (
     BPE,
@@ -115,6 +115,14 @@ def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     spaced = next((pair for pair in pairs if any(" " in half for half in pair)), None)
     if spaced is not None:
         raise RecipeError(f"tokenizer.json merges {spaced}, and GGUF has no words for a space within a merge; {BASE}")
+    known = model["vocab"].keys()
+    for pair in pairs:
+        missing = next((piece for piece in (*pair, "".join(pair)) if piece not in known), None)
+        if missing is not None:
+            raise CheckpointError(
+                f"tokenizer.json merges {pair}, and has no token {missing!r}: the tokenizers library does not load it, "
+                "and llama.cpp would spell such words in bytes; copy it from the original repository again"
+            )
     return [(" ".join(pair), "".join(pair)) for pair in pairs]
 
 

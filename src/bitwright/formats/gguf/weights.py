@@ -140,8 +140,8 @@ def _as_they_are(name: str, weight: QTensor, rows: Rows, kind: Kind) -> Fitted:
     d = scale.half()
     if not d.isfinite().all():
         raise CheckpointError(
-            f"{name}: a scale of {float(scale.abs().max()):g} is more than float16 holds; the folder is damaged, or "
-            "its weights are far larger than those of language models"
+            f"{name}: a scale is NaN or more than float16 holds ({float(scale.abs().max()):g}); the folder is damaged, "
+            "or its weights are far larger than those of language models"
         )
     if kind is not Kind.Q4_1:
         levels, turned = _levels(weight, rows), _turned(weight.grid, kind)

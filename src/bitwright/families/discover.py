@@ -20,10 +20,11 @@ EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "tok_embeddings", "
 HEADS = ("lm_head", "embed_out", "output")
 INTO, OUT_OF = ("gate_up", "gate", "up", "w1", "w3", "w13", "input_linear"), ("down", "w2", "output_linear")
 """Beginnings of experts' last names: those that read the hidden state, and those that give it."""
+ROUTER = "router or gate of experts"
 KEPT = (
     ("norm or scale", r"norm|(^|[._])ln_"),
     (EMBEDDING, r"emb(ed|edding)s?([._]|$)|(^|\.)w[tp]e\.|rotary|position|relative_attention_bias"),
-    ("router or gate of experts", r"(^|\.)(gate|router|shared_expert_gate|expert_gate|wg)\.|router"),
+    (ROUTER, r"(^|\.)(gate|router|shared_expert_gate|expert_gate|wg)\.|router"),
     ("of vision or audio", r"vision|visual|image|audio|speech|patch|multi_modal|mm_projector"),
     ("convolution", r"conv"),
     ("of a state space mixer, read without its linear", r"(^|\.)(mixer|mamba|ssm)\.(in|out|x|dt)_proj\."),

@@ -1,0 +1,98 @@
+"""Checkpoints of an architecture that nobody knows, with tensors that are called, or shaped, as few are."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.conftest import Checkpoints
+from torch import Tensor
+
+import bitwright
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.recipe import Recipe
+
+Odd = Callable[[dict[str, Tensor]], Path]
+X = "layers.0.q"
+SCALE = {f"{X}.weight_scale": torch.ones(1, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def odd(tiny: Checkpoints, tmp_path: Path) -> Odd:
+    """``odd(tensors)``: a folder with these, an embedding and a linear ``layers.0.k``."""
+
+    def of(tensors: dict[str, Tensor]) -> Path:
+        folder = tmp_path / "odd"
+        folder.mkdir()
+        for path in tiny().glob("tokenizer*.json"):
+            shutil.copy(path, folder)
+        config = {"model_type": "oddity", "architectures": ["OddityForCausalLM"], "hidden_size": 64, "vocab_size": 128}
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({"embed_tokens.weight": drawn(128, 64), "layers.0.k.weight": drawn(64, 64)} | tensors,
+                  folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+        return folder
+
+    return of
+
+
+def drawn(*shape: int) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 8).bfloat16()
+
+
+def quantized(folder: Path, **how: str | None) -> Path:
+    out = folder.with_name("out")
+    bitwright.quantize(Recipe(str(folder), "W4A16", "rtn", **how), out)  # type: ignore[arg-type]
+    return out
+
+
+def refused(folder: Path, says: str, kind: type[Exception] = RecipeError, **how: str) -> None:
+    """Before the work, by quantize and by plan."""
+    for call in (lambda: quantized(folder, **how), lambda: bitwright.plan(Recipe(str(folder), "W4A16", "rtn", **how))):  # type: ignore[arg-type]
+        with pytest.raises(kind, match=says):
+            call()
+    assert [path.name for path in folder.parent.iterdir()] == ["odd"]
+
+
+EXPERTS = {
+    "layers.0.moe.experts.gate_up_proj": drawn(4, 192, 64), "layers.0.moe.experts.down_proj": drawn(4, 64, 96),
+    "layers.0.moe.gate.weight": drawn(4, 64), "lm_head.weight": drawn(128, 64),
+}  # fmt: skip
+
+
+class TestOfAnArchitectureThatTransformersDoesNotKnow:
+    @pytest.mark.parametrize("beside", [False, True])
+    def test_verified_but_not_run(self, beside: bool, odd: Odd) -> None:
+        source = odd(EXPERTS)
+        found = bitwright.verify(quantized(source), source if beside else None)
+        logits = next(check for check in found.checks if check.name == "logits")
+        assert logits.found == "not run: transformers does not know the architecture 'oddity'" and found.passed
+        assert ("weights" in [check.name for check in found.checks]) is beside
+
+    def test_damage_is_found_all_the_same(self, odd: Odd) -> None:
+        source = odd(EXPERTS)
+        out = quantized(source)
+        tensors = load_file(out / "model.safetensors")
+        tensors["layers.0.k.weight_packed"] ^= 1
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        assert not bitwright.verify(out, source).passed
+
+    def test_no_language_model(self, odd: Odd) -> None:
+        """A model that transformers knows and that gives no logits of next tokens."""
+        out = quantized(odd({}))
+        config = json.loads((out / "config.json").read_text()) | {"model_type": "t5"}
+        (out / "config.json").write_text(json.dumps(config))
+        says = "not run: transformers has no causal language model of 't5'"
+        assert bitwright.verify(out).checks[-1].found == says
+
+    def test_inspected_alike_before_and_after(self, odd: Odd) -> None:
+        source = odd(EXPERTS)
+        before, after = bitwright.inspect(source), bitwright.inspect(quantized(source))
+        names = ["layers.0.k", "layers.0.moe.experts.down_proj", "layers.0.moe.experts.gate_up_proj", "lm_head"]
+        assert [row.name for row in before.linears] == [row.name for row in after.linears] == names
+        assert before.bits_per_weight == 16 and before.linears[2].shape == (4, 192, 64)
+        assert before.parameters == after.parameters == 4 * 64 * (192 + 96) + 64 * (4 + 64 + 128 + 128)

@@ -58,6 +58,43 @@ def refused(folder: Path, says: str, kind: type[Exception] = RecipeError, **how:
     assert [path.name for path in folder.parent.iterdir()] == ["odd"]
 
 
+class TestCalledAsAPartOfAQuantizedWeight:
+    @pytest.mark.parametrize("format", [None, "bitwright", "compressed-tensors", "dense"])
+    @pytest.mark.parametrize("weight", [drawn(64, 64).to(torch.int8), drawn(64, 64) > 0])
+    def test_kept_beside_a_kept_weight(self, weight: Tensor, format: str | None, odd: Odd) -> None:
+        source = odd({f"{X}.weight": weight} | SCALE)
+        out = quantized(source, format=format)
+        written = Checkpoint.open(out)
+        for name in (f"{X}.weight", f"{X}.weight_scale"):
+            assert torch.equal(written.read(name), Checkpoint.open(source).read(name))
+        if format != "dense":
+            found = bitwright.verify(out, source)
+            assert found.passed and found.linears == 1
+            assert [row.name for row in bitwright.inspect(out).linears if row.dtype == "packed"] == ["layers.0.k"]
+
+    def test_beside_an_excluded_one(self, odd: Odd) -> None:
+        source = odd({f"{X}.weight": drawn(64, 64)} | SCALE)
+        assert bitwright.verify(quantized(source, exclude=X), source).passed
+
+    @pytest.mark.parametrize("leaf", ["weight_scale", "weight_zero_point", "weight_g_idx", "outlier_index"])
+    def test_in_the_way_of_a_quantized_weight(self, leaf: str, odd: Odd) -> None:
+        says = rf"{X} is partly quantized already: there is a tensor {X}.{leaf},.* --exclude '{X}'"
+        refused(odd({f"{X}.weight": drawn(64, 64), f"{X}.{leaf}": torch.ones(1)}), says, CheckpointError)
+
+    @pytest.mark.parametrize("beside", [{}, {f"{X}.weight": drawn(64, 64)}])
+    def test_packed_codes(self, beside: dict[str, Tensor], odd: Odd) -> None:
+        packed = {f"{X}.weight_packed": torch.ones(64, 8, dtype=torch.int32)}
+        refused(odd(packed | beside), f"there is a tensor {X}.weight_packed", CheckpointError)
+
+    def test_a_quantized_weight_without_its_codes_is_damaged(self, odd: Odd) -> None:
+        out = quantized(odd({}), format="bitwright")
+        tensors = load_file(out / "model.safetensors")
+        del tensors["layers.0.k.weight_packed"]
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"there is no tensor layers.0.k.weight_packed"):
+            bitwright.verify(out)
+
+
 EXPERTS = {
     "layers.0.moe.experts.gate_up_proj": drawn(4, 192, 64), "layers.0.moe.experts.down_proj": drawn(4, 64, 96),
     "layers.0.moe.gate.weight": drawn(4, 64), "lm_head.weight": drawn(128, 64),

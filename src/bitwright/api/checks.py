@@ -11,6 +11,7 @@ from bitwright.api.work import Work
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.weight import Weight
+from bitwright.formats import CODES, bitwright, compressed_tensors
 
 
 def check_weights_alone(format: str | None, scheme: Scheme) -> None:
@@ -41,6 +42,26 @@ def check_dtypes(source: Source, work: Work) -> None:
             raise CheckpointError(
                 f"{name} in {checkpoint.folder} is stored as {str(found).removeprefix('torch.')}; Bitwright quantizes "
                 f"{', '.join(DTYPES)}. Start from the original, or convert the model with transformers"
+            )
+
+
+def check_names(source: Source, work: Work, format: ModuleType) -> None:
+    """Refuses tensors that a reader of the result would take for a part of what is quantized.
+
+    Beside a weight that stays as it is, they stay too. ``format`` is that of the tensors to write.
+    """
+    if not hasattr(format, "LEAVES"):
+        return
+    leaves, quantized = {*bitwright.LEAVES, *compressed_tensors.LEAVES}, {weight.name for weight in work.weights}
+    checkpoint = source.checkpoint
+    for name in checkpoint.names:
+        stem, _, leaf = name.rpartition(".")
+        in_full = f"{stem}.weight" in checkpoint and leaf not in CODES
+        if leaf in leaves and leaf != "weight" and not (in_full and stem not in quantized):
+            way_out = f". Or leave it as it is: --exclude '{stem}'" if in_full and isinstance(work, TensorWork) else ""
+            raise CheckpointError(
+                f"{checkpoint.folder}: {stem} is partly quantized already: there is a tensor {name}, which is how a "
+                "part of a quantized weight is called. Start from the full-precision model" + way_out
             )
 
 

@@ -95,6 +95,53 @@ class TestCalledAsAPartOfAQuantizedWeight:
             bitwright.verify(out)
 
 
+class TestNoWeightOfALinear:
+    @pytest.mark.parametrize(("name", "shape"), [
+        ("layers.0.mixer.A_log", (128, 32)), ("layers.0.experts.mlp.w1", (256, 64)),
+        ("layers.0.experts.gate_up_proj_bias", (4, 192)),
+    ])  # fmt: skip
+    def test_a_matrix_of_another_name_is_not_included(self, name: str, shape: tuple[int, int], odd: Odd) -> None:
+        says = rf"--include {re.escape(name)} fits {re.escape(name)}, which is no linear's weight.* end in \.weight"
+        refused(odd({name: drawn(*shape)}), says, include=name)
+
+    def test_nor_is_it_advised(self, odd: Odd) -> None:
+        source = odd({"layers.0.mixer.A_log": drawn(128, 32)})
+        weights = load_file(source / "model.safetensors")
+        save_file({"layers.0.mixer.A_log": weights["layers.0.mixer.A_log"]}, source / "model.safetensors")
+        refused(source, r"(?s)A_log: no linear's: its name does not end in \.weight\nnone of them can be")
+
+    def test_experts_without_weight_are_included(self, odd: Odd) -> None:
+        source = odd({"layers.0.ffn.mlp_w1": drawn(4, 96, 64)})
+        assert bitwright.verify(quantized(source, include="*mlp_w1"), source).linears == 2
+
+    def test_biases_beside_what_is_included_stay(self, odd: Odd) -> None:
+        """GPT-2's matrices, stored [in, out], with their biases."""
+        source = odd({f"h.0.{name}": drawn(*shape) for name, shape in
+                      {"c_fc.weight": (64, 128), "c_fc.bias": (128,)}.items()})  # fmt: skip
+        out = Checkpoint.open(quantized(source, include="*c_fc*"))
+        assert "h.0.c_fc.weight_packed" in out and "h.0.c_fc.bias" in out
+
+
+class TestEmpty:
+    def test_kept(self, odd: Odd) -> None:
+        source = odd({
+            "layers.0.experts.gate_up_proj": drawn(0, 64, 64), "layers.0.experts.down_proj": drawn(4, 64, 0),
+            "layers.0.q.weight": drawn(0, 64), "layers.0.z.weight": drawn(64, 0),
+        })  # fmt: skip
+        kinds = {kind.name: kind for kind in bitwright.plan(Recipe(str(source), "W4A16", "rtn")).tensors}
+        assert [kind.why for kind in kinds.values() if not kind.quantized] == ["embedding", *["empty"] * 4]
+        assert bitwright.verify(quantized(source), source).linears == 1
+
+    @pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0, 64, 64), (4, 0, 64)])
+    def test_not_included(self, shape: tuple[int, ...], odd: Odd) -> None:
+        refused(odd({f"{X}.weight": drawn(*shape)}), rf"which is empty: its shape is \[{shape[0]}, ", include=X)
+
+    def test_no_output_layer(self, odd: Odd) -> None:
+        source = odd({"lm_head.weight": drawn(0, 64)})
+        with pytest.raises(CheckpointError, match=r"lm_head.weight in .* is empty"):
+            bitwright.plan(Recipe(str(source), "W4A16", "rtn", quantize_lm_head=True))
+
+
 EXPERTS = {
     "layers.0.moe.experts.gate_up_proj": drawn(4, 192, 64), "layers.0.moe.experts.down_proj": drawn(4, 64, 96),
     "layers.0.moe.gate.weight": drawn(4, 64), "lm_head.weight": drawn(128, 64),

@@ -33,11 +33,16 @@ def check_scheme(source: Source, scheme: Scheme) -> None:
 
 
 def check_dtypes(source: Source, work: Work) -> None:
-    """Refuses weights that are no ordinary floating-point numbers, such as the float8 of models quantized already."""
+    """Refuses weights that are no ordinary floating-point numbers, such as the float8 of models quantized already, and
+    those of no numbers at all."""
     checkpoint, known = source.checkpoint, set(DTYPES.values())
     embedding = [f"{source.family.embedding}.weight"] if source.family else []
     for name in [*embedding, *(weight.tensor for weight in work.weights)]:
-        found = checkpoint.entry(name).dtype
+        found, shape = checkpoint.entry(name).dtype, checkpoint.entry(name).shape
+        if 0 in shape:
+            raise CheckpointError(
+                f"{name} in {checkpoint.folder} is empty: its shape is {list(shape)}; download it again"
+            )
         if found not in known:
             raise CheckpointError(
                 f"{name} in {checkpoint.folder} is stored as {str(found).removeprefix('torch.')}; Bitwright quantizes "

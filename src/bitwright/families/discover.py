@@ -14,6 +14,7 @@ from bitwright.core.weight import Division, Kept, Weight
 SMALLEST = 32
 """Features. Fewer are a router's or a gate's."""
 SMALL = f"small: fewer than {SMALLEST} features"
+EMPTY, UNNAMED = "empty", "no linear's: its name does not end in .weight"
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
 EMBEDDING = "embedding"
 EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "tok_embeddings", "embeddings", "wte")
@@ -71,10 +72,12 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def _why_kept(name: str, shapes: Shapes, turned: bool) -> str | None:
     shape = shapes[name]
+    if 0 in shape:
+        return EMPTY
     if _holds_experts(name, shape):
         return None if min(shape[1:]) >= SMALLEST else SMALL
     if len(shape) != 2 or not name.endswith(".weight"):
-        return "not a matrix" if len(shape) != 2 else "no .weight"
+        return "not a matrix" if len(shape) != 2 else UNNAMED
     if not IN_A_BLOCK.search(name):
         return "output layer" if _is(name, HEADS) else EMBEDDING if _is(name, EMBEDDINGS) else "outside of the blocks"
     for why, pattern in KEPT:

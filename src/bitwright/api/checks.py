@@ -1,6 +1,6 @@
 """What a recipe may not ask of a model: told from names, shapes and dtypes, before any weight is read."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import product
 from types import ModuleType
 
@@ -10,8 +10,11 @@ from bitwright.api.tensor_work import TensorWork
 from bitwright.api.work import Work
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.scheme import Scheme, Tile
-from bitwright.core.weight import Weight
+from bitwright.core.weight import Weight, starred
 from bitwright.formats import CODES, bitwright, compressed_tensors
+
+_Kind = tuple[tuple[int, ...], bool]
+"""Shape of a weight, and whether it is stored turned."""
 
 
 def check_weights_alone(format: str | None, scheme: Scheme) -> None:
@@ -75,24 +78,33 @@ def check_shapes(work: Work, scheme: Scheme, tiles: Iterable[Tile], format: Modu
 
     Raises SchemeError, RecipeError.
     """
-    kinds: dict[tuple[tuple[int, ...], bool], Weight] = {}
+    kinds: dict[_Kind, Weight] = {}
     for weight in work.weights:
         kinds.setdefault((weight.shape, weight.turned), weight)  # of experts there are thousands alike
-    for weight, tile in product(kinds.values(), tiles):
+    errors = dict[_Kind, SchemeError | RecipeError]()
+    for (kind, weight), tile in product(kinds.items(), tiles):
         try:
             weight.tile(tile).counts(weight.slice)
         except SchemeError as error:
             what = f"{weight.name} {list(weight.shape)} under scheme {scheme}: {error}"
-            raise SchemeError(what + _or_leave_it(work, weight)) from None
-    for weight in kinds.values():
+            errors.setdefault(kind, SchemeError(what))
+    for kind, weight in () if errors else kinds.items():
         try:
             check_shape(format, weight.name, weight.shape)
         except RecipeError as error:
-            raise RecipeError(f"{error}{_or_leave_it(work, weight)}") from None
+            errors[kind] = error
+    if errors:
+        first = next(iter(errors.values()))
+        raise type(first)(f"{first}{_or_leave_them(work, errors)}")
 
 
-def _or_leave_it(work: Work, weight: Weight) -> str:
-    """How one weight alone stays as it is, where that can be asked for."""
-    if weight is work.weights[-1] and work.copied_head:
-        return ". Or leave --quantize-lm-head out"
-    return f". Or leave it as it is: --exclude '{weight.name}'" if isinstance(work, TensorWork) else ""
+def _or_leave_them(work: Work, kinds: Collection[_Kind]) -> str:
+    """How all weights of these kinds stay as they are, where that can be asked for and leaves any."""
+    unfit, ways = [weight for weight in work.weights if (weight.shape, weight.turned) in kinds], []
+    if work.copied_head and unfit[-1] is work.weights[-1]:
+        unfit = unfit[:-1]
+        ways.append("leave --quantize-lm-head out")
+    if isinstance(work, TensorWork) and 0 < len(unfit) < len(work.weights):
+        names = ",".join(dict.fromkeys(starred(weight.name) for weight in unfit))
+        ways.append(f"leave what does not fit as it is: --exclude '{names}'")
+    return f". Or {' and '.join(ways)}" if ways else ""

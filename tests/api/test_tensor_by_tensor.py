@@ -183,8 +183,26 @@ class TestPatterns:
         assert not list(tmp_path.iterdir())
 
     def test_groups_that_do_not_divide_name_the_way_out(self, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
-        with pytest.raises(SchemeError, match=r"--exclude 'gpt_neox.layers.0.mlp.dense_4h_to_h'"):
+        with pytest.raises(SchemeError, match=r"--exclude 'gpt_neox.layers.\*.mlp.dense_4h_to_h'"):
             bitwright.quantize(Recipe(str(folder_of("gpt_neox")), "W4A16g64", "rtn"), tmp_path / "out")
+
+    def test_the_way_out_is_one_for_all_that_do_not_divide(self, tiny: Checkpoints) -> None:
+        asked = Recipe(str(tiny(intermediate_size=96, head_dim=12)), "W4A16g64", "rtn", quantize_lm_head=True)
+        with pytest.raises(SchemeError, match=r"o_proj \[64, 48\]") as error:
+            bitwright.plan(asked)
+        advised = str(error.value).split("'")[1]
+        assert advised == "model.layers.*.self_attn.o_proj,model.layers.*.mlp.down_proj"
+        assert bitwright.plan(replace(asked, exclude=advised)).linears == 11
+
+    def test_a_copied_head_that_does_not_divide_has_its_own_way_out(self, tiny: Checkpoints) -> None:
+        source = str(tiny(tied=True, hidden_size=48, intermediate_size=64, head_dim=16))
+        asked = Recipe(source, "W4A16g64", "rtn", quantize_lm_head=True)
+        says = r"Or leave --quantize-lm-head out and leave what does not fit as it is: --exclude '.*q_proj,"
+        with pytest.raises(SchemeError, match=says) as error:
+            bitwright.plan(asked)
+        advised = str(error.value).split("'")[1]
+        assert "lm_head" not in advised and "embed" not in advised
+        assert bitwright.plan(replace(asked, quantize_lm_head=False, exclude=advised)).linears == 4
 
     def test_the_plan_lists_what_happens_to_every_tensor(self, folder_of: Callable[[str], Path]) -> None:
         source = folder_of("gpt_oss")
@@ -274,11 +292,18 @@ class TestProcesses:
         assert list((tmp_path / "out.partial").glob("part-*")) and not list((tmp_path / "out.partial").glob("journal*"))
         assert bitwright.quantize(recipe, tmp_path / "out").resumed == 0
 
+    def test_torchrun_says_the_plan_once(self, recipe: Recipe, tmp_path: Path) -> None:
+        program = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bitwright")
+        run = started(recipe, tmp_path / "out", "--dry-run", "--json", program=program)
+        out, err = run.communicate(timeout=240)
+        assert run.returncode == 0, err
+        assert json.loads(out)["linears"] == 14
+
     def test_torchrun_is_refused_for_blocks(self, recipe: Recipe, tmp_path: Path) -> None:
         program = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bitwright")
         run = started(recipe, tmp_path / "out", "--calibration", "builtin", program=program)
         _, err = run.communicate(timeout=240)
-        assert run.returncode != 0 and "torchrun shares tensors out between processes" in err
+        assert run.returncode != 0 and err.count("torchrun shares tensors out between processes") == 1
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("moment", [0, 2, 5])

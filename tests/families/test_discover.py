@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitwright.families import llama, opt
-from bitwright.families.discover import discover, embedding, head, in_order
+from bitwright.families.discover import EMPTY, UNNAMED, discover, embedding, head, in_order
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -93,7 +93,14 @@ def test_experts_in_one_tensor() -> None:
     why = {one.tensor: one.why for one in division.kept}
     assert why["model.layers.0.mlp.router.weight"] == "router or gate of experts"
     assert why["model.embed_tokens.weight"] == "embedding" and why["lm_head.weight"] == "output layer"
-    assert why["model.layers.0.mlp.experts.gate_up_proj_bias"] == "no .weight"
+    assert why["model.layers.0.mlp.experts.gate_up_proj_bias"] == UNNAMED
+
+
+def test_what_is_empty_is_kept() -> None:
+    experts = {"layers.0.experts.gate_up_proj": (0, 64, 64), "layers.0.experts.down_proj": (4, 64, 0)}
+    matrices = {"layers.0.q.weight": (0, 64), "layers.0.k.weight": (64, 0)}
+    division = discover(experts | matrices, experts | matrices, {"hidden_size": 64})
+    assert not division.weights and {one.why for one in division.kept} == {EMPTY}
 
 
 @pytest.mark.parametrize(("up", "down", "turned"), [

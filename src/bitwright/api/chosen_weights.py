@@ -37,7 +37,9 @@ def chosen(found: Division, patterns: Patterns, checkpoint: Checkpoint, view: Mo
         _keep(weights, kept, _no_linears(found.weights, view), "no linear in the model that transformers makes")
     shapes = {name: checkpoint.entry(name).shape for name in checkpoint.names}
     for pattern in patterns.include:
-        for name in _fitting(pattern, checkpoint.names, "--include"):
+        fitting = _fitting(pattern, checkpoint.names, "--include")
+        matrices = [name for name in fitting if len(shapes[name]) in (2, 3)]
+        for name in matrices or fitting:  # biases beside them stay as they are
             if name in kept:
                 _require_matrix(name, pattern, checkpoint, view)
                 weights[name.removesuffix(".weight")] = weight(name, shapes, hidden_size(checkpoint.config))
@@ -90,6 +92,10 @@ def _require_matrix(name: str, pattern: str, checkpoint: Checkpoint, view: Model
         found = f"holds {str(entry.dtype).removeprefix('torch.')}"
     elif len(entry.shape) not in (2, 3):
         found = f"has shape {list(entry.shape)}: a linear has two dimensions, a stack of experts three"
+    elif 0 in entry.shape:
+        found = f"is empty: its shape is {list(entry.shape)}"
+    elif len(entry.shape) == 2 and not name.endswith(".weight"):
+        found = "is no linear's weight, or its name would end in .weight: nothing could load it packed"
     elif view is not None and view.linear(name) is None and view.places.get(name) == name and len(entry.shape) == 2:
         found = "is no linear in the model that transformers makes, which could not load it packed"
     if found:

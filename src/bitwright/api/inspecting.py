@@ -11,6 +11,7 @@ from bitwright.api.report_file import account_of
 from bitwright.api.source import architecture, open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
+from bitwright.families.discover import ROUTER, discover
 from bitwright.formats import QuantizedFolder
 
 PARTS_OF_A_WEIGHT = (
@@ -23,8 +24,8 @@ NOT_LINEAR = ("embed", "wte", "wpe", "norm")
 class LinearSize:
     """A linear on disk; ``bits_per_weight`` counts all that is stored for it, scales, zeros and outliers too.
 
-    ``tile`` is how many output and input features share a scale, None where nothing is packed. A packed weight that
-    is fused over experts has a ``shape`` of three numbers.
+    ``tile`` is how many output and input features share a scale, None where nothing is packed. A weight that is fused
+    over experts has a ``shape`` of three numbers.
     """
 
     name: str
@@ -36,8 +37,8 @@ class LinearSize:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a folder holds. ``linears`` are the two-dimensional weights that are neither embedding nor norm, and
-    packed experts.
+    """What a folder holds. ``linears`` are the two-dimensional weights that are neither embedding nor norm nor a router
+    of experts, and weights that are fused over experts, packed or not.
 
     ``bits_per_weight`` is over the quantized linears (all linears where none is), ``model_bits_per_weight`` over
     every parameter of the folder. ``scheme`` is what bitwright.json says, where there is one.
@@ -80,9 +81,17 @@ def inspect(path: Path | str) -> Inspection:
 
 def _linears(checkpoint: Checkpoint) -> list[LinearSize]:
     """Every linear, a packed one by its weight_packed."""
-    names = {re.sub(r"\.weight(_packed)?$", "", n) for n in checkpoint.names if re.search(r"\.weight(_packed)?$", n)}
-    rows = [row for name in names if (row := _linear(checkpoint, name))]
-    return sorted(rows, key=lambda row: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", row.name)])
+    shapes = {name: checkpoint.entry(name).shape for name in checkpoint.names}
+    rules = discover(shapes, shapes, {})
+    whole = {name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
+    whole |= {weight.tensor for weight in rules.weights if weight.stacked}
+    whole -= {kept.tensor for kept in rules.kept if kept.why == ROUTER}
+    packed = {name for name in checkpoint.names if name.endswith(".weight_packed")}
+    rows = [_linear(checkpoint, re.sub(r"\.weight(_packed)?$", "", name), name) for name in whole | packed]
+    found = {row.name: row for row in rows if not any(part in row.name.lower() for part in NOT_LINEAR)}
+    return sorted(
+        found.values(), key=lambda row: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", row.name)]
+    )
 
 
 def _packed_by_input(checkpoint: Checkpoint) -> list[LinearSize]:
@@ -98,14 +107,13 @@ def _packed_by_input(checkpoint: Checkpoint) -> list[LinearSize]:
     return rows
 
 
-def _linear(checkpoint: Checkpoint, name: str) -> LinearSize | None:
+def _linear(checkpoint: Checkpoint, name: str, tensor: str) -> LinearSize:
+    """A linear, or a weight fused over experts; ``tensor`` has its weights, packed or in full."""
     packed = f"{name}.weight_packed" in checkpoint
-    shape = _packed_shape(checkpoint, name) if packed else checkpoint.entry(f"{name}.weight").shape
-    if (len(shape) != 2 and not packed) or any(part in name.lower() for part in NOT_LINEAR):
-        return None
-    stored = [f"{name}.{part}" for part in PARTS_OF_A_WEIGHT if f"{name}.{part}" in checkpoint]
+    shape = _packed_shape(checkpoint, name) if packed else checkpoint.entry(tensor).shape
+    stored = {tensor, *(part for leaf in PARTS_OF_A_WEIGHT if (part := f"{name}.{leaf}") in checkpoint)}
     bits = 8 * sum(checkpoint.nbytes(part) for part in stored) / max(1, prod(shape))
-    dtype = "packed" if packed else str(checkpoint.entry(f"{name}.weight").dtype).removeprefix("torch.")
+    dtype = "packed" if packed else str(checkpoint.entry(tensor).dtype).removeprefix("torch.")
     return LinearSize(name, tuple(shape), dtype, bits, _tile(checkpoint, name, shape) if packed else None)
 
 

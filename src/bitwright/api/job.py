@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.api.arithmetic import pick_arithmetic
-from bitwright.api.checks import check_dtypes, check_scheme, check_shapes, check_weights_alone
+from bitwright.api.checks import check_dtypes, check_names, check_scheme, check_shapes, check_weights_alone
 from bitwright.api.format_choice import encoder, expected, is_file_format, is_single, refuse_idle, settled, target
 from bitwright.api.parameters import LearnedParameters, belonging
 from bitwright.api.source import Source
@@ -133,6 +133,7 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     check_scheme(source, scheme)
     check_dtypes(source, work)
     chosen.quantization_config(job.written())  # refuses a scheme that it has no words for
+    check_names(source, work, chosen)
     check_shapes(work, scheme, _tiles(job), goal)
     if is_file_format(goal):
         model, known = source.checkpoint, foreseen(source, work, scheme)

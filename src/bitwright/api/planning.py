@@ -18,6 +18,7 @@ from bitwright.core.scheme import Scheme
 from bitwright.core.weight import Weight
 from bitwright.methods import learned
 from bitwright.stream.budget import Budget
+from bitwright.stream.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class Plan:
 
 def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_memory: str | None = None) -> Plan:
     """What ``quantize`` would do with this recipe; reads no weight and writes nothing."""
-    job = prepare(for_engines(recipe, device), device)
-    crew = crew_of(job, workers, max_memory)
+    with Ranks.here().alike():
+        job = prepare(for_engines(recipe, device), device)
+        crew = crew_of(job, workers, max_memory)
     found = replace(plan_of(job), workers=crew.workers, memory_bytes=crew.memory_bytes)
     if job.settings.outlier_rule is None or not any(Decision.OUTLIERS in method.decides for method in job.methods):
         return found

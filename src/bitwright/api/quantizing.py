@@ -82,11 +82,12 @@ def quantize(
     torchrun on several machines; the bytes are the same. ``hands`` are workers that have been started already.
     """
     start, output, ranks = monotonic(), Path(output), Ranks.here()
-    recipe = for_engines(recipe, device)
-    single = is_single(recipe.format)
-    refuse_output(Path(recipe.model), output, overwrite, single)
-    job = prepare(recipe, device)
-    crew = replace(crew_of(job, workers, max_memory, ranks), hands=hands or Hands())
+    with ranks.alike():
+        recipe = for_engines(recipe, device)
+        single = is_single(recipe.format)
+        refuse_output(Path(recipe.model), output, overwrite, single)
+        job = prepare(recipe, device)
+        crew = replace(crew_of(job, workers, max_memory, ranks), hands=hands or Hands())
     if not ranks.first:
         return _help(job, output, crew, ranks)
     saved = None if save_parameters is None else place_to_save(job, Path(save_parameters), output)

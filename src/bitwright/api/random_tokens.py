@@ -1,18 +1,30 @@
 """What models compute on the same random tokens, and how far apart that is: all that ``verify`` needs of a text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitwright.api.source import model_config
 from bitwright.core.progress import Listener, Progress
 from bitwright.stream.memory import peak_memory
 
 TOKENS, SEED = 64, 0
+
+
+def cannot_run(config: Mapping[str, Any]) -> str | None:
+    """Why nothing can be computed with a model of this config.json, however sound: transformers has no class for it."""
+    kind = str(config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        return f"transformers does not know the architecture '{kind}'"
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"transformers has no causal language model of '{kind}'"
+    return None
 
 
 def random_tokens(folder: Path) -> Int[Tensor, "1 T"]:

@@ -1,11 +1,10 @@
 """What happens to the tensors of a checkpoint, those that differ in their numbers alone taken together."""
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
 from bitwright.api.job import Job
-from bitwright.core.weight import Weight
+from bitwright.core.weight import Weight, starred
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,9 @@ def tensors_of(job: Job) -> tuple[TensorKind, ...]:
     weights = {weight.tensor: _said(weight) for weight in job.work.weights}
     kept = {name: why for name, why in job.work.kept.items() if name not in weights or job.work.copied_head}
     entry = job.source.checkpoint.entry
-    counted = Counter((_starred(name), entry(name).shape, True, said) for name, said in weights.items())
-    counted.update((_starred(name), entry(name).shape, False, why) for name, why in kept.items())
+    counted = Counter((starred(name), entry(name).shape, True, said) for name, said in weights.items())
+    counted.update((starred(name), entry(name).shape, False, why) for name, why in kept.items())
     return tuple(TensorKind(name, shape, count, done, why) for (name, shape, done, why), count in counted.items())
-
-
-def _starred(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _said(weight: Weight) -> str:

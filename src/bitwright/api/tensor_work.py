@@ -166,9 +166,11 @@ def _why_nothing(division: Division, checkpoint: Checkpoint) -> str:
     for kept in matrices:
         reasons.setdefault(kept.why, []).append(kept.tensor)
     lines = [f"  {len(names)} such as {names[0]}: {why}" for why, names in reasons.items()]
-    remedy = (
-        "--exclude leaves nothing" if any(why.startswith("excluded") for why in reasons) else "--include takes more"
-    )
+    remedy = "--include takes more"
+    if any(why.startswith("excluded") for why in reasons):
+        remedy = "--exclude leaves nothing"
+    elif reasons and reasons.keys() <= {discover.EMPTY, discover.UNNAMED}:
+        remedy = "none of them can be the weight of a linear"
     return "\n".join([f"all of its {len(matrices)} matrices are kept as they are", *lines, remedy])
 
 

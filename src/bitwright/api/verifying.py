@@ -8,7 +8,7 @@ from bitwright.api.dequantizing import is_made_dense, load_codes
 from bitwright.api.engine_files import engine_format
 from bitwright.api.findings import Check, Verification
 from bitwright.api.loading import load
-from bitwright.api.random_tokens import divergence_from, logits_of, of_chance, random_tokens
+from bitwright.api.random_tokens import cannot_run, divergence_from, logits_of, of_chance, random_tokens
 from bitwright.api.report_file import digests_of, is_made_of
 from bitwright.api.soundness import structure
 from bitwright.api.source import open_checkpoint
@@ -27,6 +27,8 @@ def verify(
 ) -> Verification:
     """Looks at every quantized linear of a folder, at what it takes on disk, and, with ``logits``, at what the folder
     computes when transformers loads it, beside our own decoding of its codes; or at an engine's own file (gguf, mlc).
+
+    Of an architecture that transformers does not know, nothing can be computed, and the check says so.
 
     ``against`` is the original: its tensors must all be there, quantized or as they were, and how far weights and
     logits are from it is measured; where its weights tell nothing and logits are left out, the check of weights is not
@@ -48,7 +50,9 @@ def verify(
         beside.look(listener)
         decided = bool(digests_of(model.folder))
         checks.append(beside.check(decided, sure=logits or (decided and is_made_of(model.folder, original))))
-    if logits and all(check.passed for check in checks):
+    if logits and (why := cannot_run(model.config)) is not None:
+        checks.append(Check("logits", True, f"not run: {why}"))
+    elif logits and all(check.passed for check in checks):
         found, divergence = _logits(model, None if original is None else original.folder, listener)
         checks += found
     return Verification(

@@ -66,7 +66,10 @@ def pieces(header: Header, start: int, stop: int, buffer: memoryview) -> Iterato
                 yield piece
             _check_unchanged(header, file)
     except OSError as error:
-        raise CheckpointError(f"{header.path}: cannot be read any more: {error}") from error
+        raise CheckpointError(
+            f"{header.path}: cannot be read any more: {error}. If it was moved or removed, put it back as it "
+            "was, else check the disk; the same command then goes on where it can"
+        ) from error
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -184,7 +184,9 @@ def quantize(
         raise RecipeError("which model? Name its folder: bitwright quantize MODEL, or the key 'model' in the recipe")
     wanted = Recipe.from_mapping(asked)
     if dry_run:
-        show(api.plan(wanted, device, workers, max_memory), screens.plan, as_json)
+        planned = api.plan(wanted, device, workers, max_memory)
+        if api.speaks():
+            show(planned, screens.plan, as_json)
         return
     if target is None:
         raise RecipeError("where should the result go? Give --output DIR, or the key 'output' in the recipe")

@@ -31,6 +31,10 @@ class OutputError(UserError):
     """A place that cannot be written to: it exists, it is full, another run holds it."""
 
 
+class ToldError(UserError):
+    """What another process of the same run says for all of them; this one ends without a word."""
+
+
 class CalibrationError(UserError):
     """Calibration or evaluation text that is missing, unreadable or too short."""
 

@@ -1,5 +1,6 @@
 """Which tensors of a checkpoint are quantized, and which are kept."""
 
+import re
 from dataclasses import dataclass
 
 from bitwright.core.scheme import Tile
@@ -55,3 +56,12 @@ class Division:
 
     weights: tuple[Weight, ...]
     kept: tuple[Kept, ...]
+
+
+def starred(name: str) -> str:
+    """A name with ``*`` for the numbers in it: what those of all blocks and experts have in common.
+
+    >>> starred("model.layers.3.mlp.experts.12.up_proj")
+    'model.layers.*.mlp.experts.*.up_proj'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

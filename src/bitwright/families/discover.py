@@ -14,16 +14,18 @@ from bitwright.core.weight import Division, Kept, Weight
 SMALLEST = 32
 """Features. Fewer are a router's or a gate's."""
 SMALL = f"small: fewer than {SMALLEST} features"
+EMPTY, UNNAMED = "empty", "no linear's: its name does not end in .weight"
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
 EMBEDDING = "embedding"
 EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "tok_embeddings", "embeddings", "wte")
 HEADS = ("lm_head", "embed_out", "output")
 INTO, OUT_OF = ("gate_up", "gate", "up", "w1", "w3", "w13", "input_linear"), ("down", "w2", "output_linear")
 """Beginnings of experts' last names: those that read the hidden state, and those that give it."""
+ROUTER = "router or gate of experts"
 KEPT = (
     ("norm or scale", r"norm|(^|[._])ln_"),
     (EMBEDDING, r"emb(ed|edding)s?([._]|$)|(^|\.)w[tp]e\.|rotary|position|relative_attention_bias"),
-    ("router or gate of experts", r"(^|\.)(gate|router|shared_expert_gate|expert_gate|wg)\.|router"),
+    (ROUTER, r"(^|\.)(gate|router|shared_expert_gate|expert_gate|wg)\.|router"),
     ("of vision or audio", r"vision|visual|image|audio|speech|patch|multi_modal|mm_projector"),
     ("convolution", r"conv"),
     ("of a state space mixer, read without its linear", r"(^|\.)(mixer|mamba|ssm)\.(in|out|x|dt)_proj\."),
@@ -70,10 +72,12 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def _why_kept(name: str, shapes: Shapes, turned: bool) -> str | None:
     shape = shapes[name]
+    if 0 in shape:
+        return EMPTY
     if _holds_experts(name, shape):
         return None if min(shape[1:]) >= SMALLEST else SMALL
     if len(shape) != 2 or not name.endswith(".weight"):
-        return "not a matrix" if len(shape) != 2 else "no .weight"
+        return "not a matrix" if len(shape) != 2 else UNNAMED
     if not IN_A_BLOCK.search(name):
         return "output layer" if _is(name, HEADS) else EMBEDDING if _is(name, EMBEDDINGS) else "outside of the blocks"
     for why, pattern in KEPT:

@@ -24,6 +24,10 @@ from bitwright.core.scheme import Tile
 CONFIG = "quantization_config"
 SHORT_BYTES = 2**20
 """A list of integers that has no more is read to see whether tensors fit together."""
+PACKED = "pack-quantized"
+"""The variant of compressed-tensors in which no codes are called ``weight``."""
+CODES = ("weight_packed", "qweight")
+"""How the names of packed codes end, whatever the format."""
 READABLE = "compressed-tensors (integer weights), bitwright, gptq and awq folders"
 
 
@@ -50,7 +54,7 @@ class QuantizedFolder:
             return cls(checkpoint, None, None, (), (), _in_order(checkpoint.names))
         format = _format_of(folder, said)
         described = _described(folder, format, said)
-        found = _found(checkpoint.names, format.LEAVES)
+        found = _found(checkpoint, format, described)
         theirs = {f"{name}.{end}" for name in found for end in format.LEAVES}
         first = {name: [f"{name}.{leaf}" for leaf in format.LEAVES if f"{name}.{leaf}" in checkpoint] for name in found}
         stacks = {name for name, stored in first.items() if len(checkpoint.entry(stored[0]).shape) == 3}
@@ -184,11 +188,17 @@ def _tile(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def _found(names: Sequence[str], leaves: Sequence[str]) -> set[str]:
-    """The weights of which a tensor is there that no other weight has: one that is not whole is seen all the same."""
-    ends = {leaf for leaf in leaves if leaf != "weight"}
-    parts = (name.rpartition(".") for name in names)
-    return {stem for stem, _, leaf in parts if leaf in ends}
+def _found(checkpoint: Checkpoint, format: ModuleType, described: Described) -> set[str]:
+    """The weights of which a tensor is there that no other weight has: one that is not whole is seen all the same.
+
+    Not those that are there in full, with something beside them that happens to be called as a part of a quantized one.
+    """
+    ends = {leaf for leaf in format.LEAVES if leaf != "weight"}
+    stems = {stem for stem, _, leaf in (name.rpartition(".") for name in checkpoint.names) if leaf in ends}
+    if "weight" in format.LEAVES and described.variant != PACKED:
+        return stems  # codes one to a byte are called like a weight in full
+    in_full = {stem for stem in stems if f"{stem}.weight" in checkpoint}
+    return {stem for stem in stems if stem not in in_full or any(f"{stem}.{leaf}" in checkpoint for leaf in CODES)}
 
 
 def _format_of(folder: Path, said: Any) -> ModuleType:

@@ -58,6 +58,7 @@ def _described(config: Mapping[str, Any]) -> Described:
         _dynamic(first.get("input_activations"), "activations"),
         _dynamic(cache, "a KV cache"),
         tuple(config.get("ignore") or ()),
+        variant=str(config.get("format") or ""),
         rules=tuple(_rules(weights)),
         tile=_of_most(tiles),
         tiles=tuple(_rules(tiles)),

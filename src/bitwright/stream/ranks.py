@@ -6,13 +6,15 @@ torch.distributed (gloo), and they all have to see the folder. Where one of them
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed
 
+from bitwright.core.errors import ToldError, UserError
 from bitwright.stream.units import Unit
 
 T = TypeVar("T")
@@ -60,6 +62,22 @@ class Ranks:
         """Comes back once every one of them has called it."""
         if self.count > 1:
             torch.distributed.barrier()
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Around what all of them do alike: ToldError for the others where the first has an error, which it says; an
+        error that another alone has, or a different one, is its own to say."""
+        try:
+            yield
+        except UserError as error:
+            if self._of_first(str(error)) == str(error) and not self.first:
+                raise ToldError(str(error)) from error
+            raise
+        if said := self._of_first(""):
+            raise ToldError(said)
+
+    def _of_first(self, text: str) -> str:
+        return text if self.count == 1 else self.from_first(text)
 
     def share(self, units: Sequence[Unit]) -> list[Unit]:
         """Those of the units that are ours: each goes to the one with the fewest bytes so far, the largest first."""

@@ -135,9 +135,11 @@ def _in_folder(
 
 def _help(job: Job, output: Path, crew: Crew, ranks: Ranks) -> Result:
     """What every process but the first does: its share, noted in a journal of its own that the first takes over."""
-    first: dict[str, Any] = ranks.from_first(None)  # which has the folder by now
+    written: dict[str, str] = ranks.from_first(
+        None
+    )  # of the same files on several machines; the first has the folder by now
     work = work_folder(output.resolve())
-    own = identity(job) | {WRITTEN: first[WRITTEN]}  # of the same files on several machines
+    own = identity(job) | {WRITTEN: written}
     journal = Journal.open(work / f"journal-{ranks.index}.jsonl", own, restart=True)
     with _forgetting_what_changed(work):
         run_tensors(job, FolderSink(work, journal, job), crew, ranks, silent)
@@ -173,7 +175,7 @@ def _produce(
     """Everything that becomes the output, in the work folder; what bitwright.json says, and the peak bytes of worker
     processes."""
     beside = 0
-    ranks.from_first(identity(job))
+    ranks.from_first(job.source.checkpoint.modified())
     if not merge_begun(work.work):
         beside = _write_tensors(job, sink, crew, ranks, listener)
     elif ranks.count > 1:

@@ -135,9 +135,7 @@ def _in_folder(
 
 def _help(job: Job, output: Path, crew: Crew, ranks: Ranks) -> Result:
     """What every process but the first does: its share, noted in a journal of its own that the first takes over."""
-    written: dict[str, str] = ranks.from_first(
-        None
-    )  # of the same files on several machines; the first has the folder by now
+    written: dict[str, str] = ranks.from_first(None)  # of the same files elsewhere; it has the folder by now
     work = work_folder(output.resolve())
     own = identity(job) | {WRITTEN: written}
     journal = Journal.open(work / f"journal-{ranks.index}.jsonl", own, restart=True)

@@ -33,9 +33,8 @@ def refuse_idle(engine: str, **asked: Path | str | None) -> None:
     idle = ("python", "library") if engine == "transformers" else ("device", "dtype")
     for name in idle:
         if asked[name] not in (None, "auto"):
-            instead = "; llama.cpp runs where it was built for: --library takes a build of your own" * (
-                name == "device"
-            )
+            builds = "; llama.cpp runs where it was built for: --library takes a build of your own"
+            instead = builds if name == "device" else ""
             raise RecipeError(f"engine {engine} has no use for --{name} {asked[name]}; leave it out{instead}")
 
 

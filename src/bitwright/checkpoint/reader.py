@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,15 @@ class Checkpoint:
         """The tensor on the CPU in its stored dtype and shape: the exact bytes, a copy of one's own."""
         return self._read(name, self.entry(name).shape, 0)
 
-    def read_slice(self, name: str, start_row: int, stop_row: int) -> torch.Tensor:
-        """Rows [start_row, stop_row) of a tensor [rows, ...], nothing else being read; ValueError outside of it."""
+    def read_slice(self, name: str, start_row: int, stop_row: int, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [start_row, stop_row) of a tensor [rows, ...], nothing else being read; ValueError outside of it.
+
+        Where `memory` (uint8, [bytes], on the CPU) is large enough they are read into that, and are part of it.
+        """
         shape = self.entry(name).shape
         if not shape or not 0 <= start_row <= stop_row <= shape[0]:
             raise ValueError(f"{name} of shape {list(shape)} has no rows {start_row} to {stop_row}")
-        return self._read(name, (stop_row - start_row, *shape[1:]), start_row)
+        return self._read(name, (stop_row - start_row, *shape[1:]), start_row, memory)
 
     def fingerprint(self) -> dict[str, str]:
         """What identifies the checkpoint, file name -> digest, without reading all of its data."""
@@ -123,11 +127,16 @@ class Checkpoint:
         """Whether a floating tensor, read 64 MiB at a time, is finite throughout."""
         return finite.is_finite_tensor(self._header(name), self.entry(name))
 
-    def _read(self, name: str, shape: tuple[int, ...], skipped_rows: int) -> torch.Tensor:
+    def _read(
+        self, name: str, shape: tuple[int, ...], skipped_rows: int, memory: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`shape` of the tensor, after as many of its rows."""
         header, entry = self._header(name), self.entry(name)
         row_bytes = entry.nbytes // entry.shape[0] if skipped_rows else 0
-        tensor = torch.empty(shape, dtype=entry.dtype, device="cpu")  # also inside of `torch.device("meta")`
+        nbytes = prod(shape) * entry.dtype.itemsize
+        if memory is None or len(memory) < nbytes:
+            memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # also inside of `torch.device("meta")`
+        tensor = memory[:nbytes].view(entry.dtype).view(shape)
         read_into(header, entry.start + skipped_rows * row_bytes, memory_of(tensor))
         return tensor
 

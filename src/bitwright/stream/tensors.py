@@ -81,23 +81,33 @@ def work(units: Iterable[Unit], plan: TensorPlan, started: Started, finished: Fi
 
 
 _Read = tuple[Unit, Weight | None, Tensor]
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def _read(units: Iterable[Unit], plan: TensorPlan) -> Iterator[_Read]:
-    """Every slice of every weight, as it is stored; a unit without weights comes once, with nothing."""
+    """Every slice of every weight, as it is stored; a unit without weights comes once, with nothing.
+
+    A slice lasts until the next but one: to get memory from the kernel costs more than to read into it.
+    """
+    memory = [_NOTHING, _NOTHING]
     for unit in units:
         if not unit.weights:
             yield unit, None, _NOTHING
         for weight in unit.weights:
             for number in range(weight.slices):
-                yield unit, weight, _slice(plan.checkpoint, weight, number)
+                memory.reverse()
+                if len(memory[0]) < (nbytes := plan.checkpoint.nbytes(weight.tensor) // weight.slices):
+                    memory[0] = torch.empty(nbytes, dtype=torch.uint8)
+                yield unit, weight, _slice(plan.checkpoint, weight, number, memory[0])
 
 
-def _slice(checkpoint: Checkpoint, weight: Weight, number: int) -> Float[Tensor, "O I"]:
-    """One slice, finite throughout. Raises CheckpointError."""
-    name = weight.tensor
-    stored = checkpoint.read_slice(name, number, number + 1)[0] if weight.stacked else checkpoint.read(name)
+def _slice(checkpoint: Checkpoint, weight: Weight, number: int, memory: Tensor) -> Float[Tensor, "O I"]:
+    """One slice, finite throughout, in this memory. Raises CheckpointError."""
+    name, rows = weight.tensor, weight.slice[0]
+    if weight.stacked:
+        stored = checkpoint.read_slice(name, number, number + 1, memory)[0]
+    else:
+        stored = checkpoint.read_slice(name, 0, rows, memory)
     if not is_finite(stored):
         checkpoint.check_finite_tensor(name)
     return stored

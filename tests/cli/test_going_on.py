@@ -86,7 +86,7 @@ class TestGoingOn:
         assert contents(tmp_path / "out") == whole
 
     def test_with_what_the_first_run_left(self, again: Run, begun: Path) -> None:
-        assert again().json["resumed"] == self.UNITS + 1
+        assert again().json["resumed"] == 1
         assert not begun.with_name("out.partial").exists()
 
     def test_other_flags_are_refused(self, again: Run, begun: Path) -> None:
@@ -113,7 +113,7 @@ class TestGoingOn:
     def test_an_equal_model_elsewhere_is_the_same(self, run: Run, model: Path, text: Path, begun: Path) -> None:
         moved = model.rename(model.with_name("moved"))
         flags = ("--calibration", text, "--samples", 2, "--json")
-        assert run("quantize", moved, "--scheme", SCHEME, "-o", begun, *flags).json["resumed"] == self.UNITS + 1
+        assert run("quantize", moved, "--scheme", SCHEME, "-o", begun, *flags).json["resumed"] == 1
 
     def test_a_damaged_part_is_told(self, again: Run, begun: Path) -> None:
         part = max(begun.with_name("out.partial").glob("part-*.safetensors"))

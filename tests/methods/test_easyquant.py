@@ -107,6 +107,7 @@ def test_linears_of_which_little_is_left_are_named(tiny: Checkpoints, tmp_path: 
     recipe = bitwright.Recipe(model, "W4A16g32", "rtn", "gptq")
     (note,) = bitwright.quantize(recipe, tmp_path / "out").notes
     assert note.startswith(f"of 1 linears more than half is lost, by squared error; the most of {UP}: 1")
+    assert note.endswith("a --format that stores scales in the checkpoint's dtype (bitwright, compressed-tensors)")
 
 
 def test_plain_transformers_loads_it_where_no_outlier_is_kept(tiny: Checkpoints, tmp_path: Path) -> None:

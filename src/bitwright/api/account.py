@@ -4,8 +4,11 @@ import platform
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bitwright.api.arithmetic import name_of
 from bitwright.api.format_choice import is_file_format
@@ -66,7 +69,7 @@ def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[s
         },
         "notes": [
             note
-            for note in (job.note, job.left_out(job.settled_format(reports)), _many_outliers(rows), _lost(rows))
+            for note in (job.note, job.left_out(job.settled_format(reports)), _many_outliers(rows), _lost(job, rows))
             if note is not None
         ],
         "fallbacks": list(_unique(text for report in reports for text in report["fallbacks"])),
@@ -99,15 +102,21 @@ def _settings(job: Job) -> dict[str, Any]:
     return found if job.arithmetic is None else found | {"precision": name_of(job.arithmetic)}
 
 
-def _lost(rows: list[dict[str, Any]]) -> str | None:
-    """A note on linears of which little is left."""
+def _lost(job: Job, rows: list[dict[str, Any]]) -> str | None:
+    """A note on linears of which little is left, or of which that cannot be told."""
     lost = [row for row in rows if not row["weight_error"] <= LOST]
     if not lost:
         return None
-    worst = max(lost, key=lambda row: row["weight_error"])
+    worst = min(lost, key=lambda row: (isfinite(row["weight_error"]), -row["weight_error"]))
+    most = f"{worst['weight_error']:.2g}" if isfinite(worst["weight_error"]) else "its weights are too large to square"
+    remedy = "More bits, smaller groups, or methods that see a text lose less"
+    if job.scales == torch.float16 != job.source.checkpoint.dtype_of_weights:
+        remedy += (
+            "; small weights, a --format that stores scales in the checkpoint's dtype (bitwright, compressed-tensors)"
+        )
     return (
-        f"of {len(lost)} linears more than half is lost, by squared error; the most of {worst['name']}: "
-        f"{worst['weight_error']:.2g}. More bits, smaller groups, or methods that see a text lose less"
+        f"of {len(lost)} linears more than half is lost, by squared error; the most of {worst['name']}: {most}. "
+        f"{remedy}"
     )
 
 

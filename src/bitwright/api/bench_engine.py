@@ -4,9 +4,9 @@ from pathlib import Path
 
 from bitwright.api.engine_table import engines
 from bitwright.core.errors import CheckpointError, RecipeError, nearest
+from bitwright.formats.gguf.header import MAGIC
 
 ENGINES = ("transformers", "llama.cpp")
-MAGIC = b"GGUF"
 
 
 def chosen_engine(model: Path, named: str | None) -> str:

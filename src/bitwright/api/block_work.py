@@ -74,16 +74,11 @@ class BlockWork:
         return {n: "no linear of this architecture" for n in self.source.checkpoint.names if n not in taken}
 
     @property
-    def outside(self) -> Sequence[str]:
+    def as_stored(self) -> Sequence[str]:
         """Embedding, final norm, output layer."""
         blocks = tuple(f"{name}." for name in self.skeleton.block_names)
         head = {f"{self.skeleton.family.head}.weight"} if self.quantize_head else set()
         return [n for n in self.source.checkpoint.names if not n.startswith(blocks) and n not in head]
-
-    @property
-    def as_stored(self) -> Sequence[str]:
-        """The same."""
-        return self.outside
 
     @property
     def units(self) -> Sequence[str]:

@@ -109,11 +109,6 @@ class Job:
         sites = self.settings.sites if TRANSFORM in self.method.split("+") else ""
         return belonging(self.source.checkpoint, str(self.scheme), self.method, sites)
 
-    @property
-    def units(self) -> tuple[str, ...]:
-        """What is written one by one: tensors outside of the blocks, the blocks, and an output layer of its own."""
-        return (*self.work.outside, *self.work.units)
-
 
 def prepare(recipe: Recipe, device: str = "auto") -> Job:
     """Checks a recipe against the model without reading any weight. Raises UserError."""

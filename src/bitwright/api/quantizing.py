@@ -214,8 +214,6 @@ def _write_tensors(job: Job, sink: FolderSink, crew: Crew, ranks: Ranks, listene
     if isinstance(job.work, TensorWork):
         return run_tensors(job, sink, crew, ranks, listener)
     assert isinstance(job.work, BlockWork)
-    for name in job.work.outside:
-        sink.pass_through(name)
     head, trained = job.recipe.quantize_lm_head, job.arithmetic
     plan = RunPlan(job.scheme, job.methods, job.settings, job.scales, head, job.learned, trained)
     run(job.work.skeleton, plan, sink, tokens=job.tokens, listener=listener)

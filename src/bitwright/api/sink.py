@@ -25,7 +25,7 @@ class FolderSink:
 
     def __init__(self, folder: Path, journal: Journal, job: Job) -> None:
         self.folder, self.journal, self.job = folder, journal, job
-        self.files = {unit: f"part-{n:05d}.safetensors" for n, unit in enumerate(job.units)}
+        self.files = {unit: f"part-{n:05d}.safetensors" for n, unit in enumerate(job.work.units)}
 
     def parts(self) -> list[Path]:
         """Every unit's part, in the order of the model; some may have been merged away."""
@@ -70,25 +70,17 @@ class FolderSink:
         rows = tuple(replace(row, digest=digests[row.name]) for row in result.report.linears)
         if result.learned:
             write_tensors(self._learned(unit), result.learned)
-        self._record(unit, tensors, asdict(replace(result.report, linears=rows)))
+        write_tensors(self.folder / self.files[unit], tensors)
+        self.journal.record(unit, self.files[unit], asdict(replace(result.report, linears=rows)))
 
     def learned(self) -> dict[str, Tensor]:
         """The parameters that training found, as ``BLOCK/GROUP/NAME``."""
         found = {unit: load_file(self._learned(unit)) for unit in self.files if self._learned(unit).exists()}
         return {f"{unit}/{name}": tensor for unit, tensors in found.items() for name, tensor in tensors.items()}
 
-    def pass_through(self, name: str) -> None:
-        """Notes a tensor that is in no block and stays as it is: its part is empty."""
-        if not self.finished(name):
-            self._record(name, {}, {})
-
     def made(self, unit: Unit, report: BlockReport | None) -> None:
         """Notes a unit whose part has been written already."""
         self.journal.record(unit.name, unit.file, asdict(report) if report else {})
-
-    def _record(self, unit: str, tensors: Mapping[str, Tensor | Stored], report: dict[str, Any]) -> None:
-        write_tensors(self.folder / self.files[unit], tensors)
-        self.journal.record(unit, self.files[unit], report)
 
     def _learned(self, unit: str) -> Path:
         return self.folder / self.files[unit].replace("part", "learned")

@@ -67,11 +67,6 @@ class TensorWork:
         """The others, and why each of them is kept."""
         return {kept.tensor: kept.why for kept in self.division.kept}
 
-    @property
-    def outside(self) -> Sequence[str]:
-        """Nothing: every tensor is in a unit."""
-        return ()
-
     @cached_property
     def all_units(self) -> list[Unit]:
         """All tensors, in units."""

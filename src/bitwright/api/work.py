@@ -48,16 +48,12 @@ class Work(Protocol):
         """The tensors that stay as they are, and why."""
 
     @property
-    def outside(self) -> Sequence[str]:
-        """Names of the tensors that are noted one by one, before everything else: they stay as they are."""
-
-    @property
     def as_stored(self) -> Sequence[str]:
         """Those of all tensors that are copied from the checkpoint when everything else is there, and in no part."""
 
     @property
     def units(self) -> Sequence[str]:
-        """Names of what is written part by part after that, in the order of the model."""
+        """Names of what is written part by part, in the order of the model."""
 
     @property
     def blocks(self) -> int:

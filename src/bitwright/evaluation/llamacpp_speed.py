@@ -34,14 +34,25 @@ class Parameters(ctypes.Structure):
     _fields_ = (("raw", ctypes.c_ubyte * ROOM),)
 
 
-class Batch(ctypes.Structure):
-    """llama_batch; of what it points to, only tokens are given here."""
-
-    _fields_ = (("n_tokens", ctypes.c_int32), ("token", ctypes.POINTER(ctypes.c_int32)), ("rest", ctypes.c_void_p * 5))
-
-
 Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 P, I32 = ctypes.c_void_p, ctypes.c_int32
+Tokens = ctypes.POINTER(I32)
+
+
+class Batch(ctypes.Structure):
+    """llama_batch."""
+
+    _fields_ = (
+        ("n_tokens", I32),
+        ("token", Tokens),
+        ("embd", ctypes.POINTER(ctypes.c_float)),
+        ("pos", Tokens),
+        ("n_seq_id", Tokens),
+        ("seq_id", ctypes.POINTER(Tokens)),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_log_set": (None, [Log, P]),
@@ -54,7 +65,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_n_ctx_train": (I32, [P]),
     "llama_model_size": (ctypes.c_uint64, [P]),
     "llama_vocab_n_tokens": (I32, [P]),
-    "llama_batch_get_one": (Batch, [ctypes.POINTER(I32), I32]),
+    "llama_batch_get_one": (Batch, [Tokens, I32]),
     "llama_decode": (I32, [P, Batch]),
     "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), [P, I32]),
     "llama_get_memory": (P, [P]),

@@ -204,6 +204,8 @@ def test_parameters_are_saved_and_loaded(recipe: bitwright.Recipe, tmp_path: Pat
     for saving in (saved, tmp_path / "no" / "folder"):
         with pytest.raises(OutputError, match="name a new file"):
             bitwright.quantize(recipe, tmp_path / "other", save_parameters=saving)
+    with pytest.raises(OutputError, match="is read and would be changed by it"):
+        bitwright.quantize(recipe, tmp_path / "other", save_parameters=Path(recipe.model) / "learned.safetensors")
     with pytest.raises(RecipeError, match="learns nothing"):
         bitwright.quantize(
             replace(recipe, method="rtn", epochs=None), tmp_path / "other", save_parameters=tmp_path / "new"

@@ -20,6 +20,7 @@ def place_to_save(job: Job, path: Path, output: Path) -> Path:
     """
     if not learned(job.methods):
         raise RecipeError(f"{job.method} learns nothing, so --save-parameters {path} would stay empty; leave it out")
+    _refuse_within(Path(job.recipe.model), path)
     if work_folder(output.resolve()).exists() and saved_for(path) == job.belonging:
         return path
     if path.exists() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
@@ -46,10 +47,10 @@ def refuse_output(model: Path, output: Path, overwrite: bool, single: bool = Fal
 
 
 def _refuse_within(folder: Path, output: Path) -> None:
-    """Raises OutputError for an output in the very folder that is read."""
+    """Raises OutputError for something written in the very folder that is read."""
     if folder.resolve() in output.resolve().parents:
         raise OutputError(
-            f"{output}: lies in {folder}, which is read and would be changed by it; choose an output beside that folder"
+            f"{output}: lies in {folder}, which is read and would be changed by it; choose a place outside of it"
         )
 
 

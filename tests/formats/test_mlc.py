@@ -195,6 +195,37 @@ def test_zero_points_take_the_path_of_autoawq(tiny: Checkpoints, tmp_path: Path)
     np.testing.assert_array_equal(found, q.dequantize(torch.float16).numpy())
 
 
+HEADS = [
+    ("W4A16g128", None, "q4f16_autoawq"), ("W4A16g128sym", "f16", "q4f16_2"), ("W4A16g128sym", None, "q4f16_1"),
+    ("mlc:q3f16_1", None, "q3f16_1"), ("W2A16sym", None, "q2f16_1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "embeddings", "preset"), HEADS)
+def test_a_quantized_output_layer(
+    scheme: str, embeddings: str | None, preset: str, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    """Presets without codes for it have it in float16, read back and its error told; the others keep its codes."""
+    source = tiny("float16", hidden_size=128, intermediate_size=256, head_dim=32)
+    at_once = Recipe(str(source), scheme, "rtn", format="mlc", embeddings=embeddings, quantize_lm_head=True)
+    result = bitwright.quantize(at_once, tmp_path / "at once")
+    said = json.loads((tmp_path / "at once" / "mlc-chat-config.json").read_text())
+    kept = preset in PRESET
+    assert said["quantization"] == preset
+    assert any("has no place for the codes of lm_head: relative error" in note for note in result.notes) is not kept
+    folder = quantized(source, tmp_path / "folder", scheme, quantize_lm_head=True)
+    exported = bitwright.export(folder, tmp_path / "mlc", format="mlc", embeddings=embeddings)
+    assert (exported.linears, exported.codes_kept) == (15, 15 if kept else 14)
+    if not kept:
+        head = QuantizedFolder.open(folder).read("lm_head").dequantize(torch.float32)
+        stored = mlc_page.tensors(tmp_path / "mlc")["lm_head.weight"].astype(np.float32)
+        error = float((head - torch.from_numpy(stored)).square().sum() / head.square().sum())
+        assert exported.largest_in == "lm_head" and exported.largest_error == pytest.approx(error, rel=1e-3)
+        assert 0 < error < 1e-6
+    for place in ("mlc", "at once"):
+        assert bitwright.verify(tmp_path / place, folder).passed
+
+
 def test_weights_that_fit_nowhere_take_lossy(tiny: Checkpoints, tmp_path: Path) -> None:
     folder = quantized(tiny("float16"), tmp_path / "folder", "W4A16g32")
     with pytest.raises(UserError, match=r"cannot be held exactly in MLC-LLM's q4f16_1.* --lossy"):

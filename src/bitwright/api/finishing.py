@@ -46,7 +46,7 @@ def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -
     differences = job.target.write(model, place, write_options(job.recipe, told), listener)
     account["verified"] = require_sound_file(job.target, place, model, differences)
     account["totals"]["bytes_out"] = bytes_of(place)
-    account["notes"] = [*account["notes"], *quantized_too(job.recipe.format, differences)]
+    account["notes"] = [*account["notes"], *told_of(job.recipe.format, differences)]
     if not job.target.SINGLE:
         write_json(work.path / REPORT, account)
     return account
@@ -64,13 +64,18 @@ def leaving_nothing(work: OutputFolder) -> Iterator[None]:
         raise
 
 
-def quantized_too(format: str | None, differences: Sequence[Difference]) -> list[str]:
-    """A note on what a format quantizes by its nature, embeddings mostly, with the relative squared error."""
+def told_of(format: str | None, differences: Sequence[Difference]) -> list[str]:
+    """Notes on what a format quantizes by its nature, embeddings mostly, and on the linears whose codes it gave up,
+    with the relative squared error."""
     also = [each for each in differences if each.fresh]
-    if not also:
-        return []
-    names, most = ", ".join(each.name for each in also), max(each.error for each in also)
-    return [f"format {format} quantizes {names} too: relative error at most {most:.3g}, squared"]
+    without = [each for each in differences if not (each.fresh or each.codes)]
+    ways = ((also, "quantizes {} too"), (without, "has no place for the codes of {}"))
+    return [f"format {format} {_with_error(how, these)}" for these, how in ways if these]
+
+
+def _with_error(how: str, differences: Sequence[Difference]) -> str:
+    names, most = ", ".join(each.name for each in differences), max(each.error for each in differences)
+    return f"{how.format(names)}: relative error at most {most:.3g}, squared"
 
 
 def bytes_of(place: Path) -> int:

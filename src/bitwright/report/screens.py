@@ -89,7 +89,7 @@ def exported(console: Console, found: Any) -> None:
                 f"{found.linears}, all exactly as they were" if found.exact == found.linears else found.linears,
             ),
             ("codes kept", _codes_kept(found) if found.exact < found.linears else None),
-            ("quantized again", f"{again} linears" if again else None),
+            ("codes not kept", f"in {again} linears, quantized again or in 16 bits" if again else None),
             ("relative error", error if found.largest_in else None),
             (
                 "quantized too",

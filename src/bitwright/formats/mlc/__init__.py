@@ -46,6 +46,7 @@ from bitwright.formats.mlc.presets import (
     lost,
     packed,
     placed,
+    rounded,
 )
 from bitwright.formats.mlc.reading import opened as opened
 from bitwright.formats.mlc.shards import Shards
@@ -161,6 +162,8 @@ class _Writing:
         """Embedding or output layer: in the preset's codes of least squared error, or as it is."""
         if self.awq or not self.preset.embeddings:
             self._plain(f"{name}.weight", weight)
+            if not fresh:  # had codes, and has none here
+                self.differences.append(rounded(name, weight))
             return
         made = fitted_to(weight, self.preset)
         self.differences.append(lost(name, weight, made, fresh))

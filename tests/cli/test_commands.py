@@ -122,6 +122,12 @@ class TestExport:
         found = [" ".join(line.split()) for line in ran.out.splitlines()]
         assert ran.code == 0 and [line for line in found if line.startswith(("linears", "codes kept"))] == lines
 
+    def test_a_model_without_quantized_linears(self, run: Run, tiny: Callable[..., Path], tmp_path: Path) -> None:
+        ran = run("export", tiny(eos_token_id=10), "--format", "gguf", "-o", tmp_path / "m.gguf")
+        found = [" ".join(line.split()) for line in ran.out.splitlines()]
+        assert ran.code == 0 and "linears no linear is quantized; written in 16 bits" in found
+        assert "exactly" not in ran.out
+
 
 class TestEvaluate:
     @pytest.fixture

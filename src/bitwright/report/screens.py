@@ -84,10 +84,7 @@ def exported(console: Console, found: Any) -> None:
         f"Wrote {found.output}",
         [
             ("format", f"{found.format}, from {found.read_as}"),
-            (
-                "linears",
-                f"{found.linears}, all exactly as they were" if found.exact == found.linears else found.linears,
-            ),
+            ("linears", _linears(found)),
             ("codes kept", _codes_kept(found) if found.exact < found.linears else None),
             ("codes not kept", f"in {again} linears, quantized again or in 16 bits" if again else None),
             ("relative error", error if found.largest_in else None),
@@ -100,6 +97,13 @@ def exported(console: Console, found: Any) -> None:
             ("took", f"{duration(found.seconds)}, peak memory {size(found.peak_bytes)}"),
         ],
     )
+
+
+def _linears(found: Any) -> str:
+    """How many had codes, and whether they are what they were."""
+    if not found.linears:
+        return "no linear is quantized; written in 16 bits"
+    return f"{found.linears}{', all exactly as they were' if found.exact == found.linears else ''}"
 
 
 def _codes_kept(found: Any) -> str:

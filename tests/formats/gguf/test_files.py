@@ -1,6 +1,7 @@
 """Whole files: read with the gguf library, and loaded by transformers, which knows GGUF without us."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from tests.formats.gguf.conftest import KINDS, Models
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import bitwright
 from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.progress import Progress
 from bitwright.core.quantized import WriteOptions
@@ -157,6 +160,32 @@ def test_a_model_that_is_not_quantized_is_written_in_float16(model: Models, tmp_
     reader = write(model("qwen2"), tmp_path / "m.gguf")
     assert set(kinds(reader).values()) == {"F16", "F32"}
     assert said(reader)["general.file_type"] == 1
+
+
+EMBEDDING, SMALL = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "embeddings", "kind"),
+    [(SMALL, None, "F16"), (EMBEDDING, "f16", "F16"), (EMBEDDING, "q8_0", "Q8_0")],
+)
+def test_numbers_too_small_for_float16_are_refused(
+    name: str, embeddings: str | None, kind: str, model: Models, tmp_path: Path
+) -> None:
+    """Subnormal in float16, so that its steps are as large as they are; 100 times as large, nothing is the matter."""
+    for scale in (1e-6, 1e-3):
+        folder = tmp_path / f"scaled by {scale}"
+        shutil.copytree(model("llama"), folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = (tensors[name].float() * scale).bfloat16()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        if scale == 1e-3:
+            found = bitwright.export(folder, tmp_path / "m.gguf", format="gguf", embeddings=embeddings)
+            assert found.linears == 0
+            continue
+        with pytest.raises(RecipeError, match=rf"{name}: its numbers are too small for {kind}, .* error of .*folder"):
+            bitwright.export(folder, tmp_path / "m.gguf", format="gguf", embeddings=embeddings)
+        assert [each.name for each in tmp_path.iterdir()] == [folder.name]
 
 
 def test_groups_along_the_output_are_refused_unless_lossy(quantized: Models, tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ FILE_TYPES = {
     Kind.F16: LlamaFileType.MOSTLY_F16,
     Kind.F32: LlamaFileType.ALL_F32,
 }
+MOST_LOST = {Kind.F16: 1e-4, Kind.Q8_0: 1e-3}
+"""The relative squared error above which numbers were too small for float16: rounding them to 11 bits costs less than
+1e-6, and to a block's 255 levels less than 32 / 254^2, whatever they are."""
 PLACES = ("model", "calibration", "load_parameters", "base")
 """What of a recipe are paths: their last part is what is told."""
 
@@ -139,8 +142,10 @@ class Conversion:
             out[start : start + at_once], after = _rounded(name, rows, kind)
             lost += float((after - rows).double().square().sum())
             size += float(rows.double().square().sum())
+        error = lost / size if size else 0.0
+        if error > MOST_LOST[kind]:
+            raise _too_small(name, tensor, kind, error)
         if kind is not Kind.F16:
-            error = lost / size if size else 0.0
             self.differences.append(Difference(name.removesuffix(".weight"), False, error, fresh=True))
         return out.view(np.float16) if kind is Kind.F16 else out
 
@@ -192,6 +197,14 @@ def _rounded(name: str, rows: Tensor, kind: Kind) -> tuple[np.ndarray[Any, Any],
     if found is None:
         return half.numpy().view(np.uint8), half.float()
     return packed(*found, kind), valued(*found)
+
+
+def _too_small(name: str, tensor: Tensor, kind: Kind, error: float) -> RecipeError:
+    return RecipeError(
+        f"{name}: its numbers are too small for {kind.name}, the largest {float(tensor.abs().max()):g}: a relative "
+        f"squared error of {error:.2g}. Float16 ends at 6e-8, and GGUF is written with nothing wider; leave the model "
+        "as it is, or quantize it into a folder (--format compressed-tensors), which keeps the dtype of such tensors"
+    )
 
 
 def _account(account: Mapping[str, Any]) -> Iterator[Entry]:

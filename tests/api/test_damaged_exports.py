@@ -131,6 +131,19 @@ def test_of_a_file_that_cannot_be_made_nothing_is_left(format: str, folders: Fol
         assert names(tmp_path) == ["damaged"]
 
 
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize("which", ["", LAST])
+def test_scales_too_small_for_a_gguf_file(which: str, lossy: bool, folders: Folders, tmp_path: Path) -> None:
+    def lower(tensors: Tensors) -> None:
+        for name in (name for name in tensors if name.startswith(which) and name.endswith(".weight_scale")):
+            tensors[name].mul_(1e-9)
+
+    small = changed(folders("compressed-tensors"), tmp_path / "small", lower)
+    with pytest.raises(CheckpointError, match=rf"{which or 'model.layers.0'}.*: its scales are too small for float16"):
+        bitwright.export(small, tmp_path / "out.gguf", format="gguf", lossy=lossy)
+    assert names(tmp_path) == ["small"]
+
+
 def test_work_of_another_run_is_kept(folders: Folders, tmp_path: Path) -> None:
     damaged = changed(folders("gptq"), tmp_path / "damaged", lambda t: t[f"{LAST}.scales"].fill_(torch.nan))
     work = tmp_path / "out.partial"

@@ -164,3 +164,35 @@ def test_scales_of_float32_are_rounded_and_measured_and_too_large_ones_refused()
     assert 0 < held("x", q, Kind.Q4_0, lossy=False).difference.error < 1e-6
     with pytest.raises(CheckpointError, match="more than float16 holds"):
         held("x", replace(q, scale=q.scale * 1e9), Kind.Q4_0, lossy=False)
+
+
+def _times(q: QTensor, factor: float) -> QTensor:
+    return replace(q, scale=q.scale * factor)
+
+
+SMALL = {
+    "4 bits": (made(Grid(4, True), Tile(1, 32), dtype=torch.float32), Kind.Q4_0),
+    "zero points": (made(Grid(4), Tile(1, 32), dtype=torch.float32), Kind.Q4_1),
+    "8 bits": (made(Grid(8, True), Tile(1, 32), dtype=torch.float32), Kind.Q8_0),
+    "quantized once more": (_times(made(Grid(4), Tile(1, 16), dtype=torch.float32), 0.1), Kind.Q4_1),
+    "quantized once more to 8 bits": (made(Grid(8), Tile(1, 32), dtype=torch.float32), Kind.Q8_0),
+    "in 16 bits": (made(Grid(4, True), Tile(1, FULL), dtype=torch.float32), Kind.F16),
+}
+
+
+@pytest.mark.parametrize("what", SMALL)
+@pytest.mark.parametrize("times", [1e-8, 1e-5])
+def test_scales_too_small_for_float16_are_refused(what: str, times: float) -> None:
+    """Zero in float16, or so small that few of its numbers are left; a little larger they are rounded and measured."""
+    q, kind = SMALL[what]
+    ways = (False, True) if holds(q.grid, q.tile, False) and kind is not Kind.F16 else (True,)
+    for lossy in ways:
+        with pytest.raises(CheckpointError, match=r"x: its scales are too small for float16, .*largest "):
+            held("x", _times(q, times), kind, lossy=lossy)
+        assert 0 < held("x", _times(q, 0.05), kind, lossy=lossy).difference.error < 0.02
+
+
+def test_a_row_that_is_next_to_nothing_is_not_what_a_linear_is_refused_for() -> None:
+    q = made(Grid(4, True), Tile(1, 32), dtype=torch.float32)
+    q.scale[3] *= 1e-9
+    assert 0 < held("x", q, Kind.Q4_0, lossy=False).difference.error < 1e-6

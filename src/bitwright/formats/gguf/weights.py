@@ -24,6 +24,11 @@ from bitwright.formats.gguf.blocks import BLOCK, KINDS, Bytes, Fitted, chosen, n
 FEW_BITS = 4
 TOGETHER = 2**22
 """Weights that are worked on at a time."""
+SCALES_LOST = 1e-3
+"""The relative squared error of a linear that kept its codes above which its scales are lost, not rounded."""
+LEVELS_LOST = {Kind.Q4_0: 0.5, Kind.Q4_1: 0.5, Kind.Q8_0: SCALES_LOST, Kind.F16: 1e-4}
+"""The same where it was quantized once more, by what it is then."""
+SMALLEST_NORMAL = torch.finfo(torch.float16).tiny
 Rows = slice | Int[Tensor, " R"]
 HOLDS = (
     "2 to 7 bits, symmetric or not, and 8 bits symmetric, per channel or in groups along the input that are a multiple "
@@ -96,7 +101,20 @@ def held(name: str, weight: QTensor, kind: Kind, lossy: bool, order: Int[Tensor,
         codes = codes and kept
         lost += float((after - before).double().square().sum())
         size += float(before.double().square().sum())
-    return Held(out, Difference(name, codes, lost / size if size else (0.0 if not lost else float("inf"))))
+    error = lost / size if size else (0.0 if not lost else float("inf"))
+    _require_reached(name, weight, kind, error, codes)
+    return Held(out, Difference(name, codes, error))
+
+
+def _require_reached(name: str, weight: QTensor, kind: Kind, error: float, codes: bool) -> None:
+    """Raises CheckpointError where small scales lost more than rounding to 11 bits, or to few levels, ever costs."""
+    scale = weight.scale.float().abs()
+    if error > (SCALES_LOST if codes else LEVELS_LOST[kind]) and bool((scale < SMALLEST_NORMAL).any()):
+        raise CheckpointError(
+            f"{name}: its scales are too small for float16, which GGUF has for them and which ends at 6e-8 (largest "
+            f"{float(scale.max()):g}): a relative squared error of {error:.2g}. The folder is damaged, or its weights "
+            "are far smaller than those of language models; leave it in a format whose scales are wider"
+        )
 
 
 def _blocks(

@@ -85,8 +85,10 @@ def test_activations_go_along_or_are_refused(folder: Folder, tmp_path: Path) -> 
     assert before is not None and after is not None and before.activations is not None
     assert (before.activations, before.kv) == (after.activations, after.kv)
     assert bitwright.verify(tmp_path / "out").passed
-    with pytest.raises(RecipeError, match="dense cannot hold the activations"):
-        bitwright.export(folder("W4A8KV8"), tmp_path / "dense", format="dense")
+    for format in ("dense", "awq", "gguf", "mlc"):
+        for lossy in (False, True):
+            with pytest.raises(RecipeError, match=f"{format} cannot hold the activations .* of scheme W4A8KV8, which"):
+                bitwright.export(folder("W4A8KV8"), tmp_path / "other", format=format, lossy=lossy)
 
 
 @pytest.mark.parametrize(("how", "kind", "says"), [

@@ -180,3 +180,27 @@ class TestOfAnArchitectureThatTransformersDoesNotKnow:
         assert [row.name for row in before.linears] == [row.name for row in after.linears] == names
         assert before.bits_per_weight == 16 and before.linears[2].shape == (4, 192, 64)
         assert before.parameters == after.parameters == 4 * 64 * (192 + 96) + 64 * (4 + 64 + 128 + 128)
+
+
+def test_experts_in_one_tensor_keep_their_groups(odd: Odd) -> None:
+    """Of which one would have them along its output, and the other along its input."""
+    stack = drawn(2, 64, 64)
+    stack[0, :, 5] *= 50
+    stack[1, 5] *= 50
+    folder, out = odd({"layers.0.experts.up_proj": stack}), "out"
+    recipe = Recipe(str(folder), "W3A16g32", "easyquant", axis="auto", outliers="0")
+    result = bitwright.quantize(recipe, folder.with_name(out))
+    assert any("1 keep the groups of the scheme, as layers.0.experts.up_proj does" in note for note in result.notes)
+    assert load_file(folder.with_name(out) / "model.safetensors")["layers.0.experts.up_proj.weight_scale"].shape == (
+        2,
+        64,
+        2,
+    )
+
+
+@pytest.mark.parametrize("factor", [2.0**90, 2.0**-90])
+def test_what_is_lost_of_weights_whose_squares_are_too_much_is_told(odd: Odd, factor: float) -> None:
+    folder = odd({f"{X}.weight": drawn(64, 64).float() * factor})
+    account = json.loads((quantized(folder) / "bitwright.json").read_text())
+    errors = {row["name"]: row["weight_error"] for block in account["blocks"] for row in block["linears"]}
+    assert errors[X] == pytest.approx(errors["layers.0.k"], rel=0.5)

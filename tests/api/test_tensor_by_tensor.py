@@ -19,6 +19,7 @@ from tests.conftest import Checkpoints
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bitwright
+from bitwright.checkpoint import merge
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core import panels
 from bitwright.core.errors import RecipeError, SchemeError, UserError
@@ -236,6 +237,7 @@ def started(recipe: Recipe, out: Path, *flags: str, program: tuple[str, ...] = (
 CHANGING = """
 import os, time
 from pathlib import Path
+from bitwright.checkpoint import merge
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.cli import main
 
@@ -289,7 +291,7 @@ class TestProcesses:
         run = started(recipe, tmp_path / "out", program=program)
         _, err = run.communicate(timeout=240)
         assert run.returncode != 0 and "changed under the run: it was written to since it was opened" in err
-        assert list((tmp_path / "out.partial").glob("part-*")) and not list((tmp_path / "out.partial").glob("journal*"))
+        assert list((tmp_path / "out.partial").glob("part-*")) and not (tmp_path / "out.partial" / "result").exists()
         assert bitwright.quantize(recipe, tmp_path / "out").resumed == 0
 
     def test_torchrun_says_the_plan_once(self, recipe: Recipe, tmp_path: Path) -> None:
@@ -379,12 +381,40 @@ class TestProcesses:
             bitwright.quantize(recipe, tmp_path / "out", workers=workers, listener=touch)
         assert bitwright.quantize(recipe, tmp_path / "out").resumed == 0, "what was made of two models is not used"
 
+    @pytest.mark.parametrize("calibration", [None, "builtin"])
+    @pytest.mark.parametrize("shard", [1, 2])
+    def test_a_checkpoint_that_changes_while_parts_are_joined(
+        self, shard: int, calibration: str | None, tiny: Checkpoints, contents: Contents, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """What is left holds a plan, and finished shards of the model as it was."""
+        model = Path(shutil.copytree(tiny(), tmp_path / "model"))
+        recipe = Recipe(str(model), "W4A16", "rtn", shard_size="30KB", calibration=calibration)
+        recipe = recipe if calibration is None else replace(recipe, samples=2, seqlen=32)
+        write, left = merge._write_shard, shard
+
+        def changed_before(*how: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                tensors = {name: -tensor for name, tensor in load_file(model / "model.safetensors").items()}
+                save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+            write(*how)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(merge, "_write_shard", changed_before)
+            with pytest.raises(UserError, match="changed under the run"):
+                bitwright.quantize(recipe, tmp_path / "out")
+        assert bitwright.quantize(recipe, tmp_path / "out").resumed == 0
+        bitwright.quantize(recipe, tmp_path / "fresh")
+        assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
     @pytest.mark.parametrize(("how", "says"), [
         ({"workers": 0}, "at least one is needed"),
         ({"workers": "2"}, "workers '2': at least one is needed, and a whole number"),
         ({"max_memory": 10**9}, "max memory '1000000000' is no size"),
         ({"max_memory": "5"}, "'5' is no size"),
-        ({"max_memory": "10MB"}, r"one process alone needs about \d\.\d GB .* allow \d"),
+        ({"max_memory": "10MB"}, r"one process alone needs about \d\.\d GB, .* allow \d"),
         ({"max_memory": "much"}, "'much' is no size"),
     ])  # fmt: skip
     def test_refused(self, how: dict[str, Any], says: str, recipe: Recipe, tmp_path: Path) -> None:

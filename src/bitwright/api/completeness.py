@@ -87,7 +87,7 @@ def require_same_model(model: QuantizedFolder, original: Checkpoint) -> None:
             raise CheckpointError(
                 f"{original.folder} is another model than {model.folder} was made of: {name} is {list(theirs)} there "
                 f"and {list(shape)} here{f'; config.json: {settings}' if settings else ''}. Name the original with "
-                "--against"
+                f"--against; if that is the original, {model.folder} is damaged"
             )
 
 

@@ -44,9 +44,11 @@ def crew_of(job: Job, workers: int | None, max_memory: str | None, ranks: Ranks 
     count = 1 if job.work.device.type != "cpu" else workers or _worth_while(job, ranks)
     alone, beside = each.total, each.total - RUNTIME_BYTES + WORKER_BYTES
     if limit is not None and limit < alone:
+        smaller = ", or leave that tensor as it is with --exclude" if limit > RUNTIME_BYTES else ""
         raise RecipeError(
-            f"--max-memory {max_memory}: one process alone needs about {alone / 1e9:.1f} GB for the largest tensor; "
-            f"allow {ceil(alone / 1e8) / 10:g}GB, or leave it as it is with --exclude"
+            f"--max-memory {max_memory}: one process alone needs about {alone / 1e9:.1f} GB, {RUNTIME_BYTES / 1e9:.1f} "
+            f"of them for Python and torch, the others for the largest tensor; allow {ceil(alone / 1e8) / 10:g}GB"
+            f"{smaller}"
         )
     if limit is not None:
         count = max(1, min(count, (limit - RUNTIME_BYTES) // beside))

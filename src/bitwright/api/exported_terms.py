@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED
 from bitwright.api.model_view import ModelView
 from bitwright.api.refitting import refitted
 from bitwright.api.source import family_of
@@ -54,6 +55,22 @@ def written_model(
     family, head_dim = family_of(model.folder)
     dtype: torch.dtype = getattr(torch, rows[0]["dtype"])
     return WrittenModel(scheme, family, head_dim, dtype, kept, departures(scheme, rows))
+
+
+def refuse_activations(model: QuantizedFolder, format: str) -> None:
+    """Raises RecipeError, before any weight is read, for activations or a KV cache that a format has no place for."""
+    described = model.described
+    if format in (WIDELY_LOADED, HOLDS_ALL) or described is None or not model.linears:
+        return
+    if described.activations or described.kv:
+        name = model.linears[0]
+        activations, kv = (None if grid is None else grid.bits for grid in (described.activations, described.kv))
+        tile = described.tile_of(name) or Tile(1, FULL)
+        scheme = Scheme(described.grid_of(name), tile, activation_bits=activations, kv_bits=kv)
+        raise RecipeError(
+            f"format {format} cannot hold the activations or KV cache of scheme {scheme}, which {model.folder} was "
+            f"quantized with; use format {WIDELY_LOADED} or {HOLDS_ALL}, or quantize the original with A16"
+        )
 
 
 def refuse_terms(model: QuantizedFolder, format: str, to: ModuleType, lossy: bool) -> None:

@@ -16,6 +16,7 @@ from bitwright.api.engine_files import require_sound_file
 from bitwright.api.exported_terms import (
     common_columns,
     kept_linears,
+    refuse_activations,
     refuse_departures,
     refuse_terms,
     terms_of,
@@ -121,6 +122,7 @@ def export(
 
 def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteOptions) -> None:
     """Refuses, before the work, what can be told beforehand."""
+    refuse_activations(model, format)
     if model.described is not None and not options.lossy:
         refuse_departures(model, to)
     require_sound_headers(model)

@@ -10,6 +10,7 @@ from bitwright.api.format_choice import HOLDS_ALL, WIDELY_LOADED, on_the_way
 from bitwright.api.job import Job, prepare
 from bitwright.api.source import architecture
 from bitwright.api.tensor_kinds import TensorKind, tensors_of
+from bitwright.api.tensor_work import TensorWork
 from bitwright.api.work import foreseen
 from bitwright.core.decisions import Decision
 from bitwright.core.qtensor import packed_bits
@@ -97,7 +98,23 @@ def _notes(job: Job) -> Iterator[str]:
         yield left_out
     if job.recipe.quantize_lm_head and any(method.needs_text for method in job.methods):
         yield f"the output layer gets min-max ranges, rounded to nearest: {job.method} works on the blocks"
+    if (alone := _keep_their_groups(job)) is not None:
+        yield alone
     if job.work.copied_head:
         yield "the output layer is tied to the embedding: it is quantized as a copy of its own, the embedding stays"
     if job.tokens is not None and not any(method.needs_text for method in job.methods):
         yield f"{job.method} needs no calibration text; it is used to report output errors"
+
+
+def _keep_their_groups(job: Job) -> str | None:
+    """Which weights --axis is not for."""
+    axis = job.settings.axis
+    if axis in (None, "oc") or not isinstance(job.work, TensorWork):
+        return None
+    names = [weight.name for weight in job.work.weights if weight.turned or (weight.stacked and axis == "auto")]
+    if not names:
+        return None
+    return (
+        f"--axis {axis} is for linears of their own, stored [out, in]: {len(names)} keep the groups of the scheme, as "
+        f"{names[0]} does"
+    )

@@ -21,7 +21,7 @@ from bitwright.api.tensor_run import run_tensors
 from bitwright.api.tensor_work import TensorWork
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun
-from bitwright.checkpoint.output import OutputFolder, work_folder
+from bitwright.checkpoint.output import OutputFolder, begin_anew, work_folder
 from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.errors import ChangedError
 from bitwright.core.progress import Listener, Progress, silent
@@ -147,12 +147,11 @@ def _help(job: Job, output: Path, crew: Crew, ranks: Ranks) -> Result:
 
 @contextmanager
 def _forgetting_what_changed(work: Path) -> Iterator[None]:
-    """Removes every journal where the checkpoint changed under the run: the parts may be of two models."""
+    """Where the checkpoint changed under the run, parts and shards may be of two models: none of them is used again."""
     try:
         yield
     except ChangedError:
-        for journal in (work / JOURNAL, *work.glob(OTHER_JOURNALS)):
-            journal.unlink(missing_ok=True)
+        begin_anew(work)
         raise
 
 

@@ -50,7 +50,9 @@ def verify(
         beside.look(listener)
         decided = bool(digests_of(model.folder))
         checks.append(beside.check(decided, sure=logits or (decided and is_made_of(model.folder, original))))
-    if logits and (why := cannot_run(model.config)) is not None:
+    if not isinstance(kind := model.config.get("model_type"), str):
+        checks.append(Check("logits", False, f"config.json says model_type {kind!r}: no program can load this"))
+    elif logits and (why := cannot_run(model.config)) is not None:
         checks.append(Check("logits", True, f"not run: {why}"))
     elif logits and all(check.passed for check in checks):
         found, divergence = _logits(model, None if original is None else original.folder, listener)

@@ -10,6 +10,7 @@ at, either OUTPUT is there, whole and with nothing of the work in it, or everyth
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -119,6 +120,14 @@ def work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def begin_anew(work: Path) -> None:
+    """Has nothing count of what was made in a work folder: whoever claims it next clears it up. In one step, so that a
+    kill leaves all of it or nothing."""
+    shutil.rmtree(work / REMOVED, ignore_errors=True)
+    with suppress(FileNotFoundError):  # another process of the same run was first
+        os.rename(work / RESULT, work / REMOVED)
+
+
 def refuse_overlap(model: Path, output: Path) -> None:
     """OutputError when writing `output` would write over `model`: the same folder, one around it, the work folder."""
     source = model.resolve()
@@ -200,9 +209,7 @@ def _prepare(work: Path, restart: bool) -> None:
 
 def _empty(work: Path) -> None:
     """Removes everything but the lock; the result by a rename first, because without it the rest counts for nothing."""
-    if (work / RESULT).is_dir():
-        shutil.rmtree(work / REMOVED, ignore_errors=True)
-        os.rename(work / RESULT, work / REMOVED)
+    begin_anew(work)
     for path in work.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -30,7 +30,7 @@ from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.settings import Settings
 from bitwright.core.weight import Weight
 from bitwright.steps.apply import quantize_linear, require_held
-from bitwright.steps.outliers import bounds
+from bitwright.steps.outliers import TELLING, bounds
 from bitwright.stream.ahead import ahead
 from bitwright.stream.memory import keep_freed_memory
 from bitwright.stream.units import Unit
@@ -156,8 +156,9 @@ def _write(made: _Made, plan: TensorPlan, finished: Finished) -> None:
 def _quantized(stored: Float[Tensor, "O I"], weight: Weight, plan: TensorPlan, account: "_Account") -> QTensor:
     """A linear, a panel of rows at a time."""
     scheme, settings = replace(plan.scheme, tile=weight.tile(plan.scheme.tile)), plan.settings
-    if weight.turned:
-        settings = replace(settings, axis=None)  # its groups go along what is stored as the output already
+    if weight.turned or (weight.stacked and settings.axis == "auto"):
+        # groups that go along what is stored as the output already; experts in one tensor, all in the same groups
+        settings = replace(settings, axis=None)
     rows = _rows(stored, scheme, settings, plan.methods)
     context = Context(scheme, plan.dtype, settings=settings, bounds=_bounds(stored, scheme.tile, plan))
     parts = []
@@ -188,6 +189,14 @@ def _bounds(stored: Tensor, tile: Tile, plan: TensorPlan) -> Bounds | None:
     return bounds(lambda: (stored[here].to(plan.device) for here in rows), rule)
 
 
+def _square(values: Float[Tensor, "R I"]) -> float:
+    """The sum of the squares, also of values whose squares float32 does not hold."""
+    norm = float(torch.linalg.vector_norm(values))
+    if not TELLING < norm < 1 / TELLING and bool(values.isfinite().all()):
+        norm = float(torch.linalg.vector_norm(values.double()))
+    return norm**2
+
+
 class _Account:
     """The sums over the slices of a weight that its report is made of."""
 
@@ -197,8 +206,8 @@ class _Account:
 
     def compare(self, panel: Float[Tensor, "R I"], made: QTensor) -> None:
         """Adds what is lost of some rows."""
-        self.size += float(torch.linalg.vector_norm(panel).double() ** 2)
-        self.error += float(torch.linalg.vector_norm(panel - made.dequantize().float()).double() ** 2)
+        self.size += _square(panel)
+        self.error += _square(panel - made.dequantize().float())
 
     def add(self, made: QTensor) -> QTensor:
         """Adds what a slice takes; the slice."""

@@ -379,3 +379,24 @@ def test_findings_in_words() -> None:
         "", "a is not there", "a is not there, and 1 other", "a is not there, and 2 others",
     ]  # fmt: skip
     assert first(["x"]) == "x" and first([]) == ""
+
+
+def test_a_config_that_names_no_architecture(folders: Folders, tmp_path: Path) -> None:
+    nameless = config_changed(folders("gptq"), tmp_path / "nameless", lambda config: config.pop("model_type"))
+    assert failed(bitwright.verify(nameless)) == {
+        "logits": "config.json says model_type None: no program can load this"
+    }
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "pytorch_model.bin"])
+def test_weights_that_were_left_beside_the_model(name: str, folders: Folders, tmp_path: Path) -> None:
+    crowded = Path(shutil.copytree(folders("gptq"), tmp_path / "crowded"))
+    shutil.copy(crowded / "model.safetensors", crowded / name)
+    assert f"{name} lies beside the weights" in failed(bitwright.verify(crowded, logits=False))["size on disk"]
+
+
+def test_an_account_that_was_cut_off(folders: Folders, tmp_path: Path) -> None:
+    cut = Path(shutil.copytree(folders("gptq"), tmp_path / "cut"))
+    account = cut / "bitwright.json"
+    account.write_bytes(account.read_bytes()[:100])
+    assert "bitwright.json cannot be read" in failed(bitwright.verify(cut, logits=False))["as decided"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from bitwright.api.as_written import edited
 from bitwright.api.completeness import Shapes, complete, twice
 from bitwright.api.findings import Check, first
-from bitwright.api.report_file import digests_of, is_ours
+from bitwright.api.report_file import REPORT, account_of, digests_of, is_ours
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import OutputError
 from bitwright.core.progress import Listener, Progress, silent
@@ -20,6 +20,8 @@ OVERHEAD, SMALL_LINEARS, HEADERS = 1.02, 1.0, 0.01
 beside their tensors."""
 WHOLE_BYTES, SAMPLES = 16 * 2**20, 16
 """A tensor that is not quantized and has more is looked at in so many places, where a look is to be short."""
+MODELS = ("model*.safetensors", "pytorch_model*.bin")
+"""How files with the weights of a model are called."""
 SCALES = ("weight_scale", "scales")
 """How the names of scales end."""
 
@@ -124,6 +126,9 @@ class _Looked:
         on_disk, held = sum(path.stat().st_size for path in files), checkpoint.total_bytes
         stored = self.stored_bits / max(1, self.weights)
         said = f"{stored:.3f} bits per weight stored, {self.bits_per_weight:.3f} needed; {on_disk:,} bytes in files"
+        strays = {path.name for pattern in MODELS for path in checkpoint.folder.glob(pattern)} - {f.name for f in files}
+        if strays:
+            return Check("size on disk", False, f"{min(strays)} lies beside the weights, and none of them is in it")
         fits = stored <= self.bits_per_weight * OVERHEAD + SMALL_LINEARS
         passed = fits and on_disk - held <= HEADERS * held + 2**20 * len(files)
         return Check("size on disk", passed, said if passed else f"{said}, of which tensors are {held:,}")
@@ -132,6 +137,8 @@ class _Looked:
         """Every linear has the bytes that bitwright.json names, where it names them, and config.json says of them what
         it said then."""
         meaning = edited(self.model)
+        if (self.model.folder / REPORT).exists() and not account_of(self.model.folder):
+            yield Check("as decided", False, f"{REPORT} cannot be read, and what was decided cannot be told")
         if self.decided or meaning:
             linears = len(self.model.linears) + len(self.model.stacks)
             unlike = [f"{name} is not what bitwright.json says was written" for name in self.unlike]

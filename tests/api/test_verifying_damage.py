@@ -400,3 +400,9 @@ def test_an_account_that_was_cut_off(folders: Folders, tmp_path: Path) -> None:
     account = cut / "bitwright.json"
     account.write_bytes(account.read_bytes()[:100])
     assert "bitwright.json cannot be read" in failed(bitwright.verify(cut, logits=False))["as decided"]
+
+
+def test_settings_that_the_original_has_otherwise(folders: Folders, tiny: Checkpoints, tmp_path: Path) -> None:
+    edited = config_changed(folders("gptq"), tmp_path / "edited", lambda config: config.update(rms_norm_eps=0.5))
+    found = failed(bitwright.verify(edited, tiny(**WIDE), logits=False))
+    assert list(found) == ["settings"] and re.fullmatch(r"rms_norm_eps 1e-0[56] there and 0.5 here", found["settings"])

@@ -2,7 +2,7 @@
 architecture that its config.json names."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,11 @@ from bitwright.formats import QuantizedFolder
 Shapes = Mapping[str, tuple[int, ...]]
 HEADS = ("lm_head", "embed_out")
 """Output layers that share the embedding's weight where the config says so."""
+SETTINGS = (
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rms_norm_eps", "layer_norm_eps"),
+    *("layer_norm_epsilon", "hidden_act", "hidden_activation", "sliding_window"),
+)
+"""Keys of config.json that change what the same weights compute."""
 DIMENSIONS = (
     "model_type",
     "num_hidden_layers",
@@ -91,11 +96,18 @@ def require_same_model(model: QuantizedFolder, original: Checkpoint) -> None:
             )
 
 
-def apart(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """The dimensions in which two configurations differ, and their architectures, where both say them; "" for none."""
+def settings(model: QuantizedFolder, original: Checkpoint) -> Check:
+    """Whether a folder computes with its weights as the original does with its own, as far as both say."""
+    unlike = apart(model.config, original.config, SETTINGS)
+    return Check("settings", not unlike, unlike or "those of the original's config.json")
+
+
+def apart(here: Mapping[str, Any], there: Mapping[str, Any], keys: Sequence[str] = DIMENSIONS) -> str:
+    """In which of these two configurations differ, where both say them, dimensions and architecture if nothing else is
+    said; "" for none."""
     return ", ".join(
         f"{key} {there[key]} there and {here[key]} here"
-        for key in DIMENSIONS
+        for key in keys
         if here.get(key) is not None and there.get(key) is not None and here[key] != there[key]
     )
 

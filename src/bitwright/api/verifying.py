@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bitwright.api.beside_original import Beside
-from bitwright.api.completeness import require_same_model
+from bitwright.api.completeness import require_same_model, settings
 from bitwright.api.dequantizing import is_made_dense, load_codes
 from bitwright.api.engine_files import engine_format
 from bitwright.api.findings import Check, Verification
@@ -48,6 +48,7 @@ def verify(
     if original is not None:
         beside = Beside(model, original)
         beside.look(listener)
+        checks.append(settings(model, original))
         decided = bool(digests_of(model.folder))
         checks.append(beside.check(decided, sure=logits or (decided and is_made_of(model.folder, original))))
     if not isinstance(kind := model.config.get("model_type"), str):

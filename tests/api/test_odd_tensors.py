@@ -204,3 +204,9 @@ def test_what_is_lost_of_weights_whose_squares_are_too_much_is_told(odd: Odd, fa
     account = json.loads((quantized(folder) / "bitwright.json").read_text())
     errors = {row["name"]: row["weight_error"] for block in account["blocks"] for row in block["linears"]}
     assert errors[X] == pytest.approx(errors["layers.0.k"], rel=0.5)
+
+
+def test_convolutions_are_no_experts(odd: Odd) -> None:
+    refused(
+        odd({"layers.0.conv1d": drawn(64, 1, 4)}), "no stack of experts, each would be a vector", include="*.conv1d"
+    )

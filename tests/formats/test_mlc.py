@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.conftest import Checkpoints
 from tests.formats.test_bitwright import some
 from tests.golden import mlc_page
@@ -410,3 +412,20 @@ numpy.savez(sys.argv[2], **{name: get(name).numpy() for name in sys.argv[3:]})
         assert found.dtype == stored[name].dtype
         np.testing.assert_array_equal(found, stored[name])
     assert sys.executable != python
+
+
+@pytest.mark.parametrize(("scheme", "small", "says"), [
+    ("W4A16g32sym", "model.layers.1.mlp.up_proj.weight", r"model\.layers\.1\.mlp\.gate_up_proj: scales too small"),
+    ("mlc:q4f16_1", "model.layers.0.input_layernorm.weight", r"model\.layers\.0\.input_layernorm\.weight too small"),
+])  # fmt: skip
+def test_numbers_too_small_for_float16_are_refused(
+    scheme: str, small: str, says: str, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny("bfloat16"), tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors[small] *= 2**-40
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    folder = quantized(model, tmp_path / "folder", scheme)
+    with pytest.raises(CheckpointError, match=says):
+        bitwright.export(folder, tmp_path / "mlc", format="mlc")
+    assert not (tmp_path / "mlc").exists()

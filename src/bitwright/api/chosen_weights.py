@@ -94,6 +94,8 @@ def _require_matrix(name: str, pattern: str, checkpoint: Checkpoint, view: Model
         found = f"has shape {list(entry.shape)}: a linear has two dimensions, a stack of experts three"
     elif 0 in entry.shape:
         found = f"is empty: its shape is {list(entry.shape)}"
+    elif len(entry.shape) == 3 and 1 in entry.shape[1:]:
+        found = f"has shape {list(entry.shape)}: no stack of experts, each would be a vector"
     elif len(entry.shape) == 2 and not name.endswith(".weight"):
         found = "is no linear's weight, or its name would end in .weight: nothing could load it packed"
     elif view is not None and view.linear(name) is None and view.places.get(name) == name and len(entry.shape) == 2:

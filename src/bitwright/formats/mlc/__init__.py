@@ -55,6 +55,8 @@ __all__ = ["HOLDS", "SCALES", "SINGLE", "adapted", "check", "holds", "queries_le
 
 SCALES: torch.dtype | None = torch.float16
 """The dtype of scales."""
+LOST = 1e-4
+"""The relative squared error of a tensor in float16 above which its numbers are lost, not rounded."""
 SINGLE = False
 """Whether the result is one file."""
 
@@ -111,6 +113,13 @@ def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: 
     for name in chat.files_of(model.folder):
         copy_file(model.folder / name, output / name)
     return writing.differences
+
+
+def _too_small(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} too small for float16, in which MLC-LLM computes and which ends at 6e-8; leave the model in a format "
+        "whose scales are wider, bitwright or compressed-tensors"
+    )
 
 
 class _Writing:
@@ -172,6 +181,8 @@ class _Writing:
     def _matrix(self, place: Place) -> None:
         """A matrix of linears that lie below one another, and its bias."""
         made = joined([self._linear(name) for name in place.linears])
+        if not made.scale.all():
+            raise _too_small(f"{place.name}: scales")
         if self.awq:
             for leaf, tensor in awq.encode(place.name, made).items():
                 self.shards.add(leaf, tensor)
@@ -212,6 +223,8 @@ class _Writing:
         half = tensor.to(torch.float16)
         if not half.isfinite().all():
             raise CheckpointError(f"{name} reaches beyond what float16 holds, in which MLC-LLM computes")
+        if rounded(name, tensor).error > LOST:
+            raise _too_small(name)
         self.shards.add(name, half)
         self.parameters += half.numel()
 

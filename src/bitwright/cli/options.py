@@ -10,8 +10,8 @@ FORMATS = "compressed-tensors, bitwright, dense, gptq, awq, gguf, mlc."
 Embeddings = Annotated[
     str | None,
     typer.Option(
-        help="gguf: embedding and output layer in q8_0, or f16; mlc: f16, with 4 bits. [default: q8_0; mlc: quantized "
-        "like the linears]"
+        help="gguf: embedding and output layer in q8_0, f16, or q4_0, smaller and faster; mlc: f16, with 4 bits. "
+        "[default: q8_0; mlc: quantized like the linears]"
     ),
 ]
 Base = Annotated[

@@ -99,7 +99,7 @@ def test_refused(what: str, tmp_path: Path) -> None:
 
 
 def test_embeddings_of_another_type(model: Models) -> None:
-    with pytest.raises(RecipeError, match=r"no embeddings 'f61'; did you mean f16\? Known: f16, q8_0"):
+    with pytest.raises(RecipeError, match=r"no embeddings 'f61'; did you mean f16\? Known: f16, q4_0, q8_0"):
         gguf.check(config(), model("tied"), WriteOptions(embeddings="f61"))
 
 

@@ -66,6 +66,22 @@ def test_transformers_loads_the_file_as_the_model_that_was_quantized(
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_embedding_and_output_layer_in_four_bits(name: str, quantized: Models, model: Models, tmp_path: Path) -> None:
+    """Rounded within the range that loses least; which tensors that befell is said."""
+    folder, output = quantized(name, "W4A16g32sym"), tmp_path / "m.gguf"
+    told = bitwright.export(folder, output, format="gguf", embeddings="q4_0")
+    outer = {"token_embd.weight", "output.weight"} if name == "llama" else {"token_embd.weight"}
+    tensors = {tensor.name: tensor for tensor in GGUFReader(output).tensors}
+    assert {key for key in outer if tensors[key].tensor_type.name == "Q4_0"} == outer
+    embedding = tensors["token_embd.weight"]
+    found = torch.from_numpy(dequantize(embedding.data, embedding.tensor_type))
+    exact = load_file(model(name) / "model.safetensors")["model.embed_tokens.weight"].float()
+    assert 1e-3 < float((found - exact).square().sum() / exact.square().sum()) < 0.02
+    assert "model.embed_tokens" in told.also_quantized
+    assert bitwright.verify(output, model(name)).passed
+
+
 def test_biases_are_in_float32_and_turned_like_their_rows(quantized: Models, model: Models, tmp_path: Path) -> None:
     reader = write(quantized("biased", "W4A16g32sym"), tmp_path / "m.gguf")
     found, exact = kinds(reader), QuantizedFolder.open(model("biased"))

@@ -23,7 +23,7 @@ from bitwright.formats.gguf.entries import Entry, count, text
 from bitwright.formats.gguf.file import Planned
 from bitwright.formats.gguf.weights import TOGETHER, held, kind_of
 
-EMBEDDINGS = {"q8_0": Kind.Q8_0, "f16": Kind.F16}
+EMBEDDINGS = {"q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0, "f16": Kind.F16}
 OUTER = ("token_embd.weight", "output.weight")
 HEAD = "lm_head"
 FILE_TYPES = {
@@ -33,9 +33,9 @@ FILE_TYPES = {
     Kind.F16: LlamaFileType.MOSTLY_F16,
     Kind.F32: LlamaFileType.ALL_F32,
 }
-MOST_LOST = {Kind.F16: 1e-4, Kind.Q8_0: 1e-3}
+MOST_LOST = {Kind.F16: 1e-4, Kind.Q8_0: 1e-3, Kind.Q4_0: 0.2}
 """The relative squared error above which numbers were too small for float16: rounding them to 11 bits costs less than
-1e-6, and to a block's 255 levels less than 32 / 254^2, whatever they are."""
+1e-6, to a block's 255 levels less than 32 / 254^2, and to 16 of them less than 32 / 16^2, whatever they are."""
 PLACES = ("model", "calibration", "load_parameters", "base")
 """What of a recipe are paths: their last part is what is told."""
 

@@ -1,9 +1,9 @@
 """What it costs to have embedding and output layer of a GGUF file in fewer bits.
 
-    python benchmarks/gguf_embeddings.py MODEL --text TEST.txt --name gguf-embeddings-MODEL --python llamacpp=ENV/bin/python
+    python benchmarks/gguf_embeddings.py MODEL --text TEST.txt --name NAME --python llamacpp=ENV/bin/python
 
-Each row is quantized once with ``--embeddings``; perplexity is llama.cpp's own, over consecutive windows of the text, and
-KL what ``bitwright verify --against MODEL`` finds on random tokens. Finished rows are kept in
+Each row is quantized once with ``--embeddings``; perplexity is llama.cpp's own, over consecutive windows of the text,
+and KL what ``bitwright verify --against MODEL`` finds on random tokens. Finished rows are kept in
 benchmarks/results/NAME.jsonl; NAME.md is made anew.
 """
 

@@ -170,9 +170,9 @@ class _Writing:
     def _outside(self, name: str, weight: Tensor, fresh: bool = True) -> None:
         """Embedding or output layer: in the preset's codes of least squared error, or as it is."""
         if self.awq or not self.preset.embeddings:
-            self._plain(f"{name}.weight", weight)
+            error = self._plain(f"{name}.weight", weight)
             if not fresh:  # had codes, and has none here
-                self.differences.append(rounded(name, weight))
+                self.differences.append(Difference(name, False, error))
             return
         made = fitted_to(weight, self.preset)
         self.differences.append(lost(name, weight, made, fresh))
@@ -218,15 +218,16 @@ class _Writing:
         self.shards.add(f"{name}.q_scale", weight.scale)
         self.parameters += weight.codes.numel()
 
-    def _plain(self, name: str, tensor: Tensor) -> None:
-        """A tensor in float16. Raises CheckpointError where that cannot be."""
+    def _plain(self, name: str, tensor: Tensor) -> float:
+        """A tensor in float16; the relative squared error of that. Raises CheckpointError where it cannot be."""
         half = tensor.to(torch.float16)
         if not half.isfinite().all():
             raise CheckpointError(f"{name} reaches beyond what float16 holds, in which MLC-LLM computes")
-        if rounded(name, tensor).error > LOST:
+        if (error := rounded(tensor)) > LOST:
             raise _too_small(name)
         self.shards.add(name, half)
         self.parameters += half.numel()
+        return error
 
     def _taken(self, name: str) -> Tensor:
         if name not in self.pending:

@@ -163,14 +163,14 @@ def lost(name: str, weight: Tensor, made: QTensor, fresh: bool = True) -> Differ
     return Difference(name, False, gone / size if size else 0.0, fresh)
 
 
-def rounded(name: str, weight: Tensor) -> Difference:
-    """Of a weight that had codes and is written in float16, a part at a time."""
+def rounded(weight: Tensor) -> float:
+    """The relative squared error, |W - half(W)|^2 / |W|^2, of a tensor in float16; a part at a time."""
     gone = size = 0.0
     for rows in _slices(len(weight)):
         before = weight[rows].float()
         gone += float((before - before.half().float()).double().square().sum())
         size += float(before.double().square().sum())
-    return Difference(name, False, gone / size if size else 0.0)
+    return gone / size if size else 0.0
 
 
 def _slices(rows: int, at_once: int = 4096) -> Iterator[slice]:

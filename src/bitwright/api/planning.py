@@ -111,7 +111,7 @@ def _keep_their_groups(job: Job) -> str | None:
     axis = job.settings.axis
     if axis in (None, "oc") or not isinstance(job.work, TensorWork):
         return None
-    names = [weight.name for weight in job.work.weights if weight.turned or (weight.stacked and axis == "auto")]
+    names = [weight.name for weight in job.work.weights if not weight.takes_axis(axis)]
     if not names:
         return None
     return (

@@ -37,6 +37,11 @@ class Weight:
         """Whether experts are stacked in it."""
         return len(self.shape) > 2
 
+    def takes_axis(self, axis: str | None) -> bool:
+        """Whether the groups may go along ``axis``: what is stored turned has them along the output already, and
+        experts in one tensor, all in the same groups, cannot each have the better one."""
+        return not (self.turned or (self.stacked and axis == "auto"))
+
     def tile(self, tile: Tile) -> Tile:
         """A scheme's tile, laid on a slice as it is stored."""
         return tile.turned if self.turned else tile

@@ -156,8 +156,7 @@ def _write(made: _Made, plan: TensorPlan, finished: Finished) -> None:
 def _quantized(stored: Float[Tensor, "O I"], weight: Weight, plan: TensorPlan, account: "_Account") -> QTensor:
     """A linear, a panel of rows at a time."""
     scheme, settings = replace(plan.scheme, tile=weight.tile(plan.scheme.tile)), plan.settings
-    if weight.turned or (weight.stacked and settings.axis == "auto"):
-        # groups that go along what is stored as the output already; experts in one tensor, all in the same groups
+    if not weight.takes_axis(settings.axis):
         settings = replace(settings, axis=None)
     rows = _rows(stored, scheme, settings, plan.methods)
     context = Context(scheme, plan.dtype, settings=settings, bounds=_bounds(stored, scheme.tile, plan))

@@ -13,9 +13,10 @@ from rows import Asked, Row
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitwright.api.source import BUILTIN, text_of, tokenize
 from bitwright.calibration.segments import segments
+from bitwright.calibration.texts import BUILTIN, text_of
 from bitwright.core.scheme import FULL, Scheme
+from bitwright.model.source import tokenize
 
 WORKERS = Path(__file__).parent / "rivals"
 LOG_TAIL = 4000

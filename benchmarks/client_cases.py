@@ -10,8 +10,8 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 import bitwright
-from bitwright.api.dequantizing import load_codes
 from bitwright.core.scheme import Scheme
+from bitwright.evaluation.loading import load_codes
 from bitwright.formats import QuantizedFolder
 from bitwright.formats.gguf.blocks import nearest, valued
 from bitwright.formats.mlc.presets import PRESETS, Preset, fitted_to, is_autoawq

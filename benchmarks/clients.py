@@ -25,9 +25,10 @@ from rows import Kept, Row, listed, measured_on
 from workers import NotRun, interpreters, run
 
 from bitwright import UserError
-from bitwright.api.source import BUILTIN, text_of, tokenize
+from bitwright.calibration.texts import BUILTIN, text_of
 from bitwright.demo import MODEL_DIR
 from bitwright.evaluation.windows import consecutive
+from bitwright.model.source import tokenize
 
 PROMPT, NEW, SEQLEN, WINDOWS = 64, 32, 512, 10
 COLUMNS = (

@@ -18,8 +18,9 @@ from rows import Asked, Kept, Row, listed, measured_on
 from workers import interpreters, run
 
 import bitwright
-from bitwright.api.source import text_of, tokenize
+from bitwright.calibration.texts import text_of
 from bitwright.evaluation.windows import consecutive
+from bitwright.model.source import tokenize
 
 CLIENT, SCHEME = "llamacpp", "rtn:W4A16g32sym"
 ROWS = tuple(f"{SCHEME}:0:embeddings={kind}" for kind in ("f16", "q8_0", "q4_0"))

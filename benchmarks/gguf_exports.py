@@ -19,8 +19,9 @@ from rows import Asked, Kept, Row, listed, measured_on
 from workers import interpreters, run
 
 import bitwright
-from bitwright.api.source import text_of, tokenize
+from bitwright.calibration.texts import text_of
 from bitwright.evaluation.windows import consecutive
+from bitwright.model.source import tokenize
 
 CLIENT = "llamacpp"
 ROWS = (

@@ -46,11 +46,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitwright
-from bitwright.api.source import text_of, tokenize
+from bitwright.calibration.texts import text_of
 from bitwright.core.progress import silent
 from bitwright.core.scheme import Scheme
 from bitwright.evaluation.measure import Measurement, measure
 from bitwright.evaluation.windows import consecutive
+from bitwright.model.source import tokenize
 
 NAMES = ("implementation", "method", "scheme")
 QUALITY_COLUMNS = (*NAMES, "bits per weight", "perplexity", "KL from original (nats)", "top-1 agreement")

@@ -1,11 +1,14 @@
 """What all tests share: tiny random Llama checkpoints, as transformers itself writes them, and a place for the rest."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 # The same examples every time, and no limit per example: tests are to fail for what the code does, not by chance or
 # because the machine is busy.
@@ -16,6 +19,8 @@ VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 256, 64, 1
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 Checkpoints = Callable[..., Path]
+TIMINGS = "bitwright-timings.json"
+LETTERS = "the quick brown fox jumps over the lazy dog, 0123456789 times; "
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +48,34 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED.name}/ beside the repository")
     return SHARED
+
+
+def changed(folder: Path, place: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of a folder with other tensors."""
+    copy = Path(shutil.copytree(folder, place))
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 6400 bytes, which are as many tokens."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(LETTERS[n % 63 :] + LETTERS[: n % 63] for n in range(102))[:6400])
+    return path
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """``contents(folder)``: the bytes of every file of a result by name, save the one file that holds the clock."""
+
+    def of(folder: Path) -> dict[str, bytes]:
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != TIMINGS]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    return of
 
 
 def _save_model(folder: Path, dtype: str, tied: bool, shards: bool, changes: dict[str, Any]) -> None:

@@ -15,13 +15,13 @@ import torch
 import typer
 from torch import Tensor
 
-from bitwright.api.companions import COPIED
-from bitwright.api.source import Source
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
 from bitwright.checkpoint.writer import copy_file, write_tensors
 from bitwright.core.block import Site
+from bitwright.model.source import Source
 from bitwright.steps.transform import apply_site
+from bitwright.written.companions import COPIED
 
 FACTORS = (16.0, 32.0, 64.0, 128.0)
 SHARD_BYTES = 5 * 10**9

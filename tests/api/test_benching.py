@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import Checkpoints
 
 import bitwright
 import bitwright.demo
@@ -16,8 +17,6 @@ from bitwright.core.errors import UserError
 from bitwright.core.recipe import Recipe
 from bitwright.evaluation.llamacpp_speed import peak_resident
 from bitwright.evaluation.speed import Contender, held_bytes, measure_in_turn
-
-from ..conftest import Checkpoints
 
 MIB = 2**20
 

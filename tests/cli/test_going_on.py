@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tests.cli.conftest import SCHEME, Run, change_config, change_tensors, contents, tree
 
-from bitwright.api.sink import FolderSink
 from bitwright.cli import Interrupted
+from bitwright.written.sink import FolderSink
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def stop_after_a_block(monkeypatch: pytest.MonkeyPatch, error: type[BaseExceptio
 
 SIGNALLED = """
 import os, time
-from bitwright.api.sink import FolderSink
+from bitwright.written.sink import FolderSink
 from bitwright.cli import main
 
 made = FolderSink.made

@@ -9,18 +9,18 @@ import pytest
 
 from bitwright.api.benching import Bench
 from bitwright.api.demonstrating import Demonstration, DemoRow
-from bitwright.api.engine_table import Engine, Way
 from bitwright.api.evaluating import Evaluation
 from bitwright.api.exporting import Exported
-from bitwright.api.findings import Check, Verification
 from bitwright.api.inspecting import Inspection, LinearSize
 from bitwright.api.planning import Plan
 from bitwright.api.quantizing import Result
-from bitwright.api.tensor_kinds import TensorKind
 from bitwright.core.quantized import BlockReport, LinearReport
+from bitwright.engines.table import Engine, Way
 from bitwright.evaluation.measure import Measurement
 from bitwright.evaluation.speed import Speed
+from bitwright.prepare.tensor_kinds import TensorKind
 from bitwright.stream.budget import Budget
+from bitwright.verify.findings import Check, Verification
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "json.md"
 

@@ -255,7 +255,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("library", ["lm_eval", "accelerate"])
     def test_the_extra_is_missing(self, library: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("bitwright.api.scoring.find_spec", lambda name: None if name == library else object())
+        monkeypatch.setattr(
+            "bitwright.evaluation.scoring.find_spec", lambda name: None if name == library else object()
+        )
         with pytest.raises(UserError, match=rf"{library}.*pip install 'bitwright\[tasks\]'"):
             bitwright.evaluate(MODEL_DIR, tasks=["small_choice"], task_files=[files])
 

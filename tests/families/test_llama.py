@@ -10,9 +10,9 @@ from tests.conftest import HEAD_DIM, HIDDEN, KV_HEADS, Checkpoints
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitwright.api.model_view import ModelView
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.families import llama
+from bitwright.model.view import ModelView
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -9,12 +9,12 @@ import torch
 from tests.conftest import Checkpoints
 
 import bitwright
-from bitwright.api.source import Source
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.method import Context, Moments
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
+from bitwright.model.source import Source
 from bitwright.steps.apply import fold, parameters_of
 from bitwright.stream.activations import Stream, enter, statistics
 from bitwright.stream.inspection import ModuleInspection

@@ -11,8 +11,6 @@ from tests.methods.conftest import Streamed, context_of, divergence
 from torch import Tensor
 
 import bitwright
-from bitwright.api import block_work, finishing
-from bitwright.api.source import Source
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.errors import OutputError, RecipeError
@@ -20,11 +18,14 @@ from bitwright.core.method import Learned
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings, ours, paper, settle
 from bitwright.methods import compose, fit
+from bitwright.model.source import Source
+from bitwright.prepare import block_work
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
 from bitwright.stream.activations import Stream
 from bitwright.stream.forward import forward_all
 from bitwright.stream.train import Objective, Trainer, learnables_of
+from bitwright.written import finishing
 
 UNTRAINED = ("rtn", "gptq", "smoothquant", "osplus", "awq")
 QUICK = Settings(epochs=4, schedule="cosine")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bitwright.api.source import Source
+from bitwright.model.source import Source
 from bitwright.stream.skeleton import Skeleton
 
 SEQUENCES, LENGTH = 6, 20

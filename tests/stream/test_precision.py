@@ -9,12 +9,12 @@ from tests.methods.conftest import Streamed, context_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitwright.api.source import Source
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.method import Learned
 from bitwright.core.settings import Settings
 from bitwright.methods import compose
+from bitwright.model.source import Source
 from bitwright.stream import precision
 from bitwright.stream.activations import enter
 from bitwright.stream.forward import forward, forward_all

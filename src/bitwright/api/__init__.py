@@ -9,28 +9,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitwright.api.benching import Bench, bench
     from bitwright.api.demonstrating import Demonstration, demo
-    from bitwright.api.engine_table import Engine, engines
     from bitwright.api.evaluating import Evaluation, evaluate
     from bitwright.api.exporting import Exported, export
-    from bitwright.api.findings import Verification
     from bitwright.api.inspecting import Inspection, inspect
-    from bitwright.api.loading import load
-    from bitwright.api.planning import Plan, plan
+    from bitwright.api.planning import plan
     from bitwright.api.quantizing import Result, quantize, speaks
     from bitwright.api.verifying import verify
+    from bitwright.engines.table import Engine, engines
+    from bitwright.evaluation.loading import load
+    from bitwright.prepare.plan import Plan
+    from bitwright.stream.hiring import hired
+    from bitwright.verify.findings import Verification
 
 _HOMES = {
-    "benching": ("Bench", "bench"),
-    "demonstrating": ("Demonstration", "demo"),
-    "engine_table": ("Engine", "engines"),
-    "evaluating": ("Evaluation", "evaluate"),
-    "exporting": ("Exported", "export"),
-    "inspecting": ("Inspection", "inspect"),
-    "loading": ("load",),
-    "planning": ("Plan", "plan"),
-    "quantizing": ("Result", "quantize", "speaks"),
-    "soundness": ("Verification",),
-    "verifying": ("verify",),
+    "bitwright.api.benching": ("Bench", "bench"),
+    "bitwright.api.demonstrating": ("Demonstration", "demo"),
+    "bitwright.api.evaluating": ("Evaluation", "evaluate"),
+    "bitwright.api.exporting": ("Exported", "export"),
+    "bitwright.api.inspecting": ("Inspection", "inspect"),
+    "bitwright.api.planning": ("plan",),
+    "bitwright.api.quantizing": ("Result", "quantize", "speaks"),
+    "bitwright.api.verifying": ("verify",),
+    "bitwright.engines.table": ("Engine", "engines"),
+    "bitwright.evaluation.loading": ("load",),
+    "bitwright.stream.hiring": ("hired",),
+    "bitwright.prepare.plan": ("Plan",),
+    "bitwright.verify.findings": ("Verification",),
 }
 
 __all__ = [
@@ -48,6 +52,7 @@ __all__ = [
     "engines",
     "evaluate",
     "export",
+    "hired",
     "inspect",
     "load",
     "plan",
@@ -62,4 +67,4 @@ def __getattr__(name: str) -> Any:
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'bitwright.api' has no attribute {name!r}")
-    return getattr(import_module(f"bitwright.api.{home}"), name)
+    return getattr(import_module(home), name)

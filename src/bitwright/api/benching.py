@@ -14,16 +14,22 @@ from typing import Any
 
 import torch
 
-from bitwright.api.bench_engine import chosen_engine, refuse_idle, require_gguf
-from bitwright.api.bench_pair import require_same_folders, require_same_in_files
 from bitwright.api.exporting import export
-from bitwright.api.loading import load
-from bitwright.api.source import model_config, open_checkpoint, pick_device, pick_dtype
 from bitwright.core.errors import CheckpointError, RecipeError, UserError
 from bitwright.core.progress import Listener, silent
 from bitwright.evaluation import llamacpp_speed
+from bitwright.evaluation.contenders import (
+    chosen_engine,
+    refuse_idle,
+    require_gguf,
+    require_same_folders,
+    require_same_in_files,
+)
+from bitwright.evaluation.loading import load
 from bitwright.evaluation.speed import Contender, Speed, measure_in_turn, time_model
 from bitwright.formats import CONFIG
+from bitwright.model.config import model_config
+from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 
 
 @dataclass(frozen=True)

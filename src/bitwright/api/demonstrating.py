@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 
 from bitwright.api.evaluating import evaluate
 from bitwright.api.inspecting import inspect
-from bitwright.api.loading import load
-from bitwright.api.places import refuse_output
 from bitwright.api.quantizing import quantize
 from bitwright.core.progress import Listener, silent
 from bitwright.core.recipe import Recipe
 from bitwright.demo import MODEL_DIR
+from bitwright.evaluation.loading import load
+from bitwright.prepare.places import refuse_output
 
 SCHEMES = ("W4A16g128", "W3A16g128", "W2A16g128")
 PROMPT = 'def read_file(path):\n    """Read'

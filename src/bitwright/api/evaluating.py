@@ -10,25 +10,17 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitwright.api.dequantizing import is_made_dense
-from bitwright.api.loading import left_out, load
-from bitwright.api.scoring import TaskOptions, answers_file, prepare_tasks, score
-from bitwright.api.source import (
-    BUILTIN,
-    check_vocabulary,
-    model_config,
-    open_checkpoint,
-    pick_device,
-    pick_dtype,
-    sequence_length,
-    text_of,
-    tokenize,
-)
+from bitwright.calibration.texts import BUILTIN, text_of
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, silent
+from bitwright.evaluation.loading import left_out, load
 from bitwright.evaluation.measure import Measurement, measure
 from bitwright.evaluation.scores import TaskScore, side_by_side
+from bitwright.evaluation.scoring import TaskOptions, answers_file, prepare_tasks, score
 from bitwright.evaluation.windows import consecutive
+from bitwright.formats import is_made_dense
+from bitwright.model.config import model_config
+from bitwright.model.source import check_vocabulary, open_checkpoint, pick_device, pick_dtype, sequence_length, tokenize
 
 
 @dataclass(frozen=True)

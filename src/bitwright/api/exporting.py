@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.api.companions import copy_companions, write_config
-from bitwright.api.completeness import require_all_tensors, require_sound_headers
-from bitwright.api.engine_files import require_sound_file
-from bitwright.api.exported_terms import (
+from bitwright.api.quantizing import JOURNAL
+from bitwright.checkpoint.journal import Journal
+from bitwright.checkpoint.merge import merge_begun, merge_shards
+from bitwright.checkpoint.output import OutputFolder
+from bitwright.checkpoint.ranges import Stored
+from bitwright.checkpoint.report_file import REPORT, account_of, as_written, without_digests
+from bitwright.checkpoint.writer import write_json, write_tensors
+from bitwright.convert.exported_terms import (
     common_columns,
     kept_linears,
     refuse_activations,
@@ -22,28 +26,24 @@ from bitwright.api.exported_terms import (
     terms_of,
     written_model,
 )
-from bitwright.api.finishing import bytes_of, leaving_nothing
-from bitwright.api.format_choice import check_shape, is_file_format, refuse_idle, target
-from bitwright.api.places import refuse_output
-from bitwright.api.quantizing import JOURNAL
-from bitwright.api.refitting import refitted
-from bitwright.api.report_file import REPORT, account_of, as_written, without_digests
-from bitwright.api.soundness import require_sound
-from bitwright.checkpoint.journal import Journal
-from bitwright.checkpoint.merge import merge_begun, merge_shards
-from bitwright.checkpoint.output import OutputFolder
-from bitwright.checkpoint.ranges import Stored
-from bitwright.checkpoint.writer import write_json, write_tensors
+from bitwright.convert.refitting import refitted
 from bitwright.core.convert import relative_error
 from bitwright.core.digest import digest
 from bitwright.core.errors import RecipeError
+from bitwright.core.plain import plain
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.quantized import Difference, Foreseen, WriteOptions, typical
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
 from bitwright.formats import QuantizedFolder
-from bitwright.report.plain import plain
+from bitwright.prepare.format_choice import check_shape, is_file_format, refuse_idle, target
+from bitwright.prepare.places import refuse_output
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.units import block_of
+from bitwright.verify.completeness import require_all_tensors, require_sound_headers
+from bitwright.verify.engine_files import require_sound_file
+from bitwright.verify.soundness import require_sound
+from bitwright.written.companions import copy_companions, write_config
+from bitwright.written.finishing import bytes_of, leaving_nothing
 
 OUTSIDE = "outside of the blocks"
 KEPT = ("name", "codes", "error", "digest")

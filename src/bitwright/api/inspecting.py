@@ -6,13 +6,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bitwright.api.dequantizing import is_made_dense
-from bitwright.api.report_file import account_of
-from bitwright.api.source import architecture, open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.checkpoint.report_file import account_of
 from bitwright.core.errors import CheckpointError
 from bitwright.families.discover import ROUTER, discover
-from bitwright.formats import QuantizedFolder
+from bitwright.formats import QuantizedFolder, is_made_dense
+from bitwright.model.config import architecture
+from bitwright.model.source import open_checkpoint
 
 PARTS_OF_A_WEIGHT = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "outlier_index", "outlier_value", "outlier_count",

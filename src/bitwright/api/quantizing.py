@@ -7,18 +7,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from bitwright.api.account import WRITTEN, identity
-from bitwright.api.block_work import BlockWork
-from bitwright.api.crew import Crew, crew_of
-from bitwright.api.engine_choice import for_engines
-from bitwright.api.finishing import finish
-from bitwright.api.format_choice import is_single
-from bitwright.api.job import Job, prepare
-from bitwright.api.places import place_to_save, refuse_output, require_room
-from bitwright.api.planning import plan_of
-from bitwright.api.sink import FolderSink
-from bitwright.api.tensor_run import run_tensors
-from bitwright.api.tensor_work import TensorWork
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun
 from bitwright.checkpoint.output import OutputFolder, begin_anew, work_folder
@@ -26,10 +14,22 @@ from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.errors import ChangedError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
+from bitwright.prepare.block_work import BlockWork
+from bitwright.prepare.crew import Crew, crew_of
+from bitwright.prepare.engine_choice import for_engines
+from bitwright.prepare.format_choice import is_single
+from bitwright.prepare.job import Job, prepare
+from bitwright.prepare.places import place_to_save, refuse_output, require_room
+from bitwright.prepare.plan import plan_of
+from bitwright.prepare.tensor_work import TensorWork
 from bitwright.stream.hands import Hands
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.ranks import Ranks
 from bitwright.stream.runner import RunPlan, run
+from bitwright.written.account import WRITTEN, identity
+from bitwright.written.finishing import finish
+from bitwright.written.sink import FolderSink
+from bitwright.written.tensor_run import run_tensors
 
 TIMINGS, JOURNAL, OTHER_JOURNALS = "bitwright-timings.json", "journal.jsonl", "journal-*.jsonl"
 

@@ -3,15 +3,32 @@
 import json
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
 from bitwright.core.errors import CalibrationError
+from bitwright.demo import texts
 
+BUILTIN = "builtin"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_FIELD = "text"
 BETWEEN_DOCUMENTS = "\n\n"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 and tokenizers cannot
+
+
+def text_of(source: str, purpose: str) -> str:
+    """The text behind ``--calibration`` or ``--text``; ``builtin`` is the embedded model's."""
+    if not source:
+        raise CalibrationError(f"an empty name was given for the {purpose} text; name a file or a folder, or 'builtin'")
+    if source == BUILTIN:
+        return texts.calibration_text() if purpose == "calibration" else texts.evaluation_text()
+    if get_close_matches(source, [BUILTIN], cutoff=0.75) and not Path(source).exists():
+        raise CalibrationError(f"there is no {purpose} text '{source}'; did you mean {BUILTIN}?")
+    text = read_text(source)
+    if not text.strip():
+        raise CalibrationError(f"'{source}' holds no text: it is empty")
+    return text
 
 
 def read_text(source: str) -> str:

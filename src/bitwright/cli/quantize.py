@@ -166,8 +166,7 @@ def quantize(
     let+lwc with quantized activations or LayerNorms, and lwc alone for 16-bit activations on RMSNorm architectures.
     """
     from bitwright import api
-    from bitwright.api.hiring import hired
-    from bitwright.api.recipe_file import read_recipe
+    from bitwright.cli.recipe_file import read_recipe
 
     # The parameters of this command that are keys of a recipe, as they were given.
     flags = {key: value or None for key, value in context.params.items() if key in ("include", "exclude")}
@@ -190,7 +189,7 @@ def quantize(
         return
     if target is None:
         raise RecipeError("where should the result go? Give --output DIR, or the key 'output' in the recipe")
-    with hired(wanted, workers) as hands, ProgressReport(err) as listener:
+    with api.hired(wanted, workers) as hands, ProgressReport(err) as listener:
         result = api.quantize(
             wanted,
             Path(target),

@@ -1,4 +1,8 @@
-"""A written folder, as its users load it: plain transformers, offline, no remote code; or tensors made from one."""
+"""A folder as a transformers model, as its users load it: offline, without remote code.
+
+Folders that transformers alone cannot load (gptq and awq, which it leaves to gptqmodel) are read by Bitwright and made
+dense.
+"""
 
 from collections.abc import Mapping
 from contextlib import redirect_stderr
@@ -17,7 +21,66 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from bitwright.core.errors import CheckpointError
+from bitwright.checkpoint.report_file import account_of
+from bitwright.core.errors import CheckpointError, SchemeError
+from bitwright.core.registry import find, names
+from bitwright.core.scheme import Grid, Scheme
+from bitwright.formats import QuantizedFolder, is_made_dense
+from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
+from bitwright.steps.activations import quantize_activations, quantize_attention
+
+
+def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """Load the model in a folder, original or quantized, ready to run; offline, no remote code.
+
+    Plain transformers loads it, the bitwright format through our plugin: packed weights stay packed in memory. Folders
+    in gptq and awq are read by Bitwright and dense in memory. Queries that the folder's config leaves out are quantized
+    on top (``W4A8KV4``).
+    ``dtype`` "auto" is the checkpoint's own if the device is fast with it. Raises CheckpointError.
+    """
+    folder = Path(folder)
+    where, checkpoint = pick_device(device), open_checkpoint(folder)
+    arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)
+    tensors = dense_tensors(QuantizedFolder.open(folder), arithmetic) if is_made_dense(checkpoint) else None
+    model = load_model(folder, arithmetic, where, tensors)
+    quantize_attention(model, left_out(folder), None)
+    return model
+
+
+def left_out(folder: Path) -> Grid | None:
+    """The grid of the queries if the folder's config could not hold it; None otherwise."""
+    account = account_of(folder)
+    try:
+        scheme = Scheme.parse(str(account.get("scheme")))
+        name = account.get("format") or account["recipe"]["format"]  # folders of Bitwright 0.1.0 say it there alone
+    except (SchemeError, KeyError, TypeError):
+        return None
+    if name not in names("formats"):
+        return None
+    grid: Grid | None = find("formats", name).queries_left_out(scheme)
+    return grid
+
+
+def load_codes(model: QuantizedFolder) -> PreTrainedModel:
+    """Load a quantized folder by our own reading of its codes: dense, in float32, on the CPU.
+
+    Activations and KV cache are quantized as the folder says. Raises CheckpointError.
+    """
+    loaded = load_model(model.folder, torch.float32, torch.device("cpu"), dense_tensors(model, torch.float32))
+    if model.described is not None:
+        quantize_activations(loaded, model.described.activations, model.described.kv, model.linears)
+    return loaded
+
+
+def dense_tensors(model: QuantizedFolder, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor of a quantized folder by its name in an ordinary one.
+
+    Linears are ``(code - zero) * scale``, computed in float32 and given in ``dtype``. Raises CheckpointError.
+    """
+    tensors = {name: model.tensor(name) for name in model.passed}
+    for name in model.linears:
+        tensors[f"{name}.weight"] = model.read(name).dequantize(torch.float32).to(dtype)
+    return tensors
 
 
 def load_model(

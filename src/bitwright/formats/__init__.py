@@ -28,6 +28,8 @@ PACKED = "pack-quantized"
 """The variant of compressed-tensors in which no codes are called ``weight``."""
 CODES = ("weight_packed", "qweight")
 """How the names of packed codes end, whatever the format."""
+MADE_DENSE = ("gptq", "awq")
+"""Formats whose folders are read by Bitwright and not handed on to transformers."""
 READABLE = "compressed-tensors (integer weights), bitwright, gptq and awq folders"
 
 
@@ -167,6 +169,12 @@ class QuantizedFolder:
         if self.format is None or self.described is None:
             raise CheckpointError(f"{self.folder} is not quantized")
         return self.format, self.described
+
+
+def is_made_dense(checkpoint: Checkpoint) -> bool:
+    """Whether a folder is loaded through its dequantized weights."""
+    said = checkpoint.config.get(CONFIG)
+    return isinstance(said, dict) and said.get("quant_method") in MADE_DENSE
 
 
 def check_tiles(weight: QTensor, said: Tile | None) -> None:

@@ -1,0 +1,1 @@
+"""A quantized folder in another format, its codes kept."""

@@ -1,0 +1,154 @@
+"""Accuracy tasks on written folders: everything that can be refused is refused before a model is loaded."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+from bitwright.checkpoint import fingerprint
+from bitwright.core.errors import UserError
+from bitwright.core.progress import Listener
+from bitwright.evaluation.answers import Answers
+from bitwright.evaluation.loading import left_out
+from bitwright.evaluation.scores import TaskScore
+from bitwright.model.config import model_config
+from bitwright.model.source import open_checkpoint, require_tokenizer
+
+if TYPE_CHECKING:
+    from bitwright.evaluation.tasks import Prepared
+
+EXTRA = ("lm_eval", "accelerate")
+DEFAULT_CONTEXT = 2048
+"""Tokens, where a config names no maximum; lm-eval's default too."""
+LIBRARIES = ("lm_eval", "transformers", "torch", "compressed-tensors")
+DESCRIBE_THE_MODEL = (".json", ".model", ".txt", ".jinja")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What was asked of the tasks; see ``evaluate``."""
+
+    names: tuple[str, ...]
+    files: tuple[Path, ...] = ()
+    limit: int | None = None
+    shots: int | None = None
+    batch_size: int = 1
+    allow_code_execution: bool = False
+    answers: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.names and any(getattr(self, option.name) != option.default for option in fields(self)[1:]):
+            raise UserError("which tasks? Name them: --tasks piqa,arc_easy (in Python tasks=('piqa', 'arc_easy'))")
+        for flag, value, least in (
+            ("limit", self.limit, 1),
+            ("shots", self.shots, 0),
+            ("batch-size", self.batch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"--{flag} {value} was asked for; it must be at least {least}")
+
+
+def prepare_tasks(options: TaskOptions, folder: Path) -> "tuple[Prepared, ...]":
+    """The tasks with their data, for the model in a folder. Raises UserError for whatever will not work."""
+    missing = [name for name in EXTRA if find_spec(name) is None]
+    if missing:
+        raise UserError(f"tasks need {' and '.join(missing)}, not installed here: pip install 'bitwright[tasks]'")
+    from bitwright.evaluation.tasks import needs_end_of_text, prepare
+
+    tokenizer = _tokenizer(folder)
+    prepared = prepare(
+        options.names,
+        options.files,
+        shots=options.shots,
+        code_allowed=options.allow_code_execution,
+        context=_context(folder),
+    )
+    if needs_end_of_text(prepared) and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer in {folder} names no end of text (eos_token), and a task lets the model write until one; "
+            "name it in tokenizer_config.json"
+        )
+    return prepared
+
+
+def score(
+    options: TaskOptions,
+    prepared: "Sequence[Prepared]",
+    folder: Path,
+    model: PreTrainedModel,
+    file: Path,
+    listener: Listener,
+) -> tuple[tuple[TaskScore, ...], tuple[str, ...]]:
+    """Scores of the model that was loaded from a folder, and notes; answers are kept in a file as they come."""
+    from bitwright.evaluation.tasks import run_tasks
+
+    with Answers(file, _answerer(folder, model)) as answers:
+        return run_tasks(
+            prepared,
+            model,
+            _tokenizer(folder),
+            answers,
+            context=_context(folder),
+            limit=options.limit,
+            batch_size=options.batch_size,
+            listener=listener,
+        )
+
+
+@contextmanager
+def answers_file(options: TaskOptions, folders: Sequence[Path]) -> Iterator[Path | None]:
+    """The file that was named, or one in the user's cache: the same command finds it again, and it goes when done.
+
+    None where no tasks are asked for. Raises OutputError for a place where answers cannot be kept.
+    """
+    if not options.names:
+        yield None
+        return
+    path = options.answers or _in_cache(options, folders)
+    with Answers(path, {}):
+        pass
+    yield path
+    if options.answers is None:
+        path.unlink(missing_ok=True)
+
+
+def _in_cache(options: TaskOptions, folders: Sequence[Path]) -> Path:
+    asked = [str(folder.resolve()) for folder in folders], options.names, options.limit, options.shots
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return home / "bitwright" / "answers" / f"{sha256(json.dumps(asked).encode()).hexdigest()[:16]}.jsonl"
+
+
+def _context(folder: Path) -> int:
+    """Tokens that the model can attend to."""
+    named = getattr(model_config(folder), "max_position_embeddings", None)
+    return named if isinstance(named, int) and named > 0 else DEFAULT_CONTEXT
+
+
+def _tokenizer(folder: Path) -> Any:
+    require_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _answerer(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """All that an answer depends on, beside the question."""
+    checkpoint = open_checkpoint(folder)
+    texts = sorted(path for path in folder.iterdir() if path.suffix in DESCRIBE_THE_MODEL and path.is_file())
+    return {
+        "weights": checkpoint.fingerprint(),
+        "written": checkpoint.modified(),
+        "files": {
+            path.name: fingerprint.of_small_file(path.read_bytes()) for path in texts if "timing" not in path.name
+        },
+        "queries": repr(left_out(folder)),
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }

@@ -1,0 +1,56 @@
+"""config.json: read by transformers, and compared with that of another model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitwright.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SETTINGS = (
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rms_norm_eps", "layer_norm_eps"),
+    *("layer_norm_epsilon", "hidden_act", "hidden_activation", "sliding_window"),
+)
+"""Keys of config.json that change what the same weights compute."""
+DIMENSIONS = (
+    "model_type",
+    "num_hidden_layers",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+"""What of config.json tells one model from another."""
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The class that config.json names, ``?`` where it names none."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else "?"
+
+
+def model_config(folder: Path) -> "PretrainedConfig":
+    """The configuration as transformers reads it, offline and without remote code."""
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers validates with several libraries, each with its own exceptions
+        raise CheckpointError(
+            f"{folder}/config.json: transformers cannot read it: {error}. Compare it with the original repository's"
+        ) from error
+    return config
+
+
+def apart(here: Mapping[str, Any], there: Mapping[str, Any], keys: Sequence[str] = DIMENSIONS) -> str:
+    """In which of these two configurations differ, where both say them, dimensions and architecture if nothing else is
+    said; "" for none."""
+    return ", ".join(
+        f"{key} {there[key]} there and {here[key]} here"
+        for key in keys
+        if here.get(key) is not None and there.get(key) is not None and here[key] != there[key]
+    )

@@ -1,0 +1,242 @@
+"""The model to work on, opened and checked: everything that can be refused is refused here, before any long work."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from bitwright.calibration.tokens import tokens_of
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.block import Family
+from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
+from bitwright.core.outline import Outline
+from bitwright.core.registry import find, names
+from bitwright.formats._engine_marks import refuse_engine_file
+from bitwright.model.config import model_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FAMILIES = tuple(name for name in names("families") if name != "discover")
+"""Architectures that somebody has described."""
+DEFAULT_SEQLEN = 2048
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A full-precision model on disk. ``config`` and ``family`` are None for an architecture that no file in
+    ``families/`` describes.
+
+    ``config`` is transformers', or, where there is an ``outline``, what config.json says, by the same names.
+    """
+
+    checkpoint: Checkpoint
+    model_type: str
+    config: Any
+    family: Family | None
+    outline: Outline | None = None
+
+    @classmethod
+    def open(cls, folder: Path, *, to_build: bool = True, tokenizer: bool = True) -> "Source":
+        """Raises CheckpointError or RecipeError for what cannot be quantized.
+
+        Where no model is going to be built of it, transformers is not asked about a configuration that says nothing
+        out of the ordinary. Without ``tokenizer`` there need not be one.
+        """
+        checkpoint = open_checkpoint(folder)
+        how = checkpoint.config.get("quantization_config")
+        if how is not None:
+            method = how.get("quant_method", "an unknown method") if isinstance(how, dict) else "an unknown method"
+            raise CheckpointError(f"{folder} is quantized already ({method}); start from the full-precision model")
+        model_type = _model_type(checkpoint)
+        if tokenizer:
+            require_tokenizer(folder)
+        if model_type not in FAMILIES:
+            return cls(checkpoint, model_type, None, None)
+        module = find("families", model_type)
+        plain = None if to_build or not hasattr(module, "plain") else module.plain(checkpoint.config)
+        config = plain or model_config(folder)
+        _check_blocks(checkpoint, config)
+        with blaming_the_config(folder):
+            family: Family = module.describe(config)
+        return cls(checkpoint, model_type, config, family, module.outline(config) if plain else None)
+
+    def described(self) -> "tuple[Family, PretrainedConfig]":
+        """Family and configuration of an architecture that is described; RecipeError for another."""
+        if self.family is None or self.config is None:
+            raise RecipeError(
+                f"{self.checkpoint.folder}: nobody has described the architecture '{self.model_type}' to Bitwright "
+                f"yet; {nearest(self.model_type, FAMILIES)}. One short file in families/ describes a new one; "
+                "rtn and easyquant, without --calibration, do with any"
+            )
+        return self.family, self.config
+
+    @property
+    def head_dim(self) -> int:
+        """Features of an attention head; 0 where that is not known."""
+        return 0 if self.config is None else _head_dim(self.config)
+
+
+def family_of(folder: Path) -> tuple[Family | None, int]:
+    """What is known of the architecture in a folder, and the features of an attention head; None and 0 of another."""
+    model_type = _model_type(open_checkpoint(folder))
+    if model_type not in FAMILIES:
+        return None, 0
+    config = model_config(folder)
+    with blaming_the_config(folder):
+        family: Family = find("families", model_type).describe(config)
+        return family, _head_dim(config)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+@contextmanager
+def blaming_the_config(folder: Path) -> Iterator[None]:
+    """Turns what transformers makes of numbers that cannot be, in many kinds of exceptions, into CheckpointError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}/config.json describes no model that can be built: {type(error).__name__}: {error}. Compare it "
+            "with the original repository's, or download it again"
+        ) from error
+
+
+def _model_type(checkpoint: Checkpoint) -> str:
+    found = checkpoint.config.get("model_type")
+    if not isinstance(found, str) or not found:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json does not say which architecture this is: its model_type is {found!r}; "
+            "is it the config.json of a transformers model?"
+        )
+    return found
+
+
+def _check_blocks(checkpoint: Checkpoint, config: Any) -> None:
+    """Refuses a number of blocks that cannot be before transformers builds them all."""
+    asked, tensors = getattr(config, "num_hidden_layers", 1), len(checkpoint.names)
+    if not 1 <= asked <= tensors:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json asks for {asked} blocks (num_hidden_layers), and the weight files hold "
+            f"{tensors} tensors in all; the weights belong to another configuration, download both again"
+        )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a local folder, its headers checked. Raises CheckpointError."""
+    require_folder(folder)
+    return Checkpoint.open(folder)
+
+
+def require_folder(folder: Path) -> None:
+    """Raises CheckpointError for a path that cannot be, and for what an engine reads in its place; a name of the hub is
+    told how to become a folder."""
+    try:
+        missing = not folder.exists()
+        folder.resolve()
+        refuse_engine_file(folder)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
+        raise CheckpointError(f"{folder}: cannot be the folder of a model: {error}; check the path") from None
+    if missing and len(folder.parts) <= 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..", "~"):
+        raise CheckpointError(
+            f"there is no folder {folder}; Bitwright reads local folders. If that is a model of the Hugging Face hub, "
+            f"download it first: hf download {folder} --local-dir {folder.name}"
+        )
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raises CheckpointError where no tokenizer file is in the folder."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the tokenizer's files "
+            "from the original repository into the folder; a model is of no use without them"
+        )
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        if path.is_file():
+            _check_tokenizer_file(path)
+
+
+def _check_tokenizer_file(path: Path) -> None:
+    """Refuses what is no tokenizer at a glance: copied along, it would fail the users of the result."""
+    again = "copy it from the original repository again"
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}; {again}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: a JSON object was expected, found a {type(found).__name__}; {again}")
+    if path.name == "tokenizer.json" and "model" not in found:
+        raise CheckpointError(f"{path}: no tokenizer of the tokenizers library: it has no key 'model'; {again}")
+
+
+def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
+    """The whole text as one sequence, without special tokens of a sentence's ends beyond the tokenizer's own."""
+    from transformers import AutoTokenizer
+
+    require_tokenizer(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read by transformers: {type(error).__name__}: {error}; copy the "
+            "tokenizer's files from the original repository again"
+        ) from error
+    return tokens_of(text, lambda piece: tokenizer(piece, verbose=False).input_ids)
+
+
+def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> None:
+    """Raises UserError for tokens that the model's embedding has no row for."""
+    size, largest = config.vocab_size, int(tokens.max()) if len(tokens) else 0
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer in {folder} gives token {largest}, but the model's embedding has {size} rows; the "
+            "tokenizer belongs to another model, copy the right one into the folder"
+        )
+
+
+def sequence_length(asked: int | None, config: Any, default: int = DEFAULT_SEQLEN) -> int:
+    """The length asked for, or the default where the model allows it. Raises RecipeError past the model's maximum."""
+    named = getattr(config, "max_position_embeddings", None)
+    longest = named if named is not None and named > 0 else None  # 0 and -1 stand for "no maximum" in some configs
+    if asked is None:
+        return min(default, longest) if longest else default
+    if longest is not None and asked > longest:
+        raise RecipeError(f"--seqlen {asked} is longer than the model's own maximum of {longest} tokens; ask for less")
+    return asked
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"there is no device '{name}'; {nearest(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}") from None
+    try:
+        float(torch.zeros(1, device=device))  # made and read: meta lets itself be made alone
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(". ")[0]  # the rest is advice to torch's own developers
+        raise UserError(f"device '{name}' cannot be used here ({reason}); use auto, cpu, or cuda:0") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """``auto`` computes in float32 on a CPU and in the checkpoint's dtype elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else stored
+    if name not in DTYPES:
+        raise UserError(f"there is no dtype '{name}'; {nearest(name, [*DTYPES, 'auto'])}")
+    return DTYPES[name]

@@ -1,0 +1,62 @@
+"""Where a run is to write: refused before the work what could not be written after it."""
+
+import os
+from pathlib import Path
+
+from bitwright.checkpoint.output import refuse_existing, refuse_overlap, require_free, work_folder
+from bitwright.core.errors import OutputError, RecipeError
+from bitwright.methods import learned
+from bitwright.model.source import require_folder
+from bitwright.prepare.format_choice import is_file_format
+from bitwright.prepare.job import Job
+from bitwright.prepare.parameters import saved_for
+from bitwright.prepare.plan import plan_of
+
+
+def place_to_save(job: Job, path: Path, output: Path) -> Path:
+    """Refuses, before hours of training, a place where nothing can be saved, or a method with nothing to save.
+
+    A file that this very run wrote before it was killed is no obstacle.
+    """
+    if not learned(job.methods):
+        raise RecipeError(f"{job.method} learns nothing, so --save-parameters {path} would stay empty; leave it out")
+    _refuse_within(Path(job.recipe.model), path)
+    if work_folder(output.resolve()).exists() and saved_for(path) == job.belonging:
+        return path
+    if path.exists() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        found = "exists" if path.exists() else f"cannot be made: {path.absolute().parent} is no folder to write to"
+        raise OutputError(f"--save-parameters {path} {found}; name a new file in a folder that is there")
+    return path
+
+
+def refuse_output(model: Path, output: Path, overwrite: bool, single: bool = False) -> None:
+    """Refuses what can be told of an output, a folder or a ``single`` file, from its path alone, before anything is
+    read. Raises OutputError."""
+    require_folder(model)
+    try:
+        refuse_overlap(model, output)
+        _refuse_within(model, output)
+        refuse_existing(output, overwrite, single)
+        work_folder(output.resolve()).exists()  # its name is longer: perhaps too long
+        around = next(folder for folder in output.resolve().parents if folder.exists())
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
+        raise OutputError(f"{output}: cannot be written: {error}; choose another output") from None
+    if not (around.is_dir() and os.access(around, os.W_OK | os.X_OK)):
+        found = "may not be written to" if around.is_dir() else "is a file"
+        raise OutputError(f"{output}: cannot be made: {around} {found}; check permissions, or choose another output")
+
+
+def _refuse_within(folder: Path, output: Path) -> None:
+    """Raises OutputError for something written in the very folder that is read."""
+    if folder.resolve() in output.resolve().parents:
+        raise OutputError(
+            f"{output}: lies in {folder}, which is read and would be changed by it; choose a place outside of it"
+        )
+
+
+def require_room(job: Job, output: Path) -> None:
+    """Refuses a disk too small for all parts and one shard beside them, less what an earlier run has written."""
+    total = plan_of(job).bytes_out * (2 if is_file_format(job.target) else 1)  # the folder that it is made of
+    in_parts = total - sum(map(job.source.checkpoint.nbytes, job.work.as_stored))
+    written = sum(path.stat().st_size for path in work_folder(output.resolve()).rglob("*.safetensors"))
+    require_free(output, max(0, in_parts + min(total, job.recipe.shard_bytes) - written))

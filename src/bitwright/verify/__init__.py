@@ -1,0 +1,1 @@
+"""Is a folder or a file what it claims to be?"""

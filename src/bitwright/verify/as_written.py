@@ -1,0 +1,43 @@
+"""What config.json says of the codes of a folder, beside what it said when they were written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitwright.checkpoint.report_file import said_of
+from bitwright.core.errors import UserError
+from bitwright.core.quantized import Described
+from bitwright.core.registry import find
+from bitwright.formats import CONFIG, QuantizedFolder
+
+METHOD = "quant_method"
+SHOWN = 60
+"""So much of a value is shown."""
+
+
+def edited(model: QuantizedFolder) -> str | None:
+    """In words, how config.json gives the codes another meaning than they were written with; None where it does not,
+    and where nobody wrote down what it said.
+
+    Keys that change no weight may differ: those that say how to run it, and which linears there are.
+    """
+    was, now = said_of(model.folder), model.checkpoint.config.get(CONFIG)
+    if was is None or not isinstance(now, dict) or model.described is None:
+        return None
+    try:
+        before: Described = find("formats", str(was.get(METHOD))).described(was)
+    except (UserError, AttributeError):  # of a Bitwright that knows more
+        return None
+    if was.get(METHOD) == now.get(METHOD) and _meaning(model, before) == _meaning(model, model.described):
+        return None
+    return f"config.json says {_differences(was, now)}, so that its codes are other weights than were written"
+
+
+def _meaning(model: QuantizedFolder, described: Described) -> tuple[Any, ...]:
+    """What codes are read by; groups are held against the tensors themselves."""
+    grids = [described.grid_of(name) for name in (*model.linears, *model.stacks)]
+    return described.variant, described.activations, described.kv, grids
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
+    return ", ".join(f"{key} {now.get(key)!r:.{SHOWN}} (written: {was.get(key)!r:.{SHOWN}})" for key in keys)

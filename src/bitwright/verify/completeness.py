@@ -1,0 +1,161 @@
+"""Whether a folder has every tensor that it needs, in its shape, and no other: beside an original, and by the
+architecture that its config.json names."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.errors import CheckpointError
+from bitwright.core.weight import NO_WEIGHTS
+from bitwright.formats import QuantizedFolder
+from bitwright.model.config import SETTINGS, apart
+from bitwright.model.view import ModelView
+from bitwright.verify.findings import Check, first, lacking
+
+Shapes = Mapping[str, tuple[int, ...]]
+HEADS = ("lm_head", "embed_out")
+"""Output layers that share the embedding's weight where the config says so."""
+UNUSED = (*NO_WEIGHTS, "attn.bias", "attention.bias")
+"""How tensors end that old checkpoints hold and no model reads."""
+
+
+@dataclass(frozen=True)
+class _Wrong:
+    """Names that are missing; others, in words: in another shape, or of no use."""
+
+    missing: list[str]
+    odd: list[str]
+
+    def __str__(self) -> str:
+        return lacking(self.missing) or first(self.odd)
+
+
+def complete(model: QuantizedFolder, original: Shapes | None, by_config: bool = True) -> Check:
+    """Everything that the model needs is there in its shape, and nothing else: as in ``original``, the tensors where
+    nothing is quantized, and, with ``by_config``, as transformers sees the architecture."""
+    there = _there(model)
+    wrong, said = _Wrong([], []), list[str]()
+    if original is not None:
+        wrong, said = _beside(model, there, original), [f"all {len(original)} tensors of the original"]
+    if by_config and not str(wrong):
+        if blocks := _too_many_blocks(model):
+            return Check("complete", False, blocks)
+        view = ModelView.of(model.checkpoint, there)
+        if view is not None:
+            wrong = _by_architecture(model, there, view)
+            said.append(f"all {len(there)} tensors of the architecture, in their shapes")
+        elif original is None:
+            return Check(
+                "complete", True, "not looked at: transformers does not know this architecture; --against tells"
+            )
+    return Check("complete", not str(wrong), str(wrong) or "; ".join(said))
+
+
+def require_all_tensors(model: QuantizedFolder) -> None:
+    """Raises CheckpointError for a tensor that the architecture in config.json needs and the folder lacks.
+
+    Tensors that it has no use for are nobody's harm, and architectures that transformers does not know are let pass.
+    """
+    there, wrong = _there(model), _too_many_blocks(model)
+    if wrong is None and (view := ModelView.of(model.checkpoint, there)) is not None:
+        wrong = lacking(_by_architecture(model, there, view).missing)
+    if wrong:
+        raise CheckpointError(f"{model.folder}: {wrong}; the folder is damaged, download or quantize it again")
+
+
+def require_same_model(model: QuantizedFolder, original: Checkpoint) -> None:
+    """Raises CheckpointError where a tensor of a folder has another shape in the original: it was made of another."""
+    if (how := original.config.get("quantization_config")) is not None:
+        method = how.get("quant_method", "?") if isinstance(how, dict) else "?"
+        raise CheckpointError(f"{original.folder} is quantized itself ({method}); --against takes the original")
+    for name, shape in _there(model).items():
+        if name in original and original.entry(name).shape != shape:
+            theirs = original.entry(name).shape
+            settings = apart(model.config, original.config)
+            raise CheckpointError(
+                f"{original.folder} is another model than {model.folder} was made of: {name} is {list(theirs)} there "
+                f"and {list(shape)} here{f'; config.json: {settings}' if settings else ''}. Name the original with "
+                f"--against; if that is the original, {model.folder} is damaged"
+            )
+
+
+def settings(model: QuantizedFolder, original: Checkpoint) -> Check:
+    """Whether a folder computes with its weights as the original does with its own, as far as both say."""
+    unlike = apart(model.config, original.config, SETTINGS)
+    return Check("settings", not unlike, unlike or "those of the original's config.json")
+
+
+def twice(model: QuantizedFolder) -> list[str]:
+    """The linears that are there quantized and in full precision too."""
+    dense, passed = ".weight", set(model.passed)
+    return [
+        x
+        for x in (*model.linears, *model.stacks)
+        if {x, x + dense} & passed or {x + dense, f"{x}.weight_packed"} <= {*model.stored(x)}
+    ]
+
+
+def require_sound_headers(model: QuantizedFolder) -> None:
+    """Raises CheckpointError, little being read, for a linear that is there twice, and for linears whose tensors do not
+    fit together by their dtypes and shapes."""
+    if found := twice(model):
+        full = next(name for name in (f"{found[0]}.weight", found[0]) if name in model.checkpoint)
+        raise CheckpointError(
+            f"{model.folder}: {found[0]} is there twice, quantized and in full precision ({full}), and which of them "
+            "counts nobody can tell. Remove one of them, or quantize the original again"
+        )
+    for linear in model.linears:
+        model.look(linear)
+
+
+def _there(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:
+    """All tensors by their names where nothing is quantized. A stack may be called ``X.weight``: see ``_called``."""
+    linears = {f"{linear}.weight": model.shape(linear) for linear in model.linears}
+    return {name: model.shape(name) for name in (*model.passed, *model.stacks)} | linears
+
+
+def _beside(model: QuantizedFolder, there: Shapes, original: Shapes) -> _Wrong:
+    """Against the tensors of the original; an output layer that was quantized as a copy of the embedding is none."""
+    here = {_called(name, model, original): shape for name, shape in there.items()}
+    missing = sorted(set(original) - set(here))
+    odd = [f"{name} is {list(shape)}, the original's {list(original[name])}"
+           for name, shape in here.items() if name in original and shape != original[name]]  # fmt: skip
+    more = [name for name in here if name not in original and name.removesuffix(".weight") not in HEADS]
+    return _Wrong(missing, [*odd, *(f"{said} of the original" for said in _of_no_use(model, more))])
+
+
+def _by_architecture(model: QuantizedFolder, there: Shapes, view: ModelView) -> _Wrong:
+    """Against the parameters of the model that config.json describes."""
+    places = {name: _called(view.places[name], model, view.shapes) for name in there}
+    tied = {f"{head}.weight" for head in HEADS} if view.tied else set()
+    missing = sorted(view.needed - set(places.values()) - tied)
+    odd = [f"{name} is {list(shape)}, config.json calls for {list(view.shapes[places[name]])}"
+           for name, shape in there.items()
+           if name not in view.converted and view.shapes.get(places[name], shape) != shape]  # fmt: skip
+    more = [name for name, place in places.items() if place not in view.shapes
+            and not any(re.search(pattern, place) for pattern in view.ignored)]  # fmt: skip
+    return _Wrong(missing, [*odd, *(f"{said} of the architecture" for said in _of_no_use(model, more))])
+
+
+def _called(name: str, model: QuantizedFolder, wanted: Shapes) -> str:
+    """A name as it is wanted: only what it is a stack of tells whether that ends in ``.weight``."""
+    return f"{name}.weight" if name not in wanted and f"{name}.weight" in wanted else name
+
+
+def _of_no_use(model: QuantizedFolder, names: list[str]) -> Iterator[str]:
+    """In words the tensors that nobody asked for. Biases of zeros, which some tools give every linear, change
+    nothing."""
+    for name in names:
+        zeros = name.endswith(".bias") and name.removesuffix(".bias") in model.linears and not model.tensor(name).any()
+        if not zeros and not name.endswith(UNUSED):
+            size = f"{list(model.shape(name))}, {model.checkpoint.nbytes(name):,} bytes" if name in model.passed else ""
+            yield f"{name}{f' ({size})' if size else ''} is no tensor"
+
+
+def _too_many_blocks(model: QuantizedFolder) -> str | None:
+    """Blocks that cannot be, before transformers builds them all."""
+    blocks, tensors = model.config.get("num_hidden_layers"), len(model.checkpoint.names)
+    if isinstance(blocks, int) and blocks > tensors:
+        return f"config.json counts {blocks} blocks (num_hidden_layers), and there are {tensors} tensors in all"
+    return None

@@ -1,0 +1,164 @@
+"""What can be told of an engine's own file (gguf, mlc) by reading it back, and what it must be before it is published:
+complete, its numbers finite, its length what it says, its weights those of the folder it was made from."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bitwright.core.engine_file import EngineFile, Rows, unlike
+from bitwright.core.errors import CheckpointError
+from bitwright.core.progress import Listener, Progress, silent
+from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import Difference
+from bitwright.core.weight import NO_WEIGHTS
+from bitwright.formats import QuantizedFolder
+from bitwright.formats._engine_marks import engine_format as engine_format
+from bitwright.stream.memory import peak_memory
+from bitwright.stream.units import block_of
+from bitwright.verify.beside_original import error_in_parts
+from bitwright.verify.findings import Check, first, lacking
+from bitwright.verify.soundness import published_only_if
+
+MEASURED = 1e-3
+"""How far a linear's error may be from what was measured when it was written, as a share of it."""
+SMALLEST = 1e-9
+"""What of an error may be rounding."""
+
+
+def file_structure(file: EngineFile, listener: Listener = silent) -> list[Check]:
+    """What can be told of a file alone, scales and all that is stored as it is being read."""
+    wrong, unread = list[str](), list[str]()
+    for done, name in enumerate(file.tensors):
+        listener(Progress("verify", done, len(file.tensors), name, peak_memory()))
+        if not file.is_read(name):
+            unread.append(name)
+        elif said := file.numbers(name):
+            wrong.append(f"{name}: {said}")
+    listener(Progress("verify", len(file.tensors), len(file.tensors), "all tensors", peak_memory()))
+    found = first(wrong) or "scales finite, shapes fit"
+    if unread:
+        kind = file.tensors[unread[0]].kind
+        found += f"; not looked at: {len(unread)} tensors of types that are not read, such as {unread[0]} ({kind})"
+    return [_complete(file), Check("scales and shapes", not wrong, found), _on_disk(file)]
+
+
+def bits_per_weight(file: EngineFile) -> float:
+    """Of the linears in the model's blocks as they are stored; 0 where it is not known which these are."""
+    stored, weights = file.bits()
+    return stored / weights if weights else 0.0
+
+
+def linears_of(file: EngineFile) -> list[str]:
+    """The linears of the blocks, by the folder's names."""
+    return [name for name in file.names if block_of(name) is not None and len(file.shape(name)) == 2]
+
+
+def require_sound_file(
+    format: ModuleType, place: Path, model: QuantizedFolder, differences: Sequence[Difference]
+) -> str:
+    """Reads back what has just been written from a folder; says what was found, in a line.
+
+    Headers, shapes and scales of everything, and the weights of one linear of each kind, from the first block to the
+    last. Raises OutputError where a check fails.
+    """
+    try:
+        file: EngineFile = format.opened(place)
+    except CheckpointError as error:
+        return published_only_if([Check("readable", False, str(error))])
+    lost = {each.name: each for each in differences}
+    return published_only_if([*file_structure(file), *_made_of(file, model, lost)])
+
+
+def not_there(file: EngineFile, model: QuantizedFolder) -> list[str]:
+    """Tensors of a folder that a file lacks, or has in another shape."""
+    here, wrong = set(file.names), []
+    tied = bool(model.config.get("tie_word_embeddings"))
+    for name in (*model.passed, *model.linears, *model.stacks):
+        full = f"{name}.weight" if name in model.linears else name
+        if full.endswith(NO_WEIGHTS) or (tied and full == "lm_head.weight" and full not in here):
+            continue
+        if full not in here:
+            wrong.append(full)
+        elif file.shape(full) != tuple(model.shape(name)):
+            wrong.append(f"{full} of shape {list(model.shape(name))} (but {list(file.shape(full))})")
+    return wrong
+
+
+def _complete(file: EngineFile) -> Check:
+    wanted, there = file.wanted, file.tensors
+    if wanted is None:
+        return Check("complete", True, f"not looked at: {file.unknown}")
+    wrong = lacking(sorted(set(wanted.needed) - set(there)))
+    shapes = {**wanted.needed, **wanted.allowed}
+    odd = [f"{name} is {list(there[name].shape)}, the architecture's {list(shape)}"
+           for name, shape in shapes.items() if name in there and there[name].shape != shape]  # fmt: skip
+    more = [f"{name} is no tensor of the architecture" for name in sorted(set(there) - set(shapes))]
+    wrong = wrong or first(odd) or first(more)
+    return Check("complete", not wrong, wrong or f"{len(there)} tensors of the architecture, each once")
+
+
+def _on_disk(file: EngineFile) -> Check:
+    stored, wrong = bits_per_weight(file), file.misfiled
+    said = f"{stored:.3f} bits per weight stored" if stored else "as long as it says it is"
+    return Check("size on disk", wrong is None, said if wrong is None else wrong)
+
+
+def _made_of(file: EngineFile, model: QuantizedFolder, lost: dict[str, Difference]) -> Iterator[Check]:
+    missing = not_there(file, model)
+    yield Check("all of the folder", not missing, lacking(missing) or "all tensors of the folder")
+    if missing:
+        return
+    linears = _of_each_kind(model.linears or [name.removesuffix(".weight") for name in linears_of(file)])
+    wrong = [f"{name}: {said}" for name in linears if (said := _apart(file, model, name, lost.get(name)))]
+    found = f"{len(linears)} linears read back, as they are in the folder"
+    yield Check("written weights", not wrong, first(wrong) or found)
+
+
+def _of_each_kind(linears: Sequence[str]) -> list[str]:
+    """One linear of each kind: of the first kind from the first block, of the last kind from the last, in between as
+    far on as its kind is."""
+    kinds: dict[str, list[str]] = {}
+    for name in linears:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    last = max(1, len(kinds) - 1)
+    return [names[round((len(names) - 1) * at / last)] for at, names in enumerate(kinds.values())]
+
+
+def _apart(file: EngineFile, model: QuantizedFolder, linear: str, lost: Difference | None) -> str | None:
+    """In what a linear of the file is not what the folder says and the writer has measured."""
+    name = f"{linear}.weight"
+    if lost is None:  # not quantized: as it is, in float16
+        before = model.tensor(name)
+        same = all(torch.equal(values, before[rows].half().float()) for rows, values in file.values(name))
+        return None if same else "not the folder's weights in float16"
+    weight = model.read(linear)
+    if lost.codes:
+        wrong = next((said for rows, found in file.levels(name) if (said := unlike(weight, rows, found))), None)
+        if wrong:
+            return f"{wrong} are not those of the folder"
+    error = error_of(file, name, _by_rows(weight))
+    if abs(error - lost.error) > MEASURED * lost.error + SMALLEST:
+        return f"a relative error of {error:.3g} from the folder, {lost.error:.3g} was measured in writing"
+    return None
+
+
+def error_of(file: EngineFile, name: str, before: Callable[[Rows], Tensor]) -> float:
+    """``|W - Wx|^2 / |W|^2`` of a tensor of the folder, whose rows ``before`` gives; some rows at a time."""
+    return error_in_parts((before(rows), values) for rows, values in file.values(name))
+
+
+def _by_rows(weight: QTensor) -> Callable[[Rows], Tensor]:
+    """Rows of a weight in float32, where they can be had without the others."""
+    if weight.tile.size(weight.shape)[0] != 1 or weight.outlier_index is not None:
+        return weight.dequantize(torch.float32).__getitem__
+    tile = replace(weight.tile, out=1)
+
+    def made(rows: Rows) -> Tensor:
+        zero = None if weight.zero is None else weight.zero[rows]
+        return QTensor(weight.codes[rows], weight.scale[rows], zero, weight.grid, tile).dequantize(torch.float32)
+
+    return made

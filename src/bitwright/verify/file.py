@@ -1,0 +1,125 @@
+"""verify() of an engine's own file: alone, and beside a folder, its weights decoded and compared one by one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitwright.core.engine_file import EngineFile
+from bitwright.core.errors import CheckpointError, UserError
+from bitwright.core.progress import Listener, Progress
+from bitwright.evaluation.loading import load, load_codes, load_model
+from bitwright.formats import QuantizedFolder
+from bitwright.stream.memory import peak_memory
+from bitwright.verify.engine_files import bits_per_weight, error_of, file_structure, linears_of, not_there
+from bitwright.verify.findings import MOVED, SCALES_MOVED, Check, Verification, first, lacking, undecided
+from bitwright.verify.random_tokens import divergence_from, logits_of, of_chance, random_tokens
+
+FROM_QUANTIZED, FROM_ORIGINAL = 0.5, 1.0
+"""How large the relative squared error of a tensor may be: beside codes that were kept, or quantized once more (an
+embedding in two bits); and beside the original's weights. 2 is that of another weight altogether."""
+
+
+def verify_file(format: ModuleType, path: Path, against: Path | None, logits: bool, listener: Listener) -> Verification:
+    """What is true of a file; beside a folder also how far its weights are from the folder's, and, with ``logits``, its
+    logits, computed by transformers on the folder's config. Raises CheckpointError for a file that cannot be read."""
+    file: EngineFile = format.opened(path)
+    checks = file_structure(file, listener)
+    if (damaged := file.checksums()) is not None:
+        checks.append(Check("checksums", not damaged, first(damaged) or "every shard as its checksum says"))
+    beside, divergence = _Beside(), None
+    if against is not None:
+        model = QuantizedFolder.open(against)
+        checks += beside.look(file, model, logits, listener)
+        if logits and all(check.passed for check in checks):
+            found, divergence = _logits(file, model, listener)
+            checks.append(found)
+    worst = max(beside.errors, key=beside.errors.__getitem__, default=None)
+    return Verification(
+        folder=str(path),
+        format=format.__name__.rpartition(".")[2],
+        against=None if against is None else str(against),
+        linears=len(linears_of(file)),
+        bits_per_weight=bits_per_weight(file),
+        kl_divergence=divergence,
+        checks=tuple(checks),
+        largest_error=None if worst is None else beside.errors[worst],
+        largest_in=worst,
+        mean_error=sum(beside.errors.values()) / len(beside.errors) if beside.errors else None,
+    )
+
+
+@dataclass
+class _Beside:
+    """A file beside a folder: relative squared errors by the folder's names."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def look(self, file: EngineFile, model: QuantizedFolder, logits: bool, listener: Listener) -> list[Check]:
+        """Settings, names, weights; ``logits``: whether they are looked at afterwards. Raises CheckpointError where the
+        file's weights cannot be told apart."""
+        if not file.names:
+            raise CheckpointError(f"{file.path}: cannot be compared with {model.folder}: {file.unknown}")
+        unlike = file.unlike(model.config)
+        checks = [Check("settings", not unlike, first(unlike) or "those of the folder's config.json")]
+        missing = not_there(file, model)
+        checks.append(Check("all of the folder", not missing, lacking(missing) or "all tensors of the folder"))
+        if missing:
+            return checks
+        for done, name in enumerate(file.names):
+            listener(Progress("verify", done, len(file.names), name, peak_memory(), detail="beside the folder"))
+            if (before := _in(model, name)) is not None:
+                self.errors[name] = error_of(file, name, before.__getitem__)
+        return [*checks, self._weights(file, model, logits)]
+
+    def _weights(self, file: EngineFile, model: QuantizedFolder, logits: bool) -> Check:
+        worst = max(self.errors, key=self.errors.__getitem__)
+        mean = sum(self.errors.values()) / len(self.errors)
+        most = f"relative error at most {self.errors[worst]:.3g} (in {worst})"
+        said = f"{len(self.errors)} tensors, {most}, {mean:.3g} on average"
+        allowed = FROM_QUANTIZED if model.format is not None else FROM_ORIGINAL
+        vectors = (error for name, error in self.errors.items() if len(file.shape(name)) == 1)
+        if model.format is None and max(vectors, default=0.0) > MOVED:
+            if not logits:
+                return undecided(said)
+            said, allowed = f"{said}; {SCALES_MOVED}, logits alone tell", float("inf")
+        return Check("weights", self.errors[worst] < allowed, said)
+
+
+def _in(model: QuantizedFolder, name: str) -> Tensor | None:
+    """A tensor of a folder as it computes, in float32 where it was quantized; None for one that it does not have."""
+    linear = name.removesuffix(".weight")
+    if linear in model.linears:
+        return model.read(linear).dequantize(torch.float32)
+    return model.tensor(name) if name in model.passed else None
+
+
+def _logits(file: EngineFile, model: QuantizedFolder, listener: Listener) -> tuple[Check, float | None]:
+    """What the file's weights compute in transformers' model of the folder's config, beside the folder's own."""
+    tokens, name = random_tokens(model.folder), "against the folder" if model.format else "against the original"
+    try:
+        ours = logits_of(lambda: _loaded(file, model), tokens, listener, "the file's weights")
+        reference = logits_of(lambda: _reference(model), tokens, listener, "the folder")
+    except UserError as error:
+        return Check(name, False, str(error)), None
+    found = divergence_from(reference, ours)
+    return Check(name, found < of_chance(reference), f"KL {found:.4f} nats per token on random tokens"), found
+
+
+def _loaded(file: EngineFile, model: QuantizedFolder) -> PreTrainedModel:
+    tensors = {name: _whole(file, name) for name in file.names}
+    return load_model(model.folder, torch.float32, torch.device("cpu"), tensors)
+
+
+def _reference(model: QuantizedFolder) -> PreTrainedModel:
+    return load(model.folder, device="cpu", dtype="float32") if model.format is None else load_codes(model)
+
+
+def _whole(file: EngineFile, name: str) -> Tensor:
+    found = torch.empty(file.shape(name))
+    for rows, values in file.values(name):
+        found[rows] = values
+    return found

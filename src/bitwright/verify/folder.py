@@ -1,0 +1,81 @@
+"""verify() of a quantized folder, whoever wrote it."""
+
+from pathlib import Path
+
+from bitwright.checkpoint.report_file import digests_of, is_made_of
+from bitwright.core.errors import CheckpointError, UserError
+from bitwright.core.progress import Listener
+from bitwright.evaluation.loading import load, load_codes
+from bitwright.formats import QuantizedFolder, is_made_dense
+from bitwright.model.source import open_checkpoint
+from bitwright.verify.beside_original import Beside
+from bitwright.verify.completeness import require_same_model, settings
+from bitwright.verify.findings import Check, Verification
+from bitwright.verify.random_tokens import cannot_run, divergence_from, logits_of, of_chance, random_tokens
+from bitwright.verify.soundness import structure
+
+LOGITS_APART, WITH_ACTIVATIONS = 0.01, 0.5
+"""How far logits of two decoders of the same codes may lie apart, root mean square over standard deviation: in float32,
+and where activations are quantized, which may round the other way."""
+
+
+def verify_folder(folder: Path, against: Path | None, logits: bool, listener: Listener) -> Verification:
+    """Check a quantized folder; see ``bitwright.verify``."""
+    model = QuantizedFolder.open(folder)
+    if model.format is None:
+        raise CheckpointError(f"{folder} is not quantized: its config.json has no quantization_config")
+    original = None if against is None else open_checkpoint(against)
+    if original is not None:
+        require_same_model(model, original)
+    checks, bits = structure(model, None if original is None else original.shapes, listener)
+    divergence = beside = None
+    if original is not None:
+        beside = Beside(model, original)
+        beside.look(listener)
+        checks.append(settings(model, original))
+        decided = bool(digests_of(model.folder))
+        checks.append(beside.check(decided, sure=logits or (decided and is_made_of(model.folder, original))))
+    if not isinstance(kind := model.config.get("model_type"), str):
+        checks.append(Check("logits", False, f"config.json says model_type {kind!r}: no program can load this"))
+    elif logits and (why := cannot_run(model.config)) is not None:
+        checks.append(Check("logits", True, f"not run: {why}"))
+    elif logits and all(check.passed for check in checks):
+        found, divergence = _logits(model, None if original is None else original.folder, listener)
+        checks += found
+    return Verification(
+        folder=str(folder),
+        format=model.format_name,
+        against=None if against is None else str(against),
+        linears=len(model.linears) + len(model.stacks),
+        bits_per_weight=bits,
+        kl_divergence=divergence,
+        checks=tuple(checks),
+        largest_error=None if beside is None or beside.worst is None else beside.linears[beside.worst],
+        largest_in=None if beside is None else beside.worst,
+        mean_error=None if beside is None else beside.mean,
+    )
+
+
+def _logits(model: QuantizedFolder, original: Path | None, listener: Listener) -> tuple[list[Check], float | None]:
+    """What the folder computes on random tokens, beside our own decoding, and beside the original."""
+    tokens = random_tokens(model.folder)
+    checks, divergence = list[Check](), None
+    ours = logits_of(lambda: load_codes(model), tokens, listener, "our decoding")
+    try:
+        theirs = logits_of(
+            lambda: load(model.folder, device="cpu", dtype="float32"), tokens, listener, "as it is loaded"
+        )
+    except UserError as error:
+        return [Check("loads", False, str(error))], None
+    apart = float((theirs - ours).square().mean().sqrt() / ours.std())
+    allowed = WITH_ACTIVATIONS if model.described and model.described.activations else LOGITS_APART
+    said = f"as loaded and as we decode the codes: {apart:.2g} standard deviations apart (at most {allowed})"
+    if is_made_dense(model.checkpoint):
+        said = "finite; our own decoding alone was run, transformers leaves this format to gptqmodel"
+    checks.append(Check("logits", apart <= allowed, said))
+    if original is not None:
+        reference = logits_of(lambda: load(original, device="cpu", dtype="float32"), tokens, listener, "the original")
+        divergence = divergence_from(reference, theirs)
+        apart_from = f"KL {divergence:.4f} nats per token on random tokens"
+        checks.append(Check("against the original", divergence < of_chance(reference), apart_from))
+    return checks, divergence

@@ -1,0 +1,191 @@
+"""What can be told of a written folder without running it: everything is there once, shapes fit, scales are numbers,
+and what is stored is what was decided."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.checkpoint.report_file import REPORT, account_of, digests_of, is_ours
+from bitwright.core.errors import OutputError
+from bitwright.core.progress import Listener, Progress, silent
+from bitwright.core.qtensor import QTensor
+from bitwright.formats import QuantizedFolder
+from bitwright.stream.memory import peak_memory
+from bitwright.verify.as_written import edited
+from bitwright.verify.completeness import Shapes, complete, twice
+from bitwright.verify.findings import Check, first
+
+OVERHEAD, SMALL_LINEARS, HEADERS = 1.02, 1.0, 0.01
+"""Of what linears take on disk over their true bits: shapes, group indices; in bits, of small ones; of what files take
+beside their tensors."""
+WHOLE_BYTES, SAMPLES = 16 * 2**20, 16
+"""A tensor that is not quantized and has more is looked at in so many places, where a look is to be short."""
+MODELS = ("model*.safetensors", "pytorch_model*.bin")
+"""How files with the weights of a model are called."""
+SCALES = ("weight_scale", "scales")
+"""How the names of scales end."""
+
+
+def structure(
+    model: QuantizedFolder, original: Shapes | None = None, listener: Listener = silent
+) -> tuple[list[Check], float]:
+    """What can be told without running the model, everything being read; and the true bits per weight.
+
+    ``original`` are the shapes that all tensors together must have where nothing is quantized, by their names.
+    """
+    looked, linears = _Looked(model), (*model.linears, *model.stacks)
+    names = (*linears, *model.passed)
+    for done, name in enumerate(names):
+        listener(Progress("verify", done, len(names), name, peak_memory()))
+        if done < len(linears):
+            looked.read(name)
+        else:
+            looked.passed(name, whole=True)
+    listener(Progress("verify", len(names), len(names), "all tensors", peak_memory()))
+    checks = [_once(model), complete(model, original), looked.numbers(), looked.on_disk()]
+    return [*checks, *looked.as_decided()], looked.bits_per_weight
+
+
+def require_sound(folder: Path, original: Shapes) -> str:
+    """Looks at a folder that has just been written: names, shapes, scales, not codes; says what was found, in a line.
+
+    Raises OutputError where a check fails: nobody is to load what is silently broken.
+    """
+    model = QuantizedFolder.open(folder)
+    looked = _Looked(model)
+    for name in (*model.linears, *model.stacks):
+        looked.glance(name)
+    for name in model.passed:
+        looked.passed(name, whole=False)
+    checks = [complete(model, original, by_config=False), looked.numbers()]
+    if model.format is not None:
+        checks.append(_once(model))
+    return published_only_if(checks)
+
+
+def published_only_if(checks: Sequence[Check]) -> str:
+    """What was found, in a line. Raises OutputError where a check failed."""
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        said = "; ".join(f"{check.name}: {check.found}" for check in failed)
+        raise OutputError(
+            f"what was written is not sound, and is not published: {said}. This is a fault of Bitwright or of the "
+            "disk; begin anew with --restart, and report it if it happens again"
+        )
+    return "; ".join(check.found for check in checks)
+
+
+class _Looked:
+    """At linears one by one: their numbers, what they take, and whether they are what was stored once."""
+
+    def __init__(self, model: QuantizedFolder) -> None:
+        self.model, self.decided, self.ours = model, digests_of(model.folder), is_ours(model.folder)
+        self.wrong, self.unlike = list[str](), list[str]()
+        self.true_bits = self.stored_bits = self.weights = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """What everything that was read needs."""
+        return self.true_bits / max(1, self.weights)
+
+    def read(self, name: str) -> None:
+        """Reads one linear, or the slices of a stack."""
+        parts = self.model.slices(name) if name in self.model.stacks else [self.model.read(name)]
+        self.true_bits += sum(part.storage_bits for part in parts)
+        self.stored_bits += 8 * sum(self.model.checkpoint.nbytes(tensor) for tensor in self.model.stored(name))
+        self.weights += sum(part.codes.numel() for part in parts)
+        self.wrong += [f"{name}: {what}" for part in parts for what in _wrong(part, self.ours)]
+        if self.decided and self.model.digest(name) != self.decided.get(name.removesuffix(".weight")):
+            self.unlike.append(name)
+
+    def glance(self, name: str) -> None:
+        """Reads what lies beside a linear's codes."""
+        checkpoint, stored = self.model.checkpoint, self.model.stored(name)
+        if not min(self.model.shape(name)) or not all(checkpoint.nbytes(tensor) for tensor in stored):
+            self.wrong.append(f"{name}: is empty")
+        for tensor in (tensor for tensor in stored if checkpoint.entry(tensor).dtype.is_floating_point):
+            found = checkpoint.read(tensor)
+            if not found.isfinite().all():
+                self.wrong.append(f"{tensor}: NaN or infinite")
+            elif tensor.endswith(SCALES) and self.ours and self._unsigned(name) and (found < 0).any():
+                self.wrong.append(f"{tensor}: negative")
+
+    def passed(self, name: str, whole: bool) -> None:
+        """Reads a tensor that is not quantized, or, unless it is to be ``whole``, places in a large one."""
+        if not _is_finite(self.model.checkpoint, name, whole):
+            self.wrong.append(f"{name}: NaN or infinite")
+
+    def numbers(self) -> Check:
+        """Shapes fit, scales are finite and not zero, and so is what is not quantized."""
+        return Check("scales and shapes", not self.wrong, first(self.wrong) or "scales finite, shapes fit")
+
+    def on_disk(self) -> Check:
+        """What is on disk for the linears is what they need, and the files hold no more than their tensors."""
+        checkpoint = self.model.checkpoint
+        files = {checkpoint.file(name) for name in checkpoint.names}
+        on_disk, held = sum(path.stat().st_size for path in files), checkpoint.total_bytes
+        stored = self.stored_bits / max(1, self.weights)
+        said = f"{stored:.3f} bits per weight stored, {self.bits_per_weight:.3f} needed; {on_disk:,} bytes in files"
+        strays = {path.name for pattern in MODELS for path in checkpoint.folder.glob(pattern)} - {f.name for f in files}
+        if strays:
+            return Check("size on disk", False, f"{min(strays)} lies beside the weights, and none of them is in it")
+        fits = stored <= self.bits_per_weight * OVERHEAD + SMALL_LINEARS
+        passed = fits and on_disk - held <= HEADERS * held + 2**20 * len(files)
+        return Check("size on disk", passed, said if passed else f"{said}, of which tensors are {held:,}")
+
+    def as_decided(self) -> Iterator[Check]:
+        """Every linear has the bytes that bitwright.json names, where it names them, and config.json says of them what
+        it said then."""
+        meaning = edited(self.model)
+        if (self.model.folder / REPORT).exists() and not account_of(self.model.folder):
+            yield Check("as decided", False, f"{REPORT} cannot be read, and what was decided cannot be told")
+        if self.decided or meaning:
+            linears = len(self.model.linears) + len(self.model.stacks)
+            unlike = [f"{name} is not what bitwright.json says was written" for name in self.unlike]
+            wrong = meaning or first(unlike)
+            yield Check("as decided", not wrong, wrong or f"{linears} linears byte for byte as they were written")
+
+    def _unsigned(self, name: str) -> bool:
+        return self.model.described is not None and not self.model.described.grid_of(name).signed_scale
+
+
+def _is_finite(checkpoint: Checkpoint, name: str, whole: bool) -> bool:
+    entry = checkpoint.entry(name)
+    if not entry.dtype.is_floating_point or not entry.elements:
+        return True
+    if whole or entry.nbytes <= WHOLE_BYTES:
+        return checkpoint.is_finite(name)
+    rows = entry.shape[0]
+    few = max(1, rows * (WHOLE_BYTES // SAMPLES) // entry.nbytes)
+    starts = sorted({(rows - few) * at // (SAMPLES - 1) for at in range(SAMPLES)})
+    return all(bool(checkpoint.read_slice(name, start, start + few).float().isfinite().all()) for start in starts)
+
+
+def _wrong(part: QTensor, ours: bool) -> Iterator[str]:
+    """What is wrong with the numbers of a weight.
+
+    Where there is no sign, some tools (AutoRound) still give a group a negative scale to spend the extra code of a
+    symmetric grid on the other side; Bitwright does not, and nobody gives one to every group.
+    """
+    negative = part.scale < 0
+    if not part.scale.isfinite().all():
+        yield "a scale is NaN or infinite"
+    elif (part.scale == 0).any():
+        yield "a scale is zero"
+    elif not part.grid.signed_scale and bool(negative.any() if ours else negative.all()):
+        yield f"{int(negative.sum())} of {negative.numel()} scales are negative, on a grid without signs"
+    if part.outlier_value is not None and not part.outlier_value.isfinite().all():
+        yield "an outlier is NaN or infinite"
+    if part.outlier_index is not None and part.outlier_index.numel():
+        index = part.outlier_index
+        if int(index.min()) < 0 or int(index.max()) >= part.codes.numel():
+            yield "an outlier lies outside of the weight"
+
+
+def _once(model: QuantizedFolder) -> Check:
+    """No weight is there twice, quantized and in full."""
+    linears, double = len(model.linears) + len(model.stacks), twice(model)
+    found = f"{linears} linears, each once" if linears else "no quantized linear at all"
+    if double:
+        found = f"{double[0]} is quantized, and there in full precision too"
+    return Check("no duplicates", bool(linears) and not double, found)

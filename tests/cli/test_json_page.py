@@ -18,7 +18,7 @@ from bitwright.core.quantized import BlockReport, LinearReport
 from bitwright.engines.table import Engine, Way
 from bitwright.evaluation.measure import Measurement
 from bitwright.evaluation.speed import Speed
-from bitwright.prepare.tensor_kinds import TensorKind
+from bitwright.prepare.plan import TensorKind
 from bitwright.stream.budget import Budget
 from bitwright.verify.findings import Check, Verification
 

@@ -10,6 +10,8 @@ from bitwright.core.qtensor import affine, dequantize, quantize, tiled
 from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.steps.ranges import minmax
 
+Given = tuple[Tensor, Tensor, Tensor]
+"""A weight and the two ends of its ranges."""
 SCHEMES = ["W2A16g32", "W4A16", "W3A16sym", "W2A16g32sym", "W3A16g32ic"]
 
 
@@ -29,11 +31,12 @@ def left_to_autograd(weight: Tensor, low: Tensor, high: Tensor, scheme: Scheme) 
     return made.reshape(weight.shape)
 
 
-def drawn(scheme: Scheme) -> tuple[list[Tensor], Tensor]:
+def drawn(scheme: Scheme) -> tuple[Given, Tensor]:
     """A weight, ranges that clip some of it, and the gradient that arrives."""
     generator = torch.Generator().manual_seed(1)
     weight, gradient = (torch.randn(64, 96, generator=generator) for _ in range(2))
-    return [x.requires_grad_() for x in (weight, *(end * 0.7 for end in minmax(weight, scheme.tile)))], gradient
+    low, high = clipping(weight, scheme.tile)
+    return (weight.requires_grad_(), low, high), gradient
 
 
 def clipping(weight: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ def test_every_code_is_the_nearest_of_all_as_they_will_be_computed() -> None:
     exact = w.double().numpy()
     chosen = np.abs(q.codes.numpy() * scale + minimum - exact)
     assert (chosen <= np.abs(levels - exact).min(0) + 1e-7).all()
+    assert q.zero is not None
     assert np.abs(minimum + q.zero.numpy().repeat(32, 1) * scale).max() > 0  # the rounding is there
 
 

@@ -83,7 +83,7 @@ def test_settings_are_those_that_were_asked_for() -> None:
 
 def test_a_number_may_be_written_as_yaml_reads_no_number() -> None:
     assert Recipe.from_mapping(LEAST | {"lwc-lr": "1e-2"}).lwc_lr == 0.01
-    with pytest.raises(RecipeError, match="lwc_lr"):
+    with pytest.raises(RecipeError, match="recipe key 'lwc_lr' is 'fast'; it takes float or nothing"):
         Recipe.from_mapping(LEAST | {"lwc-lr": "fast"})
 
 

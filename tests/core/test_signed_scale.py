@@ -33,9 +33,9 @@ def written(weight: Tensor, grid: Grid, tile: Tile, dtype: torch.dtype = torch.f
 
 def test_the_codes() -> None:
     assert [(signed(b).qmin, signed(b).qmax) for b in (2, 3, 4)] == [(-1, 2), (-3, 4), (-7, 8)]
-    for grid in ({"bits": 4, "symmetric": False}, {"bits": 8, "symmetric": True}):
+    for bits, symmetric in ((4, False), (8, True)):
         with pytest.raises(SchemeError, match="a signed scale goes with a symmetric grid of less than 8 bits"):
-            Grid(**grid, signed_scale=True)  # type: ignore[arg-type]
+            Grid(bits, symmetric, signed_scale=True)
 
 
 def test_by_hand() -> None:
@@ -93,16 +93,15 @@ def test_training_sees_the_weight_that_is_written_and_the_gradient_of_autograd(
     """Straight through every rounding: by autograd, from the formula written out."""
     grid = {"asymmetric": Grid(bits), "symmetric": Grid(bits, True), "signed": signed(bits)}[kind]
     weight, towards = heavy(4, 12, seed) * 50, heavy(4, 12, seed + 1)
-    ends = [end * 0.7 for end in minmax(weight, tile)]
-    found, want = [], []
-    for results, function in ((found, fake_quantize), (want, by_autograd)):
-        leaves = [x.clone().requires_grad_() for x in (weight, *ends)]
-        made = function(*leaves, grid, tile, torch.float32)
-        (made * towards).sum().backward()
-        results += [leaf.grad for leaf in leaves]
-    scale, zero = affine(*ends, grid, torch.float32)
-    made = fake_quantize(weight, *ends, grid, tile, torch.float32)
+    low, high = (end * 0.7 for end in minmax(weight, tile))
+    scale, zero = affine(low, high, grid, torch.float32)
+    made = fake_quantize(weight, low, high, grid, tile, torch.float32)
     assert torch.equal(made, dequantize(quantize(weight, scale, zero, grid, tile), scale, zero, tile))
+    leaves = (weight.requires_grad_(), low.requires_grad_(), high.requires_grad_())
+    found, want = (
+        torch.autograd.grad((function(*leaves, grid, tile, torch.float32) * towards).sum(), leaves)
+        for function in (fake_quantize, by_autograd)
+    )
     for ours, theirs in zip(found, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

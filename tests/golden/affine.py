@@ -41,7 +41,8 @@ def rounded(values: Array, dtype: str) -> Array:
     digits, smallest = FORMATS[dtype]
     exponent = np.maximum(np.frexp(values)[1] - 1, smallest)
     quantum = np.ldexp(1.0, exponent - (digits - 1))
-    return np.rint(values / quantum) * quantum
+    nearest: Array = np.rint(values / quantum) * quantum
+    return nearest
 
 
 def quantize(

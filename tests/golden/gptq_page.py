@@ -34,7 +34,8 @@ def gptq_weight(tensors: Mapping[str, Array], name: str, config: Mapping[str, An
 
 def awq_parts(tensors: Mapping[str, Array], name: str) -> tuple[Array, Array, Array]:
     """Codes [I, O], zero points [Q, O] and scales [Q, O] of an awq linear."""
-    return (*(_awq_numbers(tensors[f"{name}.{end}"]) for end in ("qweight", "qzeros")), tensors[f"{name}.scales"])
+    codes, zeros = (_awq_numbers(tensors[f"{name}.{end}"]) for end in ("qweight", "qzeros"))
+    return codes, zeros, tensors[f"{name}.scales"]
 
 
 def awq_weight(tensors: Mapping[str, Array], name: str, group_size: int) -> Array:

@@ -49,7 +49,7 @@ def weight(stored: dict[str, Array], name: str, preset: str, columns: int) -> Ar
     words, scales = stored[f"{name}.q_weight"], stored[f"{name}.q_scale"]
     in_word, off, groups = 32 // bits, 2 ** (bits - 1) - 1, -(-columns // group)
     assert words.shape == (len(words), groups * group // in_word) and scales.shape == (len(words), groups)
-    assert not np.any(words >> np.uint32(in_word * bits)) if in_word * bits < 32 else True
+    assert in_word * bits == 32 or not np.any(words >> np.uint32(in_word * bits)), "bits after the last code are 0"
     every = np.arange(groups * group)
     codes = (words[:, every // in_word] >> (every % in_word * bits).astype(np.uint32)) & np.uint32(2**bits - 1)
     assert not np.any(codes[:, columns:]), "codes past the last weight are 0"

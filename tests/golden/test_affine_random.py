@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 from tests.golden import affine
-from torch import nn
 
-from bitwright.core.block import Block, LinearGroup, Topology
-from bitwright.core.decisions import BlockDecisions
+from bitwright.core.decisions import LinearDecision
 from bitwright.core.method import Context
 from bitwright.core.qtensor import QTensor
 from bitwright.core.scheme import FULL, Grid, Scheme, Tile
@@ -21,11 +19,8 @@ ULPS_OF_FLOAT32 = 2.0**-22  # relative: two units in the last place, for the ord
 
 
 def through_bitwright(weight: torch.Tensor, scheme: Scheme) -> QTensor:
-    linear = nn.Linear(COLUMNS, ROWS, bias=False)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    block = Block(0, "", nn.ModuleDict({"x": linear}), Topology((LinearGroup(("x",), "x"),)))
-    decided = rtn.METHOD.decide(block, Context(scheme, weight.dtype), BlockDecisions())
-    return quantize_linear(weight, decided.linear("x"), scheme, weight.dtype)
+    decided = rtn.METHOD.decide(weight.float(), Context(scheme, weight.dtype), LinearDecision())
+    return quantize_linear(weight, decided, scheme, weight.dtype)
 
 
 def drawn(dtype: str, seed: int) -> torch.Tensor:

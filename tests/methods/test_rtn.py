@@ -7,8 +7,8 @@ from bitwright.core.block import Block, LinearGroup, Topology
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.method import Context
 from bitwright.core.scheme import Grid, Scheme, Tile
-from bitwright.methods.rtn import decide
-from bitwright.steps.apply import fold
+from bitwright.methods.rtn import METHOD
+from bitwright.steps.apply import fold, quantize_linear
 
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0, 4.0], [-5.0, -6.0, 0.0, 8.0]])
 DTYPE = torch.float32
@@ -23,8 +23,8 @@ def block() -> Block:
 
 
 def test_it_decides_no_more_than_what_undecided_weights_get() -> None:
-    before = BlockDecisions({}, {"a": LinearDecision(tile=Tile(2, 1))}, ("a fallback",))
-    assert decide(block(), CONTEXT, before) == before
+    before = LinearDecision(tile=Tile(2, 1))
+    assert METHOD.decide(WEIGHT, CONTEXT, before) == before
 
 
 def test_ranges_are_the_smallest_and_the_largest_weight_of_each_tile() -> None:
@@ -37,8 +37,6 @@ def test_ranges_are_the_smallest_and_the_largest_weight_of_each_tile() -> None:
 
 
 def test_ranges_and_tiles_decided_before_are_kept() -> None:
-    decided = {"a": LinearDecision(tile=Tile(2, 1), low=torch.full((1, 4), -1.0), high=torch.full((1, 4), 2.0))}
-    parameters, topology = dict(block().module.named_parameters()), block().topology
-    before = decide(block(), CONTEXT, BlockDecisions({}, decided))
-    found = fold(parameters, topology, before, CONTEXT.scheme, DTYPE).linears["a"]
-    assert found.tile == Tile(2, 1) and torch.allclose(found.scale, torch.full((1, 4), 0.2))
+    decided = LinearDecision(tile=Tile(2, 1), low=torch.full((1, 4), -1.0), high=torch.full((1, 4), 2.0))
+    q = quantize_linear(WEIGHT, METHOD.decide(WEIGHT, CONTEXT, decided), CONTEXT.scheme, DTYPE)
+    assert q.tile == Tile(2, 1) and torch.allclose(q.scale, torch.full((1, 4), 0.2))

@@ -2,9 +2,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tools.make_clients import ENVIRONMENTS, REQUIREMENTS, commands
 
-from tools import make_clients
+import make_clients
+from make_clients import ENVIRONMENTS, REQUIREMENTS, commands
 
 ROOT = Path(make_clients.__file__).parents[1]
 

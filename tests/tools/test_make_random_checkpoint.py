@@ -10,16 +10,16 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
-from tools.make_random_checkpoint import SIZES, Shape, Weights, shape_of, write_checkpoint
 from torch import Tensor
 from typer.testing import CliRunner
 
 import bitwright
+import make_random_checkpoint as tool
 from bitwright.checkpoint.header import TensorEntry
 from bitwright.checkpoint.output import work_folder
 from bitwright.core.errors import OutputError, UserError
 from bitwright.core.progress import Progress
-from tools import make_random_checkpoint as tool
+from make_random_checkpoint import SIZES, Shape, Weights, shape_of, write_checkpoint
 
 TINY = SIZES["tiny"]
 WEIGHTS = {"1B": 1_235_814_400, "3B": 3_212_749_824, "7B": 6_738_415_616, "70B": 68_976_648_192}

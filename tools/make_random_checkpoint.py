@@ -40,11 +40,11 @@ from bitwright.checkpoint.header import TensorEntry, build_header, file_order
 from bitwright.checkpoint.layout import INDEX, SINGLE
 from bitwright.checkpoint.merge import METADATA
 from bitwright.checkpoint.output import OutputFolder, require_free, work_folder
-from bitwright.checkpoint.ranges import memory_of
 from bitwright.checkpoint.writer import atomic, write_json
 from bitwright.core.errors import OutputError, UserError, nearest
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
+from bitwright.core.tensor_bytes import memory_of
 from bitwright.report.progress import ProgressReport
 from llama_shapes import SIZES, Shape
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitwright.checkpoint import finite
+from bitwright.checkpoint import ranges
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
 
@@ -216,8 +216,8 @@ def test_a_finite_checkpoint_passes_and_tells_its_progress(model: Path, tensors:
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e5m2, torch.float8_e4m3fn]
 )
 def test_nan_and_infinity_are_counted(model: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finite, "CHUNK_BYTES", 64)  # so that the tensor takes several chunks, the last one not full
-    monkeypatch.setattr(finite, "NARROW_CHUNK_BYTES", 16)
+    monkeypatch.setattr(ranges, "CHUNK_BYTES", 64)  # so that the tensor takes several chunks, the last one not full
+    monkeypatch.setattr(ranges, "NARROW_CHUNK_BYTES", 16)
     values = torch.ones(7, 19)
     values[0, 0], values[6, 18], values[3, 3] = float("nan"), float("nan"), float("-inf")
     infinite = 0 if dtype == torch.float8_e4m3fn else 1  # that one has no infinity

@@ -85,7 +85,7 @@ EXPERTS = {
 
 def test_experts_in_one_tensor() -> None:
     division = discover(EXPERTS, EXPERTS, {"hidden_size": 64})
-    assert {w.name: (w.slices, w.slice, w.turned) for w in division.weights} == {
+    assert {w.name: (w.slices, w.slice, w.transposed) for w in division.weights} == {
         "model.layers.0.mlp.experts.gate_up_proj": (4, (64, 192), True),
         "model.layers.0.mlp.experts.down_proj": (4, (96, 64), True),
         "model.layers.0.self_attn.q_proj": (1, (64, 64), False),
@@ -114,7 +114,7 @@ def test_how_experts_are_stored(up: tuple[int, ...], down: tuple[int, ...], turn
         "model.layers.0.mlp.experts.down_proj": down,
     }
     for config in ({"hidden_size": 64}, {"text_config": {"hidden_size": 64}}):
-        assert [w.turned for w in discover(shapes, shapes, config).weights if w.stacked] == [turned, turned]
+        assert [w.transposed for w in discover(shapes, shapes, config).weights if w.stacked] == [turned, turned]
 
 
 def test_integers_and_small_matrices_are_kept() -> None:

@@ -19,8 +19,8 @@ from bitwright.core.quantized import QuantizedBlock
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
 from bitwright.methods import compose, rtn
-from bitwright.stream import budget, forward, moments
-from bitwright.stream.budget import estimate
+from bitwright.stream import forward, memory, moments
+from bitwright.stream.memory import estimate
 from bitwright.stream.runner import RunPlan, run
 from bitwright.stream.skeleton import Skeleton
 
@@ -276,7 +276,7 @@ def test_the_budget_holds_the_activations(
 ) -> None:
     """Two streams and the outputs of one pass, where something is trained too; one more with a second target."""
     tokens = torch.randint(0, 256, (128, 128), generator=torch.Generator().manual_seed(0))
-    for place in (forward, moments, budget):
+    for place in (forward, moments, memory):
         monkeypatch.setattr(place, "TOKENS_PER_PASS", 256)
     made, settings = skeleton(tiny()), Settings(epochs=1, refine=True, drift=True, aug_loss=aug_loss)
     weights = sum(parameter.numel() * 4 for parameter in made.model.parameters())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bitwright.engines.table import Engine, engines
     from bitwright.evaluation.loading import load
     from bitwright.prepare.plan import Plan
-    from bitwright.stream.hiring import hired
+    from bitwright.stream.worker_pool import start_workers
     from bitwright.verify.findings import Verification
 
 _HOMES = {
@@ -32,7 +32,7 @@ _HOMES = {
     "bitwright.api.verifying": ("verify",),
     "bitwright.engines.table": ("Engine", "engines"),
     "bitwright.evaluation.loading": ("load",),
-    "bitwright.stream.hiring": ("hired",),
+    "bitwright.stream.worker_pool": ("start_workers",),
     "bitwright.prepare.plan": ("Plan",),
     "bitwright.verify.findings": ("Verification",),
 }
@@ -52,12 +52,12 @@ __all__ = [
     "engines",
     "evaluate",
     "export",
-    "hired",
     "inspect",
     "load",
     "plan",
     "quantize",
     "speaks",
+    "start_workers",
     "verify",
 ]
 

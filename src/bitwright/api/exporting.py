@@ -28,12 +28,12 @@ from bitwright.convert.exported_terms import (
 )
 from bitwright.convert.refitting import refitted
 from bitwright.core.convert import relative_error
-from bitwright.core.digest import digest
 from bitwright.core.errors import RecipeError
-from bitwright.core.plain import plain
+from bitwright.core.json_values import plain
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.quantized import Difference, Foreseen, WriteOptions, typical
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
+from bitwright.core.tensor_bytes import digest
 from bitwright.formats import QuantizedFolder
 from bitwright.prepare.format_choice import check_shape, is_file_format, refuse_idle, target
 from bitwright.prepare.places import refuse_output

@@ -22,10 +22,10 @@ from bitwright.prepare.job import Job, prepare
 from bitwright.prepare.places import place_to_save, refuse_output, require_room
 from bitwright.prepare.plan import plan_of
 from bitwright.prepare.tensor_work import TensorWork
-from bitwright.stream.hands import Hands
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.ranks import Ranks
 from bitwright.stream.runner import RunPlan, run
+from bitwright.stream.worker_pool import WorkerPool
 from bitwright.written.account import WRITTEN, identity
 from bitwright.written.finishing import finish
 from bitwright.written.sink import FolderSink
@@ -71,7 +71,7 @@ def quantize(
     device: str = "auto",
     workers: int | None = None,
     max_memory: str | None = None,
-    hands: Hands | None = None,
+    pool: WorkerPool | None = None,
     listener: Listener = silent,
 ) -> Result:
     """Runs a recipe and writes a folder that its format's clients load. Raises UserError.
@@ -79,7 +79,7 @@ def quantize(
     Works in ``OUTPUT.partial`` and renames it at the end, so an output that exists is complete. Killed at any
     moment, the same call continues; a changed recipe is refused unless ``restart``. ``workers`` and ``max_memory``
     ("2GB", of all processes together) are for methods without text, which share tensors out between processes, under
-    torchrun on several machines; the bytes are the same. ``hands`` are workers that have been started already.
+    torchrun on several machines; the bytes are the same. ``pool`` holds worker processes that are started already.
     """
     start, output, ranks = monotonic(), Path(output), Ranks.here()
     with ranks.alike():
@@ -87,7 +87,7 @@ def quantize(
         single = is_single(recipe.format)
         refuse_output(Path(recipe.model), output, overwrite, single)
         job = prepare(recipe, device)
-        crew = replace(crew_of(job, workers, max_memory, ranks), hands=hands or Hands())
+        crew = replace(crew_of(job, workers, max_memory, ranks), pool=pool or WorkerPool())
     if not ranks.first:
         return _help(job, output, crew, ranks)
     saved = None if save_parameters is None else place_to_save(job, Path(save_parameters), output)

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from bitwright.checkpoint.strict_json import parse_object, shown
-from bitwright.core.errors import CheckpointError
+from bitwright.core.errors import CheckpointError, shown
+from bitwright.core.json_values import parse_object
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library

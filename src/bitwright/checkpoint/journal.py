@@ -11,9 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint.strict_json import shown
 from bitwright.checkpoint.writer import write_text
-from bitwright.core.errors import OutputError
+from bitwright.core.errors import OutputError, shown
 
 SHOWN_DIFFERENCES = 8
 ABSENT = "(absent)"

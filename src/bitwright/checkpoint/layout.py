@@ -4,8 +4,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bitwright.checkpoint.header import Header, read_header
-from bitwright.checkpoint.strict_json import parse_object, shown
-from bitwright.core.errors import CheckpointError
+from bitwright.core.errors import CheckpointError, shown
+from bitwright.core.json_values import parse_object
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

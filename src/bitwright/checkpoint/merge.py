@@ -22,9 +22,8 @@ from pathlib import Path
 from bitwright.checkpoint.header import Header, TensorEntry, build_header, file_order, read_header
 from bitwright.checkpoint.layout import INDEX, SINGLE
 from bitwright.checkpoint.ranges import Stored
-from bitwright.checkpoint.strict_json import shown
 from bitwright.checkpoint.writer import atomic, sync_folder, write_json
-from bitwright.core.errors import CheckpointError, OutputError
+from bitwright.core.errors import CheckpointError, OutputError, shown
 
 PLAN = "merge.json"
 NO_PART = ""

@@ -10,9 +10,12 @@ from typing import BinaryIO
 import torch
 
 from bitwright.checkpoint.header import Header, TensorEntry
-from bitwright.core.errors import ChangedError, CheckpointError
+from bitwright.core.errors import ChangedError, CheckpointError, shown
+from bitwright.core.tensor_bytes import memory_of
 
 COPY_BYTES = 4 * 2**20
+CHUNK_BYTES = 64 * 2**20
+NARROW_CHUNK_BYTES = CHUNK_BYTES // 4  # float8 has no min and max of its own and is widened to float32
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,6 @@ def pieces(header: Header, start: int, stop: int, buffer: memoryview) -> Iterato
         ) from error
 
 
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, [nbytes], not a copy; writing to them writes to the tensor."""
-    # as_strided: a contiguous tensor of one element may have any stride, and then views as no bytes
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
-
-
 def changed(path: Path, how: str) -> ChangedError:
     """The error for a file that is no longer what it was when its header was checked."""
     return ChangedError(
@@ -93,3 +90,39 @@ def _check_unchanged(header: Header, file: BinaryIO) -> None:
         raise changed(header.path, f"{header.size} bytes when it was opened, {now.st_size} now")
     if now.st_mtime_ns != header.mtime_ns:
         raise changed(header.path, "it was written to since it was opened")
+
+
+def require_finite(header: Header, entry: TensorEntry) -> None:
+    """CheckpointError when the floating tensor `entry` has a NaN or an infinity, with how many of each."""
+    if is_finite_tensor(header, entry):
+        return
+    nans = infinities = 0
+    for chunk in _chunks(header, entry):
+        nans += int(chunk.isnan().sum())
+        infinities += int(chunk.isinf().sum())
+    raise CheckpointError(
+        f"{header.path}: tensor {shown(entry.name)} {list(entry.shape)} has {nans} NaN and {infinities} infinite of "
+        f"its {entry.elements} values; the checkpoint is damaged, or was saved from a training run that had diverged: "
+        "download it again"
+    )
+
+
+def is_finite_tensor(header: Header, entry: TensorEntry) -> bool:
+    """Whether the floating tensor `entry` is finite throughout."""
+    return all(is_finite(chunk) for chunk in _chunks(header, entry))
+
+
+def is_finite(chunk: torch.Tensor) -> bool:
+    """Whether a floating tensor is finite throughout: NaN and infinity show in its minimum or maximum."""
+    low, high = torch.aminmax(chunk)
+    return bool(low.isfinite() and high.isfinite())
+
+
+def _chunks(header: Header, entry: TensorEntry) -> Iterator[torch.Tensor]:
+    """The values of `entry` in pieces [elements] of at most 64 MiB. One buffer: a piece is gone when the next comes."""
+    narrow = entry.dtype.itemsize == 1
+    length = min(NARROW_CHUNK_BYTES if narrow else CHUNK_BYTES, entry.nbytes)
+    buffer = torch.empty(length, dtype=torch.uint8, device="cpu")
+    for piece in pieces(header, entry.start, entry.end, memory_of(buffer)):
+        values = buffer[: piece.nbytes].view(entry.dtype)
+        yield values.float() if narrow else values

@@ -1,18 +1,23 @@
 """A model folder as it is on disk: what tensors there are is known at once, their data is read when asked for."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitwright.checkpoint import fingerprint, finite
 from bitwright.checkpoint.header import Header, TensorEntry
 from bitwright.checkpoint.layout import CONFIG, INDEX, find_weights, read_bytes, read_config
-from bitwright.checkpoint.ranges import Stored, memory_of, read_into
+from bitwright.checkpoint.ranges import Stored, is_finite_tensor, read_into, require_finite
 from bitwright.core.errors import CheckpointError, nearest
+from bitwright.core.outline import Outline
+from bitwright.core.tensor_bytes import memory_of
+
+SAMPLE_BYTES = 64 * 1024
 
 
 class Checkpoint:
@@ -96,13 +101,39 @@ class Checkpoint:
     def fingerprint(self) -> dict[str, str]:
         """What identifies the checkpoint, file name -> digest, without reading all of its data."""
         small = [name for name in (CONFIG, INDEX) if (self.folder / name).is_file()]
-        found = {name: fingerprint.of_small_file(read_bytes(self.folder / name)) for name in small}
-        return found | {file: fingerprint.of_weights(header) for file, header in sorted(self._headers.items())}
+        found = {name: file_fingerprint(read_bytes(self.folder / name)) for name in small}
+        return found | {file: _weights_fingerprint(header) for file, header in sorted(self._headers.items())}
 
     def modified(self) -> dict[str, str]:
         """When each file of weights was last written to, file name -> time (UTC): beside ``fingerprint``, which reads
         samples, what tells that anything of it may have changed."""
-        return {file: fingerprint.of_time(header) for file, header in sorted(self._headers.items())}
+        return {file: _time_written(header) for file, header in sorted(self._headers.items())}
+
+    def require_complete(self, outline: Outline) -> None:
+        """Raise CheckpointError if tensors are missing or have other shapes than config.json calls for.
+
+        More blocks than config.json counts are refused too: they would stay in full precision without a word.
+        """
+        for name, wanted in outline.shapes.items():
+            stored = outline.source(name)
+            if stored not in self:
+                raise CheckpointError(
+                    f"{self.folder} has no tensor '{stored}', which its config.json calls for; "
+                    "the checkpoint is incomplete or belongs to another configuration: download it again"
+                )
+            shape = self.entry(stored).shape
+            if shape != wanted:
+                raise CheckpointError(
+                    f"tensor '{stored}' in {self.folder} has shape {list(shape)}, but its config.json "
+                    f"calls for {list(wanted)}; config and weights belong to different models: download both again"
+                )
+        prefix, known = f"{outline.family.blocks}.", tuple(f"{name}." for name in outline.blocks)
+        extra = [name for name in self.names if name.startswith(prefix) and not name.startswith(known)]
+        if extra:
+            raise CheckpointError(
+                f"{self.folder} holds '{extra[0]}', but its config.json counts {len(outline.blocks)} blocks; config "
+                "and weights belong to different models: download both again"
+            )
 
     def check_finite(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads every floating tensor, 64 MiB at a time; CheckpointError for the first with a NaN or infinity.
@@ -121,11 +152,11 @@ class Checkpoint:
         """Reads one tensor, 64 MiB at a time; CheckpointError where it is floating and has a NaN or infinity."""
         entry = self.entry(name)
         if entry.dtype.is_floating_point:
-            finite.check_tensor(self._header(name), entry)
+            require_finite(self._header(name), entry)
 
     def is_finite(self, name: str) -> bool:
         """Whether a floating tensor, read 64 MiB at a time, is finite throughout."""
-        return finite.is_finite_tensor(self._header(name), self.entry(name))
+        return is_finite_tensor(self._header(name), self.entry(name))
 
     def _read(
         self, name: str, shape: tuple[int, ...], skipped_rows: int, memory: torch.Tensor | None = None
@@ -146,3 +177,31 @@ class Checkpoint:
             close = nearest(name, self.names) if len(self.names) < 20 else f"it has {len(self.names)} others"
             raise CheckpointError(f"{self.folder}: no tensor {name!r} in this checkpoint; {close}")
         return self._headers[self._homes[name]]
+
+
+def file_fingerprint(raw: bytes) -> str:
+    """The sha256 of a file that is read whole."""
+    return f"sha256 {hashlib.sha256(raw).hexdigest()}"
+
+
+def _weights_fingerprint(header: Header) -> str:
+    """Size, sha256 of the header's bytes, and sha256 of 64 KiB from the start, middle and end of the data."""
+    data_bytes = header.size - header.data_start
+    length = min(SAMPLE_BYTES, data_bytes)
+    starts = (header.data_start, header.data_start + (data_bytes - length) // 2, header.size - length)
+    of_header = hashlib.sha256(_bytes(header, 0, header.data_start))
+    of_samples = hashlib.sha256(b"".join(_bytes(header, start, length) for start in starts))
+    return f"{header.size} bytes, header sha256 {of_header.hexdigest()}, samples sha256 {of_samples.hexdigest()}"
+
+
+def _time_written(header: Header) -> str:
+    """When the file was last written to, to the nanosecond, UTC."""
+    seconds, rest = divmod(header.mtime_ns, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
+
+
+def _bytes(header: Header, start: int, length: int) -> bytearray:
+    """`length` bytes of the file from `start` on."""
+    sample = bytearray(length)
+    read_into(header, start, memoryview(sample))
+    return sample

@@ -5,23 +5,29 @@ changes from run to run, and reports a full disk as an error that is no OSError.
 """
 
 import errno
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from bitwright.checkpoint.header import METADATA, TensorEntry, build_header, file_order
-from bitwright.checkpoint.ranges import COPY_BYTES, Stored, memory_of
-from bitwright.checkpoint.steady import steady
+from bitwright.checkpoint.ranges import COPY_BYTES, Stored, forget
 from bitwright.core.errors import CheckpointError, OutputError
+from bitwright.core.tensor_bytes import memory_of
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
 LARGE_BYTES = 8 * 2**20  # of a file that is not kept in memory once it is durable
+STEP_BYTES = 32 * 2**20  # at least so much is written between two times that a large file is made durable
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # file systems that cannot sync a folder say one of these
 
 
@@ -34,7 +40,7 @@ def atomic(path: Path, nbytes: int) -> Iterator[BinaryIO]:
     temporary = temporary_name(path)
     try:
         temporary.unlink(missing_ok=True)  # what a killed run left
-        with steady(temporary) if nbytes >= LARGE_BYTES else _small(temporary) as file:
+        with _large(temporary) if nbytes >= LARGE_BYTES else _small(temporary) as file:
             yield file
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -53,6 +59,46 @@ def _small(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def _large(path: Path) -> Iterator[BinaryIO]:
+    """A new file, durable when the body has succeeded. Raises OSError, later than what it is about was written."""
+    raw = _LargeFile(path, "x")
+    with io.BufferedWriter(raw) as file, ThreadPoolExecutor(1, "flush") as raw.behind:
+        yield file
+        file.flush()
+        raw.settle()
+        raw.settled()
+
+
+class _LargeFile(io.FileIO):
+    behind: ThreadPoolExecutor
+    settling: Future[None] | None = None
+    waiting = 0
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        """Writes as a file does; every now and then another thread makes durable what there is so far."""
+        if self.waiting >= STEP_BYTES and (self.settling is None or self.settling.done()):
+            self.settle()
+        written = super().write(data)
+        self.waiting += written
+        return written
+
+    def settle(self) -> None:
+        """Begins to make durable what there is, once that is done which was begun before; raises what befell that."""
+        self.settled()
+        self.settling, self.waiting = self.behind.submit(_settle, self.fileno()), 0
+
+    def settled(self) -> None:
+        """Waits for what was begun; raises OSError for what befell it, which the system tells only once."""
+        if self.settling is not None:
+            self.settling.result()
+
+
+def _settle(file: int) -> None:
+    os.fsync(file)
+    forget(file)
 
 
 def write_tensors(

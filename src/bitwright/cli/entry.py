@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from bitwright.cli.commands import app
 from bitwright.cli.console import err
-from bitwright.core.errors import ToldError, UserError
+from bitwright.core.errors import ReportedError, UserError
 
 MENDABLE, BUG, INTERRUPTED, UNREAD = 2, 1, 130, 141
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
@@ -39,7 +39,7 @@ def main() -> NoReturn:
         _bug(error)
     except Interrupted:
         _fail("interrupted; quantize and evaluate --tasks, when repeated, continue where they stopped", INTERRUPTED)
-    except ToldError:
+    except ReportedError:
         sys.exit(MENDABLE)
     except Exception as error:
         message = _mendable(error)

@@ -189,7 +189,7 @@ def quantize(
         return
     if target is None:
         raise RecipeError("where should the result go? Give --output DIR, or the key 'output' in the recipe")
-    with api.hired(wanted, workers) as hands, ProgressReport(err) as listener:
+    with api.start_workers(wanted, workers) as pool, ProgressReport(err) as listener:
         result = api.quantize(
             wanted,
             Path(target),
@@ -199,7 +199,7 @@ def quantize(
             device=device,
             workers=workers,
             max_memory=max_memory,
-            hands=hands,
+            pool=pool,
             listener=listener,
         )
     if api.speaks():

@@ -6,6 +6,8 @@ Every message says what was asked, what was found, where, and what to try.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+SHOWN_CHARACTERS = 100
+
 
 class UserError(Exception):
     """Something the user can mend. Its message is all the command line prints."""
@@ -31,8 +33,8 @@ class OutputError(UserError):
     """A place that cannot be written to: it exists, it is full, another run holds it."""
 
 
-class ToldError(UserError):
-    """What another process of the same run says for all of them; this one ends without a word."""
+class ReportedError(UserError):
+    """An error that another process of the same run reports for all of them; this process ends silently."""
 
 
 class CalibrationError(UserError):
@@ -49,3 +51,12 @@ def nearest(asked: str, known: Iterable[str]) -> str:
     close = get_close_matches(asked.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}Known: {', '.join(names)}"
+
+
+def shown(value: object) -> str:
+    """A stranger's value as an error message may print it: quoted, control characters escaped, cut to a line."""
+    try:
+        quoted = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits has no decimal text
+        quoted = f"a huge {type(value).__name__}"
+    return quoted if len(quoted) <= SHOWN_CHARACTERS else quoted[:SHOWN_CHARACTERS] + "..."

@@ -97,7 +97,7 @@ class Tile:
     ragged: bool = False
 
     @property
-    def turned(self) -> "Tile":
+    def transposed(self) -> "Tile":
         """The same number of weights along the other dimension."""
         return Tile(self.in_, self.out)
 

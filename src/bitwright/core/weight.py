@@ -20,7 +20,7 @@ class Weight:
     tensor: str
     name: str
     shape: tuple[int, ...]
-    turned: bool = False
+    transposed: bool = False
 
     @property
     def slice(self) -> tuple[int, int]:
@@ -40,11 +40,11 @@ class Weight:
     def takes_axis(self, axis: str | None) -> bool:
         """Whether the groups may go along ``axis``: what is stored turned has them along the output already, and
         experts in one tensor, all in the same groups, cannot each have the better one."""
-        return not (self.turned or (self.stacked and axis == "auto"))
+        return not (self.transposed or (self.stacked and axis == "auto"))
 
     def tile(self, tile: Tile) -> Tile:
         """A scheme's tile, laid on a slice as it is stored."""
-        return tile.turned if self.turned else tile
+        return tile.transposed if self.transposed else tile
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from bitwright.checkpoint import fingerprint
+from bitwright.checkpoint.reader import file_fingerprint
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener
 from bitwright.evaluation.answers import Answers
@@ -144,9 +144,7 @@ def _answerer(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     return {
         "weights": checkpoint.fingerprint(),
         "written": checkpoint.modified(),
-        "files": {
-            path.name: fingerprint.of_small_file(path.read_bytes()) for path in texts if "timing" not in path.name
-        },
+        "files": {path.name: file_fingerprint(path.read_bytes()) for path in texts if "timing" not in path.name},
         "queries": repr(left_out(folder)),
         "dtype": str(model.dtype),
         "device": model.device.type,

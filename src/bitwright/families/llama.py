@@ -5,8 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from bitwright.core.block import Family, LinearGroup, Side, Site, Topology
+from bitwright.core.json_values import is_count, is_flag, is_number, is_text, is_token, is_tokens, one_of
 from bitwright.core.outline import Outline
-from bitwright.core.plain_values import is_count, is_flag, is_number, is_text, is_token, is_tokens, one_of
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from bitwright.checkpoint.reader import Checkpoint
-from bitwright.core.digest import digest
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
 from bitwright.core.registry import find, names
 from bitwright.core.scheme import Tile
+from bitwright.core.tensor_bytes import digest
 
 CONFIG = "quantization_config"
 SHORT_BYTES = 2**20

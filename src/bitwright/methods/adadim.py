@@ -39,7 +39,7 @@ def tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
         raise SchemeError(
             f"scheme {scheme} fixes the axis that adadim is to choose; take W4A16g128, or leave adadim out"
         )
-    return () if settings.axis == "oc" else (scheme.tile.turned,)
+    return () if settings.axis == "oc" else (scheme.tile.transposed,)
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
         if context.settings.axis in (None, "auto") and able:
             chosen = _choose(block, group, able, context, decisions)
         else:
-            chosen = dict.fromkeys(able if context.settings.axis == "ic" else (), context.scheme.tile.turned)
+            chosen = dict.fromkeys(able if context.settings.axis == "ic" else (), context.scheme.tile.transposed)
         decisions = _with_tiles(decisions, chosen)
     return decisions
 
@@ -66,7 +66,7 @@ def _choose(block: Block, group: LinearGroup, able: list[str], context: Context,
     parameters = parameters_of(block, decisions)
 
     def error(per_ic: frozenset[str], linears: tuple[str, ...]) -> float:
-        tried = _with_tiles(decisions, dict.fromkeys(per_ic, context.scheme.tile.turned))
+        tried = _with_tiles(decisions, dict.fromkeys(per_ic, context.scheme.tile.transposed))
         return module.error(rounded(parameters, linears, context, tried))
 
     chosen = frozenset[str]()
@@ -76,7 +76,7 @@ def _choose(block: Block, group: LinearGroup, able: list[str], context: Context,
             chosen |= {name}
     candidates: list[frozenset[str]] = [frozenset(), chosen, frozenset(able)]
     errors = [error(candidate, group.linears) for candidate in candidates]
-    return dict.fromkeys(candidates[errors.index(min(errors))], context.scheme.tile.turned)
+    return dict.fromkeys(candidates[errors.index(min(errors))], context.scheme.tile.transposed)
 
 
 def _with_tiles(decisions: BlockDecisions, chosen: Choice) -> BlockDecisions:
@@ -85,7 +85,7 @@ def _with_tiles(decisions: BlockDecisions, chosen: Choice) -> BlockDecisions:
 
 def _divides(block: Block, name: str, scheme: Scheme) -> bool:
     rows, columns = block.weight(name).shape
-    return scheme.tile.turned.divides((rows, columns))
+    return scheme.tile.transposed.divides((rows, columns))
 
 
 METHOD = Closed(

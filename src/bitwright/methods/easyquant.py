@@ -43,7 +43,7 @@ def tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
         return ()
     if scheme.fixes_axis:
         raise SchemeError(f"scheme {scheme} fixes the axis; take W4A16g128, or leave --axis {settings.axis} out")
-    return (scheme.tile.turned,)
+    return (scheme.tile.transposed,)
 
 
 def _possible(weight: Float[Tensor, "O I"], context: Context) -> list[Tile]:

@@ -24,7 +24,7 @@ from bitwright.model.source import (
     sequence_length,
     tokenize,
 )
-from bitwright.stream.budget import Budget, estimate
+from bitwright.stream.memory import Budget, estimate
 from bitwright.stream.skeleton import Skeleton
 
 

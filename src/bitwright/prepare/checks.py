@@ -82,7 +82,7 @@ def check_shapes(work: Work, scheme: Scheme, tiles: Iterable[Tile], format: Modu
     """
     kinds: dict[_Kind, Weight] = {}
     for weight in work.weights:
-        kinds.setdefault((weight.shape, weight.turned), weight)  # of experts there are thousands alike
+        kinds.setdefault((weight.shape, weight.transposed), weight)  # of experts there are thousands alike
     errors = dict[_Kind, SchemeError | RecipeError]()
     for kind, weight in kinds.items():
         try:
@@ -107,7 +107,7 @@ def _offered(format: ModuleType, scheme: Scheme, tile: Tile) -> Callable[[int], 
 
 def _or_leave_them(work: Work, kinds: Collection[_Kind]) -> str:
     """How all weights of these kinds stay as they are, where that can be asked for and leaves any."""
-    unfit, ways = [weight for weight in work.weights if (weight.shape, weight.turned) in kinds], []
+    unfit, ways = [weight for weight in work.weights if (weight.shape, weight.transposed) in kinds], []
     if work.copied_head and unfit[-1] is work.weights[-1]:
         unfit = unfit[:-1]
         ways.append("leave --quantize-lm-head out")

@@ -9,9 +9,9 @@ from bitwright.core.recipe import size_in_bytes
 from bitwright.methods import learned
 from bitwright.prepare.job import Job
 from bitwright.prepare.tensor_work import TensorWork
-from bitwright.stream.budget import RUNTIME_BYTES, WORKER_BYTES
-from bitwright.stream.hands import Hands
+from bitwright.stream.memory import RUNTIME_BYTES, WORKER_BYTES
 from bitwright.stream.ranks import Ranks
+from bitwright.stream.worker_pool import WorkerPool
 
 WORTH_A_PROCESS = 2**25
 """Weights. For fewer a process of its own takes longer to start than to work."""
@@ -20,11 +20,11 @@ WORTH_A_PROCESS = 2**25
 @dataclass(frozen=True)
 class Crew:
     """``workers`` processes beside this one, or none where it is 1; ``memory_bytes`` is what all of them need;
-    ``hands`` are those that have been started."""
+    ``pool`` holds those that have been started."""
 
     workers: int
     memory_bytes: int
-    hands: Hands = field(default_factory=Hands)
+    pool: WorkerPool = field(default_factory=WorkerPool)
 
 
 def crew_of(job: Job, workers: int | None, max_memory: str | None, ranks: Ranks | None = None) -> Crew:

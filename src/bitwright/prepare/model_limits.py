@@ -29,7 +29,7 @@ class ModelLimits:
     def linears(self) -> dict[str, tuple[int, int]]:
         """Sizes [O, I] of the linears, those of experts left out."""
         return {
-            weight.name: weight.slice[::-1] if weight.turned else weight.slice
+            weight.name: weight.slice[::-1] if weight.transposed else weight.slice
             for weight in self.work.weights
             if not (weight.stacked or "experts" in weight.name.split("."))
         }

@@ -14,7 +14,7 @@ from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED, on_the_way
 from bitwright.prepare.job import Job
 from bitwright.prepare.tensor_work import TensorWork
 from bitwright.prepare.work import foreseen
-from bitwright.stream.budget import Budget
+from bitwright.stream.memory import Budget
 
 
 @dataclass(frozen=True)
@@ -128,4 +128,4 @@ def tensors_of(job: Job) -> tuple[TensorKind, ...]:
 def _said(weight: Weight) -> str:
     if not weight.stacked:
         return ""
-    return f"{weight.slices} experts, stored {'[in, out]' if weight.turned else '[out, in]'}"
+    return f"{weight.slices} experts, stored {'[in, out]' if weight.transposed else '[out, in]'}"

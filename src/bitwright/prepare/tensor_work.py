@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bitwright.checkpoint.complete import require_complete
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.method import Method
@@ -21,7 +20,7 @@ from bitwright.model.chosen_weights import Patterns, chosen
 from bitwright.model.source import Source, pick_device, sequence_length
 from bitwright.model.view import ModelView
 from bitwright.prepare.block_work import skeleton_of
-from bitwright.stream.budget import Budget, estimate_tensors
+from bitwright.stream.memory import Budget, estimate_tensors
 from bitwright.stream.units import Unit, block_of, units
 
 
@@ -123,7 +122,7 @@ class TensorWork:
 def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Division, bool]:
     """The linears of an architecture that is described."""
     outline = source.outline or skeleton_of(source, device).outline
-    require_complete(source.checkpoint, outline)
+    source.checkpoint.require_complete(outline)
     weights = outline.weights(recipe.quantize_lm_head)
     tied = recipe.quantize_lm_head and outline.tied
     view = ModelView.of_outline(outline, source.checkpoint)

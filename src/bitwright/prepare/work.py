@@ -18,7 +18,7 @@ from bitwright.methods import compose
 from bitwright.model.source import Source
 from bitwright.prepare.block_work import BlockWork
 from bitwright.prepare.tensor_work import TensorWork
-from bitwright.stream.budget import Budget
+from bitwright.stream.memory import Budget
 
 
 class Work(Protocol):

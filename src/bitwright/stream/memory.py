@@ -1,11 +1,84 @@
-"""Memory as the system sees it: what was needed so far, and what is not to be given back."""
+"""Memory: what a run will need, what this process has needed, and what the allocator keeps."""
 
 import ctypes
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import psutil
 
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.panels import PANEL
+from bitwright.stream.forward import TOKENS_PER_PASS
+from bitwright.stream.skeleton import Skeleton
+from bitwright.stream.units import Unit
+
+ARRAYS_PER_PASS = 8
+TRAINED_BYTES = 4 + 4 + 4 + 4  # master, fake-quantized, kept for its backward pass, gradient; less in a short dtype
+PANEL_BYTES = 96
+"""Of temporaries per weight of a panel, while its ranges are searched."""
+RUNTIME_BYTES = 560 * 2**20
+"""Python, torch and transformers themselves, before any weight (measured on Linux with a CPU build)."""
+WORKER_BYTES = 260 * 2**20
+"""What a worker process takes before any weight: it needs no transformers."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of memory that a run needs at its largest moment, by what they are for."""
+
+    block: int
+    activations: int
+    outside: int
+
+    @property
+    def total(self) -> int:
+        """All of it, with the runtime."""
+        return RUNTIME_BYTES + self.block + self.activations + self.outside
+
+
+def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bool = False) -> Budget:
+    """The memory that a run over so many calibration tokens (0: no forward passes) needs.
+
+    A block is there as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its
+    largest linear; there are the two streams and the outputs of one pass (in the first block both streams are one, and
+    their outputs two), and a pass has activations of its own. Training, on ``step_tokens`` at a time, adds the block's
+    float32 masters, their fake-quantized values, what those keep for their backward pass and their gradients, and the
+    activations of a step with their gradients. The outputs are its targets; the augmented loss has a second target.
+    """
+    numel = [
+        sum(p.numel() for p in skeleton.meta_block(i).module.parameters()) for i in range(len(skeleton.block_names))
+    ]
+    largest = max(p.numel() for p in skeleton.meta_block(0).module.parameters())
+    compute = skeleton.dtype.itemsize
+    stored = skeleton.checkpoint.dtype_of_weights.itemsize
+    block = max(numel) * (compute + stored + 1 + stored + (2 * compute if tokens else 0)) + largest * 12
+    hidden = skeleton.model.config.hidden_size
+    widest = max(max(p.shape) for p in skeleton.meta_block(0).module.parameters())
+    outside = max(skeleton.checkpoint.nbytes(name) for name in skeleton.checkpoint.names)
+    streams = (4 if step_tokens and aug_loss else 3) * tokens * hidden * compute
+    within = ARRAYS_PER_PASS * min(tokens, TOKENS_PER_PASS) * widest * compute
+    if step_tokens:
+        block += max(numel) * TRAINED_BYTES
+        within = max(within, 2 * ARRAYS_PER_PASS * step_tokens * widest * 4)
+    return Budget(block, streams + within, outside * (compute // stored + 1 if tokens else 1))
+
+
+def estimate_tensors(units: Iterable[Unit], checkpoint: Checkpoint) -> Budget:
+    """The memory of one process that goes through tensors.
+
+    The largest slice as stored, with the next one read ahead, and its codes, joined from panels; a panel's temporaries;
+    the parts of two units, one being made and one being written, in at most the dtype they came in.
+    """
+    largest = parts = 0
+    for unit in units:
+        for weight in unit.weights:
+            rows, columns = weight.slice
+            largest = max(largest, rows * columns)
+        parts = max(parts, sum(checkpoint.nbytes(weight.tensor) for weight in unit.weights))
+    stored = checkpoint.dtype_of_weights.itemsize
+    return Budget(largest * (2 * stored + 2), PANEL * PANEL_BYTES, 2 * parts)
 
 
 def peak_memory() -> int:
@@ -19,10 +92,10 @@ def peak_memory() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc's malloc keep what is freed: a training step asks for the same temporaries again, and to get them from
-    the kernel each time, page by page, can cost as much as the arithmetic. Larger ones than 32 MiB still go back.
+    """Make glibc's malloc keep freed memory instead of giving it back; other C libraries are left as they are.
 
-    Does nothing where the C library knows no such setting.
+    A training step asks for the same temporaries again. Getting them from the kernel each time, page by page, can cost
+    as much as the arithmetic. Blocks above 32 MiB still go back.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from bitwright.core.errors import UserError
-from bitwright.stream.hands import Hands
 from bitwright.stream.tensors import Finished, Started, TensorPlan
 from bitwright.stream.units import Unit
 from bitwright.stream.worker import At, Done, Ended, Failed
+from bitwright.stream.worker_pool import WorkerPool
 
 IN_HAND = 2
 """Units that a worker has at a time: one it works on, and one whose first tensor it reads meanwhile."""
@@ -62,16 +62,15 @@ class _Worker:
 
 
 def work_in_processes(
-    units: Sequence[Unit], plan: TensorPlan, workers: int, hands: Hands, started: Started, finished: Finished
+    units: Sequence[Unit], plan: TensorPlan, workers: int, pool: WorkerPool, started: Started, finished: Finished
 ) -> int:
-    """Makes the part of every unit, as ``tensors.work`` does; the peak bytes of all workers together, those ``hands``
-    first that are there already.
+    """Make the part of every unit, as ``tensors.work`` does; return the peak bytes of all workers together.
 
-    Raises UserError: what a worker met, or that one died. What is finished stays finished.
+    Workers come from ``pool`` first. Raises UserError for what a worker met, or if one died; finished parts stay.
     """
     waiting, left = iter(units), len(units)
     inbox: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
-    with _started(hands, plan, min(workers, len(units)), inbox) as crew:
+    with _started(pool, plan, min(workers, len(units)), inbox) as crew:
         for worker in crew * IN_HAND:
             _hand_over(worker, waiting)
         while left:
@@ -104,13 +103,13 @@ def _hand_over(worker: _Worker, waiting: Iterator[Unit]) -> None:
 
 @contextmanager
 def _started(
-    hands: Hands, plan: TensorPlan, count: int, inbox: "queue.Queue[tuple[_Worker, Any]]"
+    pool: WorkerPool, plan: TensorPlan, count: int, inbox: "queue.Queue[tuple[_Worker, Any]]"
 ) -> Iterator[list[_Worker]]:
     """Workers, none of which is there any more afterwards."""
     crew: list[_Worker] = []
     try:
         for _ in range(count):
-            crew.append(_Worker(hands.take(), plan, inbox))
+            crew.append(_Worker(pool.take(), plan, inbox))
         yield crew
     except BaseException:
         for worker in crew:

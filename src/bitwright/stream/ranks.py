@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch.distributed
 
-from bitwright.core.errors import ToldError, UserError
+from bitwright.core.errors import ReportedError, UserError
 from bitwright.stream.units import Unit
 
 T = TypeVar("T")
@@ -65,16 +65,19 @@ class Ranks:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """Around what all of them do alike: ToldError for the others where the first has an error, which it says; an
-        error that another alone has, or a different one, is its own to say."""
+        """A context for what every rank does alike.
+
+        If the first rank meets an error, it reports it, and the others raise ReportedError. An error that another rank
+        has alone, or a different one, is raised there as it is.
+        """
         try:
             yield
         except UserError as error:
             if self._of_first(str(error)) == str(error) and not self.first:
-                raise ToldError(str(error)) from error
+                raise ReportedError(str(error)) from error
             raise
         if said := self._of_first(""):
-            raise ToldError(said)
+            raise ReportedError(said)
 
     def _of_first(self, text: str) -> str:
         return text if self.count == 1 else self.from_first(text)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.checkpoint.complete import require_complete
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Block, Family, LinearGroup, Topology
 from bitwright.core.outline import Outline
@@ -38,7 +37,7 @@ class Skeleton:
         self.model.requires_grad_(False)
         self.model.eval()
         self.outline = self._outlined()
-        require_complete(checkpoint, self.outline)
+        checkpoint.require_complete(self.outline)
 
     def _outlined(self) -> Outline:
         blocks = self.model.get_submodule(self.family.blocks)

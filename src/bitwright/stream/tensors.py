@@ -10,17 +10,16 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.checkpoint.finite import is_finite
-from bitwright.checkpoint.ranges import Stored
+from bitwright.checkpoint.ranges import Stored, is_finite
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.decisions import Decision, LinearDecision
-from bitwright.core.digest import digest
 from bitwright.core.method import Context, DataFree
 from bitwright.core.outlier_rule import Bounds
 from bitwright.core.panels import panels
@@ -28,12 +27,15 @@ from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import BlockReport, LinearReport
 from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.settings import Settings
+from bitwright.core.tensor_bytes import digest
 from bitwright.core.weight import Weight
 from bitwright.steps.apply import quantize_linear, require_held
 from bitwright.steps.outliers import TELLING, bounds
-from bitwright.stream.ahead import ahead
 from bitwright.stream.memory import keep_freed_memory
 from bitwright.stream.units import Unit
+
+T = TypeVar("T")
+_END = object()
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def work(units: Iterable[Unit], plan: TensorPlan, started: Started, finished: Fi
     keep_freed_memory()
     with ThreadPoolExecutor(1, "behind") as behind, ThreadPoolExecutor(1, "aside") as aside:
         writing, copying = list[Future[None]](), list[Future[None]]()
-        for _, read in groupby(ahead(_read(units, plan)), lambda item: item[0].name):
+        for _, read in groupby(_one_ahead(_read(units, plan)), lambda item: item[0].name):
             made = _made(read, plan, started)
             if not made.unit.weights:
                 copying.append(aside.submit(_write, made, plan, finished))
@@ -229,3 +231,13 @@ class _Account:
             outliers=self.outliers,
             outlier_share=self.outliers / (self.weight.slices * rows * columns),
         )
+
+
+def _one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made by another thread while the one before it is used; an item's error comes in its place."""
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        source = iter(items)
+        coming = thread.submit(next, source, _END)
+        while (item := coming.result()) is not _END:
+            coming = thread.submit(next, source, _END)
+            yield item  # type: ignore[misc]

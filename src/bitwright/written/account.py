@@ -79,7 +79,7 @@ def run_account(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[s
 
 def _along_the_output(job: Job, rows: list[dict[str, Any]]) -> int:
     """How many linears have groups along their output; the tile of one that is stored [in, out] lies the other way."""
-    turned = {weight.name for weight in job.work.weights if weight.turned}
+    turned = {weight.name for weight in job.work.weights if weight.transposed}
     tiles = (row["tile"][::-1] if row["name"] in turned else row["tile"] for row in rows)
     return sum(columns == 1 < rows_ for rows_, columns in tiles)
 

@@ -10,7 +10,7 @@ from bitwright.checkpoint.output import OutputFolder
 from bitwright.checkpoint.report_file import REPORT, as_written, without_digests
 from bitwright.checkpoint.writer import write_json
 from bitwright.core.errors import OutputError, UserError
-from bitwright.core.plain import plain
+from bitwright.core.json_values import plain
 from bitwright.core.progress import Listener
 from bitwright.core.quantized import Difference
 from bitwright.formats import QuantizedFolder

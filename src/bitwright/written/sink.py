@@ -13,9 +13,9 @@ from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.ranges import Stored
 from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.block import Block
-from bitwright.core.digest import digest
 from bitwright.core.errors import OutputError
 from bitwright.core.quantized import BlockReport, QuantizedBlock
+from bitwright.core.tensor_bytes import digest
 from bitwright.prepare.job import Job
 from bitwright.stream.units import Unit
 

@@ -28,7 +28,7 @@ def run_tensors(job: Job, sink: FolderSink, crew: Crew, ranks: Ranks, listener: 
     if crew.workers == 1 or len(todo) < 2:
         work(todo, plan, told.started, told.finished)
         return 0
-    return work_in_processes(todo, plan, crew.workers, crew.hands, told.started, told.finished)
+    return work_in_processes(todo, plan, crew.workers, crew.pool, told.started, told.finished)
 
 
 def _plan(job: Job, sink: FolderSink) -> TensorPlan:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint.strict_json import parse_object
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.json_values import parse_object
 from bitwright.formats.gguf.entries import Entry, count, flag, integers, numbers, text, texts
 from bitwright.formats.gguf.sentencepiece import parse
 from bitwright.formats.gguf.vocabulary import BASE, Vocabulary, from_json, from_model

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.checkpoint.strict_json import parse_object
 from bitwright.core.errors import CheckpointError
+from bitwright.core.json_values import parse_object
 from bitwright.formats.mlc.shards import INDEX
 
 INDICES = (INDEX, "ndarray-cache.json")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitwright.checkpoint.strict_json import parse_object
 from bitwright.core.engine_file import EngineTensor, Levels, Rows, Shape, Wanted
 from bitwright.core.errors import CheckpointError
+from bitwright.core.json_values import parse_object
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
 from bitwright.formats import awq

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.checkpoint.ranges import memory_of
 from bitwright.checkpoint.writer import atomic, write_json
+from bitwright.core.tensor_bytes import memory_of
 
 SHARD_BYTES = 32 * 2**20
 DTYPES = {torch.int32: "uint32", torch.float16: "float16"}

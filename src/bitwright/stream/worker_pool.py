@@ -1,0 +1,59 @@
+"""Worker processes that start while this one still imports what it needs: most of a start is importing torch.
+
+Nothing heavy is imported here.
+"""
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from types import TracebackType
+
+from bitwright.core.recipe import Recipe
+
+THREADS = {"OMP_NUM_THREADS": "1"}
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Makes glibc ask for huge pages: otherwise a worker spends a few percent of its time on page faults."""
+
+
+def start_workers(recipe: Recipe, workers: int | None) -> "WorkerPool":
+    """Start the worker processes that a user asked for, if the recipe needs no calibration data.
+
+    Otherwise the pool is empty: whether workers are of use is known only once the model has been looked at.
+    """
+    return WorkerPool(workers if workers is not None and workers > 1 and recipe.calibration is None else 0)
+
+
+class WorkerPool:
+    """Worker processes that wait for a plan. Leaving the context ends those that nobody has taken."""
+
+    def __init__(self, count: int = 0) -> None:
+        self._waiting = [_start() for _ in range(count)]
+
+    def take(self) -> "subprocess.Popen[bytes]":
+        """A process that waits for a plan: one of the pool, or a new one if none is left."""
+        return self._waiting.pop() if self._waiting else _start()
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._waiting:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):
+                    pipe.close() if pipe else None
+
+
+def _start() -> "subprocess.Popen[bytes]":
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen(
+        [sys.executable, "-c", "from bitwright.stream.worker import main; main()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**HUGE_PAGES, **os.environ, **paths, **THREADS},
+        start_new_session=True,  # Ctrl-C is for this process, which tells the workers
+    )

@@ -15,6 +15,7 @@ from bitwright import api
 from bitwright.api import benching
 from bitwright.core.errors import UserError
 from bitwright.core.recipe import Recipe
+from bitwright.evaluation import contenders
 from bitwright.evaluation.llamacpp_speed import peak_resident
 from bitwright.evaluation.speed import Contender, held_bytes, measure_in_turn
 
@@ -209,7 +210,7 @@ def test_another_model_s_original_in_llama_cpp(
     gguf: Callable[..., Path], tiny: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = list[object]()
-    monkeypatch.setattr(benching, "_with_xllamacpp", lambda _: sys.executable)
+    monkeypatch.setattr(contenders, "_with_xllamacpp", lambda _: sys.executable)
     monkeypatch.setattr(benching, "measure_in_turn", lambda made, *_: (measured.append(made), ([], "v"))[1])
     says = "num_hidden_layers 3 there and 2 here"
     for other in (gguf(num_hidden_layers=3), tiny(eos_token_id=0, num_hidden_layers=3)):
@@ -242,7 +243,7 @@ def test_what_is_asked(tiny: Checkpoints) -> None:
         api.bench(tiny(), tokens=0)
     with pytest.raises(UserError, match="takes 128 tokens at most, and 512 were asked for"):
         api.bench(tiny())
-    with pytest.raises(UserError, match=r"bench measures in transformers and llama\.cpp, not in vllm"):
+    with pytest.raises(UserError, match=r"bench measures in llama\.cpp and transformers, not in vllm"):
         api.bench(tiny(), engine="vllm")
     with pytest.raises(UserError, match=r"bench knows no engine .lama\.cpp.; did you mean llama\.cpp"):
         api.bench(tiny(), engine="lama.cpp")

@@ -1,5 +1,6 @@
 """``bitwright engines``, and ``--engine`` on ``quantize``."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,81 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Run
+
+import bitwright.engines
+from bitwright import api
+from bitwright.core.engine import engine_named
+
+FAKE = """
+from bitwright.core.engine import Engine, Way
+
+ENGINE = Engine(
+    name="fake.engine",
+    ways=(
+        Way(
+            format="awq",
+            symmetric=(),
+            asymmetric=(4,),
+            groups=(64,),
+            channel=False,
+            models=None,
+            checked="fake 1.2.3: nothing was run",
+        ),
+    ),
+    note="made up for a test",
+)
+"""
+"""All that a new engine takes: a file in ``engines/``."""
+
+
+@pytest.fixture
+def fake(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a new engine, and beside it of a file that is none; both as if they lay in ``engines/``."""
+    folder = tmp_path_factory.mktemp("engines")
+    (folder / "fake_engine.py").write_text(FAKE)
+    (folder / "no_engine.py").write_text("ENGINE = 'no engine'")
+    monkeypatch.setattr(bitwright.engines, "__path__", [*bitwright.engines.__path__, str(folder)])
+    monkeypatch.delitem(sys.modules, "bitwright.engines.fake_engine", raising=False)
+    monkeypatch.delitem(sys.modules, "bitwright.engines.no_engine", raising=False)
+    return folder
+
+
+def test_a_new_engine_is_one_file(run: Run, refused: Callable[..., str], fake: Path, model: Path) -> None:
+    table = run("engines")
+    assert (
+        "fake.engine: made up for a test" in table.out and "awq, checked with fake 1.2.3: nothing was run" in table.out
+    )
+    assert "fake.engine" in [engine["name"] for engine in run("engines", "--json").json]
+    quantize = ("quantize", model, "--engine", "fake.engine", "--dry-run", "--json")
+    assert run(*quantize, "--scheme", "W4A16g64").json["format"] == "awq"
+    message = refused(*quantize, "--scheme", "W3A16g128")
+    assert "fake.engine cannot run scheme W3A16g128: in awq it does not run 3-bit asymmetric weights" in message
+    assert "The nearest scheme that it runs is W4A16g64;" in message
+    message = refused("bench", model, "--engine", "fake.engine")
+    assert "bench measures in llama.cpp and transformers, not in fake.engine" in message
+
+
+def test_a_new_engine_quantizes(run: Run, fake: Path, model: Path, tmp_path: Path) -> None:
+    ran = run("quantize", model, "--scheme", "W4A16g64", "--engine", "fake.engine", "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "awq"
+
+
+def test_a_new_engine_is_in_the_help(fake: Path) -> None:
+    begin = (
+        f"import bitwright.engines; bitwright.engines.__path__.append({str(fake)!r}); from bitwright.cli import main"
+    )
+    command = [sys.executable, "-c", f"{begin}; main()", "quantize", "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert "fake.engine, gptqmodel, llama.cpp, mlc, transformers, vllm" in " ".join(ran.stdout.split()), ran.stderr
+
+
+def test_a_file_is_named_after_its_engine() -> None:
+    files = [path.stem for path in Path(bitwright.engines.__file__ or "").parent.glob("[!_]*.py")]
+    named = {engine.name.replace(".", "_"): engine for engine in api.engines()}
+    assert sorted(files) == sorted(named)
+    assert engine_named("llama.cpp") is named["llama_cpp"]
 
 
 def test_the_table(run: Run) -> None:

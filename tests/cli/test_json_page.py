@@ -14,8 +14,8 @@ from bitwright.api.exporting import Exported
 from bitwright.api.inspecting import Inspection, LinearSize
 from bitwright.api.planning import Plan
 from bitwright.api.quantizing import Result
+from bitwright.core.engine import Engine, Way
 from bitwright.core.quantized import BlockReport, LinearReport
-from bitwright.engines.table import Engine, Way
 from bitwright.evaluation.measure import Measurement
 from bitwright.evaluation.speed import Speed
 from bitwright.prepare.plan import TensorKind

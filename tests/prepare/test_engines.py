@@ -73,7 +73,7 @@ def test_what_does_not_run_is_refused_with_the_nearest_that_does(
     ({"engines": "transformers", "format": "dense"}, "loads format dense as any folder, in 16 bits; .*formats: comp"),
     ({"engines": "transformers", "format": "gptq"}, "loads format gptq with gptqmodel and optimum beside it"),
     ({"engines": "vllm", "format": "gptq"}, r"W4A16g32sym, or leave --format out: vllm runs W4A16g32 in compress"),
-    ({"engines": ""}, "engines names none; take transformers, vllm"),
+    ({"engines": ""}, "engines names none; take gptqmodel, llama.cpp"),
     ({"engines": "vllm", "method": "adadim"}, r"the method may choose.*It runs this scheme with --axis oc;"),
     ({"engines": "vllm", "method": "easyquant", "axis": "auto"}, "this scheme with --outliers 0 --axis oc;"),
     ({"engines": "vllm", "method": "easyquant", "scheme": "W3A16"}, "that it runs is W4A16 with --outliers 0;"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bitwright.api.planning import plan
     from bitwright.api.quantizing import Result, quantize, speaks
     from bitwright.api.verifying import verify
-    from bitwright.engines.table import Engine, engines
+    from bitwright.core.engine import Engine, engines
     from bitwright.evaluation.loading import load
     from bitwright.prepare.plan import Plan
     from bitwright.stream.worker_pool import start_workers
@@ -30,7 +30,7 @@ _HOMES = {
     "bitwright.api.planning": ("plan",),
     "bitwright.api.quantizing": ("Result", "quantize", "speaks"),
     "bitwright.api.verifying": ("verify",),
-    "bitwright.engines.table": ("Engine", "engines"),
+    "bitwright.core.engine": ("Engine", "engines"),
     "bitwright.evaluation.loading": ("load",),
     "bitwright.stream.worker_pool": ("start_workers",),
     "bitwright.prepare.plan": ("Plan",),

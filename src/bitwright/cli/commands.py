@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bitwright.cli.console import err, out, show
-from bitwright.cli.options import FORMATS, SHARDS, Base, Device, Embeddings, Json
+from bitwright.cli.options import FORMATS, MEASURED_ENGINES, SHARDS, Base, Device, Embeddings, Json
 from bitwright.cli.quantize import quantize
 from bitwright.report import engines_screen, screens
 from bitwright.report.progress import ProgressReport
@@ -194,7 +194,7 @@ def bench(
         typer.Option(help="The original, measured in turn with it; for llama.cpp a .gguf file or a folder."),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="transformers or llama.cpp. [default: what runs this kind of model]")
+        str | None, typer.Option(help=f"{' or '.join(MEASURED_ENGINES)}. [default: what runs this kind of model]")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to generate, at batch 1.")] = 512,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,

@@ -5,8 +5,12 @@ from typing import Annotated
 
 import typer
 
+from bitwright.core.engine import engines
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
 FORMATS = "compressed-tensors, bitwright, dense, gptq, awq, gguf, mlc."
+ENGINES = [engine.name for engine in engines()]
+MEASURED_ENGINES = [engine.name for engine in engines() if engine.bench]
 Embeddings = Annotated[
     str | None,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bitwright.cli.console import err, show
-from bitwright.cli.options import FORMATS, SHARDS, Base, Device, Embeddings, Json
+from bitwright.cli.options import ENGINES, FORMATS, SHARDS, Base, Device, Embeddings, Json
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import GRAMMAR
@@ -154,7 +154,7 @@ def quantize(
     ] = None,
     engine: Annotated[
         list[str] | None,
-        typer.Option(help="Runs on this: transformers, vllm, llama.cpp, mlc, gptqmodel; repeatable; chooses --format."),
+        typer.Option(help=f"Runs on this: {', '.join(ENGINES)}; repeatable; chooses --format."),
     ] = None,
     embeddings: Embeddings = None,
     base: Base = None,

@@ -1,1 +1,1 @@
-"""What each engine runs."""
+"""What each engine runs, one file each: the file's ``ENGINE`` (``core/engine.py``) is all that has to be written."""

@@ -1,17 +1,23 @@
-"""What bench may measure: an engine that runs the model, and an original beside it that is the same model."""
+"""What ``bench`` measures: an engine that runs the model, the program that times it, and an original beside it that is
+the same model."""
 
+import importlib.util
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.core.errors import CheckpointError, RecipeError, nearest
+from bitwright.core.engine import BenchInput, Engine, engines
+from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
 from bitwright.core.registry import find
-from bitwright.engines.table import engines
+from bitwright.evaluation import llamacpp_speed
 from bitwright.formats.gguf.header import MAGIC
 from bitwright.model.config import apart
 from bitwright.model.source import open_checkpoint
 
-ENGINES = ("transformers", "llama.cpp")
+IDLE = {BenchInput.FOLDER: ("python", "library"), BenchInput.GGUF: ("device", "dtype")}
+"""Options of ``bench`` that a measurement has no use for."""
 GGUF_KEYS = {
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
@@ -22,78 +28,128 @@ GGUF_KEYS = {
 """Dimensions by the names that config.json has for them, and GGUF's."""
 
 
-def chosen_engine(model: Path, named: str | None) -> str:
-    """The engine that was named, or the one for this kind of model. Raises UserError where they do not go together."""
-    if named in {engine.name for engine in engines()} - {*ENGINES}:
-        raise RecipeError(f"bench measures in {' and '.join(ENGINES)}, not in {named}; leave --engine {named} out")
-    if named is not None and named not in ENGINES:
-        raise RecipeError(f"bench knows no engine '{named}'; {nearest(named, ENGINES)}")
-    if model.is_dir():
-        if named == "llama.cpp":
+def chosen_engine(model: Path, name: str | None) -> Engine:
+    """Choose the engine that is named, or else the first one that ``bench`` has load such a model.
+
+    Raises RecipeError if ``bench`` does not measure the named engine or if the engine does not load the model,
+    CheckpointError if the model is neither a folder nor a GGUF file.
+    """
+    measured = {engine.name: engine for engine in engines() if engine.bench}
+    if name is not None and name not in measured:
+        if name in {engine.name for engine in engines()}:
+            raise RecipeError(f"bench measures in {' and '.join(measured)}, not in {name}; leave --engine {name} out")
+        raise RecipeError(f"bench knows no engine '{name}'; {nearest(name, measured)}")
+    given = BenchInput.FOLDER if model.is_dir() else BenchInput.GGUF
+    default = next(engine for engine in measured.values() if engine.bench is given)
+    engine = default if name is None else measured[name]
+    if given is BenchInput.GGUF:
+        require_gguf(model)
+        if engine.bench is not given:
             raise RecipeError(
-                f"llama.cpp runs .gguf files, and {model} is a folder: bitwright export {model} --format gguf --output "
-                f"{model.name}.gguf writes one, then bitwright bench {model.name}.gguf"
+                f"engine {engine.name} runs folders, and {model} is a GGUF file: --engine {default.name} runs it"
             )
-        return "transformers"
-    require_gguf(model)
-    if named == "transformers":
-        raise RecipeError(f"engine transformers runs folders, and {model} is a GGUF file: --engine llama.cpp runs it")
-    return "llama.cpp"
+    elif engine.bench is not given:
+        raise RecipeError(
+            f"{engine.name} runs .gguf files, and {model} is a folder: bitwright export {model} --format gguf --output "
+            f"{model.name}.gguf writes one, then bitwright bench {model.name}.gguf"
+        )
+    return engine
 
 
-def refuse_idle(engine: str, **asked: Path | str | None) -> None:
-    """Raises RecipeError for what is asked of the other engine."""
-    idle = ("python", "library") if engine == "transformers" else ("device", "dtype")
-    for name in idle:
-        if asked[name] not in (None, "auto"):
-            builds = "; llama.cpp runs where it was built for: --library takes a build of your own"
-            instead = builds if name == "device" else ""
-            raise RecipeError(f"engine {engine} has no use for --{name} {asked[name]}; leave it out{instead}")
+def refuse_idle(engine: Engine, **options: Path | str | None) -> None:
+    """Raise RecipeError for an option that measuring this engine has no use for."""
+    for name in IDLE[engine.bench] if engine.bench else ():
+        if options[name] not in (None, "auto"):
+            builds = f"; {engine.name} runs where it was built for: --library takes a build of your own"
+            raise RecipeError(
+                f"engine {engine.name} has no use for --{name} {options[name]}; leave it out"
+                f"{builds if name == 'device' else ''}"
+            )
+
+
+def llama_cpp_command(python: Path | str | None, library: Path | str | None) -> tuple[tuple[str, ...], str | None]:
+    """The command that times a GGUF file, and the path of the llama.cpp library for it, None for xllamacpp's.
+
+    Raises UserError if ``python`` has no xllamacpp, if ``library`` is no llama.cpp, and if both are given.
+    """
+    if library is None:
+        return (_with_xllamacpp(python), llamacpp_speed.__file__), None
+    if python is not None:
+        raise RecipeError(f"--library {library} needs no xllamacpp; leave --python {python} out")
+    command = (sys.executable, llamacpp_speed.__file__)
+    process = subprocess.run([*command, str(library)], capture_output=True, text=True, errors="replace")
+    if process.returncode:
+        raise UserError(
+            f"--library {library} is no llama.cpp that can be measured: {process.stderr.strip()[-500:]}; name the "
+            "libllama.so (.dylib, .dll) of a build with -DBUILD_SHARED_LIBS=ON"
+        )
+    return command, str(Path(library).resolve())
+
+
+def _with_xllamacpp(python: Path | str | None) -> str:
+    """An interpreter that has xllamacpp; this one if ``python`` is None. Raises UserError if it has none."""
+    if python is None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise UserError(
+                "engine llama.cpp needs the package xllamacpp, which is not installed here: pip install "
+                "'bitwright[llamacpp]', or give --python INTERPRETER of an environment that has it"
+            )
+        return sys.executable
+    try:
+        process = subprocess.run([str(python), "-c", "import xllamacpp"], capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(f"--python {python} cannot be run: {error.strerror}; name a Python interpreter") from None
+    if process.returncode:
+        raise UserError(
+            f"--python {python} cannot import xllamacpp ({process.stderr.strip().splitlines()[-1:]}); install it "
+            f"there: {python} -m pip install xllamacpp"
+        )
+    return str(python)
 
 
 def require_gguf(path: Path) -> None:
-    """Raises CheckpointError for what is no GGUF file."""
+    """Raise CheckpointError if a path is no GGUF file."""
     if not path.is_file():
         raise CheckpointError(f"there is no {path}; bench takes a folder of a model or a .gguf file")
     with path.open("rb") as file:
-        found = file.read(len(MAGIC))
-    if found != MAGIC:
+        beginning = file.read(len(MAGIC))
+    if beginning != MAGIC:
         raise CheckpointError(
-            f"{path} is neither the folder of a model nor a GGUF file: it begins with {found!r}, not {MAGIC!r}. Name "
-            "the folder that holds config.json, or a file that bitwright export --format gguf wrote"
+            f"{path} is neither the folder of a model nor a GGUF file: it begins with {beginning!r}, not {MAGIC!r}. "
+            "Name the folder that holds config.json, or a file that bitwright export --format gguf wrote"
         )
 
 
 def require_same_folders(model: Path, against: Path) -> None:
-    """Raises CheckpointError where two folders have another architecture, or other dimensions."""
+    """Raise CheckpointError if two folders differ in architecture or dimensions."""
     _require_same(model, against, open_checkpoint(model).config, open_checkpoint(against).config)
 
 
 def require_same_in_files(model: Path, against: Path) -> None:
-    """The same of a .gguf file, and of another or an unquantized folder. Raises RecipeError for a folder that GGUF has
-    no words for, CheckpointError for a damaged file."""
-    theirs = _of_folder(against) if against.is_dir() else _of_file(against)
-    _require_same(model, against, _of_file(model), theirs)
+    """Raise CheckpointError if a GGUF file and another one, or an unquantized folder, differ in architecture or
+    dimensions, or if a file is damaged. Raises RecipeError for a folder that GGUF has no words for."""
+    other = _folder_config(against) if against.is_dir() else _file_config(against)
+    _require_same(model, against, _file_config(model), other)
 
 
-def _require_same(model: Path, against: Path, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    if found := apart(here, there):
+def _require_same(model: Path, against: Path, config: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    if difference := apart(config, other):
         raise CheckpointError(
-            f"--against {against} is another model than {model}: {found}. Name the original that it was made of, or "
-            "leave --against out"
+            f"--against {against} is another model than {model}: {difference}. Name the original that it was made of, "
+            "or leave --against out"
         )
 
 
-def _of_folder(folder: Path) -> dict[str, Any]:
-    """What config.json says, the architecture as GGUF calls it."""
+def _folder_config(folder: Path) -> dict[str, Any]:
+    """Read config.json, the architecture under GGUF's name for it."""
     config = open_checkpoint(folder).config
     return {**config, "model_type": find("formats", "gguf").architecture(config).name}
 
 
-def _of_file(path: Path) -> dict[str, Any]:
-    """What a .gguf file says, by config.json's names; the vocabulary is as many tokens as it lists."""
-    says = find("formats", "gguf").opened(path).header.says
-    named = says.get("general.architecture")
-    found = {key: says.get(f"{named}.{theirs}") for key, theirs in GGUF_KEYS.items()}
-    tokens = getattr(says.get("tokenizer.ggml.tokens"), "count", None)
-    return {**found, "model_type": named, "vocab_size": tokens}
+def _file_config(path: Path) -> dict[str, Any]:
+    """Read a GGUF file's metadata under config.json's keys; the vocabulary has as many tokens as the file lists."""
+    metadata = find("formats", "gguf").opened(path).header.says
+    architecture = metadata.get("general.architecture")
+    dimensions = {key: metadata.get(f"{architecture}.{gguf_key}") for key, gguf_key in GGUF_KEYS.items()}
+    tokens = getattr(metadata.get("tokenizer.ggml.tokens"), "count", None)
+    return {**dimensions, "model_type": architecture, "vocab_size": tokens}

@@ -6,12 +6,12 @@ from itertools import product
 from pathlib import Path
 
 from bitwright.core.decisions import Decision
-from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.engine import EVERY_BITS, Engine, Refusal, Way, Workload, engine_named, engines
+from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find
 from bitwright.core.scheme import FULL, NAMED, Grid, Scheme, Tile
 from bitwright.core.settings import settle
-from bitwright.engines.table import ENGINES, EVERY_BITS, Asked, Engine, Way
 from bitwright.methods import compose
 from bitwright.model.source import open_checkpoint, require_folder
 from bitwright.prepare.format_choice import HOLDS_ALL, is_single
@@ -32,24 +32,24 @@ def for_engines(recipe: Recipe, device: str = "auto") -> Recipe:
     """
     if recipe.engines is None:
         return recipe
-    engines = [_named(name) for name in recipe.patterns("engines")]
-    if not engines:
-        raise RecipeError(f"engines names none; take {', '.join(engine.name for engine in ENGINES)}, or leave it out")
+    chosen = [engine_named(name) for name in recipe.patterns("engines")]
+    if not chosen:
+        raise RecipeError(f"engines names none; take {', '.join(engine.name for engine in engines())}, or leave it out")
     asked, limits = _asked(recipe), ModelLimits(recipe, device)
-    ways = [_running(engine, asked, recipe.format, limits) for engine in engines]
+    ways = [_running(engine, asked, recipe.format, limits) for engine in chosen]
     formats = [list(dict.fromkeys(way.format for way in those)) for those in ways]
     if recipe.format is None and all(HOLDS_ALL in those for those in formats):
         return recipe
     shared = [format for format in formats[0] if all(format in others for others in formats)]
     if not shared:
-        raise _no_shared_format(engines, ways, asked, recipe, limits)
+        raise _no_shared_format(chosen, ways, asked, recipe, limits)
     reasons = dict[str, str]()
     for format in shared:
         why = limits.refuse(asked.scheme, format, _of(format, *ways))
         if why is None:
             return replace(recipe, format=format)
         reasons[format] = why
-    raise _model_does_not_fit(engines, reasons, asked, recipe, limits)
+    raise _model_does_not_fit(chosen, reasons, asked, recipe, limits)
 
 
 def _of(format: str, *ways: Sequence[Way]) -> list[Way]:
@@ -57,7 +57,7 @@ def _of(format: str, *ways: Sequence[Way]) -> list[Way]:
 
 
 def _no_shared_format(
-    engines: Sequence[Engine], ways: Sequence[Sequence[Way]], asked: Asked, recipe: Recipe, limits: ModelLimits
+    engines: Sequence[Engine], ways: Sequence[Sequence[Way]], asked: Workload, recipe: Recipe, limits: ModelLimits
 ) -> RecipeError:
     """Says how one run serves them all: first what ``export`` reads, then exports of it."""
     fitting, loads = list[str](), list[str]()
@@ -87,7 +87,7 @@ def _no_shared_format(
 
 
 def _model_does_not_fit(
-    engines: Sequence[Engine], reasons: Mapping[str, str], asked: Asked, recipe: Recipe, limits: ModelLimits
+    engines: Sequence[Engine], reasons: Mapping[str, str], asked: Workload, recipe: Recipe, limits: ModelLimits
 ) -> RecipeError:
     names, those, said = " and ".join(engine.name for engine in engines), ", ".join(reasons), {*reasons.values()}
     ways = [[way for way in engine.ways if recipe.format in (None, way.format)] for engine in engines]
@@ -101,18 +101,11 @@ def _model_does_not_fit(
     )
 
 
-def _holds_all(engine: Engine, asked: Asked) -> bool:
-    return any(way.format == HOLDS_ALL and way.refuses(asked) is None for way in engine.ways)
+def _holds_all(engine: Engine, asked: Workload) -> bool:
+    return any(way.format == HOLDS_ALL and way.refusal(asked) is None for way in engine.ways)
 
 
-def _named(name: str) -> Engine:
-    found = {engine.name: engine for engine in ENGINES}
-    if name not in found:
-        raise RecipeError(f"there is no engine '{name}'; {nearest(name, found)}. bitwright engines shows them")
-    return found[name]
-
-
-def _asked(recipe: Recipe) -> Asked:
+def _asked(recipe: Recipe) -> Workload:
     """What a recipe asks of an engine. Raises UserError where model, scheme, method or settings are none."""
     require_folder(Path(recipe.model))
     model_type = str(open_checkpoint(Path(recipe.model)).config.get("model_type"))
@@ -120,21 +113,24 @@ def _asked(recipe: Recipe) -> Asked:
     settings = settle(recipe.training, scheme, recipe.seed, recipe.settings)
     decides = any(Decision.OUTLIERS in method.decides for method in methods)
     tiles = [tile for method in methods for tile in method.tiles(scheme, settings)]
-    return Asked(scheme, model_type, decides and settings.outlier_rule is not None, tiles)
+    return Workload(scheme, model_type, decides and settings.outlier_rule is not None, tiles)
 
 
-def _running(engine: Engine, asked: Asked, format: str | None, limits: ModelLimits) -> list[Way]:
+def _running(engine: Engine, asked: Workload, format: str | None, limits: ModelLimits) -> list[Way]:
     """The ways in which an engine runs this. Raises RecipeError with the nearest scheme where there is none."""
     ways = [way for way in engine.ways if format in (None, way.format)]
     if not ways:
         assert format is not None
         raise _other_format(engine, format)
-    reasons = [(way.format, *way.refusal(asked)) for way in ways]
-    if running := [way for way, (_, _, reason) in zip(ways, reasons, strict=True) if reason is None]:
+    refusals = [(way, way.refusal(asked)) for way in ways]
+    if running := [way for way, refusal in refusals if refusal is None]:
         return running
-    furthest = {name: max(rank for other, rank, _ in reasons if other == name) for name, _, _ in reasons}
-    told = {name: why for name, rank, why in reversed(reasons) if rank == furthest[name]}  # of equals the first
-    why = "; ".join(f"in {name} it does not run {told[name]}" for name in furthest)
+    furthest: dict[str, Refusal] = {}
+    for way, refusal in refusals:
+        assert refusal is not None
+        if way.format not in furthest or refusal.check > furthest[way.format].check:
+            furthest[way.format] = refusal
+    why = "; ".join(f"in {name} it does not run {refusal.reason}" for name, refusal in furthest.items())
     method = " with this method" if asked.outliers or asked.tiles else ""
     raise RecipeError(
         f"{engine.name} cannot run scheme {asked.scheme}{method}: {why}. {_remedy([ways], asked, limits)}"
@@ -152,14 +148,14 @@ def _other_format(engine: Engine, format: str) -> RecipeError:
     return RecipeError(f"{engine.name} does not load format {format}; it loads {known}. Leave --format out")
 
 
-def _elsewhere(engine: Engine, asked: Asked, format: str | None, limits: ModelLimits) -> str:
+def _elsewhere(engine: Engine, asked: Workload, format: str | None, limits: ModelLimits) -> str:
     """That another format would do, where one was named."""
-    others = [] if format is None else [way for way in engine.ways if way.refuses(asked) is None]
+    others = [] if format is None else [way for way in engine.ways if way.refusal(asked) is None]
     able = next((way.format for way in others if limits.refuse(asked.scheme, way.format, [way]) is None), None)
     return f", or leave --format out: {engine.name} runs {asked.scheme} in {able}" if able else ""
 
 
-def _remedy(engines: Sequence[Sequence[Way]], asked: Asked, limits: ModelLimits, said: Collection[str] = ()) -> str:
+def _remedy(engines: Sequence[Sequence[Way]], asked: Workload, limits: ModelLimits, said: Collection[str] = ()) -> str:
     """What to try: the nearest scheme, and the flags without which the method would ask for more than it.
 
     ``said`` are reasons that the message has given already.
@@ -169,7 +165,7 @@ def _remedy(engines: Sequence[Sequence[Way]], asked: Asked, limits: ModelLimits,
         return "No scheme helps" + (
             f": the nearest would be {why[0]}, and {why[1]}" if why and why[1] not in said else ""
         )
-    able = [[way for way in ways if way.refuses(Asked(near, asked.model_type)) is None] for ways in engines]
+    able = [[way for way in ways if way.refusal(Workload(near, asked.model_type)) is None] for ways in engines]
     flags = ["--outliers 0"] if asked.outliers and not all(any(w.outliers for w in ways) for ways in able) else []
     flags += ["--axis oc"] if asked.tiles and not all(any(w.per_input for w in ways) for ways in able) else []
     runs = "It runs" if len(engines) == 1 else "They run"
@@ -178,14 +174,14 @@ def _remedy(engines: Sequence[Sequence[Way]], asked: Asked, limits: ModelLimits,
 
 
 def _nearest(
-    engines: Sequence[Sequence[Way]], asked: Asked, limits: ModelLimits
+    engines: Sequence[Sequence[Way]], asked: Workload, limits: ModelLimits
 ) -> tuple[Scheme | None, tuple[Scheme, str] | None]:
     """The scheme least unlike this one that all engines run, in a format that takes the model's linears: activations
     first to stay, then bits, groups and symmetry. None, with the nearest and why it does not fit, where the model is
     what speaks against it."""
     first = None
     for near in sorted(_others(asked.scheme, engines), key=lambda other: _unlike(asked.scheme, other)):
-        for format, ways in _shared(engines, Asked(near, asked.model_type)).items():
+        for format, ways in _shared(engines, Workload(near, asked.model_type)).items():
             why = limits.refuse(near, format, ways)
             if why is None:
                 return near, None
@@ -193,9 +189,9 @@ def _nearest(
     return None, first
 
 
-def _shared(engines: Sequence[Sequence[Way]], asked: Asked) -> dict[str, list[Way]]:
+def _shared(engines: Sequence[Sequence[Way]], asked: Workload) -> dict[str, list[Way]]:
     """The formats in which all of them run this, and the ways."""
-    running = [[way for way in ways if way.refuses(asked) is None] for ways in engines]
+    running = [[way for way in ways if way.refusal(asked) is None] for ways in engines]
     formats = [[way.format for way in ways] for ways in running]
     return {format: _of(format, *running) for format in formats[0] if all(format in others for others in formats)}
 

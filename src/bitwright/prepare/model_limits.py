@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from bitwright.core.engine import Way
 from bitwright.core.errors import RecipeError, SchemeError
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Scheme
-from bitwright.engines.table import Way
 from bitwright.prepare.checks import check_shapes
 from bitwright.prepare.format_choice import WIDELY_LOADED, not_widely_loaded, target
 from bitwright.prepare.work import Work, opened

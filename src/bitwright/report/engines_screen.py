@@ -1,42 +1,30 @@
-"""The screen of ``bitwright engines``: a line per way to an engine, then what each was checked with."""
+"""The screen of ``bitwright engines``: a row for each format of an engine, then what each was checked with."""
 
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 
+from bitwright.core.engine import Engine, Way
 from bitwright.report.tables import grid
 
+HEADER = (
+    "engine",
+    "format",
+    "symmetric",
+    "asymmetric",
+    "groups",
+    "channels",
+    "beside that",
+    "features",
+    "architectures",
+)
 
-def engines(console: Console, found: Any) -> None:
-    """``engines``."""
-    rows = [
-        (
-            engine.name,
-            way.format,
-            _bits(way.symmetric),
-            _bits(way.asymmetric),
-            way.sizes,
-            "yes" if way.channel else "no",
-            ", ".join(what for has, what in _beyond(way) if has) or "nothing",
-            _features(way),
-            "any" if way.models is None else ", ".join(way.models),
-        )
-        for engine in found
-        for way in engine.ways
-    ]
-    header = (
-        "engine",
-        "format",
-        "symmetric",
-        "asymmetric",
-        "groups",
-        "channels",
-        "beside that",
-        "features",
-        "architectures",
-    )
-    grid(console, "What each engine runs: bits of weights, groups that the format holds too", header, rows)
-    for engine in found:
+
+def engines(console: Console, table: Sequence[Engine]) -> None:
+    """Show what each engine runs."""
+    rows = [(engine.name, *_cells(way)) for engine in table for way in engine.ways]
+    grid(console, "What each engine runs: bits of weights, groups that the format holds too", HEADER, rows)
+    for engine in table:
         alike = "q, k, v and gate, up have to be quantized alike; " if engine.fused else ""
         console.print(f"\n{engine.name}: {alike}{engine.note}", highlight=False, markup=False)
         for format, how in engine.also.items():
@@ -45,23 +33,37 @@ def engines(console: Console, found: Any) -> None:
             console.print(f"  {way.format}, checked with {way.checked}", highlight=False, markup=False)
 
 
-def _beyond(way: Any) -> tuple[tuple[bool, str], ...]:
-    """What an engine may run beside weights in groups along the input."""
+def _cells(way: Way) -> tuple[str, ...]:
+    """The cells of a row, but for the engine's name."""
     return (
-        (way.activations, "activations"),
-        (way.cache, "KV cache"),
-        (way.outliers, "outliers"),
-        (way.per_input, "ic groups"),
+        way.format,
+        _bits(way.symmetric),
+        _bits(way.asymmetric),
+        way.sizes,
+        "yes" if way.channel else "no",
+        _extras(way),
+        _features(way),
+        "any" if way.models is None else ", ".join(way.models),
     )
 
 
-def _features(way: Any) -> str:
-    """What the sizes of a linear are multiples of, the format's own aside."""
+def _extras(way: Way) -> str:
+    """What the engine runs beside weights in groups along the input."""
+    extras = {
+        "activations": way.activations,
+        "KV cache": way.cache,
+        "outliers": way.outliers,
+        "ic groups": way.per_input,
+    }
+    return ", ".join(name for name, runs in extras.items() if runs) or "nothing"
+
+
+def _features(way: Way) -> str:
+    """What the features of a linear are multiples of, the format's own multiples aside."""
     if way.inputs == way.outputs:
         return "any" if way.inputs == 1 else f"multiples of {way.inputs}"
-    return " and ".join(
-        f"{what} multiples of {size}" for what, size in (("in", way.inputs), ("out", way.outputs)) if size > 1
-    )
+    multiples = {"in": way.inputs, "out": way.outputs}
+    return " and ".join(f"{side} multiples of {size}" for side, size in multiples.items() if size > 1)
 
 
 def _bits(bits: tuple[int, ...]) -> str:

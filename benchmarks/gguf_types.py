@@ -19,7 +19,7 @@ from rows import Kept, Row, measured_on
 import bitwright
 from bitwright.formats import QuantizedFolder
 from bitwright.formats.gguf import opened
-from bitwright.verify.engine_files import bits_per_weight, error_of, linears_of
+from bitwright.verification.engine_files import bits_per_weight, error_of, linears_of
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS", "IQ4_NL", "Q3_K", "Q2_K")
 QUANTIZER = Path(__file__).parent / "llamacpp_own_file.py"

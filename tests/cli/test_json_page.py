@@ -20,7 +20,7 @@ from bitwright.evaluation.measure import Measurement
 from bitwright.evaluation.speed import Speed
 from bitwright.prepare.plan import TensorKind
 from bitwright.stream.memory import Budget
-from bitwright.verify.findings import Check, Verification
+from bitwright.verification.findings import Check, Verification
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "json.md"
 

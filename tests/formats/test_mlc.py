@@ -21,8 +21,8 @@ import bitwright
 from bitwright import Recipe
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import CheckpointError, UserError
+from bitwright.core.format import WriteOptions
 from bitwright.core.qtensor import QTensor
-from bitwright.core.quantized import WriteOptions
 from bitwright.core.scheme import FULL, NAMED, Grid, Scheme, Tile
 from bitwright.formats import QuantizedFolder, mlc
 from bitwright.formats.mlc import architectures, chat, shards

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bitwright.evaluation.loading import load
     from bitwright.prepare.plan import Plan
     from bitwright.stream.worker_pool import start_workers
-    from bitwright.verify.findings import Verification
+    from bitwright.verification.findings import Verification
 
 _HOMES = {
     "bitwright.api.benching": ("Bench", "bench"),
@@ -34,7 +34,7 @@ _HOMES = {
     "bitwright.evaluation.loading": ("load",),
     "bitwright.stream.worker_pool": ("start_workers",),
     "bitwright.prepare.plan": ("Plan",),
-    "bitwright.verify.findings": ("Verification",),
+    "bitwright.verification.findings": ("Verification",),
 }
 
 __all__ = [

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,19 +28,20 @@ from bitwright.convert.exported_terms import (
 from bitwright.convert.refitting import refitted
 from bitwright.core.convert import relative_error
 from bitwright.core.errors import RecipeError
+from bitwright.core.format import FileFormat, Foreseen, Format, TensorFormat, WriteOptions, typical
 from bitwright.core.json_values import plain
 from bitwright.core.progress import Listener, Progress, silent
-from bitwright.core.quantized import Difference, Foreseen, WriteOptions, typical
+from bitwright.core.quantized import Difference
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
 from bitwright.core.tensor_bytes import digest
 from bitwright.formats import QuantizedFolder
-from bitwright.prepare.format_choice import check_shape, is_file_format, refuse_idle, target
+from bitwright.prepare.format_choice import refuse_idle, target
 from bitwright.prepare.places import refuse_output
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.units import block_of
-from bitwright.verify.completeness import require_all_tensors, require_sound_headers
-from bitwright.verify.engine_files import require_sound_file
-from bitwright.verify.soundness import require_sound
+from bitwright.verification.completeness import require_all_tensors, require_sound_headers
+from bitwright.verification.engine_files import require_sound_file
+from bitwright.verification.soundness import require_sound
 from bitwright.written.companions import copy_companions, write_config
 from bitwright.written.finishing import bytes_of, leaving_nothing
 
@@ -99,7 +99,7 @@ def export(
     continues where the format is a folder of tensors, and begins anew where it is a file.
     """
     start, folder, output, to = monotonic(), Path(folder), Path(output), target(format)
-    single = is_file_format(to) and bool(to.SINGLE)
+    single = isinstance(to, FileFormat) and to.single
     refuse_output(folder, output, overwrite, single)
     model, shard_bytes = QuantizedFolder.open(folder), size_in_bytes(shard_size, "shard size")
     account = without_digests(account_of(folder))
@@ -107,12 +107,13 @@ def export(
     refuse_idle(format, embeddings, base, shard_size)
     _refuse(model, format, to, options)
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single) as work:
-        if is_file_format(to):
+        if isinstance(to, FileFormat):
             place = work.file if single else work.path
             with leaving_nothing(work):
                 differences = to.write(model, place, options, listener)
             verified = require_sound_file(to, place, model, differences)
         else:
+            assert isinstance(to, TensorFormat)
             differences = _TensorExport(model, to, format, lossy, work, restart).run(shard_bytes, listener)
             verified = require_sound(work.path, _shapes(model))
         bytes_out = bytes_of(work.file if single else work.path)
@@ -120,13 +121,13 @@ def export(
     return _summed(model, output, format, differences, bytes_out, verified, monotonic() - start)
 
 
-def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteOptions) -> None:
+def _refuse(model: QuantizedFolder, format: str, to: Format, options: WriteOptions) -> None:
     """Refuses, before the work, what can be told beforehand."""
-    refuse_activations(model, format)
+    refuse_activations(model, to)
     if model.described is not None and not options.lossy:
         refuse_departures(model, to)
     require_sound_headers(model)
-    if is_file_format(to):
+    if isinstance(to, FileFormat):
         to.check(model.checkpoint.config, model.folder, options, _foreseen(model))
         return
     if model.format is None:
@@ -141,8 +142,9 @@ def _refuse(model: QuantizedFolder, format: str, to: ModuleType, options: WriteO
     if model.format_name == format:
         raise RecipeError(f"{model.folder} is a {format} folder already; name another format")
     require_all_tensors(model)
-    for name in model.linears if hasattr(to, "check_shape") else ():
-        check_shape(to, name, model.shape(name))
+    for name in model.linears:
+        to.check_shape(name, model.shape(name))
+    assert isinstance(to, TensorFormat)
     refuse_terms(model, format, to, options.lossy)
 
 
@@ -156,7 +158,7 @@ class _TensorExport:
     """A folder of safetensors: part by part, a block each, noted in a journal, and merged."""
 
     def __init__(
-        self, model: QuantizedFolder, to: ModuleType, name: str, lossy: bool, work: OutputFolder, restart: bool
+        self, model: QuantizedFolder, to: TensorFormat, name: str, lossy: bool, work: OutputFolder, restart: bool
     ) -> None:
         self.model, self.to, self.name, self.lossy, self.work = model, to, name, lossy, work
         checkpoint = model.checkpoint
@@ -185,7 +187,7 @@ class _TensorExport:
         for name in linears:
             weight, lost = refitted(name, read := self.model.read(name), self.to, self.lossy, self.common)
             tensors |= (made := self.to.encode(name, weight))
-            if not hasattr(self.to, "described"):  # what is stored are no codes but the weights, rounded to their dtype
+            if self.to.reader is None:  # what is stored are no codes but the weights, rounded to their dtype
                 stored = self.to.decode(made, name, weight.grid).float()
                 lost = replace(lost, error=relative_error(read.dequantize(torch.float32), stored))
             rows.append(asdict(lost) | terms_of(weight) | {"digest": digest(made)})

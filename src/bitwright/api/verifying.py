@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from bitwright.core.progress import Listener, silent
-from bitwright.verify.engine_files import engine_format
-from bitwright.verify.file import verify_file
-from bitwright.verify.findings import Verification
-from bitwright.verify.folder import verify_folder
+from bitwright.formats import file_format_of
+from bitwright.verification.file import verify_file
+from bitwright.verification.findings import Verification
+from bitwright.verification.folder import verify_folder
 
 
 def verify(
@@ -23,6 +23,6 @@ def verify(
     CheckpointError for a folder or a file that cannot be read at all, and for an original of another model.
     """
     original = None if against is None else Path(against)
-    if (format := engine_format(Path(folder))) is not None:
+    if (format := file_format_of(Path(folder))) is not None:
         return verify_file(format, Path(folder), original, logits, listener)
     return verify_folder(Path(folder), original, logits, listener)

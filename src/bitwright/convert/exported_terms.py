@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
 from math import gcd
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from bitwright.convert.refitting import refitted
 from bitwright.core.errors import RecipeError
+from bitwright.core.format import Format, TensorFormat
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel, departures
 from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
@@ -57,10 +57,10 @@ def written_model(
     return WrittenModel(scheme, family, head_dim, dtype, kept, departures(scheme, rows))
 
 
-def refuse_activations(model: QuantizedFolder, format: str) -> None:
-    """Raises RecipeError, before any weight is read, for activations or a KV cache that a format has no place for."""
+def refuse_activations(model: QuantizedFolder, to: Format) -> None:
+    """Raise RecipeError, before any weight is read, for activations or a KV cache that a format has no place for."""
     described = model.described
-    if format in (WIDELY_LOADED, HOLDS_ALL) or described is None or not model.linears:
+    if not to.weights_only or described is None or not model.linears:
         return
     if described.activations or described.kv:
         name = model.linears[0]
@@ -68,12 +68,12 @@ def refuse_activations(model: QuantizedFolder, format: str) -> None:
         tile = described.tile_of(name) or Tile(1, FULL)
         scheme = Scheme(described.grid_of(name), tile, activation_bits=activations, kv_bits=kv)
         raise RecipeError(
-            f"format {format} cannot hold the activations or KV cache of scheme {scheme}, which {model.folder} was "
+            f"format {to.name} cannot hold the activations or KV cache of scheme {scheme}, which {model.folder} was "
             f"quantized with; use format {WIDELY_LOADED} or {HOLDS_ALL}, or quantize the original with A16"
         )
 
 
-def refuse_terms(model: QuantizedFolder, format: str, to: ModuleType, lossy: bool) -> None:
+def refuse_terms(model: QuantizedFolder, format: str, to: TensorFormat, lossy: bool) -> None:
     """Raises RecipeError, before anything is written, for linears on several grids that the format holds as they are,
     and for activations that it has no place for."""
     described = _described(model)
@@ -86,7 +86,7 @@ def refuse_terms(model: QuantizedFolder, format: str, to: ModuleType, lossy: boo
     if model.linears and (described.activations or described.kv):
         name = model.linears[0]
         weight, _ = refitted(name, model.read(name), to, lossy, common_columns(model))
-        to.quantization_config(written_model(model, format, [{"name": name} | terms_of(weight)], ()))
+        to.config(written_model(model, format, [{"name": name} | terms_of(weight)], ()))
 
 
 def common_columns(model: QuantizedFolder) -> int:
@@ -94,7 +94,7 @@ def common_columns(model: QuantizedFolder) -> int:
     return gcd(*(model.shape(name)[1] for name in model.linears))
 
 
-def refuse_departures(model: QuantizedFolder, to: ModuleType) -> None:
+def refuse_departures(model: QuantizedFolder, to: Format) -> None:
     """Raises RecipeError, before anything is written, for linears that a format holds on no grid: with outliers, or
     in groups along the output, as far as config.json names them."""
     described, grids = _described(model), [Grid(*one) for one in product(range(MIN_BITS, MAX_BITS + 1), (False, True))]
@@ -106,7 +106,7 @@ def refuse_departures(model: QuantizedFolder, to: ModuleType) -> None:
             also = f", with {outliers} outliers," if outliers else ""
             raise RecipeError(
                 f"{name}: a weight in tiles of {rows} x {columns}{also} cannot be held exactly in this format, which "
-                f"holds {to.HOLDS}. --lossy quantizes such weights once more and says what that adds"
+                f"holds {to.holds_what}. --lossy quantizes such weights once more and says what that adds"
             )
 
 

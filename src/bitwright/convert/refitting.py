@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from itertools import product
-from types import ModuleType
 
 import torch
 
 from bitwright.core.convert import difference, on_grid, split, with_scales
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError
+from bitwright.core.format import TensorFormat
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
 from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
@@ -20,7 +20,7 @@ GROUPS = (128, 64, 32)
 
 
 def refitted(
-    name: str, weight: QTensor, format: ModuleType, lossy: bool, common: int = 0
+    name: str, weight: QTensor, format: TensorFormat, lossy: bool, common: int = 0
 ) -> tuple[QTensor, Difference]:
     """The weight as a format holds it, and what it lost. Groups that it did not have divide ``common``, so that all
     linears of a model get the same.
@@ -32,17 +32,17 @@ def refitted(
         return exact, difference(name, weight, exact)
     if not lossy:
         raise RecipeError(
-            f"{name}: {_described(weight)} cannot be held exactly in this format, which holds {format.HOLDS}. --lossy "
-            "quantizes such weights once more and says what that adds"
+            f"{name}: {_described(weight)} cannot be held exactly in this format, which holds "
+            f"{format.holds_what}. --lossy quantizes such weights once more and says what that adds"
         )
     again = _again(name, weight, format, common)
     return again, difference(name, weight, again, codes=False)
 
 
-def _exactly(weight: QTensor, format: ModuleType, common: int) -> QTensor | None:
+def _exactly(weight: QTensor, format: TensorFormat, common: int) -> QTensor | None:
     """The same codes on the first terms that fit."""
     outliers = weight.outlier_index is not None and weight.outlier_index.numel() > 0
-    scaled = with_scales(weight, format.SCALES or weight.scale.dtype)
+    scaled = with_scales(weight, format.scales or weight.scale.dtype)
     if not scaled.scale.isfinite().all() or (scaled.scale == 0).any():
         return None
     for grid, tile in product(_grids(weight.grid), _tiles(weight, common)):
@@ -74,18 +74,20 @@ def _tiles(weight: QTensor, common: int) -> Iterator[Tile]:
             yield Tile(1, group)
 
 
-def _again(name: str, weight: QTensor, format: ModuleType, common: int) -> QTensor:
+def _again(name: str, weight: QTensor, format: TensorFormat, common: int) -> QTensor:
     """The dequantized weight on the nearest terms that the format holds, with ranges as easyquant finds them."""
     terms = _nearest(weight, format, common)
     if terms is None:
-        raise RecipeError(f"{name} {list(weight.shape)}: fits into no groups that this format holds ({format.HOLDS})")
+        raise RecipeError(
+            f"{name} {list(weight.shape)}: fits into no groups that this format holds ({format.holds_what})"
+        )
     grid, tile = terms
-    dense, dtype = weight.dequantize(torch.float32), format.SCALES or weight.scale.dtype
+    dense, dtype = weight.dequantize(torch.float32), format.scales or weight.scale.dtype
     low, high = fitted(dense, grid, tile, dtype, alignment=alignment_at(grid.bits))
     return quantize_linear(dense, LinearDecision(low=low, high=high), Scheme(grid, tile), dtype)
 
 
-def _nearest(weight: QTensor, format: ModuleType, common: int) -> tuple[Grid, Tile] | None:
+def _nearest(weight: QTensor, format: TensorFormat, common: int) -> tuple[Grid, Tile] | None:
     """The bits nearest to the weight's, more rather than fewer; its own tile where that is held."""
     bits = sorted(range(MIN_BITS, MAX_BITS + 1), key=lambda b: (abs(b - weight.grid.bits), -b))
     grids = (Grid(b, symmetric) for b, symmetric in product(bits, (weight.grid.symmetric, not weight.grid.symmetric)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 from bitwright.core.errors import RecipeError, nearest
-from bitwright.core.registry import find, names
+from bitwright.core.registry import find, format_of, names
 from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
 
 HEAD = "lm_head"
@@ -168,7 +168,7 @@ class Way:
             return f"{_weights(grid)} with one scale per output channel, only in {self.sizes}"
         if tile.in_ != FULL and not self._takes(tile.in_):
             return f"{_weights(grid)} in groups of {tile.in_}, only of {self.sizes}"
-        if not find("formats", self.format).holds(grid, tile, workload.outliers):
+        if not format_of(self.format).holds(grid, tile, workload.outliers):
             size = "whole channels" if tile.in_ == FULL else f"groups of {tile.in_}"
             return f"this grid of {grid.bits} bits in {size}"
         return None

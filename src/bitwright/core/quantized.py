@@ -1,10 +1,9 @@
 """What comes out of a block, and the account that is given of it."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,73 +146,3 @@ class Difference:
     codes: bool
     error: float
     fresh: bool = False
-
-
-class QuantizedModel(Protocol):
-    """A quantized model that can be read linear by linear, whatever format it is in."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it lies, its tokenizer beside it."""
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """config.json without its quantization_config."""
-
-    @property
-    def described(self) -> Described | None:
-        """What the quantization_config says; None where nothing is quantized."""
-
-    @property
-    def linears(self) -> Sequence[str]:
-        """Names of the quantized linears, without ``.weight``, in the order of the model."""
-
-    @property
-    def passed(self) -> Sequence[str]:
-        """Names of all other tensors."""
-
-    def read(self, linear: str) -> QTensor:
-        """A quantized linear."""
-
-    def tensor(self, name: str) -> Tensor:
-        """Another tensor as it is stored."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a quantized linear [O, I], or of another tensor; nothing but its header is read."""
-
-
-def typical(model: QuantizedModel) -> str:
-    """A quantized linear on the terms of most: with groups along the input where there are such, without outliers where
-    there are such. Raises IndexError where nothing is quantized."""
-    apart = {} if model.described is None else model.described.departures
-    rows = {name: apart[name].tile[0] if name in apart else 0 for name in model.linears}
-    return min(model.linears, key=lambda name: min(rows[name], 2), default="") or model.linears[0]
-
-
-@dataclass(frozen=True)
-class Foreseen:
-    """What is known of a quantized model before it is made, or before more than its first linear is read.
-
-    ``linears`` are the shapes, [O, I] or [E, A, B], of those that are quantized; ``passed`` the names of all other
-    tensors; ``grid`` and ``tile`` those of the linears, or of the first, None where there are none.
-    """
-
-    linears: Mapping[str, tuple[int, ...]]
-    passed: Collection[str]
-    grid: Grid | None
-    tile: Tile | None
-
-
-@dataclass(frozen=True)
-class WriteOptions:
-    """How a file format is written.
-
-    ``lossy``: weights whose codes it cannot hold are quantized once more. ``embeddings``: the type of embedding and
-    output layer, None for the format's own choice. ``base``: a file of the same format whose metadata are taken.
-    ``account``: what goes along of bitwright.json.
-    """
-
-    lossy: bool = False
-    embeddings: str | None = None
-    base: Path | None = None
-    account: Mapping[str, Any] = field(default_factory=dict)

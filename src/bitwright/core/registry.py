@@ -7,14 +7,29 @@ underscore is a part of another.
 import pkgutil
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from bitwright.core.errors import RecipeError, nearest
+
+if TYPE_CHECKING:
+    from bitwright.core.format import Format
 
 
 def names(room: str) -> tuple[str, ...]:
     """What is registered in a room ("methods", "formats", "families"), as a user writes it."""
     package = import_module(f"bitwright.{room}")
     return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"))
+
+
+def format_of(name: str) -> "Format":
+    """The format of this name. Raises RecipeError with the nearest known name."""
+    format: Format = find("formats", name).FORMAT
+    return format
+
+
+def formats() -> "tuple[Format, ...]":
+    """Every format, by name; imports them all."""
+    return tuple(format_of(name) for name in names("formats"))
 
 
 def find(room: str, name: str) -> ModuleType:

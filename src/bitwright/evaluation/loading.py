@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from bitwright.checkpoint.report_file import account_of
 from bitwright.core.errors import CheckpointError, SchemeError
-from bitwright.core.registry import find, names
+from bitwright.core.registry import format_of, names
 from bitwright.core.scheme import Grid, Scheme
 from bitwright.formats import QuantizedFolder, is_made_dense
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
@@ -57,8 +57,7 @@ def left_out(folder: Path) -> Grid | None:
         return None
     if name not in names("formats"):
         return None
-    grid: Grid | None = find("formats", name).queries_left_out(scheme)
-    return grid
+    return format_of(name).queries_left_out(scheme)
 
 
 def load_codes(model: QuantizedFolder) -> PreTrainedModel:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,33 +14,27 @@ from torch import Tensor
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, UserError
+from bitwright.core.format import FileFormat, Reader, TensorFormat
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
-from bitwright.core.registry import find, names
+from bitwright.core.registry import format_of, formats, names
 from bitwright.core.scheme import Tile
 from bitwright.core.tensor_bytes import digest
 
 CONFIG = "quantization_config"
 SHORT_BYTES = 2**20
 """A list of integers that has no more is read to see whether tensors fit together."""
-PACKED = "pack-quantized"
-"""The variant of compressed-tensors in which no codes are called ``weight``."""
-CODES = ("weight_packed", "qweight")
-"""How the names of packed codes end, whatever the format."""
-MADE_DENSE = ("gptq", "awq")
-"""Formats whose folders are read by Bitwright and not handed on to transformers."""
-READABLE = "compressed-tensors (integer weights), bitwright, gptq and awq folders"
 
 
 @dataclass(frozen=True)
 class QuantizedFolder:
     """A folder that somebody has quantized, or not: ``core.quantized.QuantizedModel``, from safetensors.
 
-    ``format`` is the module of its format, None where nothing is quantized.
+    ``format`` is None if nothing is quantized.
     """
 
     checkpoint: Checkpoint
-    format: ModuleType | None
+    format: TensorFormat | None
     described: Described | None
     linears: tuple[str, ...]
     stacks: tuple[str, ...]
@@ -57,8 +50,8 @@ class QuantizedFolder:
         format = _format_of(folder, said)
         described = _described(folder, format, said)
         found = _found(checkpoint, format, described)
-        theirs = {f"{name}.{end}" for name in found for end in format.LEAVES}
-        first = {name: [f"{name}.{leaf}" for leaf in format.LEAVES if f"{name}.{leaf}" in checkpoint] for name in found}
+        theirs = {f"{name}.{end}" for name in found for end in format.leaves}
+        first = {name: [f"{name}.{leaf}" for leaf in format.leaves if f"{name}.{leaf}" in checkpoint] for name in found}
         stacks = {name for name, stored in first.items() if len(checkpoint.entry(stored[0]).shape) == 3}
         passed = [name for name in checkpoint.names if name not in theirs]
         return cls(
@@ -83,7 +76,7 @@ class QuantizedFolder:
     @property
     def format_name(self) -> str:
         """The format as a user writes it; "dense" where nothing is quantized."""
-        return "dense" if self.format is None else self.format.__name__.rpartition(".")[2].replace("_", "-")
+        return "dense" if self.format is None else self.format.name
 
     def read(self, linear: str) -> QTensor:
         """A quantized linear. Raises CheckpointError where its tensors do not fit together."""
@@ -95,9 +88,9 @@ class QuantizedFolder:
         self._made(linear, {name: self._outlined(name) for name in self.stored(linear)})
 
     def _made(self, linear: str, tensors: Mapping[str, Tensor]) -> QTensor:
-        format, described = self._quantized()
+        reader, described = self._quantized()
         try:
-            found: QTensor = format.read(tensors, linear, described)
+            found = reader.read(tensors, linear, described)
             rows, columns = self.shape(linear)
             if found.shape != (rows, columns):
                 raise ValueError(f"codes {list(found.shape)}, a shape of {rows} x {columns}")
@@ -110,14 +103,14 @@ class QuantizedFolder:
 
     def slices(self, stack: str) -> list[QTensor]:
         """A weight that is fused over experts, slice by slice. Raises CheckpointError as ``read`` does."""
-        format, described = self._quantized()
+        reader, described = self._quantized()
         tensors = self._tensors(stack)
-        if not hasattr(format, "read_stacked"):
+        if reader.read_stacked is None:
             raise CheckpointError(
                 f"{self.folder}: {stack} is fused over experts, which Bitwright does not read of {self.format_name}"
             )
         try:
-            found: list[QTensor] = format.read_stacked(tensors, stack, described.grid_of(stack))
+            found = reader.read_stacked(tensors, stack, described.grid_of(stack))
             for part in found:
                 check_tiles(part, described.tile_of(stack))
         except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError, UserError) as error:
@@ -135,20 +128,19 @@ class QuantizedFolder:
         """
         if not self.stored(name):
             return self.checkpoint.entry(name).shape
-        format, described = self._quantized()
+        reader, described = self._quantized()
         try:
-            shape: tuple[int, ...] = format.shape(
+            return reader.shape(
                 lambda leaf: self.checkpoint.entry(f"{name}.{leaf}").shape,
                 lambda leaf: self.checkpoint.read(f"{name}.{leaf}"),
                 described.grid_of(name),
             )
         except (ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
             raise _damaged(self.folder, name, self._tensors(name), error) from error
-        return shape
 
     def stored(self, linear: str) -> list[str]:
         """Names of the tensors that a quantized linear or stack is stored as."""
-        leaves = () if self.format is None else self.format.LEAVES
+        leaves = () if self.format is None else self.format.leaves
         return [name for leaf in leaves if (name := f"{linear}.{leaf}") in self.checkpoint]
 
     def digest(self, linear: str) -> str:
@@ -165,16 +157,38 @@ class QuantizedFolder:
             return self.checkpoint.read(name)
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
-    def _quantized(self) -> tuple[ModuleType, Described]:
-        if self.format is None or self.described is None:
+    def _quantized(self) -> tuple[Reader, Described]:
+        if self.format is None or self.format.reader is None or self.described is None:
             raise CheckpointError(f"{self.folder} is not quantized")
-        return self.format, self.described
+        return self.format.reader, self.described
+
+
+def file_format_of(path: Path) -> FileFormat | None:
+    """The format of an engine's own file or folder, None for the folder of a model."""
+    if (path / "config.json").is_file():
+        return None
+    files = (format for format in formats() if isinstance(format, FileFormat))
+    return next((format for format in files if format.recognizes(path)), None)
+
+
+def refuse_engine_file(path: Path) -> None:
+    """Raise CheckpointError for an engine's own file or folder where the folder of a model is read."""
+    format = file_format_of(path)
+    if format is None or (path.is_file() and path.suffix != format.suffix):
+        return
+    raise CheckpointError(
+        f"{path}: is {format.what}, which Bitwright writes and verifies, but does not read as a model; name the folder "
+        "that it was made of"
+    )
 
 
 def is_made_dense(checkpoint: Checkpoint) -> bool:
-    """Whether a folder is loaded through its dequantized weights."""
-    said = checkpoint.config.get(CONFIG)
-    return isinstance(said, dict) and said.get("quant_method") in MADE_DENSE
+    """Whether a folder is loaded through its dequantized weights, since transformers does not load its format."""
+    config = checkpoint.config.get(CONFIG)
+    if not isinstance(config, dict):
+        return False
+    format = _format_called(config.get("quant_method"))
+    return format is not None and format.loaded_by_us
 
 
 def check_tiles(weight: QTensor, said: Tile | None) -> None:
@@ -196,37 +210,43 @@ def _tile(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def _found(checkpoint: Checkpoint, format: ModuleType, described: Described) -> set[str]:
+def _found(checkpoint: Checkpoint, format: TensorFormat, described: Described) -> set[str]:
     """The weights of which a tensor is there that no other weight has: one that is not whole is seen all the same.
 
     Not those that are there in full, with something beside them that happens to be called as a part of a quantized one.
     """
-    ends = {leaf for leaf in format.LEAVES if leaf != "weight"}
+    ends = {leaf for leaf in format.leaves if leaf != "weight"}
     stems = {stem for stem, _, leaf in (name.rpartition(".") for name in checkpoint.names) if leaf in ends}
-    if "weight" in format.LEAVES and described.variant != PACKED:
+    if format.reader is not None and format.reader.codes_may_be_weight(described):
         return stems  # codes one to a byte are called like a weight in full
-    in_full = {stem for stem in stems if f"{stem}.weight" in checkpoint}
-    return {stem for stem in stems if stem not in in_full or any(f"{stem}.{leaf}" in checkpoint for leaf in CODES)}
+    return {stem for stem in stems if f"{stem}.weight" not in checkpoint or f"{stem}.{format.codes}" in checkpoint}
 
 
-def _format_of(folder: Path, said: Any) -> ModuleType:
-    """The module for what a quantization_config calls itself."""
-    method = said.get("quant_method") if isinstance(said, dict) else None
-    if method not in names("formats") or not hasattr(find("formats", str(method)), "described"):
-        found = f"quant_method {method!r}" if isinstance(said, dict) else repr(said)
+def _format_of(folder: Path, said: Any) -> TensorFormat:
+    """The format that a quantization_config names. Raises CheckpointError for one that is not read."""
+    format = _format_called(said.get("quant_method")) if isinstance(said, dict) else None
+    if format is None:
+        found = f"quant_method {said.get('quant_method')!r}" if isinstance(said, dict) else repr(said)
+        readable = [each.name for each in formats() if isinstance(each, TensorFormat) and each.reader is not None]
         raise CheckpointError(
             f"{folder}: is quantized in a way that Bitwright does not read: config.json says {found}. It reads "
-            f"{READABLE}"
+            f"{', '.join(readable)} folders"
         )
-    return find("formats", str(method))
+    return format
 
 
-def _described(folder: Path, format: ModuleType, said: Any) -> Described:
+def _format_called(method: Any) -> TensorFormat | None:
+    """The format that writes this quant_method and can be read; None if there is none."""
+    format = format_of(method) if method in names("formats") else None
+    return format if isinstance(format, TensorFormat) and format.reader is not None else None
+
+
+def _described(folder: Path, format: TensorFormat, config: Any) -> Described:
+    assert format.reader is not None
     try:
-        found: Described = format.described(said)
+        return format.reader.described(config)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    return found
 
 
 def _in_order(found: Any) -> tuple[str, ...]:

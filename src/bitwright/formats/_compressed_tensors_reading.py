@@ -206,3 +206,8 @@ def _dynamic(said: Any, what: str) -> Grid | None:
             f"{what} of {bits} bits, type {said.get('type')}, dynamic {said.get('dynamic')}; {READABLE}"
         )
     return Grid(int(bits), bool(said.get("symmetric", True)))
+
+
+def codes_may_be_weight(described: Described) -> bool:
+    """Whether a tensor X.weight may hold codes, one to a byte."""
+    return described.variant != PACKED

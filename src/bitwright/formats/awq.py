@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.format import Reader, TensorFormat
 from bitwright.core.packing import pack, unpack
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel
@@ -29,7 +30,6 @@ from bitwright.formats.gptq import (
     said_of_kept,
     tile_of,
 )
-from bitwright.formats.gptq import queries_left_out as queries_left_out
 
 BITS, IN_WORD = 4, 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -146,3 +146,24 @@ def _numbers(words: Int32[Tensor, "C W"]) -> Int[Tensor, "O C"]:
     stored = unpack(words.contiguous(), Grid(BITS), count * IN_WORD).view(columns, count, IN_WORD)
     places = [ORDER.index(number) for number in range(IN_WORD)]
     return stored[..., places].reshape(columns, -1).t().contiguous()
+
+
+FORMAT = TensorFormat(
+    name="awq",
+    summary="vLLM, GPTQModel, transformers with gptqmodel",
+    holds=holds,
+    holds_what=HOLDS,
+    stored_bytes=stored_bytes,
+    scales=SCALES,
+    check_shape=check_shape,
+    weights_only=True,
+    mixes=False,
+    leaves=LEAVES,
+    codes="qweight",
+    encode=encode,
+    encode_stacked=encode_stacked,
+    decode=decode,
+    config=quantization_config,
+    reader=Reader(described=described, shape=shape, read=read),
+    loaded_by_us=True,
+)

@@ -14,27 +14,13 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from bitwright.core.errors import RecipeError
+from bitwright.core.format import Reader, TensorFormat
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import FULL, Grid, Scheme, Tile
 from bitwright.formats import bitwright
-from bitwright.formats._compressed_tensors_reading import LEAVES, PACKED, described, read, shape
-from bitwright.formats.bitwright import SCALES, decode, stored_bytes
-
-__all__ = [
-    "LEAVES",
-    "SCALES",
-    "decode",
-    "described",
-    "encode",
-    "encode_stacked",
-    "holds",
-    "quantization_config",
-    "queries_left_out",
-    "read",
-    "shape",
-    "stored_bytes",
-]
+from bitwright.formats._compressed_tensors_reading import LEAVES, PACKED, codes_may_be_weight, described, read, shape
+from bitwright.formats.bitwright import decode, packed, stored_bytes
 
 INSTEAD = (
     "compressed-tensors holds neither groups along the output nor outliers, one tile for all linears, and no grid that "
@@ -143,3 +129,21 @@ def _args(grid: Grid, strategy: str, group: int | None, *, dynamic: bool) -> dic
         "strategy": strategy,
         "dynamic": dynamic,
     }
+
+
+FORMAT = TensorFormat(
+    name="compressed-tensors",
+    summary="transformers, vLLM",
+    holds=holds,
+    holds_what=HOLDS,
+    stored_bytes=stored_bytes,
+    packed_bits=packed,
+    queries_left_out=queries_left_out,
+    leaves=LEAVES,
+    codes="weight_packed",
+    encode=encode,
+    encode_stacked=encode_stacked,
+    decode=decode,
+    config=quantization_config,
+    reader=Reader(described=described, shape=shape, read=read, codes_may_be_weight=codes_may_be_weight),
+)

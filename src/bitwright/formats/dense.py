@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitwright.core.errors import RecipeError
+from bitwright.core.format import TensorFormat
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import Grid, Scheme, Tile
@@ -64,6 +65,17 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     return None
 
 
-def queries_left_out(scheme: Scheme) -> Grid | None:
-    """None: schemes with activations are refused."""
-    return None
+FORMAT = TensorFormat(
+    name="dense",
+    summary="anything",
+    holds=holds,
+    holds_what=HOLDS,
+    stored_bytes=stored_bytes,
+    weights_only=True,
+    leaves=("weight",),
+    codes="weight",
+    encode=encode,
+    encode_stacked=encode_stacked,
+    decode=decode,
+    config=quantization_config,
+)

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.format import Reader, TensorFormat
 from bitwright.core.packing import pack, unpack
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel
@@ -240,11 +241,6 @@ def refuse_scheme(model: WrittenModel, format: str) -> None:
         raise RecipeError(f"{first}: {format} holds neither groups along the output nor outliers. {INSTEAD}")
 
 
-def queries_left_out(scheme: Scheme) -> Grid | None:
-    """None: schemes with activations are refused."""
-    return None
-
-
 def _version(grid: Grid) -> str:
     return V1 if grid.symmetric else V2
 
@@ -269,3 +265,23 @@ def check_order(name: str, g_idx: Tensor | None, columns: int, groups: int) -> N
         f"{name}: its input channels are sorted into groups out of order (desc_act with groups), and Bitwright reads "
         "groups of neighbouring channels; quantize the original again without desc_act"
     )
+
+
+FORMAT = TensorFormat(
+    name="gptq",
+    summary="GPTQModel, vLLM, transformers with gptqmodel",
+    holds=holds,
+    holds_what=HOLDS,
+    stored_bytes=stored_bytes,
+    scales=SCALES,
+    check_shape=check_shape,
+    weights_only=True,
+    leaves=LEAVES,
+    codes="qweight",
+    encode=encode,
+    encode_stacked=encode_stacked,
+    decode=decode,
+    config=quantization_config,
+    reader=Reader(described=described, shape=shape, read=read),
+    loaded_by_us=True,
+)

@@ -17,7 +17,7 @@ from bitwright.core.block import Family
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
 from bitwright.core.outline import Outline
 from bitwright.core.registry import find, names
-from bitwright.formats._engine_marks import refuse_engine_file
+from bitwright.formats import refuse_engine_file
 from bitwright.model.config import model_config
 
 if TYPE_CHECKING:

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Collection, Iterable
 from itertools import product
-from types import ModuleType
 
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
+from bitwright.core.format import Format, TensorFormat
+from bitwright.core.registry import format_of
 from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.weight import Weight, starred
-from bitwright.formats import CODES, bitwright, compressed_tensors
 from bitwright.model.source import DTYPES, FAMILIES, Source
-from bitwright.prepare.format_choice import check_shape
+from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED
 from bitwright.prepare.tensor_work import TensorWork
 from bitwright.prepare.work import Work
 
@@ -54,18 +54,21 @@ def check_dtypes(source: Source, work: Work) -> None:
             )
 
 
-def check_names(source: Source, work: Work, format: ModuleType) -> None:
+def check_names(source: Source, work: Work, format: TensorFormat) -> None:
     """Refuses tensors that a reader of the result would take for a part of what is quantized.
 
     Beside a weight that stays as it is, they stay too. ``format`` is that of the tensors to write.
     """
-    if not hasattr(format, "LEAVES"):
+    if format.reader is None:
         return
-    leaves, quantized = {*bitwright.LEAVES, *compressed_tensors.LEAVES}, {weight.name for weight in work.weights}
+    written = (format, format_of(WIDELY_LOADED), format_of(HOLDS_ALL))
+    leaves = {leaf for each in written if isinstance(each, TensorFormat) for leaf in each.leaves}
+    codes = {each.codes for each in written if isinstance(each, TensorFormat)}
+    quantized = {weight.name for weight in work.weights}
     checkpoint = source.checkpoint
     for name in checkpoint.names:
         stem, _, leaf = name.rpartition(".")
-        in_full = f"{stem}.weight" in checkpoint and leaf not in CODES
+        in_full = f"{stem}.weight" in checkpoint and leaf not in codes
         if leaf in leaves and leaf != "weight" and not (in_full and stem not in quantized):
             way_out = f". Or leave it as it is: --exclude '{stem}'" if in_full and isinstance(work, TensorWork) else ""
             raise CheckpointError(
@@ -74,7 +77,7 @@ def check_names(source: Source, work: Work, format: ModuleType) -> None:
             )
 
 
-def check_shapes(work: Work, scheme: Scheme, tiles: Iterable[Tile], format: ModuleType, advise: bool = True) -> None:
+def check_shapes(work: Work, scheme: Scheme, tiles: Iterable[Tile], format: Format, advise: bool = True) -> None:
     """Every weight must be of a shape that the format packs, and divide into these tiles.
 
     Raises SchemeError, RecipeError; with ``advise`` they say which groups the format holds that do divide it, and how
@@ -86,7 +89,7 @@ def check_shapes(work: Work, scheme: Scheme, tiles: Iterable[Tile], format: Modu
     errors = dict[_Kind, SchemeError | RecipeError]()
     for kind, weight in kinds.items():
         try:
-            check_shape(format, weight.name, weight.shape)
+            format.check_shape(weight.name, weight.shape)
         except RecipeError as error:
             errors[kind] = error
     for (kind, weight), tile in product(kinds.items(), tiles):
@@ -100,9 +103,9 @@ def check_shapes(work: Work, scheme: Scheme, tiles: Iterable[Tile], format: Modu
         raise type(first)(f"{first}{_or_leave_them(work, errors) if advise else ''}")
 
 
-def _offered(format: ModuleType, scheme: Scheme, tile: Tile) -> Callable[[int], bool]:
+def _offered(format: Format, scheme: Scheme, tile: Tile) -> Callable[[int], bool]:
     """Whether a format holds such weights in groups of a size, along the dimension of the tile's."""
-    return lambda size: bool(format.holds(scheme.weight, Tile(1, size) if tile.out == 1 else Tile(size, 1), False))
+    return lambda size: format.holds(scheme.weight, Tile(1, size) if tile.out == 1 else Tile(size, 1), False)
 
 
 def _or_leave_them(work: Work, kinds: Collection[_Kind]) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from bitwright.core.decisions import Decision
 from bitwright.core.engine import EVERY_BITS, Engine, Refusal, Way, Workload, engine_named, engines
 from bitwright.core.errors import RecipeError
+from bitwright.core.format import FileFormat
 from bitwright.core.recipe import Recipe
-from bitwright.core.registry import find
+from bitwright.core.registry import format_of
 from bitwright.core.scheme import FULL, NAMED, Grid, Scheme, Tile
 from bitwright.core.settings import settle
 from bitwright.methods import compose
@@ -69,7 +70,7 @@ def _no_shared_format(
             return _model_does_not_fit([engine], said, asked, recipe, limits)
         fitting.append(next(format for format, why in reasons.items() if why is None))
         loads.append(f"{engine.name} {', '.join(formats)}")
-    first = next((at for at, format in enumerate(fitting) if hasattr(find("formats", format), "described")), None)
+    first = next((at for at, format in enumerate(fitting) if not isinstance(format_of(format), FileFormat)), None)
     made, begin = (HOLDS_ALL, f"--format {HOLDS_ALL} and no --engine")
     if first is not None:
         made, begin = fitting[first], f"--engine {engines[first].name} alone"

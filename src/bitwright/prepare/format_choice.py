@@ -5,50 +5,47 @@ The two share their tensors, so the choice can wait until every method has decid
 """
 
 from collections.abc import Sequence
-from types import ModuleType
 
 from bitwright.core.decisions import Decision
 from bitwright.core.errors import RecipeError
+from bitwright.core.format import FileFormat, Format, TensorFormat
 from bitwright.core.method import Method
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.recipe import SHARD_SIZE
-from bitwright.core.registry import find
+from bitwright.core.registry import format_of
 from bitwright.core.scheme import Scheme, Tile
 from bitwright.core.settings import Settings
 
 WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
 
 
-def is_file_format(format: ModuleType) -> bool:
-    """Whether a format is written from a finished folder, in files of its own, and not tensor by tensor."""
-    return hasattr(format, "write")
-
-
 def is_single(named: str | None) -> bool:
     """Whether the result is one file. Raises RecipeError for a name that is none."""
-    found = target(named)
-    return is_file_format(found) and bool(found.SINGLE)
+    format = target(named)
+    return isinstance(format, FileFormat) and format.single
 
 
-def target(named: str | None) -> ModuleType:
+def target(named: str | None) -> Format:
     """The format that was named, or the one that holds all. Raises RecipeError for a name that is none."""
-    return find("formats", HOLDS_ALL if named is None else named)
+    return format_of(HOLDS_ALL if named is None else named)
 
 
-def encoder(named: str | None) -> ModuleType:
+def encoder(named: str | None) -> TensorFormat:
     """The format whose tensors are written on the way. Raises RecipeError for a name that is none."""
-    found = target(named)
-    return find("formats", HOLDS_ALL) if is_file_format(found) else found
+    format = target(named)
+    format = format if isinstance(format, TensorFormat) else format_of(HOLDS_ALL)
+    assert isinstance(format, TensorFormat)
+    return format
 
 
 def on_the_way(named: str | None) -> str | None:
     """The name of the format whose tensors are written, None where it is not settled yet."""
-    return HOLDS_ALL if is_file_format(target(named)) else named
+    return HOLDS_ALL if isinstance(target(named), FileFormat) else named
 
 
 def refuse_idle(format: str | None, embeddings: object, base: object, shard_size: str) -> None:
     """Raises RecipeError for what is asked of a file format where the format is none, and for shards of one."""
-    files = is_file_format(target(format))
+    files = isinstance(target(format), FileFormat)
     for name, value in (("embeddings", embeddings), ("base", base)):
         if value is not None and not files:
             what = "without a format of a file (gguf, mlc), there is" if format is None else f"format {format} has"
@@ -63,15 +60,6 @@ def not_widely_loaded(weight: str) -> str:
         f"transformers cannot load {weight} from format {WIDELY_LOADED}: of linears it takes ordinary ones, of experts "
         "those that are each a tensor of its own, all quantized, symmetric"
     )
-
-
-def check_shape(format: ModuleType, name: str, shape: tuple[int, ...]) -> None:
-    """Raises RecipeError for a weight [O, I] or [E, A, B] of a shape that a format does not pack, whatever its codes.
-
-    A format that takes every shape says nothing of them: it has no ``check_shape``.
-    """
-    if hasattr(format, "check_shape"):
-        format.check_shape(name, shape)
 
 
 def expected(
@@ -89,23 +77,23 @@ def expected(
     outliers = settings.outlier_rule is not None and any(Decision.OUTLIERS in method.decides for method in methods)
     chosen = [tile for method in methods for tile in method.tiles(scheme, settings)]
     possible = [scheme.tile, *chosen]
-    candidate = find("formats", WIDELY_LOADED if named is None else named)
+    candidate = format_of(WIDELY_LOADED if named is None else named)
     fits = [candidate.holds(scheme.weight, tile, outliers) for tile in possible]
     if named is None:
         must = only_ours or (settings.axis == "ic" and chosen)
-        if must or not find("formats", WIDELY_LOADED).holds(scheme.weight, scheme.tile, False):
+        if must or not format_of(WIDELY_LOADED).holds(scheme.weight, scheme.tile, False):
             return HOLDS_ALL
         return WIDELY_LOADED if all(fits) else f"{WIDELY_LOADED} or {HOLDS_ALL}"
     if not all(fits):
         raise RecipeError(
             f"format {named} cannot hold {_what(candidate, scheme, possible, outliers)}, which scheme {scheme} and the "
-            f"method ask for: it holds {candidate.HOLDS}. Leave --format out, or take --format {HOLDS_ALL} "
+            f"method ask for: it holds {candidate.holds_what}. Leave --format out, or take --format {HOLDS_ALL} "
             "(transformers loads it after 'import bitwright') or --format dense"
         )
     return named
 
 
-def _what(format: ModuleType, scheme: Scheme, tiles: Sequence[Tile], outliers: bool) -> str:
+def _what(format: Format, scheme: Scheme, tiles: Sequence[Tile], outliers: bool) -> str:
     """What of a recipe a format has no place for, in words."""
     if outliers and all(format.holds(scheme.weight, tile, False) for tile in tiles):
         return "outliers (--outliers 0 keeps none)"
@@ -120,7 +108,7 @@ def _what(format: ModuleType, scheme: Scheme, tiles: Sequence[Tile], outliers: b
 def settled(named: str | None, written: WrittenModel) -> str:
     """The format of the folder that is written, its every linear known: of file formats, the one on the way."""
     if named is not None:
-        return HOLDS_ALL if is_file_format(target(named)) else named
+        return HOLDS_ALL if isinstance(target(named), FileFormat) else named
     alike, scheme = not (written.departures or written.only_ours), written.scheme
-    fits = alike and find("formats", WIDELY_LOADED).holds(scheme.weight, scheme.tile, False)
+    fits = alike and format_of(WIDELY_LOADED).holds(scheme.weight, scheme.tile, False)
     return WIDELY_LOADED if fits else HOLDS_ALL

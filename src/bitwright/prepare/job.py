@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,17 +11,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.core.errors import RecipeError
+from bitwright.core.format import FileFormat, Format, TensorFormat, WriteOptions
 from bitwright.core.method import Learned, Method
-from bitwright.core.quantized import WriteOptions, WrittenModel, departures
+from bitwright.core.quantized import WrittenModel, departures
 from bitwright.core.recipe import Recipe
-from bitwright.core.registry import find, names
+from bitwright.core.registry import format_of, names
 from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme, Tile
 from bitwright.core.settings import Settings, settle
 from bitwright.methods import TRANSFORM, compose, fit, learned, used
 from bitwright.model.arithmetic import pick_arithmetic
 from bitwright.model.source import Source
 from bitwright.prepare.checks import check_dtypes, check_names, check_scheme, check_shapes, check_weights_alone
-from bitwright.prepare.format_choice import encoder, expected, is_file_format, is_single, refuse_idle, settled, target
+from bitwright.prepare.format_choice import encoder, expected, is_single, refuse_idle, settled, target
 from bitwright.prepare.parameters import LearnedParameters, belonging
 from bitwright.prepare.work import Work, foreseen, opened
 
@@ -40,8 +40,8 @@ class Job:
     method: str
     methods: tuple[Method, ...]
     settings: Settings
-    format: ModuleType
-    target: ModuleType
+    format: TensorFormat
+    target: Format
     expected: str
     source: Source
     work: Work
@@ -57,8 +57,8 @@ class Job:
     def scales(self) -> torch.dtype:
         """The dtype that scales and outliers are stored in: the format's, or the scheme's, or one that holds the
         weights of all linears."""
-        if self.target.SCALES is not None or self.scheme.float16_scales:
-            return self.target.SCALES or torch.float16
+        if self.target.scales is not None or self.scheme.float16_scales:
+            return self.target.scales or torch.float16
         checkpoint = self.source.checkpoint
         dtypes = {checkpoint.entry(w.tensor).dtype for w in self.work.weights if w.tensor in checkpoint}
         return reduce(torch.promote_types, dtypes) if dtypes else checkpoint.dtype_of_weights
@@ -86,7 +86,7 @@ class Job:
 
     def left_out(self, name: str) -> str | None:
         """What the config of a format cannot say of the scheme, in words."""
-        grid = find("formats", name).queries_left_out(self.scheme)
+        grid = format_of(name).queries_left_out(self.scheme)
         if grid is None:
             return None
         cache = self.scheme.kv.bits if self.scheme.kv else UNQUANTIZED_BITS
@@ -115,7 +115,7 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     chosen, goal = encoder(recipe.format), target(recipe.format)
     refuse_idle(recipe.format, recipe.embeddings, recipe.base, recipe.shard_size)
     scheme, _ = Scheme.parse(recipe.scheme), compose(recipe.settled_method)
-    if is_file_format(goal):
+    if isinstance(goal, FileFormat):
         check_weights_alone(recipe.format, scheme)
         scheme = goal.adapted(scheme)
     source, work = opened(recipe, device, tokenizer=needs_tokenizer(recipe))
@@ -127,10 +127,10 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
     job = Job(recipe, scheme, method, methods, settings, chosen, goal, format, source, work, note, None)
     check_scheme(source, scheme)
     check_dtypes(source, work)
-    chosen.quantization_config(job.written())  # refuses a scheme that it has no words for
+    chosen.config(job.written())  # refuses a scheme that it has no words for
     check_names(source, work, chosen)
     check_shapes(work, scheme, _tiles(job), goal)
-    if is_file_format(goal):
+    if isinstance(goal, FileFormat):
         model, known = source.checkpoint, foreseen(source, work, scheme)
         goal.check(model.config, model.folder, write_options(recipe), known)
     if recipe.load_parameters is not None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from bitwright.checkpoint.output import refuse_existing, refuse_overlap, require_free, work_folder
 from bitwright.core.errors import OutputError, RecipeError
+from bitwright.core.format import FileFormat
 from bitwright.methods import learned
 from bitwright.model.source import require_folder
-from bitwright.prepare.format_choice import is_file_format
 from bitwright.prepare.job import Job
 from bitwright.prepare.parameters import saved_for
 from bitwright.prepare.plan import plan_of
@@ -56,7 +56,7 @@ def _refuse_within(folder: Path, output: Path) -> None:
 
 def require_room(job: Job, output: Path) -> None:
     """Refuses a disk too small for all parts and one shard beside them, less what an earlier run has written."""
-    total = plan_of(job).bytes_out * (2 if is_file_format(job.target) else 1)  # the folder that it is made of
+    total = plan_of(job).bytes_out * (2 if isinstance(job.target, FileFormat) else 1)  # the folder that it is made of
     in_parts = total - sum(map(job.source.checkpoint.nbytes, job.work.as_stored))
     written = sum(path.stat().st_size for path in work_folder(output.resolve()).rglob("*.safetensors"))
     require_free(output, max(0, in_parts + min(total, job.recipe.shard_bytes) - written))

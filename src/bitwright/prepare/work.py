@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.core.format import Foreseen
 from bitwright.core.method import DataFree, Method
-from bitwright.core.quantized import Foreseen
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings

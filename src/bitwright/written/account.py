@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from bitwright.calibration.segments import fingerprint
+from bitwright.core.format import FileFormat
 from bitwright.methods import used
 from bitwright.model.arithmetic import name_of
-from bitwright.prepare.format_choice import is_file_format
 from bitwright.prepare.job import Job
 
 EXPECTED_SHARE = 0.01
@@ -86,7 +86,7 @@ def _along_the_output(job: Job, rows: list[dict[str, Any]]) -> int:
 
 def _bits(job: Job, rows: list[dict[str, Any]]) -> int:
     """What all quantized linears take where they end up."""
-    if not is_file_format(job.target):
+    if not isinstance(job.target, FileFormat):
         return sum(row["storage_bits"] for row in rows)
     return sum(8 * job.target.stored_bytes((*row["shape"],), job.scheme, job.scales) for row in rows)
 

@@ -1,12 +1,12 @@
 """What lies beside the weights: config.json, and the files of the original that go along."""
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from bitwright.checkpoint.writer import copy_file, write_json
+from bitwright.core.format import TensorFormat
 from bitwright.core.quantized import WrittenModel
-from bitwright.core.registry import find
+from bitwright.core.registry import format_of
 from bitwright.prepare.job import Job
 
 CONFIG = "config.json"
@@ -33,19 +33,20 @@ def write_companions(job: Job, reports: list[dict[str, Any]], folder: Path) -> d
     config = dict(job.source.checkpoint.config)
     if job.recipe.quantize_lm_head:
         config["tie_word_embeddings"] = False
-    format = find("formats", job.settled_format(reports))
+    format = format_of(job.settled_format(reports))
+    assert isinstance(format, TensorFormat)
     described = write_config(config, format, job.written(reports), folder)
     copy_companions(job.source.checkpoint.folder, folder)
     return described
 
 
 def write_config(
-    config: dict[str, Any], format: ModuleType, written: WrittenModel, folder: Path
+    config: dict[str, Any], format: TensorFormat, written: WrittenModel, folder: Path
 ) -> dict[str, Any] | None:
     """config.json, with what a format has to say of the quantized model; that is returned."""
     if written.scheme.kv is not None:  # compressed-tensors asks every attention for it
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    described: dict[str, Any] | None = format.quantization_config(written)
+    described = format.config(written)
     if described is not None:
         config["quantization_config"] = described
     write_json(folder / CONFIG, config)

@@ -10,14 +10,14 @@ from bitwright.checkpoint.output import OutputFolder
 from bitwright.checkpoint.report_file import REPORT, as_written, without_digests
 from bitwright.checkpoint.writer import write_json
 from bitwright.core.errors import OutputError, UserError
+from bitwright.core.format import FileFormat
 from bitwright.core.json_values import plain
 from bitwright.core.progress import Listener
 from bitwright.core.quantized import Difference
 from bitwright.formats import QuantizedFolder
-from bitwright.prepare.format_choice import is_file_format
 from bitwright.prepare.job import Job, write_options
-from bitwright.verify.engine_files import require_sound_file
-from bitwright.verify.soundness import require_sound
+from bitwright.verification.engine_files import require_sound_file
+from bitwright.verification.soundness import require_sound
 from bitwright.written.account import run_account
 from bitwright.written.companions import write_companions
 from bitwright.written.sink import FolderSink
@@ -28,26 +28,26 @@ ON_THE_WAY = "folder"
 
 def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -> dict[str, Any]:
     """Makes the result in its work folder, every part being there; what bitwright.json says of it."""
-    whole = is_file_format(job.target)
-    folder = work.work / ON_THE_WAY if whole else work.path
+    target = job.target
+    folder = work.work / ON_THE_WAY if isinstance(target, FileFormat) else work.path
     folder.mkdir(exist_ok=True)
     kept = [job.source.checkpoint.stored(name) for name in job.work.as_stored]
     merge_shards(sink.parts(), folder, job.recipe.shard_bytes, kept)
     said = write_companions(job, sink.reports(), folder)
     account: dict[str, Any] = plain(run_account(job, sink.reports(), folder) | as_written(said))
     account["verified"] = require_sound(folder, job.source.checkpoint.shapes)
-    if not whole:
+    if not isinstance(target, FileFormat):
         write_json(folder / REPORT, account)
         return account
-    place = work.file if job.target.SINGLE else work.path
+    place = work.file if target.single else work.path
     account = without_digests(account)
     told = {key: value for key, value in account.items() if key != "totals"}
     model = QuantizedFolder.open(folder)
-    differences = job.target.write(model, place, write_options(job.recipe, told), listener)
-    account["verified"] = require_sound_file(job.target, place, model, differences)
+    differences = target.write(model, place, write_options(job.recipe, told), listener)
+    account["verified"] = require_sound_file(target, place, model, differences)
     account["totals"]["bytes_out"] = bytes_of(place)
     account["notes"] = [*account["notes"], *told_of(job.recipe.format, differences)]
-    if not job.target.SINGLE:
+    if not target.single:
         write_json(work.path / REPORT, account)
     return account
 

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import bitwright
 from bitwright.core.errors import RecipeError
-from bitwright.core.quantized import WriteOptions
+from bitwright.core.format import WriteOptions
 from bitwright.formats import gguf
 from bitwright.formats.gguf.architecture import architecture
 

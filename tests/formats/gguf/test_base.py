@@ -14,7 +14,7 @@ from tests.formats.gguf.conftest import Models
 
 import bitwright
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.quantized import WriteOptions
+from bitwright.core.format import WriteOptions
 from bitwright.core.recipe import Recipe
 from bitwright.formats import QuantizedFolder, gguf
 

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import bitwright
 from bitwright.core.errors import OutputError, RecipeError
+from bitwright.core.format import WriteOptions
 from bitwright.core.progress import Progress
-from bitwright.core.quantized import WriteOptions
 from bitwright.formats import QuantizedFolder, gguf
 
 Q = "model.layers.0.self_attn.q_proj"

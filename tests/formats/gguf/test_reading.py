@@ -15,17 +15,18 @@ from tests.formats.gguf.conftest import KINDS, Models
 import bitwright
 from bitwright.core.engine_file import unlike
 from bitwright.core.errors import CheckpointError
-from bitwright.core.quantized import WriteOptions
+from bitwright.core.format import WriteOptions
 from bitwright.core.scheme import Grid
 from bitwright.formats import QuantizedFolder, gguf
 from bitwright.formats.gguf.blocks import SCALES
 from bitwright.formats.gguf.header import Listed, read_header
+from bitwright.formats.gguf.reading import GgufFile
 
 Q = "model.layers.0.self_attn.q_proj"
 SCHEMES = ("W4A16g32sym", "W4A16g32", "W3A16", "W5A16sym", "W2A16g32")
 
 
-def written(folder: Path, output: Path) -> gguf.GgufFile:
+def written(folder: Path, output: Path) -> GgufFile:
     gguf.write(QuantizedFolder.open(folder), output, WriteOptions())
     return gguf.opened(output)
 

@@ -13,7 +13,7 @@ from tests.formats.gguf.conftest import Models
 from tokenizers import Tokenizer
 
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.quantized import WriteOptions
+from bitwright.core.format import WriteOptions
 from bitwright.formats import gguf
 from bitwright.formats.gguf.sentencepiece import parse
 from bitwright.formats.gguf.tokenizer import tokenizer

@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitwright.core.format import Reader, TensorFormat
 from bitwright.core.packing import WORD_BITS, pack, pack_down, unpack, unpack_down
-from bitwright.core.qtensor import QTensor, packed_bits
+from bitwright.core.qtensor import OUTLIER_INDEX_BITS, QTensor, packed_bits
 from bitwright.core.quantized import Departure, Described, WrittenModel
 from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.formats.bitwright.config import DTYPES, Config, Exceptional, Integers, Weights
@@ -154,6 +155,13 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
     return prod(stack) * packed_bits((rows, columns), scheme.weight, scheme.tile, dtype) // 8 + SIZE_BYTES * numbers
 
 
+def packed(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype, outliers: int) -> int:
+    """Bits of the codes, scales, zero points and outliers of a weight [O, I] or [E, A, B]."""
+    *stack, rows, columns = shape
+    alone = packed_bits((rows, columns), scheme.weight, scheme.tile, dtype)
+    return prod(stack) * alone + outliers * (8 * dtype.itemsize + OUTLIER_INDEX_BITS)
+
+
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     """The ``quantization_config`` of config.json."""
     scheme = model.scheme
@@ -175,11 +183,6 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     ).model_dump(mode="json", exclude_defaults=True)  # so that an earlier reader need not know of them
 
 
-def queries_left_out(scheme: Scheme) -> Grid | None:
-    """None: the config says them."""
-    return None
-
-
 def _slices(tensors: Mapping[str, Tensor], x: str) -> Iterator[dict[str, Tensor]]:
     """The tensors of each slice, called as those of a linear are."""
     shape, counts = tensors[f"{x}.weight_shape"], tensors.get(f"{x}.outlier_count")
@@ -196,3 +199,20 @@ def _slices(tensors: Mapping[str, Tensor], x: str) -> Iterator[dict[str, Tensor]
 
 def _said(grid: Grid | None) -> Integers | None:
     return None if grid is None else Integers(bits=grid.bits, symmetric=grid.symmetric)
+
+
+FORMAT = TensorFormat(
+    name="bitwright",
+    summary="transformers after import bitwright",
+    holds=holds,
+    holds_what=HOLDS,
+    stored_bytes=stored_bytes,
+    packed_bits=packed,
+    leaves=LEAVES,
+    codes="weight_packed",
+    encode=encode,
+    encode_stacked=encode_stacked,
+    decode=decode,
+    config=quantization_config,
+    reader=Reader(described=described, shape=shape, read=read, read_stacked=read_stacked),
+)

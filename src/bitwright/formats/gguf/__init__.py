@@ -14,8 +14,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.format import FileFormat, Foreseen, QuantizedModel, WriteOptions
 from bitwright.core.progress import Listener, silent
-from bitwright.core.quantized import Difference, Foreseen, QuantizedModel, WriteOptions
+from bitwright.core.quantized import Difference
 from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder
 from bitwright.formats.gguf.architecture import Architecture, architecture
@@ -23,28 +24,17 @@ from bitwright.formats.gguf.base_file import Base
 from bitwright.formats.gguf.blocks import BLOCK, nbytes_of
 from bitwright.formats.gguf.file import write_file
 from bitwright.formats.gguf.model import EMBEDDINGS, Conversion
-from bitwright.formats.gguf.reading import GgufFile, opened
+from bitwright.formats.gguf.reading import opened
 from bitwright.formats.gguf.tokenizer import tokenizer
 from bitwright.formats.gguf.weights import HOLDS, holds, kind_of
 
-__all__ = [
-    "HOLDS",
-    "SCALES",
-    "SINGLE",
-    "GgufFile",
-    "adapted",
-    "check",
-    "check_shape",
-    "holds",
-    "opened",
-    "stored_bytes",
-    "write",
-]
-
 SCALES: torch.dtype | None = torch.float16
 """The dtype of scales."""
-SINGLE = True
-"""The result is one file."""
+
+
+def recognizes(path: Path) -> bool:
+    """Whether a path is a file: GGUF is the one format of a single file."""
+    return path.is_file()
 
 
 def adapted(scheme: Scheme) -> Scheme:
@@ -113,3 +103,22 @@ def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: 
         said = [*conversion.general(), *into.entries(), *words.entries()]
     write_file(output, into.name, [*said, *conversion.own(tensors)], tensors, listener)
     return conversion.differences
+
+
+FORMAT = FileFormat(
+    name="gguf",
+    summary="llama.cpp and programs built on it",
+    holds=holds,
+    holds_what=HOLDS,
+    stored_bytes=stored_bytes,
+    scales=SCALES,
+    check_shape=check_shape,
+    single=True,
+    suffix=".gguf",
+    what="a .gguf file",
+    recognizes=recognizes,
+    check=check,
+    write=write,
+    open=opened,
+    adapted=adapted,
+)

@@ -13,7 +13,8 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.quantized import Difference, QuantizedModel, WriteOptions
+from bitwright.core.format import QuantizedModel, WriteOptions
+from bitwright.core.quantized import Difference
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import _decoder_shapes as decoder
 from bitwright.formats.gguf.architecture import ROPE_FACTORS, Architecture

@@ -16,9 +16,10 @@ from torch import Tensor
 from bitwright.checkpoint.writer import copy_file, write_json
 from bitwright.core.convert import difference
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.format import FileFormat, Foreseen, QuantizedModel, WriteOptions, typical
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.qtensor import QTensor
-from bitwright.core.quantized import Difference, Foreseen, QuantizedModel, WriteOptions, typical
+from bitwright.core.quantized import Difference
 from bitwright.core.scheme import Grid, Scheme, Tile
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import awq
@@ -35,6 +36,7 @@ from bitwright.formats.mlc.beforehand import (
     nothing_quantized,
     preset_of,
 )
+from bitwright.formats.mlc.cache import INDICES
 from bitwright.formats.mlc.presets import (
     AUTOAWQ_GROUP,
     PRESETS,
@@ -48,17 +50,15 @@ from bitwright.formats.mlc.presets import (
     placed,
     rounded,
 )
-from bitwright.formats.mlc.reading import opened as opened
+from bitwright.formats.mlc.reading import opened
 from bitwright.formats.mlc.shards import Shards
-
-__all__ = ["HOLDS", "SCALES", "SINGLE", "adapted", "check", "holds", "queries_left_out", "stored_bytes", "write"]
 
 SCALES: torch.dtype | None = torch.float16
 """The dtype of scales."""
 LOST = 1e-4
 """The relative squared error of a tensor in float16 above which its numbers are lost, not rounded."""
-SINGLE = False
-"""Whether the result is one file."""
+MARKS = (chat.CONFIG, *INDICES)
+"""A folder with one of these is MLC-LLM's."""
 
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
@@ -66,9 +66,15 @@ def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     return not outliers and (is_autoawq(grid, tile) or any(preset.holds(grid, tile) for preset in PRESETS))
 
 
-def adapted(scheme: Scheme) -> Scheme:
-    """The scheme itself: MLC's grids are schemes of their own."""
-    return scheme
+def recognizes(path: Path) -> bool:
+    """Whether a folder is MLC-LLM's: it has one of its files, and no config.json."""
+    return any((path / mark).is_file() for mark in MARKS) and not (path / "config.json").is_file()
+
+
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Raise RecipeError for a weight that is fused over experts."""
+    if len(shape) > 2:
+        raise RecipeError("format mlc holds no weight that is fused over experts")
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
@@ -79,11 +85,6 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
         return awq.stored_bytes(shape, replace(scheme, tile=Tile(1, AUTOAWQ_GROUP)), dtype)
     (rows, columns), preset = shape, preset_of(scheme.weight, scheme.tile)
     return rows * (4 * preset.words(columns) + 2 * preset.scheme.tile.counts((rows, columns))[1])
-
-
-def queries_left_out(scheme: Scheme) -> Grid | None:
-    """None: schemes with activations are refused."""
-    return None
 
 
 def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, foreseen: Foreseen | None = None) -> None:
@@ -234,3 +235,22 @@ class _Writing:
             raise no_tensor(self.model.folder, name)
         self.pending -= {name}
         return self.model.tensor(name)
+
+
+FORMAT = FileFormat(
+    name="mlc",
+    summary="MLC-LLM",
+    holds=holds,
+    holds_what=HOLDS,
+    stored_bytes=stored_bytes,
+    scales=SCALES,
+    check_shape=check_shape,
+    mixes=False,
+    single=False,
+    suffix="-mlc",
+    what="a folder of MLC-LLM",
+    recognizes=recognizes,
+    check=check,
+    write=write,
+    open=opened,
+)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.quantized import Foreseen, WriteOptions
+from bitwright.core.format import Foreseen, WriteOptions
 from bitwright.core.scheme import Grid, Tile
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import awq

@@ -15,12 +15,12 @@ from tests.conftest import Checkpoints, changed
 from torch import Tensor
 
 import bitwright
-from bitwright.api import verifying
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, OutputError
 from bitwright.core.recipe import Recipe
-from bitwright.verify import soundness
-from bitwright.verify.findings import Verification
+from bitwright.verification import folder as verifying
+from bitwright.verification import soundness
+from bitwright.verification.findings import Verification
 
 FORMATS = ("compressed-tensors", "bitwright", "gptq", "awq")
 Q, ALSO_Q = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
@@ -372,7 +372,7 @@ def test_a_tensor_that_is_missing_is_named(format: str, leaf: str, folders: Fold
 
 
 def test_findings_in_words() -> None:
-    from bitwright.verify.findings import first, lacking
+    from bitwright.verification.findings import first, lacking
 
     assert [lacking(["a", "b", "c"][:n]) for n in range(4)] == [
         "", "a is not there", "a is not there, and 1 other", "a is not there, and 2 others",

@@ -4,24 +4,23 @@ complete, its numbers finite, its length what it says, its weights those of the 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from bitwright.core.engine_file import EngineFile, Rows, unlike
 from bitwright.core.errors import CheckpointError
+from bitwright.core.format import FileFormat
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import QuantizedFolder
-from bitwright.formats._engine_marks import engine_format as engine_format
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.units import block_of
-from bitwright.verify.beside_original import error_in_parts
-from bitwright.verify.findings import Check, first, lacking
-from bitwright.verify.soundness import published_only_if
+from bitwright.verification.beside_original import error_in_parts
+from bitwright.verification.findings import Check, first, lacking
+from bitwright.verification.soundness import published_only_if
 
 MEASURED = 1e-3
 """How far a linear's error may be from what was measured when it was written, as a share of it."""
@@ -58,7 +57,7 @@ def linears_of(file: EngineFile) -> list[str]:
 
 
 def require_sound_file(
-    format: ModuleType, place: Path, model: QuantizedFolder, differences: Sequence[Difference]
+    format: FileFormat, place: Path, model: QuantizedFolder, differences: Sequence[Difference]
 ) -> str:
     """Reads back what has just been written from a folder; says what was found, in a line.
 
@@ -66,7 +65,7 @@ def require_sound_file(
     last. Raises OutputError where a check fails.
     """
     try:
-        file: EngineFile = format.opened(place)
+        file = format.open(place)
     except CheckpointError as error:
         return published_only_if([Check("readable", False, str(error))])
     lost = {each.name: each for each in differences}

@@ -10,8 +10,8 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.progress import Listener, Progress
 from bitwright.formats import QuantizedFolder
 from bitwright.stream.memory import peak_memory
-from bitwright.verify.completeness import HEADS
-from bitwright.verify.findings import MOVED, SCALES_MOVED, Check, undecided
+from bitwright.verification.completeness import HEADS
+from bitwright.verification.findings import MOVED, SCALES_MOVED, Check, undecided
 
 Pair = tuple[Tensor, Tensor]
 ANOTHER = 0.9

@@ -11,9 +11,9 @@ from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.qtensor import QTensor
 from bitwright.formats import QuantizedFolder
 from bitwright.stream.memory import peak_memory
-from bitwright.verify.as_written import edited
-from bitwright.verify.completeness import Shapes, complete, twice
-from bitwright.verify.findings import Check, first
+from bitwright.verification.as_written import edited
+from bitwright.verification.completeness import Shapes, complete, twice
+from bitwright.verification.findings import Check, first
 
 OVERHEAD, SMALL_LINEARS, HEADERS = 1.02, 1.0, 0.01
 """Of what linears take on disk over their true bits: shapes, group indices; in bits, of small ones; of what files take

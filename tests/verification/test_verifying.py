@@ -1,6 +1,7 @@
 """A folder that is what it claims to be passes; one damaged in each way that is looked for does not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 
 import bitwright
 from bitwright.core.errors import CheckpointError, OutputError
+from bitwright.core.qtensor import QTensor
+from bitwright.core.quantized import Described
 from bitwright.core.recipe import Recipe
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -57,13 +60,15 @@ def test_tensors_that_do_not_fit_together(packed: Path, tmp_path: Path) -> None:
 def test_codes_that_the_client_reads_otherwise(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bitwright.formats import compressed_tensors
 
-    read = compressed_tensors.read
+    format = compressed_tensors.FORMAT
+    reader = format.reader
+    assert reader is not None
 
-    def shifted(*args: object) -> object:
-        q = read(*args)  # type: ignore[arg-type]
-        return type(q)(q.codes.roll(1, 1), q.scale, q.zero, q.grid, q.tile)
+    def shifted(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTensor:
+        weight = reader.read(tensors, name, described)
+        return replace(weight, codes=weight.codes.roll(1, 1))
 
-    monkeypatch.setattr(compressed_tensors, "read", shifted)
+    monkeypatch.setattr(compressed_tensors, "FORMAT", replace(format, reader=replace(reader, read=shifted)))
     found = bitwright.verify(packed)
     assert [check.name for check in found.checks if not check.passed] == ["logits"]
 
@@ -83,10 +88,10 @@ def test_what_is_not_sound_is_not_published(tiny: Checkpoints, tmp_path: Path, m
 
     encode = format.encode
 
-    def forgetful(name: str, weight: object) -> dict[str, Tensor]:
-        return {} if name == Q else encode(name, weight)  # type: ignore[arg-type]
+    def forgetful(name: str, weight: QTensor) -> dict[str, Tensor]:
+        return {} if name == Q else encode(name, weight)
 
-    monkeypatch.setattr(format, "encode", forgetful)
+    monkeypatch.setattr(format, "FORMAT", replace(format.FORMAT, encode=forgetful))
     with pytest.raises(OutputError, match=rf"not published: complete: {Q}\.weight is not there"):
         bitwright.quantize(Recipe(str(tiny()), "W4A16g32", "rtn", "bitwright"), tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()

@@ -5,8 +5,9 @@ from typing import Any
 
 from bitwright.checkpoint.report_file import said_of
 from bitwright.core.errors import UserError
+from bitwright.core.format import TensorFormat
 from bitwright.core.quantized import Described
-from bitwright.core.registry import find
+from bitwright.core.registry import format_of
 from bitwright.formats import CONFIG, QuantizedFolder
 
 METHOD = "quant_method"
@@ -24,12 +25,20 @@ def edited(model: QuantizedFolder) -> str | None:
     if was is None or not isinstance(now, dict) or model.described is None:
         return None
     try:
-        before: Described = find("formats", str(was.get(METHOD))).described(was)
-    except (UserError, AttributeError):  # of a Bitwright that knows more
+        before = _described(was)
+    except UserError:  # of a Bitwright that knows more
+        return None
+    if before is None:
         return None
     if was.get(METHOD) == now.get(METHOD) and _meaning(model, before) == _meaning(model, model.described):
         return None
     return f"config.json says {_differences(was, now)}, so that its codes are other weights than were written"
+
+
+def _described(config: Mapping[str, Any]) -> Described | None:
+    """What a quantization_config says; None for a format whose folders are not read. Raises UserError."""
+    format = format_of(str(config.get(METHOD)))
+    return format.reader.described(config) if isinstance(format, TensorFormat) and format.reader else None
 
 
 def _meaning(model: QuantizedFolder, described: Described) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import QuantizedFolder
 from bitwright.model.config import SETTINGS, apart
 from bitwright.model.view import ModelView
-from bitwright.verify.findings import Check, first, lacking
+from bitwright.verification.findings import Check, first, lacking
 
 Shapes = Mapping[str, tuple[int, ...]]
 HEADS = ("lm_head", "embed_out")

@@ -4,6 +4,7 @@ is published."""
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -278,7 +279,7 @@ def test_what_a_disk_did_to_it_is_not_published(
         damage(place)
         return found
 
-    monkeypatch.setattr(written, "write", damaged)
+    monkeypatch.setattr(written, "FORMAT", replace(written.FORMAT, write=damaged))
     out = tmp_path / FORMATS[format][0]
     with pytest.raises(OutputError, match=f"not published: {says}"):
         bitwright.export(files(f"{format} folder"), out, format=format)

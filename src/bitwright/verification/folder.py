@@ -8,11 +8,11 @@ from bitwright.core.progress import Listener
 from bitwright.evaluation.loading import load, load_codes
 from bitwright.formats import QuantizedFolder, is_made_dense
 from bitwright.model.source import open_checkpoint
-from bitwright.verify.beside_original import Beside
-from bitwright.verify.completeness import require_same_model, settings
-from bitwright.verify.findings import Check, Verification
-from bitwright.verify.random_tokens import cannot_run, divergence_from, logits_of, of_chance, random_tokens
-from bitwright.verify.soundness import structure
+from bitwright.verification.beside_original import Beside
+from bitwright.verification.completeness import require_same_model, settings
+from bitwright.verification.findings import Check, Verification
+from bitwright.verification.random_tokens import cannot_run, divergence_from, logits_of, of_chance, random_tokens
+from bitwright.verification.soundness import structure
 
 LOGITS_APART, WITH_ACTIVATIONS = 0.01, 0.5
 """How far logits of two decoders of the same codes may lie apart, root mean square over standard deviation: in float32,

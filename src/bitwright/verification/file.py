@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,23 +9,24 @@ from transformers import PreTrainedModel
 
 from bitwright.core.engine_file import EngineFile
 from bitwright.core.errors import CheckpointError, UserError
+from bitwright.core.format import FileFormat
 from bitwright.core.progress import Listener, Progress
 from bitwright.evaluation.loading import load, load_codes, load_model
 from bitwright.formats import QuantizedFolder
 from bitwright.stream.memory import peak_memory
-from bitwright.verify.engine_files import bits_per_weight, error_of, file_structure, linears_of, not_there
-from bitwright.verify.findings import MOVED, SCALES_MOVED, Check, Verification, first, lacking, undecided
-from bitwright.verify.random_tokens import divergence_from, logits_of, of_chance, random_tokens
+from bitwright.verification.engine_files import bits_per_weight, error_of, file_structure, linears_of, not_there
+from bitwright.verification.findings import MOVED, SCALES_MOVED, Check, Verification, first, lacking, undecided
+from bitwright.verification.random_tokens import divergence_from, logits_of, of_chance, random_tokens
 
 FROM_QUANTIZED, FROM_ORIGINAL = 0.5, 1.0
 """How large the relative squared error of a tensor may be: beside codes that were kept, or quantized once more (an
 embedding in two bits); and beside the original's weights. 2 is that of another weight altogether."""
 
 
-def verify_file(format: ModuleType, path: Path, against: Path | None, logits: bool, listener: Listener) -> Verification:
+def verify_file(format: FileFormat, path: Path, against: Path | None, logits: bool, listener: Listener) -> Verification:
     """What is true of a file; beside a folder also how far its weights are from the folder's, and, with ``logits``, its
     logits, computed by transformers on the folder's config. Raises CheckpointError for a file that cannot be read."""
-    file: EngineFile = format.opened(path)
+    file = format.open(path)
     checks = file_structure(file, listener)
     if (damaged := file.checksums()) is not None:
         checks.append(Check("checksums", not damaged, first(damaged) or "every shard as its checksum says"))
@@ -40,7 +40,7 @@ def verify_file(format: ModuleType, path: Path, against: Path | None, logits: bo
     worst = max(beside.errors, key=beside.errors.__getitem__, default=None)
     return Verification(
         folder=str(path),
-        format=format.__name__.rpartition(".")[2],
+        format=format.name,
         against=None if against is None else str(against),
         linears=len(linears_of(file)),
         bits_per_weight=bits_per_weight(file),

@@ -1,1 +1,1 @@
-"""The checkpoint room: tensors <-> disk, with checked headers, bounded memory and no half-written file."""
+"""Tensors to and from disk: headers are checked, memory is bounded, no file is left half-written."""

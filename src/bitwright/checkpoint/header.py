@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read before anything believes it.
+"""The header of a safetensors file, checked before it is believed.
 
 A file is 8 bytes of little-endian header length, that many bytes of JSON, then the tensors' bytes end to end. Every
 number of the JSON comes from a stranger, so each is checked against the file before it is used as one.
@@ -57,7 +57,7 @@ _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file: `start` and `end` are byte offsets from the beginning of the file."""
+    """One tensor of a file; `start` and `end` are byte offsets from the beginning of the file."""
 
     name: str
     dtype: torch.dtype
@@ -67,18 +67,18 @@ class TensorEntry:
 
     @property
     def elements(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
+        """The size of the tensor's data in bytes."""
         return self.elements * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header. `size` (bytes) and `mtime_ns` say which state of the file it describes."""
+    """A checked header; `size` (bytes) and `mtime_ns` say which state of the file it describes."""
 
     path: Path
     entries: dict[str, TensorEntry]
@@ -89,9 +89,12 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the safetensors file `path`, every claim of it checked; CheckpointError where one is false."""
+    """Read and check the header of a safetensors file.
+
+    Raises CheckpointError if the file cannot be read, or if a claim of the header is false.
+    """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # asked first: opening a pipe would wait for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # checked first: opening a pipe would wait for ever
             raise CheckpointError(f"{path}: not a regular file, so no safetensors file")
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -107,10 +110,10 @@ def read_header(path: Path) -> Header:
 
 
 def build_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The first bytes of a file that holds `entries` in `file_order`, as the safetensors library would write them.
+    """The first bytes of a file that holds these tensors, as the safetensors library would write them.
 
-    Only name, dtype and shape of an entry are looked at. The same entries give the same bytes in whatever order they
-    come. TypeError for a dtype the format does not know.
+    Only name, dtype and shape of an entry are looked at. Equal entries give equal bytes in whatever order they come.
+    Raises TypeError for a dtype that the format does not know.
     """
     header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
@@ -128,12 +131,12 @@ def build_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | N
 
 
 def file_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
-    """`entries` in the order their data stands in a file: widest dtype first (keeps data aligned), then by name."""
+    """Sort entries as their data stands in a file: widest dtype first (keeps data aligned), then by name."""
     return sorted(entries, key=lambda entry: (-_RANK.get(entry.dtype, 0), entry.name))
 
 
 def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
-    """The header's JSON, read only once its length is known to be sane and inside of the file."""
+    """Read the header's JSON once its length is known to be sane and inside of the file."""
     if size < LENGTH_BYTES:
         raise CheckpointError(
             f"{path}: no safetensors file: it has {size} bytes, and the header's length alone takes {LENGTH_BYTES}; "
@@ -157,14 +160,14 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
 
 
 def _checked_metadata(path: Path, claim: object) -> dict[str, str]:
-    """`__metadata__`: a dict of text to text."""
+    """The `__metadata__` of a header: a dict of text to text."""
     if not isinstance(claim, dict) or not all(isinstance(value, str) for value in claim.values()):
         raise CheckpointError(f"{path}: {METADATA} must map text to text, found {shown(claim)}")
     return claim
 
 
 def _checked_entry(path: Path, name: str, claim: object, data_start: int) -> TensorEntry:
-    """One tensor's claims, checked against each other but not yet against the file."""
+    """Check one tensor's claims against each other, not yet against the file."""
     where = f"{path}: tensor {shown(name)}"
     if not isinstance(claim, dict) or set(claim) != TENSOR_KEYS:
         raise CheckpointError(f"{where}: expected exactly {', '.join(sorted(TENSOR_KEYS))}, found {shown(claim)}")
@@ -183,7 +186,7 @@ def _checked_entry(path: Path, name: str, claim: object, data_start: int) -> Ten
 
 
 def _checked_shape(where: str, claim: object, itemsize: int) -> tuple[int, ...]:
-    """A shape torch can hold: at most 64 sizes, none negative, the strides inside 63 bits even where a size is 0."""
+    """A shape that torch can hold: at most 64 sizes, none negative, strides below 2^63 even if a size is 0."""
     if not isinstance(claim, list) or not all(_is_size(size) for size in claim):
         raise CheckpointError(f"{where}: the shape must be a list of integers >= 0, found {shown(claim)}")
     if len(claim) > MAX_RANK:
@@ -195,7 +198,7 @@ def _checked_shape(where: str, claim: object, itemsize: int) -> tuple[int, ...]:
 
 
 def _checked_offsets(where: str, claim: object) -> tuple[int, int]:
-    """(start, end), 0 <= start <= end, in bytes from the beginning of the data."""
+    """Start and end of a tensor in bytes from the beginning of the data, 0 <= start <= end."""
     if not isinstance(claim, list) or len(claim) != 2 or not all(_is_size(offset) for offset in claim):
         raise CheckpointError(f"{where}: data_offsets must be two integers >= 0, found {shown(claim)}")
     start, end = claim
@@ -205,12 +208,12 @@ def _checked_offsets(where: str, claim: object) -> tuple[int, int]:
 
 
 def _is_size(value: object) -> bool:
-    """An integer >= 0; bool is a subclass of int, but true is no size."""
+    """Whether a value is an integer >= 0; bool is a subclass of int, but true is no size."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check_layout(path: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:
-    """The tensors cover the data from its first byte to the file's last, without holes, each byte once."""
+    """Require that the tensors cover the data from its first byte to the file's last, each byte once."""
     promised = max((entry.end for entry in entries), default=data_start)
     if promised > size:
         first = min((entry for entry in entries if entry.end > size), key=lambda entry: (entry.end, entry.name))

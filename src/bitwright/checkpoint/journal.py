@@ -1,7 +1,7 @@
-"""What a run has finished, line by line, so that a run which was killed goes on where it stopped.
+"""The journal of a run: what is finished, line by line, so that a killed run goes on from there.
 
-A JSON-lines file in the work folder. The first line is the identity of the run; each other line is a unit whose file
-is durable: {"unit": "block.3", "file": "part-00003.safetensors", "bytes": n, "report": {...}}.
+A JSON-lines file in the work folder. The first line is the identity of the run. Each other line is a unit whose file is
+durable: {"unit": "block.3", "file": "part-00003.safetensors", "bytes": n, "report": {...}}.
 """
 
 import json
@@ -20,24 +20,25 @@ UNIT_KEYS = {"unit": str, "file": str, "bytes": int, "report": dict}
 
 
 class Journal:
-    """An append-only record; every line is on the disk before `record` returns.
+    """An append-only record of finished units; every line is on the disk before `record` returns.
 
-    `recorded` has the last line of each unit ever finished. `done` has those whose file is still there at its size:
-    what need not be done again. (Parts that a merge has consumed are recorded, not done: ask `merge_begun` first.)
+    `recorded` holds the last line of every unit that was ever finished. `done` holds those whose file is still there at
+    its recorded size, so they need not be made again. Parts that a merge has consumed are recorded, not done: ask
+    `merge_begun` first.
     """
 
     def __init__(self, path: Path, recorded: dict[str, dict[str, Any]]) -> None:
-        """`path` exists and ends with a whole line. Made by `Journal.open`."""
+        """Begin with lines that were read; `path` exists and ends with a whole line. Use `Journal.open`."""
         self.path = path
         self.recorded = recorded
         self.done = {unit: line for unit, line in recorded.items() if _file_is_there(path.parent, line)}
 
     @classmethod
     def open(cls, path: Path, identity: Mapping[str, Any], restart: bool = False) -> "Journal":
-        """The journal at `path`, begun if there is none or on `restart`.
+        """Open the journal at `path`; begin a new one if there is none, or on `restart`.
 
-        `identity` is nested and JSON-able. OutputError when the journal was begun with another one, or is damaged other
-        than by a last line torn when the run was killed, which is cut off.
+        `identity` is a nested dict that JSON can hold. Raises OutputError if the journal was begun with another
+        identity, or is damaged. A last line that was torn when the run was killed is no damage: it is cut off.
         """
         asked = json.loads(json.dumps(identity))  # as it will be read again: tuples are lists, keys are text
         try:
@@ -55,9 +56,10 @@ class Journal:
         return cls(path, {line["unit"]: line for line in lines[1:]})
 
     def record(self, unit: str, file: str | Path, report: Mapping[str, Any]) -> None:
-        """Notes that `unit` is finished and stands in `file` (durable, in the journal's folder), with its report.
+        """Record that a unit is finished, with its report.
 
-        OutputError when the line cannot be written, or there is no such file.
+        `file` is durable and lies in the journal's folder. Raises OutputError if there is no such file, or if the line
+        cannot be written.
         """
         name = Path(file).name
         try:
@@ -73,9 +75,9 @@ class Journal:
         self.recorded[unit] = self.done[unit] = json.loads(text)
 
     def adopt(self, other: Path) -> None:
-        """Takes over what the journal of another process of this run has, and removes it.
+        """Take over the units of another process of this run from its journal, and remove that journal.
 
-        One that was begun with another identity, or is damaged, says nothing: its units are made again.
+        A journal that was begun with another identity, or is damaged, counts as empty: its units are made again.
         """
         own, lines = _whole_lines(self.path)[0], list[dict[str, Any]]()
         try:
@@ -99,7 +101,7 @@ def _line(value: Mapping[str, Any]) -> str:
 
 
 def _append(path: Path, text: str) -> None:
-    """Adds `text` durably and whole: what a full disk took only in part is cut off again."""
+    """Append text durably and whole: what a full disk took only in part is cut off again."""
     before = path.stat().st_size
     try:
         with path.open("ab") as journal:
@@ -113,7 +115,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that were written whole; a torn last one is cut from the file, so that the next begins on its own."""
+    """The lines that were written whole; a torn last line is cut from the file, so that the next begins on its own."""
     raw = path.read_bytes()
     pieces = raw.splitlines(keepends=True)
     lines: list[dict[str, Any]] = []
@@ -129,7 +131,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(piece: bytes) -> dict[str, Any] | None:
-    """A line's object, or None for a line that was not written to its end."""
+    """The object on a line, or None if the line was not written to its end."""
     try:
         line = json.loads(piece.decode("utf-8")) if piece.endswith(b"\n") else None
     except ValueError:
@@ -143,7 +145,7 @@ def _is_unit(line: Mapping[str, Any]) -> bool:
 
 
 def _damaged(path: Path) -> OutputError:
-    """The error for a journal that says what no run writes."""
+    """The error for a journal with lines that no run writes."""
     return OutputError(f"{path}: not the journal of a run; begin anew with --restart")
 
 
@@ -154,7 +156,7 @@ def _file_is_there(folder: Path, line: Mapping[str, Any]) -> bool:
 
 
 def _other_run(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What differs between two identities, at most eight lines of it, and what to do."""
+    """The message that says how two identities differ, in at most eight lines, and what to do."""
     old, new = dict(_dotted(begun)), dict(_dotted(asked))
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, ABSENT) != new.get(key, ABSENT)]
     lines = [f"  {key}: {' -> '.join(_beside(old, new, key))}" for key in keys[:SHOWN_DIFFERENCES]]
@@ -170,14 +172,14 @@ def _other_run(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -
 
 
 def _beside(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> tuple[str, str]:
-    """Two values as they are shown; long texts from where they differ."""
+    """Two values as they are shown; long texts are shown from the place where they differ."""
     was, now = (shown(values[key]) if key in values else ABSENT for values in (old, new))
     if was != now:
         return was, now
     before, after = str(old[key]), str(new[key])
-    pairs = zip(before, after, strict=False)
-    alike = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(before), len(after)))
-    return shown(f"...{before[alike:]}"), shown(f"...{after[alike:]}")
+    shorter = min(len(before), len(after))
+    at = next((at for at in range(shorter) if before[at] != after[at]), shorter)
+    return shown(f"...{before[at:]}"), shown(f"...{after[at:]}")
 
 
 def _dotted(identity: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Which files of a model folder hold which tensor: one file, an index of shards, or shards without an index."""
+"""The files of a model folder: its config.json, and which weight file holds which tensor."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +15,7 @@ SHOWN_NAMES = 8
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder as a dict; CheckpointError when `folder` is no model folder."""
+    """Read the config.json of a model folder. Raises CheckpointError if `folder` is no model folder."""
     if not folder.exists():
         raise CheckpointError(f"{folder}: there is no such folder; is the path spelled right, is the disk mounted?")
     if not folder.is_dir():
@@ -30,9 +30,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_weights(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
-    """(checked header of each weight file by file name, file name of each tensor by tensor name).
+    """The checked header of each weight file by its name, and the file name of each tensor by its name.
 
-    As transformers does: `model.safetensors` before an index before whatever *.safetensors there are.
+    The order of preference is that of transformers: `model.safetensors`, then an index of shards, then whatever
+    *.safetensors there are. Raises CheckpointError.
     """
     if (folder / SINGLE).exists():
         return _by_agreement(folder, [SINGLE])
@@ -45,7 +46,7 @@ def find_weights(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """All bytes of a small file; CheckpointError when it cannot be read."""
+    """Read a small file whole. Raises CheckpointError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -53,7 +54,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _by_agreement(folder: Path, files: list[str]) -> tuple[dict[str, Header], dict[str, str]]:
-    """Files without an index: fine as long as no tensor stands in two of them."""
+    """Files without an index: a tensor must not stand in two of them."""
     headers = {file: read_header(folder / file) for file in files}
     homes: dict[str, str] = {}
     for file, header in headers.items():
@@ -68,7 +69,7 @@ def _by_agreement(folder: Path, files: list[str]) -> tuple[dict[str, Header], di
 
 
 def _by_index(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
-    """Files as the index lists them. The index decides: what else stands in a shard is not part of the model."""
+    """Files as the index lists them; what else stands in a shard is not part of the model."""
     homes = _weight_map(folder)
     files = sorted(set(homes.values()))
     missing = [file for file in files if not (folder / file).is_file()]
@@ -88,7 +89,7 @@ def _by_index(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The index's weight_map, tensor name -> file name, no file outside of the folder."""
+    """The index's weight_map, tensor name -> file name, without a file outside of the folder."""
     path = folder / INDEX
     homes = parse_object(read_bytes(path), str(path)).get("weight_map")
     if not isinstance(homes, dict) or not homes or not all(isinstance(file, str) for file in homes.values()):
@@ -103,13 +104,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _stays_inside(file: str) -> bool:
-    """A relative path that climbs nowhere. Links are followed: Hugging Face's cache is made of them."""
+    """Whether a path is relative and climbs nowhere. Links are followed: Hugging Face's cache is made of them."""
     plain = PurePosixPath(file)
     return bool(plain.name) and file.isprintable() and not ("\\" in file or plain.is_absolute() or ".." in plain.parts)
 
 
 def _no_weights(folder: Path) -> str:
-    """What to say when no *.safetensors is there."""
+    """The message for a folder without *.safetensors."""
     pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)})
     if not pickles:
         return f"{folder}: has a {CONFIG} but no *.safetensors; an interrupted download? Download the model again"

@@ -1,13 +1,13 @@
-"""Part files -> the shards of a model folder, by copying byte ranges; a merge that is killed is simply run again.
+"""Merge part files into the shards of a model folder by copying byte ranges; a killed merge is simply run again.
 
-Tensors that stay as they are need be in no part: they are copied from where they have always been.
+Tensors that stay as they are need be in no part: they are copied from the original checkpoint.
 
 What makes that safe, in this order:
 1. The plan (which tensors of which parts make up which shard) is written beside the parts before anything else is.
    From then on the plan is followed, whatever is left of the parts.
 2. Each shard is written atomically, so a shard that is there is whole, and is skipped.
-3. A part is removed once the shard with its last tensor is durable, so the disk holds the parts and one shard, never
-   the model twice, and whatever shard is missing still has all of its parts.
+3. A part is removed once the shard with its last tensor is durable. So the disk holds the parts and one shard, never
+   the model twice, and a missing shard still has all of its parts.
 4. The index comes last. The plan stays until the work folder goes: it tells that the parts are gone because they have
    been merged, not because they never were.
 """
@@ -32,8 +32,10 @@ METADATA = {"format": "pt"}  # transformers refuses a safetensors file that does
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One final file: its name, header (by its sha256), tensor data (bytes), and the part each tensor comes from; ""
-    for those that are in none."""
+    """One final file: its name, the sha256 of its header, its tensor data in bytes, and the part of each tensor.
+
+    A tensor that is copied from the original has the part "".
+    """
 
     file: str
     header_sha256: str
@@ -43,7 +45,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the merge will do: the part files' names in order, the limit asked for (bytes), the shards in order."""
+    """What a merge will do: the part files' names in order, the limit asked for (bytes), the shards in order."""
 
     parts: list[str]
     shard_bytes: int
@@ -51,19 +53,22 @@ class Plan:
 
 
 def merge_begun(work: Path) -> bool:
-    """Whether a merge of the parts in `work` has begun, so that parts which are not there have been merged."""
+    """Whether a merge of the parts in `work` has begun, so that missing parts have been merged."""
     return (work / PLAN).exists()
 
 
 def merge_shards(parts: list[Path], folder: Path, shard_bytes: int, others: Sequence[Stored] = ()) -> None:
-    """Makes `parts`, safetensors files of one folder with no tensor in two of them, a model in `folder`; removes them.
+    """Merge part files into a model in `folder`, and remove the parts.
 
-    `others` are further tensors, the first of the model, and are left where they lie.
+    `parts` are safetensors files of one folder; no tensor is in two of them. `others` are further tensors, the first of
+    the model, which are copied and left where they are.
 
-    `model.safetensors` when all tensors together have at most `shard_bytes` bytes, else an index and shards, the first
-    called model-00001-of-000NN.safetensors; a tensor larger than that has a shard of its own. At most 4 MiB are in
-    memory. Killed at any moment, the same call on what is left gives the same bytes. OutputError and CheckpointError
-    for what disk and parts do not allow, ValueError for a call that cannot be meant.
+    The model is one file, `model.safetensors`, if all tensors together have at most `shard_bytes` bytes, else an index
+    and shards, the first called model-00001-of-000NN.safetensors. A tensor larger than that has a shard of its own. At
+    most 4 MiB are in memory. If it is killed at any moment, another call on what is left gives the same bytes.
+
+    Raises OutputError and CheckpointError for what disk and parts do not allow, ValueError for a call that cannot be
+    meant.
     """
     if not parts or shard_bytes < 1 or len({part.parent for part in parts}) != 1:
         raise ValueError(
@@ -105,7 +110,7 @@ def _settled_plan(work: Path, parts: list[str], shard_bytes: int, others: Sequen
 
 
 def _new_plan(headers: list[Header], shard_bytes: int, others: Sequence[Stored]) -> Plan:
-    """Shards filled in the order of the parts and of the tensors in them, each as far as `shard_bytes` allows."""
+    """Fill shards in the order of the parts and of the tensors in them, each as far as `shard_bytes` allows."""
     sources = _sources(headers, others)
     groups: list[list[TensorEntry]] = [[]]
     room = shard_bytes
@@ -126,7 +131,7 @@ def _new_plan(headers: list[Header], shard_bytes: int, others: Sequence[Stored])
 
 
 def _sources(headers: list[Header], others: Sequence[Stored]) -> dict[str, str]:
-    """The part each tensor stands in; CheckpointError for a tensor that stands in two."""
+    """The part that each tensor stands in. Raises CheckpointError for a tensor that stands in two."""
     sources = {stored.entry.name: NO_PART for stored in others}
     for header in headers:
         for name in header.entries:
@@ -145,31 +150,31 @@ def _is_finished(path: Path, shard: Shard) -> bool:
     try:
         header = read_header(path)
         with path.open("rb") as file:
-            found = hashlib.sha256(file.read(header.data_start)).hexdigest()
+            header_sha256 = hashlib.sha256(file.read(header.data_start)).hexdigest()
     except (CheckpointError, OSError):
         return False
-    return found == shard.header_sha256
+    return header_sha256 == shard.header_sha256
 
 
 def _write_shard(work: Path, folder: Path, shard: Shard, others: Sequence[Stored]) -> None:
-    """One shard from the parts it comes from, all of which are still there."""
+    """Write one shard from its parts, all of which are still there."""
     headers = [read_header(work / part) for part in sorted(set(shard.parts.values()) - {NO_PART})]
-    found = {stored.entry.name: stored for stored in others}
-    found |= {name: Stored(header, entry) for header in headers for name, entry in header.entries.items()}
-    entries = [found[name].entry for name in shard.parts if name in found]
+    tensors = {stored.entry.name: stored for stored in others}
+    tensors |= {name: Stored(header, entry) for header in headers for name, entry in header.entries.items()}
+    entries = [tensors[name].entry for name in shard.parts if name in tensors]
     start = build_header(entries, METADATA)
     if hashlib.sha256(start).hexdigest() != shard.header_sha256:
         raise OutputError(f"{work}: the parts of {shard.file} changed since the merge began; begin anew with --restart")
     with atomic(folder / shard.file, len(start) + shard.data_bytes) as file:
         file.write(start)
         for entry in file_order(entries):
-            found[entry.name].copy_to(file)
+            tensors[entry.name].copy_to(file)
             if shard.parts[entry.name] != NO_PART:
-                found[entry.name].forget()
+                tensors[entry.name].forget()
 
 
 def _remove_parts(work: Path, parts: list[str]) -> None:
-    """Removes parts that are merged."""
+    """Remove parts that are merged."""
     try:
         for part in parts:
             (work / part).unlink(missing_ok=True)

@@ -1,11 +1,11 @@
-"""Where a result comes into being: beside its final place, under a lock, moved there when it is whole.
+"""The output of a run: made beside its final place, under a lock, and moved there once it is whole.
 
     OUTPUT.partial/         the work folder: lock, journal, parts, plan of the merge
-    OUTPUT.partial/result/  what becomes OUTPUT, or holds the file that does, where the result is a single file
+    OUTPUT.partial/result/  what becomes OUTPUT, or holds the file that does if the result is a single file
     OUTPUT.old-bitwright/   the former OUTPUT while --overwrite replaces it
 
-The result stands apart from what it was made with, so that publishing is one rename: whatever moment a run is killed
-at, either OUTPUT is there, whole and with nothing of the work in it, or everything needed to go on is.
+The result is kept apart from what it is made with, so that publishing is one rename. Whatever moment a run is killed
+at, either OUTPUT is there, whole and without anything of the work, or everything needed to go on is.
 """
 
 import os
@@ -24,15 +24,14 @@ REMOVED = "removed"
 
 
 class OutputFolder:
-    """An output that this run, and no other, is making. `path` takes the result's files, `work` everything else.
+    """An output that this run, and no other, is making.
 
-    Where the result is a single file, `file` is its place.
-
-    A context manager: leaving it lets go of the lock, and keeps the work for a run that goes on.
+    `path` takes the result's files, `work` everything else. If the result is a single file, `file` is its place. A
+    context manager: leaving it releases the lock, and keeps the work for a run that goes on.
     """
 
     def __init__(self, output: Path, overwrite: bool, lock: FileLock, single: bool = False) -> None:
-        """`lock` is held. Made by `OutputFolder.claim`."""
+        """Take an output whose `lock` is held. Use `OutputFolder.claim`."""
         self.output = output
         self.work = work_folder(output)
         self.path = self.work / RESULT
@@ -44,10 +43,11 @@ class OutputFolder:
     def claim(
         cls, output: Path, overwrite: bool = False, restart: bool = False, single: bool = False
     ) -> "OutputFolder":
-        """Takes possession of `output`, goes on with what a killed run left of it, or with nothing on `restart`.
+        """Claim `output` for this run, and go on with what a killed run left of it; begin anew on `restart`.
 
-        OutputError when it exists (unless `overwrite`, which replaces it only once the new one is whole), is a file
-        (with `single`: a folder), cannot be written, or another run holds it. Nothing that exists is changed then.
+        Raises OutputError if the output exists (unless `overwrite`, which replaces it only once the new one is whole),
+        is a file (with `single`: a folder), cannot be written, or is claimed by another run. Nothing that exists is
+        changed then.
         """
         try:
             output = Path(output).resolve()
@@ -67,9 +67,9 @@ class OutputFolder:
         return cls(output, overwrite, lock, single)
 
     def publish(self) -> None:
-        """Makes the result durable and moves it to OUTPUT; the work folder is gone afterwards, and so is the lock.
+        """Make the result durable, move it to OUTPUT, and remove the work folder and the lock.
 
-        OutputError when that cannot be done; a former OUTPUT is then back in its place, and the work is kept.
+        Raises OutputError if that fails; a former OUTPUT is then back in its place, and the work is kept.
         """
         try:
             _remove_temporaries(self.path)
@@ -83,12 +83,12 @@ class OutputFolder:
         self._lock.release()
 
     def discard(self) -> None:
-        """Removes the work, unless more than the result lies there: that of a run which can go on."""
+        """Remove the work folder if it holds nothing but an unfinished result; a run that can go on is kept."""
         if {path.name for path in self.work.iterdir()} <= {LOCK, RESULT}:
             _remove_work(self.work)
 
     def release(self) -> None:
-        """Lets go of the lock; the work stays for a run that goes on."""
+        """Release the lock; the work stays for a run that goes on."""
         self._lock.release()
 
     def __enter__(self) -> "OutputFolder":
@@ -98,7 +98,7 @@ class OutputFolder:
         self.release()
 
     def _move_into_place(self) -> None:
-        """The result's rename, with a former OUTPUT out of the way, and back if it fails."""
+        """Rename the result to OUTPUT, with a former OUTPUT out of the way, and back if that fails."""
         if self._single:  # a file is replaced in one step
             os.replace(self.file, self.output)
             sync_folder(self.output.parent)
@@ -116,20 +116,25 @@ class OutputFolder:
 
 
 def work_folder(output: Path) -> Path:
-    """Where the work on `output` is done: beside it, because only there a rename is atomic."""
+    """The folder for the work on `output`: beside it, because only there a rename is atomic."""
     return output.with_name(output.name + ".partial")
 
 
 def begin_anew(work: Path) -> None:
-    """Has nothing count of what was made in a work folder: whoever claims it next clears it up. In one step, so that a
-    kill leaves all of it or nothing."""
+    """Let nothing count that was made in a work folder; whoever claims it next clears it up.
+
+    It is one rename, so that a kill leaves all of the work or none of it.
+    """
     shutil.rmtree(work / REMOVED, ignore_errors=True)
     with suppress(FileNotFoundError):  # another process of the same run was first
         os.rename(work / RESULT, work / REMOVED)
 
 
 def refuse_overlap(model: Path, output: Path) -> None:
-    """OutputError when writing `output` would write over `model`: the same folder, one around it, the work folder."""
+    """Raise OutputError if writing `output` would write over `model`.
+
+    That is so if the output, its work folder or its former version is the model's folder, or lies around it.
+    """
     source = model.resolve()
     for target in (output.resolve(), work_folder(output.resolve()), _old(output.resolve())):
         if target == source or target in source.parents:
@@ -140,7 +145,7 @@ def refuse_overlap(model: Path, output: Path) -> None:
 
 
 def require_free(path: Path, nbytes: int) -> None:
-    """OutputError when the file system that `path` is, or will be, on has fewer than `nbytes` bytes free."""
+    """Raise OutputError if the file system that `path` is, or will be, on has fewer than `nbytes` bytes free."""
     try:
         free = free_bytes(path)
     except OSError as error:
@@ -153,7 +158,7 @@ def require_free(path: Path, nbytes: int) -> None:
 
 
 def refuse_existing(output: Path, overwrite: bool, single: bool = False) -> None:
-    """OutputError when something is at OUTPUT that may not, or should not, be replaced; `single`: by a file."""
+    """Raise OutputError if something at OUTPUT may not, or should not, be replaced; `single`: by a file."""
     place = output.resolve()
     if not place.name:
         raise OutputError(f"{output}: is the root of the file system; name a folder for the result")
@@ -174,7 +179,7 @@ def refuse_existing(output: Path, overwrite: bool, single: bool = False) -> None
 
 
 def _locked(output: Path) -> FileLock:
-    """The lock of OUTPUT's work folder, which is made if need be."""
+    """Take the lock of OUTPUT's work folder, which is made if need be."""
     work = work_folder(output)
     try:
         if work.exists() and not (work / LOCK).exists() and any(work.iterdir()):
@@ -190,7 +195,7 @@ def _locked(output: Path) -> FileLock:
 
 
 def _restore(output: Path) -> None:
-    """Puts a former OUTPUT back whose replacement never arrived, or removes it if it did. Under the lock only."""
+    """Put a former OUTPUT back if its replacement never arrived, or remove it if it did. Under the lock only."""
     old = _old(output)
     if old.is_dir() and not output.exists():
         os.rename(old, output)
@@ -200,7 +205,7 @@ def _restore(output: Path) -> None:
 
 
 def _prepare(work: Path, restart: bool) -> None:
-    """Makes the work folder ready; work without a result folder is what is left of a run that was published."""
+    """Make the work folder ready; a work folder without a result folder is left of a run that was published."""
     if restart or not (work / RESULT).is_dir():
         _empty(work)
     (work / RESULT).mkdir(exist_ok=True)
@@ -208,7 +213,7 @@ def _prepare(work: Path, restart: bool) -> None:
 
 
 def _empty(work: Path) -> None:
-    """Removes everything but the lock; the result by a rename first, because without it the rest counts for nothing."""
+    """Remove everything but the lock; the result first, by a rename, because without it the rest counts for nothing."""
     begin_anew(work)
     for path in work.iterdir():
         if path.name != LOCK:
@@ -216,7 +221,7 @@ def _empty(work: Path) -> None:
 
 
 def _remove_work(work: Path) -> None:
-    """Removes a work folder, the lock last: a folder with a lock in it is known as ours if this is interrupted."""
+    """Remove a work folder, the lock last: a folder with a lock in it is known as ours if this is interrupted."""
     try:
         _empty(work)
         (work / LOCK).unlink(missing_ok=True)
@@ -226,18 +231,18 @@ def _remove_work(work: Path) -> None:
 
 
 def _remove_temporaries(result: Path) -> None:
-    """Removes files that a killed run did not finish writing."""
+    """Remove files that a killed run did not finish writing."""
     for path in result.rglob(".*.tmp"):
         path.unlink()
 
 
 def _remove_tree(folder: Path) -> None:
-    """Removes a former OUTPUT as far as that can be done; the next claim tries again."""
+    """Remove a former OUTPUT as far as that is possible; the next claim tries again."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:
-    """Makes all files and folders of a tree durable."""
+    """Make all files and folders of a tree durable."""
     for place, _, files in os.walk(folder):
         for name in files:
             with open(Path(place, name), "rb") as file:
@@ -246,7 +251,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _old(output: Path) -> Path:
-    """Where a former OUTPUT stands while it is replaced; a name nobody else gives a folder."""
+    """The place of a former OUTPUT while it is replaced; a name that nobody else gives a folder."""
     return output.with_name(output.name + ".old-bitwright")
 
 

@@ -1,4 +1,4 @@
-"""Byte ranges of files whose headers have been checked, refused when the file is no longer the one that was checked."""
+"""Byte ranges of files with checked headers; a file that changed since it was checked is refused."""
 
 import os
 from collections.abc import Iterator
@@ -20,43 +20,43 @@ NARROW_CHUNK_BYTES = CHUNK_BYTES // 4  # float8 has no min and max of its own an
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor where it lies on disk, to be copied without being held in memory."""
+    """A tensor on disk, to be copied without being held in memory."""
 
     header: Header
     entry: TensorEntry
 
     def copy_to(self, file: BinaryIO) -> None:
-        """Writes the tensor's bytes to the end of a file, a piece at a time.
+        """Append the tensor's bytes to a file, a piece at a time.
 
-        CheckpointError as ``pieces``; OSError for what the file written to does not take.
+        Raises CheckpointError as `pieces` does, and OSError if the file cannot be written.
         """
         buffer = memoryview(bytearray(min(COPY_BYTES, self.entry.nbytes)))
         for piece in pieces(self.header, self.entry.start, self.entry.end, buffer):
             file.write(piece)
 
     def forget(self) -> None:
-        """Lets the system use the memory that it keeps the bytes in for others: nobody reads them again."""
+        """Release the memory in which the system caches the tensor's bytes: nobody reads them again."""
         with suppress(OSError), self.header.path.open("rb") as file:
             forget(file.fileno(), self.entry.start, self.entry.nbytes)
 
 
 def forget(file: int, start: int = 0, nbytes: int = 0) -> None:
-    """Lets the system use the memory that it keeps a file's durable bytes in: all of them, or `nbytes` from `start`."""
+    """Release the memory in which the system caches a file's durable bytes: all of them, or `nbytes` from `start`."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(file, start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def read_into(header: Header, start: int, target: memoryview) -> None:
-    """Fills `target` with the bytes of the file from `start` on."""
+    """Fill `target` with the bytes of the file from `start` on."""
     for _ in pieces(header, start, start + target.nbytes, target):
         pass
 
 
 def pieces(header: Header, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Bytes [start, stop) of the file, a buffer's length at a time: each piece is gone when the next one comes.
+    """Read bytes [start, stop) of the file, a buffer's length at a time: each piece overwrites the one before.
 
-    CheckpointError if the file cannot be read, or changed since its header was checked or while it is read.
+    Raises CheckpointError if the file cannot be read, or changed since its header was checked or while it is read.
     """
     try:
         with header.path.open("rb") as file:
@@ -84,7 +84,7 @@ def changed(path: Path, how: str) -> ChangedError:
 
 
 def _check_unchanged(header: Header, file: BinaryIO) -> None:
-    """Size and modification time are what they were when the header was checked."""
+    """Require that size and modification time are what they were when the header was checked."""
     now = os.fstat(file.fileno())
     if now.st_size != header.size:
         raise changed(header.path, f"{header.size} bytes when it was opened, {now.st_size} now")
@@ -93,7 +93,7 @@ def _check_unchanged(header: Header, file: BinaryIO) -> None:
 
 
 def require_finite(header: Header, entry: TensorEntry) -> None:
-    """CheckpointError when the floating tensor `entry` has a NaN or an infinity, with how many of each."""
+    """Raise CheckpointError if a floating tensor has a NaN or an infinity, with how many of each."""
     if is_finite_tensor(header, entry):
         return
     nans = infinities = 0
@@ -108,7 +108,7 @@ def require_finite(header: Header, entry: TensorEntry) -> None:
 
 
 def is_finite_tensor(header: Header, entry: TensorEntry) -> bool:
-    """Whether the floating tensor `entry` is finite throughout."""
+    """Whether a floating tensor on disk is finite throughout."""
     return all(is_finite(chunk) for chunk in _chunks(header, entry))
 
 
@@ -119,7 +119,7 @@ def is_finite(chunk: torch.Tensor) -> bool:
 
 
 def _chunks(header: Header, entry: TensorEntry) -> Iterator[torch.Tensor]:
-    """The values of `entry` in pieces [elements] of at most 64 MiB. One buffer: a piece is gone when the next comes."""
+    """The values of a tensor in pieces [elements] of at most 64 MiB; each piece overwrites the one before."""
     narrow = entry.dtype.itemsize == 1
     length = min(NARROW_CHUNK_BYTES if narrow else CHUNK_BYTES, entry.nbytes)
     buffer = torch.empty(length, dtype=torch.uint8, device="cpu")

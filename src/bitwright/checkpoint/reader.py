@@ -1,4 +1,4 @@
-"""A model folder as it is on disk: what tensors there are is known at once, their data is read when asked for."""
+"""A model folder on disk: which tensors there are is known at once, their data is read when asked for."""
 
 import hashlib
 from collections import Counter
@@ -27,7 +27,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], headers: dict[str, Header], homes: dict[str, str]) -> None:
-        """`headers` by file name, `homes` tensor name -> file name. Made by `Checkpoint.open`."""
+        """Take `headers` by file name and `homes`, tensor name -> file name. Use `Checkpoint.open`."""
         self.folder = folder
         self.config = config
         self.names = tuple(sorted(homes))
@@ -36,7 +36,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """The checkpoint in `folder`; CheckpointError when it is none, is incomplete, or lies about itself."""
+        """Open the checkpoint in `folder`.
+
+        Raises CheckpointError if it is none, is incomplete, or if its files contradict each other.
+        """
         folder = Path(folder)
         try:
             return cls(folder, read_config(folder), *find_weights(folder))
@@ -47,7 +50,7 @@ class Checkpoint:
         return name in self._homes
 
     def entry(self, name: str) -> TensorEntry:
-        """Dtype, shape and place of a tensor; CheckpointError when there is none of that name."""
+        """Dtype, shape and place of a tensor. Raises CheckpointError if there is none of that name."""
         return self._header(name).entries[name]
 
     def file(self, name: str) -> Path:
@@ -55,22 +58,22 @@ class Checkpoint:
         return self._header(name).path
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor's data."""
+        """The size of a tensor's data in bytes."""
         return self.entry(name).nbytes
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, by their names."""
+        """The shapes of all tensors by their names."""
         return {name: self.entry(name).shape for name in self.names}
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors' data."""
+        """The size of all tensors' data in bytes."""
         return sum(self.nbytes(name) for name in self.names)
 
     @property
     def dtype_of_weights(self) -> torch.dtype:
-        """The floating dtype that most elements have; CheckpointError when no tensor is floating."""
+        """The floating dtype that most elements have. Raises CheckpointError if no tensor is floating."""
         elements: Counter[torch.dtype] = Counter()
         for name in self.names:
             entry = self.entry(name)
@@ -81,17 +84,18 @@ class Checkpoint:
         return elements.most_common(1)[0][0]
 
     def stored(self, name: str) -> Stored:
-        """A tensor as it lies on disk, to be copied as it is."""
+        """A tensor on disk, to be copied as it is."""
         return Stored(self._header(name), self.entry(name))
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU in its stored dtype and shape: the exact bytes, a copy of one's own."""
+        """Read a tensor in its stored dtype and shape to the CPU, into memory of its own."""
         return self._read(name, self.entry(name).shape, 0)
 
     def read_slice(self, name: str, start_row: int, stop_row: int, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows [start_row, stop_row) of a tensor [rows, ...], nothing else being read; ValueError outside of it.
+        """Read rows [start_row, stop_row) of a tensor [rows, ...], and nothing else.
 
-        Where `memory` (uint8, [bytes], on the CPU) is large enough they are read into that, and are part of it.
+        If `memory` (uint8, [bytes], on the CPU) is large enough, the rows are read into it, and the result is a view of
+        it. Raises ValueError for rows that the tensor does not have.
         """
         shape = self.entry(name).shape
         if not shape or not 0 <= start_row <= stop_row <= shape[0]:
@@ -101,12 +105,14 @@ class Checkpoint:
     def fingerprint(self) -> dict[str, str]:
         """What identifies the checkpoint, file name -> digest, without reading all of its data."""
         small = [name for name in (CONFIG, INDEX) if (self.folder / name).is_file()]
-        found = {name: file_fingerprint(read_bytes(self.folder / name)) for name in small}
-        return found | {file: _weights_fingerprint(header) for file, header in sorted(self._headers.items())}
+        digests = {name: file_fingerprint(read_bytes(self.folder / name)) for name in small}
+        return digests | {file: _weights_fingerprint(header) for file, header in sorted(self._headers.items())}
 
     def modified(self) -> dict[str, str]:
-        """When each file of weights was last written to, file name -> time (UTC): beside ``fingerprint``, which reads
-        samples, what tells that anything of it may have changed."""
+        """The time at which each weight file was last written to, file name -> time (UTC).
+
+        `fingerprint` reads samples only; together they tell that anything of a file may have changed.
+        """
         return {file: _time_written(header) for file, header in sorted(self._headers.items())}
 
     def require_complete(self, outline: Outline) -> None:
@@ -136,9 +142,9 @@ class Checkpoint:
             )
 
     def check_finite(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Reads every floating tensor, 64 MiB at a time; CheckpointError for the first with a NaN or infinity.
+        """Read every floating tensor, 64 MiB at a time. Raises CheckpointError for the first with a NaN or infinity.
 
-        `progress` is told (bytes looked at, bytes in all) after each tensor.
+        `progress` is called with (bytes looked at, bytes in all) after each tensor.
         """
         done, total = 0, self.total_bytes
         for name in sorted(self.names, key=lambda name: (self._homes[name], self.entry(name).start)):
@@ -149,7 +155,7 @@ class Checkpoint:
                 progress(done, total)
 
     def check_finite_tensor(self, name: str) -> None:
-        """Reads one tensor, 64 MiB at a time; CheckpointError where it is floating and has a NaN or infinity."""
+        """Read one tensor, 64 MiB at a time. Raises CheckpointError if it is floating and has a NaN or infinity."""
         entry = self.entry(name)
         if entry.dtype.is_floating_point:
             require_finite(self._header(name), entry)
@@ -161,7 +167,7 @@ class Checkpoint:
     def _read(
         self, name: str, shape: tuple[int, ...], skipped_rows: int, memory: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`shape` of the tensor, after as many of its rows."""
+        """Read a tensor's bytes from a row on, as many as `shape` takes."""
         header, entry = self._header(name), self.entry(name)
         row_bytes = entry.nbytes // entry.shape[0] if skipped_rows else 0
         nbytes = prod(shape) * entry.dtype.itemsize
@@ -180,12 +186,15 @@ class Checkpoint:
 
 
 def file_fingerprint(raw: bytes) -> str:
-    """The sha256 of a file that is read whole."""
+    """The fingerprint of a small file: the sha256 of its bytes."""
     return f"sha256 {hashlib.sha256(raw).hexdigest()}"
 
 
 def _weights_fingerprint(header: Header) -> str:
-    """Size, sha256 of the header's bytes, and sha256 of 64 KiB from the start, middle and end of the data."""
+    """The fingerprint of a weight file: its size, the sha256 of its header, and the sha256 of samples.
+
+    The samples are 64 KiB from the start, the middle and the end of the data.
+    """
     data_bytes = header.size - header.data_start
     length = min(SAMPLE_BYTES, data_bytes)
     starts = (header.data_start, header.data_start + (data_bytes - length) // 2, header.size - length)
@@ -195,13 +204,13 @@ def _weights_fingerprint(header: Header) -> str:
 
 
 def _time_written(header: Header) -> str:
-    """When the file was last written to, to the nanosecond, UTC."""
+    """The time at which the file was last written to, to the nanosecond, UTC."""
     seconds, rest = divmod(header.mtime_ns, 10**9)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
 
 
 def _bytes(header: Header, start: int, length: int) -> bytearray:
-    """`length` bytes of the file from `start` on."""
+    """Read `length` bytes of the file from `start` on."""
     sample = bytearray(length)
     read_into(header, start, memoryview(sample))
     return sample

@@ -1,4 +1,4 @@
-"""bitwright.json, the account that lies in every folder that Bitwright wrote."""
+"""The account that every folder of Bitwright's holds (bitwright.json), read again."""
 
 import json
 from pathlib import Path
@@ -7,23 +7,23 @@ from typing import Any
 from bitwright.checkpoint.reader import Checkpoint
 
 REPORT = "bitwright.json"
-SAID = "quantization_config"
-"""What config.json said of the linears when they were written, under its own name."""
+WRITTEN_CONFIG = "quantization_config"
+"""The account's key for the quantization_config that config.json had when the linears were written."""
 
 
 def account_of(folder: Path) -> dict[str, Any]:
-    """bitwright.json, or nothing where there is none that can be read: the tensors are what counts."""
+    """Read bitwright.json; empty if there is none that can be read, because the tensors are what counts."""
     try:
-        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        account = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return account if isinstance(account, dict) else {}
 
 
 def digests_of(folder: Path) -> dict[str, str]:
     """The digest of what every quantized linear was stored as, by its name without ``.weight``.
 
-    Nothing where no account says them: of folders of others, and of an earlier Bitwright.
+    Empty if the account names none: in folders of other tools, and of an earlier Bitwright.
     """
     try:
         rows = _rows(account_of(folder))
@@ -37,34 +37,33 @@ def is_ours(folder: Path) -> bool:
     return bool(account_of(folder).get("blocks"))
 
 
-def as_written(said: dict[str, Any] | None) -> dict[str, Any]:
-    """What an account keeps of config.json, which may be edited; nothing where nothing is said."""
-    return {} if said is None else {SAID: said}
+def as_written(config: dict[str, Any] | None) -> dict[str, Any]:
+    """The entry of the account that keeps a quantization_config, because config.json may be edited later."""
+    return {} if config is None else {WRITTEN_CONFIG: config}
 
 
-def said_of(folder: Path) -> dict[str, Any] | None:
-    """The quantization_config that a folder was written with; None where no account has it, as of an earlier
-    Bitwright."""
-    found = account_of(folder).get(SAID)
-    return found if isinstance(found, dict) else None
+def written_config(folder: Path) -> dict[str, Any] | None:
+    """The quantization_config that a folder was written with; None if no account has it (an earlier Bitwright)."""
+    config = account_of(folder).get(WRITTEN_CONFIG)
+    return config if isinstance(config, dict) else None
 
 
 def is_made_of(folder: Path, original: Checkpoint) -> bool:
     """Whether the account names the weight files of this original."""
-    told, found = account_of(folder).get("model"), original.fingerprint()
-    weights = {name: digest for name, digest in found.items() if name.endswith(".safetensors")}
-    return bool(weights) and isinstance(told, dict) and weights.items() <= told.items()
+    recorded, present = account_of(folder).get("model"), original.fingerprint()
+    weights = {name: digest for name, digest in present.items() if name.endswith(".safetensors")}
+    return bool(weights) and isinstance(recorded, dict) and weights.items() <= recorded.items()
 
 
 def without_digests(account: dict[str, Any]) -> dict[str, Any]:
-    """An account that goes along with linears that are stored otherwise."""
-    account = {key: value for key, value in account.items() if key != SAID}
+    """An account without digests and config, for linears that are now stored in another way."""
+    account = {key: value for key, value in account.items() if key != WRITTEN_CONFIG}
     try:
         blocks = [
             block | {"linears": [{key: row[key] for key in row if key != "digest"} for row in block["linears"]]}
             for block in account["blocks"]
         ]
-    except (KeyError, TypeError):  # of somebody else, or none
+    except (KeyError, TypeError):  # not an account of ours
         return account
     return account | {"blocks": blocks}
 

@@ -1,4 +1,4 @@
-"""Files that are either there whole or not at all: written beside their place, made durable, then moved into it.
+"""Atomic files: each is there whole or not at all, because it is written beside its place and then moved into it.
 
 Tensors are streamed by hand, not through `safetensors.torch.save_file`: that writes the metadata in an order which
 changes from run to run, and reports a full disk as an error that is no OSError.
@@ -25,17 +25,17 @@ from bitwright.core.tensor_bytes import memory_of
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
-LARGE_BYTES = 8 * 2**20  # of a file that is not kept in memory once it is durable
-STEP_BYTES = 32 * 2**20  # at least so much is written between two times that a large file is made durable
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # file systems that cannot sync a folder say one of these
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write if there is no room
+LARGE_BYTES = 8 * 2**20  # files of this size are flushed as they grow, and leave the system's cache
+FLUSH_BYTES = 32 * 2**20  # at least so much is written between two flushes of a large file
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # errors of file systems that cannot sync a folder
 
 
 @contextmanager
 def atomic(path: Path, nbytes: int) -> Iterator[BinaryIO]:
-    """A file to write `nbytes` bytes to, which becomes `path` if the body succeeds and leaves nothing if it does not.
+    """Open a file for `nbytes` bytes that becomes `path` if the body succeeds, and vanishes if it does not.
 
-    A former file `path` stays as it was until then. OutputError for what the file system refuses.
+    A former file `path` stays as it was until then. Raises OutputError for what the file system refuses.
     """
     temporary = temporary_name(path)
     try:
@@ -54,7 +54,7 @@ def atomic(path: Path, nbytes: int) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _small(path: Path) -> Iterator[BinaryIO]:
-    """A new file, durable when the body has succeeded."""
+    """Open a new file that is durable once the body has succeeded."""
     with path.open("xb") as file:
         yield file
         file.flush()
@@ -63,40 +63,46 @@ def _small(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _large(path: Path) -> Iterator[BinaryIO]:
-    """A new file, durable when the body has succeeded. Raises OSError, later than what it is about was written."""
+    """Open a new file that is flushed to disk while it grows. An OSError may come later than the write it is about."""
     raw = _LargeFile(path, "x")
-    with io.BufferedWriter(raw) as file, ThreadPoolExecutor(1, "flush") as raw.behind:
+    with io.BufferedWriter(raw) as file, ThreadPoolExecutor(1, "flush") as raw.thread:
         yield file
         file.flush()
-        raw.settle()
-        raw.settled()
+        raw.begin_flush()
+        raw.end_flush()
 
 
 class _LargeFile(io.FileIO):
-    behind: ThreadPoolExecutor
-    settling: Future[None] | None = None
-    waiting = 0
+    """A file that another thread makes durable while it is written, so that little is left to wait for at the end.
+
+    Durable bytes leave the system's cache. A written model would otherwise take as much memory again as it is large;
+    in virtual machines, finding that memory page by page costs several times what copying costs.
+    """
+
+    thread: ThreadPoolExecutor
+    flushing: Future[None] | None = None
+    unflushed = 0
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Writes as a file does; every now and then another thread makes durable what there is so far."""
-        if self.waiting >= STEP_BYTES and (self.settling is None or self.settling.done()):
-            self.settle()
+        """Write, and begin a flush every now and then."""
+        if self.unflushed >= FLUSH_BYTES and (self.flushing is None or self.flushing.done()):
+            self.begin_flush()
         written = super().write(data)
-        self.waiting += written
+        self.unflushed += written
         return written
 
-    def settle(self) -> None:
-        """Begins to make durable what there is, once that is done which was begun before; raises what befell that."""
-        self.settled()
-        self.settling, self.waiting = self.behind.submit(_settle, self.fileno()), 0
+    def begin_flush(self) -> None:
+        """Begin to make durable what is written so far, once the flush before is done."""
+        self.end_flush()
+        self.flushing, self.unflushed = self.thread.submit(_flush, self.fileno()), 0
 
-    def settled(self) -> None:
-        """Waits for what was begun; raises OSError for what befell it, which the system tells only once."""
-        if self.settling is not None:
-            self.settling.result()
+    def end_flush(self) -> None:
+        """Wait for the flush. Raises its OSError, which the system reports only once."""
+        if self.flushing is not None:
+            self.flushing.result()
 
 
-def _settle(file: int) -> None:
+def _flush(file: int) -> None:
     os.fsync(file)
     forget(file)
 
@@ -104,11 +110,11 @@ def _settle(file: int) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor | Stored], metadata: Mapping[str, str] | None = None
 ) -> int:
-    """Writes a safetensors file atomically and returns its size in bytes; the same tensors give the same bytes.
+    """Write a safetensors file atomically and return its size in bytes; the same tensors give the same bytes.
 
-    Tensors of any device and stride; one at a time is copied where it is not contiguous on the CPU; or from another
-    file, whose CheckpointError for what has changed under the run is passed on. ValueError for the
-    name the format keeps for itself, TypeError for a dtype it does not know.
+    Tensors may be on any device and have any strides; those that are not contiguous on the CPU are copied, one at a
+    time. Tensors of another file are copied from it; if it changed, its CheckpointError is passed on. Raises ValueError
+    for the name that the format reserves, TypeError for a dtype that it does not know.
     """
     if METADATA in tensors:
         raise ValueError(f"no tensor can be called {METADATA} in a safetensors file")
@@ -127,7 +133,7 @@ def write_tensors(
 
 
 def write_text(path: Path, text: str) -> int:
-    """Writes UTF-8 text atomically and returns its size in bytes."""
+    """Write UTF-8 text atomically and return its size in bytes."""
     raw = text.encode("utf-8")
     with atomic(path, len(raw)) as file:
         file.write(raw)
@@ -135,12 +141,12 @@ def write_text(path: Path, text: str) -> int:
 
 
 def write_json(path: Path, value: Any) -> int:
-    """Writes JSON atomically, indented, keys in the order they have, and returns its size in bytes."""
+    """Write indented JSON atomically, keys in the order they have, and return its size in bytes."""
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def copy_file(source: Path, target: Path) -> int:
-    """Copies a file's bytes atomically and returns how many; CheckpointError when `source` cannot be read."""
+    """Copy a file's bytes atomically and return how many. Raises CheckpointError if `source` cannot be read."""
     try:
         reading = source.open("rb")
     except OSError as error:
@@ -153,12 +159,12 @@ def copy_file(source: Path, target: Path) -> int:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where a file stands while it is written: the same name each time, so that a second try clears up the first."""
+    """The name of a file while it is written: always the same, so that a second try clears up the first."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a folder's entries (created, renamed, removed) durable; OSError as the file system reports it."""
+    """Make a folder's entries (created, renamed, removed) durable. Raises OSError as the file system reports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -171,8 +177,8 @@ def sync_folder(folder: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Bytes free to this user on the file system that `path` is, or would be, on."""
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _entry(name: str, tensor: torch.Tensor | Stored) -> TensorEntry:
@@ -182,7 +188,7 @@ def _entry(name: str, tensor: torch.Tensor | Stored) -> TensorEntry:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file if that can be done; the error on the way is already another."""
+    """Remove a file if possible; another error is already on its way."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
 

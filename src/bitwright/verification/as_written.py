@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bitwright.checkpoint.report_file import said_of
+from bitwright.checkpoint.report_file import written_config
 from bitwright.core.errors import UserError
 from bitwright.core.format import TensorFormat
 from bitwright.core.quantized import Described
@@ -21,7 +21,7 @@ def edited(model: QuantizedFolder) -> str | None:
 
     Keys that change no weight may differ: those that say how to run it, and which linears there are.
     """
-    was, now = said_of(model.folder), model.checkpoint.config.get(CONFIG)
+    was, now = written_config(model.folder), model.checkpoint.config.get(CONFIG)
     if was is None or not isinstance(now, dict) or model.described is None:
         return None
     try:

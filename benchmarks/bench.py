@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bitwright.calibration.segments import segments
 from bitwright.calibration.texts import BUILTIN, text_of
-from bitwright.core.scheme import FULL, Scheme
+from bitwright.core.grid import FULL
+from bitwright.core.scheme import Scheme
 from bitwright.model.source import tokenize
 
 WORKERS = Path(__file__).parent / "rivals"

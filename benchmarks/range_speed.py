@@ -33,8 +33,9 @@ from rows import Kept, Row, measured_on
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bitwright.core.grid import FULL
 from bitwright.core.qtensor import affine, dequantize, quantize
-from bitwright.core.scheme import FULL, Scheme
+from bitwright.core.scheme import Scheme
 from bitwright.steps.range_fit import fitted
 from bitwright.steps.ranges import minmax
 

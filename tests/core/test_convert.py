@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitwright.core.convert import difference, on_grid, relative_error, split, with_scales
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import FULL, Grid, Tile
 
 
 def drawn(seed: int, grid: Grid, tile: Tile, shape: tuple[int, int] = (8, 64)) -> QTensor:
@@ -24,8 +24,8 @@ def drawn(seed: int, grid: Grid, tile: Tile, shape: tuple[int, int] = (8, 64)) -
 def test_another_grid_stands_for_the_same_weight_or_is_refused(
     seed: int, bits: int, to: int, symmetric: bool, to_symmetric: bool
 ) -> None:
-    weight = drawn(seed, Grid(bits, symmetric), Tile(1, 32))
-    moved = on_grid(weight, Grid(to, to_symmetric))
+    weight = drawn(seed, Grid.integers(bits, symmetric), Tile(1, 32))
+    moved = on_grid(weight, Grid.integers(to, to_symmetric))
     if moved is None:
         assert to < bits or (to == bits and to_symmetric and not symmetric), "a finer grid has room for every level"
         return
@@ -34,21 +34,23 @@ def test_another_grid_stands_for_the_same_weight_or_is_refused(
 
 
 def test_symmetric_codes_as_asymmetric_ones_by_hand() -> None:
-    weight = QTensor(torch.tensor([[-8, 0, 7]], dtype=torch.int8), torch.ones(1, 1), None, Grid(4, True), Tile(1, FULL))
-    moved = on_grid(weight, Grid(4))
+    weight = QTensor(
+        torch.tensor([[-8, 0, 7]], dtype=torch.int8), torch.ones(1, 1), None, Grid.integers(4, True), Tile(1, FULL)
+    )
+    moved = on_grid(weight, Grid.integers(4))
     assert moved is not None and moved.zero is not None
     assert moved.codes.tolist() == [[0, 8, 15]] and moved.zero.tolist() == [[8]]
 
 
 def test_asymmetric_levels_that_leave_a_symmetric_grid_are_refused() -> None:
     codes, zero = torch.tensor([[0, 15]], dtype=torch.uint8), torch.tensor([[2]], dtype=torch.uint8)
-    weight = QTensor(codes, torch.ones(1, 1), zero, Grid(4), Tile(1, FULL))
-    assert on_grid(weight, Grid(4, True)) is None
-    moved = on_grid(weight, Grid(5, True))
+    weight = QTensor(codes, torch.ones(1, 1), zero, Grid.integers(4), Tile(1, FULL))
+    assert on_grid(weight, Grid.integers(4, True)) is None
+    moved = on_grid(weight, Grid.integers(5, True))
     assert moved is not None and moved.codes.tolist() == [[-2, 13]]
 
 
-@pytest.mark.parametrize("grid", [Grid(4), Grid(3, True)], ids=str)
+@pytest.mark.parametrize("grid", [Grid.integers(4), Grid.integers(3, True)], ids=str)
 def test_scales_are_repeated_in_smaller_tiles(grid: Grid) -> None:
     weight = drawn(1, grid, Tile(1, FULL))
     smaller = split(weight, Tile(1, 16))
@@ -58,7 +60,7 @@ def test_scales_are_repeated_in_smaller_tiles(grid: Grid) -> None:
 
 
 def test_what_rounded_scales_lose_is_measured() -> None:
-    weight = drawn(2, Grid(4), Tile(1, 32))
+    weight = drawn(2, Grid.integers(4), Tile(1, 32))
     lost = difference("x", weight, with_scales(weight, torch.float16))
     assert lost.codes and 0 < lost.error < 2**-22
     assert difference("x", weight, weight).error == 0

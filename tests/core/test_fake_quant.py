@@ -6,8 +6,9 @@ from torch import Tensor
 
 from bitwright.core import fake_quant, panels
 from bitwright.core.fake_quant import FakeQuantizer, fake_quantize, fake_quantize_tokens
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.qtensor import affine, dequantize, quantize, tiled
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.steps.ranges import minmax
 
 Given = tuple[Tensor, Tensor, Tensor]
@@ -97,11 +98,11 @@ def test_what_is_clipped_keeps_its_side_however_far_away() -> None:
 
 def test_autocast_leaves_the_codes_of_activations_alone() -> None:
     x = torch.randn(4, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
-    wanted = fake_quantize_tokens(x.float(), Grid(8))
+    wanted = fake_quantize_tokens(x.float(), Grid.integers(8))
     with torch.autocast("cpu", torch.bfloat16):
-        found = fake_quantize_tokens(x, Grid(8))
+        found = fake_quantize_tokens(x, Grid.integers(8))
     assert torch.equal(found, wanted)
-    assert fake_quantize_tokens(x, Grid(8)).dtype == torch.bfloat16
+    assert fake_quantize_tokens(x, Grid.integers(8)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -7,13 +7,14 @@ import torch
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import SchemeError
 from bitwright.core.fake_quant import fake_quantize
+from bitwright.core.grid import Q4_1, Grid, Levels, Tile, Zero
 from bitwright.core.qtensor import QTensor, affine
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.steps.apply import quantize_linear
 from bitwright.steps.ranges import minmax
 from bitwright.steps.rounding import Ranges, compensated, curvature
 
-GRID, TILE = Grid(4, minimum=True), Tile(1, 32)
+GRID, TILE = Q4_1, Tile(1, 32)
 
 
 def weight(rows: int = 64) -> torch.Tensor:
@@ -72,4 +73,4 @@ def test_errors_that_gptq_moves_on_are_those_of_what_is_stored() -> None:
 
 def test_a_symmetric_grid_has_none() -> None:
     with pytest.raises(SchemeError, match="no zero point"):
-        Grid(4, symmetric=True, minimum=True)
+        Grid(Levels(-8, 7), zero=Zero.PRODUCT)

@@ -11,14 +11,15 @@ from hypothesis.extra.numpy import arrays
 
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import SchemeError
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor, affine, dequantize, quantize, tiled
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.steps.apply import quantize_linear
 from bitwright.steps.ranges import minmax
 
 ROWS, COLUMNS = 4, 6
 TILES = st.sampled_from([Tile(1, FULL), Tile(1, 2), Tile(1, 3), Tile(2, 1), Tile(4, 1), Tile(FULL, FULL), Tile(2, 3)])
-GRIDS = st.builds(Grid, st.integers(2, 8), st.booleans())
+GRIDS = st.builds(Grid.integers, st.integers(2, 8), st.booleans())
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 
 
@@ -109,11 +110,11 @@ def test_one_value_everywhere(value: float, bits: int, tile: Tile, dtype: torch.
     and exact where n·(c/n) is."""
     weight = torch.full((ROWS, COLUMNS), value).to(dtype)
     c, info = float(weight[0, 0]), torch.finfo(dtype)
-    q = rounded(weight, Grid(bits), tile, dtype)
+    q = rounded(weight, Grid.integers(bits), tile, dtype)
     error = (q.dequantize(torch.float64) - c).abs()
     steps = 2**bits - 1
     assert (error <= abs(c) * info.eps / 2 * (1 + 2.0**-10) + steps * max(info.tiny * info.eps, info.tiny / 2)).all()
-    exact = rounded(torch.full((ROWS, COLUMNS), float(steps)), Grid(bits), tile, dtype)
+    exact = rounded(torch.full((ROWS, COLUMNS), float(steps)), Grid.integers(bits), tile, dtype)
     assert (exact.dequantize() == steps).all()
 
 
@@ -132,9 +133,9 @@ def test_no_weight_gives_nan_or_infinity(data: st.DataObject, grid: Grid, tile: 
     ("grid", "dtype", "largest"),
     [
         # h = max/7 is rounded up in bfloat16, and 7h is beyond the largest number.
-        (Grid(3), torch.bfloat16, torch.finfo(torch.bfloat16).max),
+        (Grid.integers(3), torch.bfloat16, torch.finfo(torch.bfloat16).max),
         # h = 2*60000/3 = 40000 and -60000/40000 = -1.5 takes the code -2: -80000, in a dtype that ends at 65504.
-        (Grid(2, symmetric=True), torch.float16, 60000.0),
+        (Grid.integers(2, symmetric=True), torch.float16, 60000.0),
     ],
     ids=["asym", "sym"],
 )
@@ -166,7 +167,7 @@ def whole_words(bits: int) -> int:
 
 @few
 @given(GRIDS, TILES, DTYPES, st.integers(0, ROWS * COLUMNS))
-@example(Grid(4), Tile(1, 2), torch.float32, 3)
+@example(Grid.integers(4), Tile(1, 2), torch.float32, 3)
 def test_storage_counts_everything(grid: Grid, tile: Tile, dtype: torch.dtype, outliers: int) -> None:
     mask = torch.zeros(ROWS * COLUMNS, dtype=torch.bool)
     mask[:outliers] = True
@@ -212,17 +213,17 @@ def test_nothing_that_is_given_is_changed(weight: torch.Tensor, grid: Grid, tile
 
 
 def test_ranges_are_made_to_contain_zero() -> None:
-    scale, zero = affine(torch.tensor([[2.0]]), torch.tensor([[6.0]]), Grid(2), torch.float32)
+    scale, zero = affine(torch.tensor([[2.0]]), torch.tensor([[6.0]]), Grid.integers(2), torch.float32)
     assert zero is not None
     assert (scale.item(), zero.item()) == (2.0, 0)
-    scale, zero = affine(torch.tensor([[-6.0]]), torch.tensor([[-2.0]]), Grid(2), torch.float32)
+    scale, zero = affine(torch.tensor([[-6.0]]), torch.tensor([[-2.0]]), Grid.integers(2), torch.float32)
     assert zero is not None
     assert (scale.item(), zero.item()) == (2.0, 3)
 
 
 def test_a_tile_that_does_not_divide_the_weight_is_refused() -> None:
     with pytest.raises(SchemeError, match="6 input features do not divide into groups of 4"):
-        rounded(torch.ones(ROWS, COLUMNS), Grid(4), Tile(1, 4), torch.float32)
+        rounded(torch.ones(ROWS, COLUMNS), Grid.integers(4), Tile(1, 4), torch.float32)
 
 
 @pytest.mark.parametrize("bits", range(2, 8))
@@ -232,7 +233,7 @@ def test_more_bits_are_more_exact(bits: int, symmetric: bool) -> None:
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 
     def error(bits: int) -> float:
-        values = rounded(weight, Grid(bits, symmetric), Tile(1, FULL), torch.float32).dequantize()
+        values = rounded(weight, Grid.integers(bits, symmetric), Tile(1, FULL), torch.float32).dequantize()
         return float((values - weight).square().sum())
 
     assert error(bits) > 3 * error(bits + 1)

@@ -6,12 +6,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitwright.core.errors import SchemeError
-from bitwright.core.scheme import FULL, GRAMMAR, Grid, Scheme, Tile
+from bitwright.core.grid import FULL, Grid, Tile
+from bitwright.core.scheme import GRAMMAR, Scheme
 
 BITS = st.integers(2, 8)
 SCHEMES = st.builds(
     Scheme,
-    weight=st.builds(Grid, BITS, st.booleans()),
+    weight=st.builds(Grid.integers, BITS, st.booleans()) | st.builds(Grid.with_real_minimum, BITS),
     tile=st.builds(Tile, st.just(1), st.just(FULL) | st.integers(2, 10**9 - 1))
     | st.builds(Tile, st.integers(2, 10**9 - 1), st.just(1)),
     activation_bits=st.none() | BITS,
@@ -185,7 +186,7 @@ def test_letters_that_only_look_alike_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_grids(bits: int) -> None:
-    asymmetric, symmetric = Grid(bits), Grid(bits, symmetric=True)
+    asymmetric, symmetric = Grid.integers(bits), Grid.integers(bits, symmetric=True)
     assert (asymmetric.qmin, asymmetric.qmax) == (0, 2**bits - 1)
     assert (symmetric.qmin, symmetric.qmax) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     assert asymmetric.steps == symmetric.steps == 2**bits - 1
@@ -194,7 +195,7 @@ def test_grids(bits: int) -> None:
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
 def test_no_grid_of_other_bits(bits: int) -> None:
     with pytest.raises(SchemeError, match=f"{bits} bits asked for; a grid has 2 to 8 bits"):
-        Grid(bits)
+        Grid.integers(bits)
 
 
 @pytest.mark.parametrize(

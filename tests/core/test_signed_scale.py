@@ -8,9 +8,10 @@ from torch import Tensor
 
 from bitwright.core.errors import SchemeError
 from bitwright.core.fake_quant import fake_quantize
+from bitwright.core.grid import Grid, ScaleStorage, Tile, Zero
 from bitwright.core.packing import pack, unpack
 from bitwright.core.qtensor import QTensor, affine, dequantize, packed_bits, quantize, span, tiled, whole
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.steps.ranges import minmax
 
 BITS = st.integers(2, 7)
@@ -19,7 +20,7 @@ PRESETS = [("mlc:q4f16_1", 4, 32), ("mlc:q3f16_1", 3, 40), ("mlc:q2f16_1", 2, 64
 
 
 def signed(bits: int) -> Grid:
-    return Grid(bits, symmetric=True, signed_scale=True)
+    return Grid.with_signed_scale(bits)
 
 
 def heavy(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -35,7 +36,9 @@ def test_the_codes() -> None:
     assert [(signed(b).qmin, signed(b).qmax) for b in (2, 3, 4)] == [(-1, 2), (-3, 4), (-7, 8)]
     for bits, symmetric in ((4, False), (8, True)):
         with pytest.raises(SchemeError, match="a signed scale goes with a symmetric grid of less than 8 bits"):
-            Grid(bits, symmetric, signed_scale=True)
+            Grid(
+                Grid.integers(bits, symmetric).levels, ScaleStorage(signed=True), Zero.NONE if symmetric else Zero.CODE
+            )
 
 
 def test_by_hand() -> None:
@@ -67,7 +70,7 @@ def test_against_a_loop(bits: int, seed: int, dtype: torch.dtype) -> None:
 
 @given(BITS, st.booleans(), st.integers(0, 1000))
 def test_a_span_is_the_range_of_its_scale(bits: int, symmetric: bool, seed: int) -> None:
-    for grid in (signed(bits), Grid(bits, symmetric)):
+    for grid in (signed(bits), Grid.integers(bits, symmetric)):
         scale, zero = affine(*minmax(heavy(8, 12, seed), Tile(1, 6)), grid, torch.float16)
         again = affine(*span(scale.float(), zero, grid), grid, torch.float16)
         assert torch.equal(again[0], scale)
@@ -79,7 +82,7 @@ def test_it_loses_less_than_a_scale_without_a_sign(bits: int) -> None:
     weight, tile = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)), Tile(1, 32)
     lost = [
         float((written(weight, grid, tile).dequantize(torch.float32) - weight).square().sum())
-        for grid in (signed(bits), Grid(bits, symmetric=True))
+        for grid in (signed(bits), Grid.integers(bits, symmetric=True))
     ]
     assert lost[0] < lost[1]
 
@@ -91,7 +94,7 @@ def test_training_sees_the_weight_that_is_written_and_the_gradient_of_autograd(
     bits: int, kind: str, tile: Tile, seed: int
 ) -> None:
     """Straight through every rounding: by autograd, from the formula written out."""
-    grid = {"asymmetric": Grid(bits), "symmetric": Grid(bits, True), "signed": signed(bits)}[kind]
+    grid = {"asymmetric": Grid.integers(bits), "symmetric": Grid.integers(bits, True), "signed": signed(bits)}[kind]
     weight, towards = heavy(4, 12, seed) * 50, heavy(4, 12, seed + 1)
     low, high = (end * 0.7 for end in minmax(weight, tile))
     scale, zero = affine(low, high, grid, torch.float32)
@@ -171,7 +174,7 @@ def test_schemes_have_the_names_of_presets(name: str, bits: int, group: int) -> 
     scheme = Scheme.parse(f" {name.upper()} ")
     assert (scheme.weight, scheme.tile, str(scheme)) == (signed(bits), Tile(1, group, ragged=True), name)
     assert (scheme.activations, scheme.kv, scheme.fixes_axis) == (None, None, True)
-    assert scheme.float16_scales and not Scheme.parse("W4A16g32sym").float16_scales
+    assert scheme.weight.scales.dtype == "float16" and Scheme.parse("W4A16g32sym").weight.scales.dtype is None
 
 
 def test_a_preset_that_is_none_is_refused_with_those_there_are() -> None:

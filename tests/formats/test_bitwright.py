@@ -18,16 +18,17 @@ from transformers import LlamaConfig
 
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import CheckpointError
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Departure, Described, WrittenModel, departures
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.families import llama
 from bitwright.formats import bitwright as format
 from bitwright.formats.bitwright.config import schema
 from bitwright.steps.apply import quantize_linear
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "formats" / "bitwright.md"
-GRIDS = [Grid(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
+GRIDS = [Grid.integers(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 36), st.integers(1, 5), st.integers(1, 36))
 
@@ -109,8 +110,8 @@ def test_the_page_says_enough_to_read_slices(grid: Grid, tile: Tile, tmp_path: P
 
 
 def test_slices_read_back_as_they_were() -> None:
-    slices = [some((8, 12), Grid(3), Tile(4, 6), torch.float32, outliers) for outliers in (5, 0)]
-    back = format.read_stacked(format.encode_stacked("a", slices), "a", Grid(3))
+    slices = [some((8, 12), Grid.integers(3), Tile(4, 6), torch.float32, outliers) for outliers in (5, 0)]
+    back = format.read_stacked(format.encode_stacked("a", slices), "a", Grid.integers(3))
     assert [q.outlier_index is None for q in back] == [False, True]
     for q, was in zip(back, slices, strict=True):
         assert q.zero is not None and was.zero is not None and torch.equal(q.zero, was.zero)
@@ -118,15 +119,17 @@ def test_slices_read_back_as_they_were() -> None:
 
 
 def test_an_empty_list_of_outliers_is_none_at_all() -> None:
-    q = some((8, 12), Grid(3), Tile(4, 6), torch.float32, 1)
+    q = some((8, 12), Grid.integers(3), Tile(4, 6), torch.float32, 1)
     empty = replace(q, outlier_index=torch.empty(0, dtype=torch.int32), outlier_value=torch.empty(0))
     assert not [n for n in {**format.encode("a", empty), **format.encode_stacked("a", [empty])} if "outlier" in n]
-    assert torch.equal(format.decode_stacked(format.encode_stacked("a", [q, empty]), "a", Grid(3))[0], q.dequantize())
+    assert torch.equal(
+        format.decode_stacked(format.encode_stacked("a", [q, empty]), "a", Grid.integers(3))[0], q.dequantize()
+    )
 
 
-@pytest.mark.parametrize("other", [((8, 6), Grid(3)), ((8, 12), Grid(4)), None], ids=str)
+@pytest.mark.parametrize("other", [((8, 6), Grid.integers(3)), ((8, 12), Grid.integers(4)), None], ids=str)
 def test_slices_that_differ_are_not_stacked(other: tuple[tuple[int, int], Grid] | None) -> None:
-    one = some((8, 12), Grid(3), Tile(4, 6), torch.float32)
+    one = some((8, 12), Grid.integers(3), Tile(4, 6), torch.float32)
     slices = [] if other is None else [one, some(*other, Tile(4, 6), torch.float32)]
     with pytest.raises(ValueError, match="slices; to be stacked they need one shape, grid, tile and dtype"):
         format.encode_stacked("x", slices)
@@ -148,7 +151,7 @@ def test_the_example_of_the_page() -> None:
     given = {
         n: torch.from_numpy(t) if t.dtype != np.float64 else torch.from_numpy(t).float() for n, t in tensors.items()
     }
-    assert format.decode(given, "x", Grid(3)).tolist() == want
+    assert format.decode(given, "x", Grid.integers(3)).tolist() == want
     page = PAGE.read_text()
     assert all(f"0x{byte:02x}" in page for byte in (0x02, 0x35, 0x38, 0x09)) and "0x08 0x04" in page
 
@@ -171,7 +174,7 @@ def test_configs_keep_to_the_schema_and_say_the_scheme(scheme: str, dtype: torch
     grids = [None if said is None else said.grid for said in (read.activations, read.queries, read.keys_values)]
     assert grids == [asked.activations, asked.activations, asked.kv]
     assert (read.dtype, read.modules_to_not_convert) == (dtype, ("lm_head",))
-    assert format.queries_left_out(asked) is None
+    assert format.FORMAT.queries_left_out(asked) is None
 
 
 @pytest.mark.parametrize(
@@ -203,4 +206,4 @@ def test_departures_are_what_the_scheme_does_not_say() -> None:
         {"name": "kept", "shape": [64, 256], "tile": [1, 256], "outliers": 7},
     ]
     want = {"turned": Departure((64, 1), 0), "kept": Departure((1, 256), 7)}
-    assert departures(Scheme(Grid(4)), rows) == want
+    assert departures(Scheme(Grid.integers(4)), rows) == want

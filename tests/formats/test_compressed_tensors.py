@@ -16,15 +16,16 @@ from transformers import AutoConfig
 
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.families import llama
 from bitwright.formats import compressed_tensors as format
 from bitwright.steps.apply import quantize_linear
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-EVERY_GRID = [Grid(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
+EVERY_GRID = [Grid.integers(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
 
 
 def some(shape: tuple[int, int], grid: Grid, tile: Tile, dtype: torch.dtype, seed: int = 0) -> QTensor:
@@ -108,7 +109,7 @@ def test_stored_bytes_by_hand(shape: tuple[int, int]) -> None:
     # shape as two int64.
     rows, columns = shape
     by_hand = rows * -(-columns // 8) * 4 + rows * 2 + -(-rows // 8) * 4 + 16
-    assert format.stored_bytes(shape, Scheme(Grid(4)), torch.bfloat16) == by_hand
+    assert format.stored_bytes(shape, Scheme(Grid.integers(4)), torch.bfloat16) == by_hand
 
 
 @pytest.mark.parametrize("tile", [Tile(16, 1), Tile(FULL, FULL), Tile(2, FULL)], ids=str)
@@ -116,11 +117,11 @@ def test_groups_along_the_output_are_refused(tile: Tile) -> None:
     with pytest.raises(
         RecipeError, match=r"a\.b: compressed-tensors holds neither groups along the output nor outliers"
     ):
-        format.encode("a.b", some((16, 32), Grid(4), tile, torch.float32))
+        format.encode("a.b", some((16, 32), Grid.integers(4), tile, torch.float32))
 
 
 def test_weights_fused_over_experts_are_refused() -> None:
-    q = quantize_linear(torch.randn(4, 8), LinearDecision(), Scheme(Grid(4)), torch.float32)
+    q = quantize_linear(torch.randn(4, 8), LinearDecision(), Scheme(Grid.integers(4)), torch.float32)
     with pytest.raises(RecipeError, match=r"a\.b: compressed-tensors holds no weight that is fused over 3 experts"):
         format.encode_stacked("a.b", [q] * 3)
 
@@ -128,7 +129,7 @@ def test_weights_fused_over_experts_are_refused() -> None:
 def test_outliers_are_refused() -> None:
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     kept = LinearDecision(outliers=weight > 1)
-    q = quantize_linear(weight, kept, Scheme(Grid(4)), torch.float32)
+    q = quantize_linear(weight, kept, Scheme(Grid.integers(4)), torch.float32)
     with pytest.raises(RecipeError, match=r"nor outliers, .* Leave --format out, or take --format bitwright"):
         format.encode("a.b", q)
 

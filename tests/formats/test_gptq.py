@@ -17,14 +17,15 @@ from transformers import LlamaConfig
 
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Departure, Described, WrittenModel
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.families import llama
 from bitwright.formats import gptq as format
 from bitwright.steps.apply import quantize_linear
 
-GRIDS = [Grid(bits, symmetric) for bits in format.BITS for symmetric in (False, True)]
+GRIDS = [Grid.integers(bits, symmetric) for bits in format.BITS for symmetric in (False, True)]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "formats" / "gptq.md"
 
 
@@ -102,19 +103,19 @@ def test_the_example_of_the_page() -> None:
     """3 bits: the words of 32 inputs by hand, codes 0 to 7 again and again; a zero point 0 in both versions."""
     codes = torch.arange(32, dtype=torch.uint8).remainder(8).repeat(32, 1)
     zero = torch.zeros(32, 1, dtype=torch.uint8)
-    tensors = format.encode("x", QTensor(codes, torch.full((32, 1), 0.5).half(), zero, Grid(3), Tile(1, FULL)))
+    tensors = format.encode("x", QTensor(codes, torch.full((32, 1), 0.5).half(), zero, Grid.integers(3), Tile(1, FULL)))
     words = [0xFAC688 | 0x88 << 24, 0xC688FAC6, 0xFAC688FA]
     assert [int(word) & 0xFFFFFFFF for word in tensors["x.qweight"][:, 0]] == words
     assert tensors["x.qzeros"].tolist() == [[0, 0, 0]]
     one = {**tensors, "x.qzeros": torch.full((1, 3), -1, dtype=torch.int32)}
-    back = format.read(one, "x", Described(Grid(3), variant="gptq"))
+    back = format.read(one, "x", Described(Grid.integers(3), variant="gptq"))
     assert back.zero is not None and not back.zero.any(), "stored 7 is 0 in version 1"
     assert all(f"{word:08X}" in PAGE.read_text() for word in words)
 
 
 def test_symmetric_is_version_1_and_asymmetric_version_2() -> None:
     assert [written(s)["checkpoint_format"] for s in ("W4A16g128sym", "W4A16g128")] == ["gptq", "gptq_v2"]
-    q = some((32, 32), Grid(4, True), Tile(1, 32))
+    q = some((32, 32), Grid.integers(4, True), Tile(1, 32))
     assert set(format.encode("x", q)["x.qzeros"].flatten().tolist()) == {0x77777777}
 
 
@@ -124,29 +125,29 @@ def test_config_says_the_scheme_and_what_is_left_alone() -> None:
     assert config["dynamic"] == {r"-:^model\.layers\.0\.mlp\.up_proj$": {}} and config["lm_head"] is False
     assert written("W8A16sym", kept=())["lm_head"] is True
     read = format.described(config)
-    assert (read.grid, read.variant) == (Grid(8, True), "gptq")
+    assert (read.grid, read.variant) == (Grid.integers(8, True), "gptq")
 
 
 def test_rules_of_others_give_linears_grids_of_their_own() -> None:
     said = written("W4A16g32") | {"dynamic": {r"+:.*\.(?:1[0-5])\..*": {"bits": 8, "sym": True}, r"-:.*moe.*": {}}}
     read = format.described(said)
-    assert read.grid_of("model.layers.12.mlp.up_proj") == Grid(8, True)
-    assert read.grid_of("model.layers.2.mlp.up_proj") == Grid(4)
+    assert read.grid_of("model.layers.12.mlp.up_proj") == Grid.integers(8, True)
+    assert read.grid_of("model.layers.2.mlp.up_proj") == Grid.integers(4)
 
 
 def test_without_g_idx_and_with_one_that_sorts_nothing() -> None:
-    q = some((32, 64), Grid(4), Tile(1, 16))
+    q = some((32, 64), Grid.integers(4), Tile(1, 16))
     tensors = format.encode("x", q)
     tensors.pop("x.g_idx")
-    assert same(format.read(tensors, "x", Described(Grid(4), variant="gptq_v2")), q)
+    assert same(format.read(tensors, "x", Described(Grid.integers(4), variant="gptq_v2")), q)
     tensors["x.g_idx"] = torch.arange(64).flip(0).to(torch.int32) // 16
     with pytest.raises(CheckpointError, match="x: its input channels are sorted into groups out of order"):
-        format.read(tensors, "x", Described(Grid(4), variant="gptq_v2"))
+        format.read(tensors, "x", Described(Grid.integers(4), variant="gptq_v2"))
 
 
 def test_called_symmetric_with_zero_points_that_are_not() -> None:
-    q = some((32, 64), Grid(4), Tile(1, 16))
-    back = format.read(format.encode("x", q), "x", Described(Grid(4, True), variant="gptq_v2"))
+    q = some((32, 64), Grid.integers(4), Tile(1, 16))
+    back = format.read(format.encode("x", q), "x", Described(Grid.integers(4, True), variant="gptq_v2"))
     assert same(back, q)
 
 
@@ -169,28 +170,28 @@ def test_other_layouts_are_refused_with_what_can_be_read(changes: dict[str, Any]
 
 @pytest.mark.parametrize(("shape", "says"), [((48, 64), "48 output"), ((32, 72), "72 input")])
 def test_sizes_that_do_not_fill_words_are_refused(shape: tuple[int, int], says: str) -> None:
-    q = some(shape, Grid(4), Tile(1, FULL))
+    q = some(shape, Grid.integers(4), Tile(1, FULL))
     with pytest.raises(RecipeError, match=rf"a\.b .*: {says} features are no multiple of 32.*Take --format"):
         format.encode("a.b", q)
 
 
 def test_what_it_cannot_hold_is_refused() -> None:
-    for grid, tile in ((Grid(5), Tile(1, 32)), (Grid(4), Tile(32, 1))):
+    for grid, tile in ((Grid.integers(5), Tile(1, 32)), (Grid.integers(4), Tile(32, 1))):
         assert not format.holds(grid, tile, False)
         with pytest.raises(RecipeError, match="gptq holds 2, 3, 4, 8 bits and groups along the input"):
             format.encode("a", some((32, 32), grid, tile))
-    assert not format.holds(Grid(4), Tile(1, 32), True)
+    assert not format.holds(Grid.integers(4), Tile(1, 32), True)
     for scheme in ("W4A4", "W4A16KV4", "W5A16", "W4A16g128ic"):
         with pytest.raises(RecipeError):
             written(scheme)
     with pytest.raises(RecipeError, match="x: gptq holds neither"):
         written("W4A16", departures={"x": Departure((1, 64), 3)})
     with pytest.raises(RecipeError, match="fused over 2 experts"):
-        format.encode_stacked("a", [some((32, 32), Grid(4), Tile(1, 32))] * 2)
+        format.encode_stacked("a", [some((32, 32), Grid.integers(4), Tile(1, 32))] * 2)
 
 
 def test_scales_past_float16_are_refused_and_never_become_0() -> None:
-    q = replace(some((32, 32), Grid(4), Tile(1, 32)), scale=torch.full((32, 1), 1e4, dtype=torch.bfloat16))
+    q = replace(some((32, 32), Grid.integers(4), Tile(1, 32)), scale=torch.full((32, 1), 1e4, dtype=torch.bfloat16))
     with pytest.raises(RecipeError, match=r"a: a scale of .* is too large for float16"):
         format.encode("a", q)
     small = format.encode("a", replace(q, scale=torch.full((32, 1), 1e-12)))["a.scales"]

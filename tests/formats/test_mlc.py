@@ -22,8 +22,9 @@ from bitwright import Recipe
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.format import WriteOptions
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import FULL, NAMED, Grid, Scheme, Tile
+from bitwright.core.scheme import NAMED, Scheme
 from bitwright.formats import QuantizedFolder, mlc
 from bitwright.formats.mlc import architectures, chat, shards
 from bitwright.formats.mlc.beforehand import preset_of
@@ -95,7 +96,7 @@ def test_what_a_preset_holds_it_holds_exactly(scheme: str, preset: str) -> None:
 
 def test_a_group_with_minus_eight_is_turned_round() -> None:
     codes = torch.tensor([[-8, 7] + [0] * 30 + [-7, 7] + [0] * 30], dtype=torch.int8)
-    q = QTensor(codes, torch.tensor([[0.5]]), None, Grid(4, symmetric=True), Tile(1, FULL))
+    q = QTensor(codes, torch.tensor([[0.5]]), None, Grid.integers(4, symmetric=True), Tile(1, FULL))
     made = placed(q, PRESET["q4f16_1"])
     assert made is not None and made.scale.tolist() == [[-0.5, 0.5]]
     assert made.codes[0, :2].tolist() == [8, -7] and made.codes[0, 32:34].tolist() == [-7, 7]

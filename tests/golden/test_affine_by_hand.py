@@ -11,8 +11,9 @@ import torch
 from tests.golden import affine
 
 from bitwright.core.decisions import LinearDecision
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.steps.apply import quantize_linear
 
 
@@ -191,7 +192,7 @@ def test_bitwright(case: Case) -> None:
     dtype = getattr(torch, case.dtype)
     weight = torch.tensor(case.weight, dtype=dtype)
     assert weight.tolist() == case.weight, "the case's weights must be values of its dtype"
-    scheme = Scheme(Grid(case.bits, case.symmetric), Tile(*case.tile))
+    scheme = Scheme(Grid.integers(case.bits, case.symmetric), Tile(*case.tile))
     q = quantize_linear(weight, LinearDecision(), scheme, dtype)
     assert q.codes.tolist() == case.codes
     assert q.scale.dtype == dtype
@@ -213,7 +214,7 @@ def test_outliers_take_no_part_in_the_codes_but_are_exact() -> None:
     # [-1, 0.5, 2, 0.25] as above; 0.5 and 0.25 (positions 1 and 3) are kept as they are.
     weight = torch.tensor([[-1.0, 0.5, 2.0, 0.25]])
     kept = LinearDecision(outliers=torch.tensor([[False, True, False, True]]))
-    q = quantize_linear(weight, kept, Scheme(Grid(2)), torch.float32)
+    q = quantize_linear(weight, kept, Scheme(Grid.integers(2)), torch.float32)
     assert q.outlier_index is not None and q.outlier_index.tolist() == [1, 3]
     assert q.dequantize().tolist() == [[-1.0, 0.5, 2.0, 0.25]]
 
@@ -222,14 +223,14 @@ def test_storage_bits() -> None:
     # W [64, 128], 4 bits, groups of 64, bfloat16 scales: 8192 codes of 4 bits, 128 scales of 16, 128 zeros of 4:
     # 32768 + 2048 + 512 = 35328 bits, 4.3125 a weight. Two outliers in bfloat16 add 2 * (32 + 16) = 96.
     weight = torch.zeros(64, 128, dtype=torch.bfloat16)
-    scheme = Scheme(Grid(4), Tile(1, 64))
+    scheme = Scheme(Grid.integers(4), Tile(1, 64))
     q = quantize_linear(weight, LinearDecision(), scheme, torch.bfloat16)
     assert (q.storage_bits, q.bits_per_weight) == (35328, 4.3125)
     mask = torch.zeros(64, 128, dtype=torch.bool)
     mask[3, 5] = mask[7, 9] = True
     assert quantize_linear(weight, LinearDecision(outliers=mask), scheme, torch.bfloat16).storage_bits == 35328 + 96
     # Symmetric, per channel, float32: 8192 * 4 + 64 * 32 = 34816, no zeros.
-    symmetric = quantize_linear(weight, LinearDecision(), Scheme(Grid(4, True)), torch.float32)
+    symmetric = quantize_linear(weight, LinearDecision(), Scheme(Grid.integers(4, True)), torch.float32)
     assert symmetric.storage_bits == 34816
 
 
@@ -237,18 +238,20 @@ def test_storage_bits_of_words_that_are_not_full() -> None:
     # W [96, 32], 3 bits, groups of 32 along the output, bfloat16 scales: a row of 32 codes is 96 bits, 3 words; a
     # column has 3 scales, and 3 zeros: 9 bits, in a word of 32.
     # 96 * 96 + 96 * 16 + 32 * 32 = 9216 + 1536 + 1024 = 11776 bits.
-    along_outputs = quantize_linear(torch.zeros(96, 32), LinearDecision(), Scheme(Grid(3), Tile(32, 1)), torch.bfloat16)
+    along_outputs = quantize_linear(
+        torch.zeros(96, 32), LinearDecision(), Scheme(Grid.integers(3), Tile(32, 1)), torch.bfloat16
+    )
     assert along_outputs.storage_bits == 11776
     # W [5, 11], 3 bits, per channel, float32 scales: a row of 11 codes is 33 bits, 2 words; 5 zeros are 15 bits, 1
     # word. 5 * 64 + 5 * 32 + 32 = 512 bits.
-    ragged = quantize_linear(torch.zeros(5, 11), LinearDecision(), Scheme(Grid(3)), torch.float32)
+    ragged = quantize_linear(torch.zeros(5, 11), LinearDecision(), Scheme(Grid.integers(3)), torch.float32)
     assert ragged.storage_bits == 512
 
 
 def test_a_range_that_is_decided_is_the_one_that_is_used() -> None:
     # Range [-1, 2] decided for weights that reach from -3 to 5: h = 1, z = 1; -3 and 5 are clamped to codes 0 and 3.
     decided = LinearDecision(low=torch.tensor([[-1.0]]), high=torch.tensor([[2.0]]))
-    q = quantize_linear(torch.tensor([[-3.0, 5.0, 1.0]]), decided, Scheme(Grid(2)), torch.float32)
+    q = quantize_linear(torch.tensor([[-3.0, 5.0, 1.0]]), decided, Scheme(Grid.integers(2)), torch.float32)
     assert q.codes.tolist() == [[0, 3, 2]]
     assert q.dequantize().tolist() == [[-1.0, 2.0, 1.0]]
 
@@ -258,7 +261,7 @@ def test_codes_and_a_tile_that_are_decided_are_the_ones_that_are_used() -> None:
     weight = torch.tensor([[-1.0, 6.0], [2.0, 4.0]])
     codes = torch.tensor([[3, 0], [0, 3]], dtype=torch.uint8)
     decided = LinearDecision(tile=Tile(2, 1), codes=codes)
-    q: QTensor = quantize_linear(weight, decided, Scheme(Grid(2)), torch.float32)
+    q: QTensor = quantize_linear(weight, decided, Scheme(Grid.integers(2)), torch.float32)
     assert q.dequantize().tolist() == [[2.0, 0.0], [-1.0, 6.0]]
     assert (q.tile, q.shape) == (Tile(2, 1), (2, 2))
 

@@ -6,9 +6,10 @@ import torch
 from tests.golden import affine
 
 from bitwright.core.decisions import LinearDecision
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.method import Context
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.methods import rtn
 from bitwright.steps.apply import quantize_linear
 
@@ -41,7 +42,7 @@ def drawn(dtype: str, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_code_by_code(bits: int, tile: tuple[int, int], symmetric: bool, dtype: str) -> None:
     weight = drawn(dtype, seed=bits)
-    q = through_bitwright(weight, Scheme(Grid(bits, symmetric), Tile(*tile)))
+    q = through_bitwright(weight, Scheme(Grid.integers(bits, symmetric), Tile(*tile)))
     scale = q.scale.double().numpy()
     exact = weight.double().numpy()
     golden = affine.quantize(exact, bits, symmetric, tile, dtype)
@@ -59,7 +60,7 @@ def test_small_weights_in_float16(symmetric: bool) -> None:
     # A tile of 8 bits has a step below 2**-14 as soon as its range is below 0.0156: nothing unusual in a model.
     weight = (drawn("float32", seed=1) * 0.002).half()
     exact = weight.double().numpy()
-    q = through_bitwright(weight, Scheme(Grid(8, symmetric), Tile(1, 8)))
+    q = through_bitwright(weight, Scheme(Grid.integers(8, symmetric), Tile(1, 8)))
     golden = affine.quantize(exact, 8, symmetric, (1, 8), "float16")
     error, least = (np.abs(each - exact).sum() for each in (q.dequantize().double().numpy(), golden.values("float16")))
     assert error < 1.05 * least
@@ -67,7 +68,7 @@ def test_small_weights_in_float16(symmetric: bool) -> None:
 
 def test_dtypes_of_what_is_stored() -> None:
     weight = drawn("bfloat16", seed=0)
-    asymmetric, symmetric = (through_bitwright(weight, Scheme(Grid(4, sym))) for sym in (False, True))
+    asymmetric, symmetric = (through_bitwright(weight, Scheme(Grid.integers(4, sym))) for sym in (False, True))
     assert (asymmetric.codes.dtype, symmetric.codes.dtype) == (torch.uint8, torch.int8)
     assert asymmetric.zero is not None and asymmetric.zero.dtype == torch.uint8
     assert symmetric.zero is None

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import SchemeError
 from bitwright.core.fake_quant import fake_quantize_tokens
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.formats import bitwright as format
 from bitwright.kernels import reference
 from bitwright.kernels.reference import PackedLinear
 from bitwright.steps.apply import quantize_linear
 
-GRIDS = [Grid(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
+GRIDS = [Grid.integers(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TILES = [Tile(1, FULL), Tile(1, 8), Tile(36, 1), Tile(FULL, 1), Tile(FULL, FULL), Tile(9, 8), Tile(2, FULL)]
 
@@ -68,7 +69,7 @@ def test_any_slab_of_any_weight(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_is_that_of_a_linear(dtype: torch.dtype) -> None:
-    q = some((48, 32), Grid(3), Tile(16, 1), torch.bfloat16, outliers=5)
+    q = some((48, 32), Grid.integers(3), Tile(16, 1), torch.bfloat16, outliers=5)
     bias = nn.Parameter(torch.linspace(-1, 1, 48, dtype=dtype))
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     want = nn.functional.linear(x, q.dequantize().to(dtype), bias)
@@ -77,13 +78,13 @@ def test_forward_is_that_of_a_linear(dtype: torch.dtype) -> None:
 
 
 def test_inputs_are_quantized_per_token() -> None:
-    q, x = some((16, 32), Grid(4), Tile(1, FULL), torch.float32), torch.randn(3, 7, 32)
-    want = nn.functional.linear(fake_quantize_tokens(x, Grid(4)), q.dequantize())
-    assert torch.equal(packed(q, activations=Grid(4))(x), want)
+    q, x = some((16, 32), Grid.integers(4), Tile(1, FULL), torch.float32), torch.randn(3, 7, 32)
+    want = nn.functional.linear(fake_quantize_tokens(x, Grid.integers(4)), q.dequantize())
+    assert torch.equal(packed(q, activations=Grid.integers(4))(x), want)
 
 
 def test_a_model_in_another_dtype_keeps_the_weights_values() -> None:
-    q = some((32, 32), Grid(4), Tile(32, 1), torch.bfloat16, outliers=3)
+    q = some((32, 32), Grid.integers(4), Tile(32, 1), torch.bfloat16, outliers=3)
     assert torch.equal(packed(q).to(torch.float32).dequantize(), q.dequantize())
 
 
@@ -98,7 +99,7 @@ def test_no_more_than_a_slab_is_dequantized_at_a_time(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(PackedLinear, "rows", rows)
     monkeypatch.setattr(reference, "SLAB_WEIGHTS", 1000)
-    q = some((96, 64), Grid(4), Tile(32, 1), torch.float32)
+    q = some((96, 64), Grid.integers(4), Tile(32, 1), torch.float32)
     y = packed(q)(torch.randn(4, 64))
     assert y.shape == (4, 96)
     assert sum(made) == 96 * 64 and max(made) <= 1000
@@ -106,4 +107,4 @@ def test_no_more_than_a_slab_is_dequantized_at_a_time(monkeypatch: pytest.Monkey
 
 def test_a_tile_that_does_not_divide_is_refused() -> None:
     with pytest.raises(SchemeError, match="48 output features do not divide into groups of 32"):
-        PackedLinear((48, 32), Grid(4), Tile(32, 1), torch.float32)
+        PackedLinear((48, 32), Grid.integers(4), Tile(32, 1), torch.float32)

@@ -13,8 +13,8 @@ import bitwright
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.errors import RecipeError, SchemeError
+from bitwright.core.grid import Tile
 from bitwright.core.method import Context
-from bitwright.core.scheme import Tile
 from bitwright.core.settings import Settings
 from bitwright.methods import adadim
 from bitwright.steps.apply import parameters_of

@@ -18,11 +18,12 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.errors import RecipeError, UserError
+from bitwright.core.grid import Tile
 from bitwright.core.method import Context
 from bitwright.core.outlier_rule import OutlierRule
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
-from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
 from bitwright.formats.bitwright import read
 from bitwright.methods import easyquant, easyquant_outliers, gptq, lwc

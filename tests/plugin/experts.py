@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from bitwright.core.decisions import LinearDecision
+from bitwright.core.grid import Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Departure, WrittenModel
-from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.families import llama
 from bitwright.formats import bitwright as format
 from bitwright.formats import dense

@@ -22,11 +22,11 @@ import bitwright
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
+from bitwright.core.grid import Tile
 from bitwright.core.method import Closed, Context
 from bitwright.core.progress import Progress
 from bitwright.core.quantized import Described
 from bitwright.core.recipe import Recipe
-from bitwright.core.scheme import Tile
 from bitwright.formats import bitwright as format
 from bitwright.kernels.reference import PackedLinear
 from bitwright.methods import rtn

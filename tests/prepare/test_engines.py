@@ -16,9 +16,9 @@ from tests.plugin.experts import save_original
 import bitwright
 from bitwright import api
 from bitwright.core.errors import RecipeError
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find, names
-from bitwright.core.scheme import FULL, Grid, Tile
 from bitwright.prepare.engine_choice import for_engines
 
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
@@ -156,7 +156,7 @@ def test_the_groups_of_the_table_are_those_that_the_format_holds() -> None:
     restricted = [way for engine in api.engines() for way in engine.ways if way.multiples]
     assert {way.format for way in restricted} == {"gguf", "mlc"}
     for format, bits, symmetric in product(("gguf", "mlc"), range(2, 9), (True, False)):
-        grid = Grid(bits, symmetric)
+        grid = Grid.integers(bits, symmetric)
         ways = [way for way in restricted if way.format == format]
         ways = [way for way in ways if bits in (way.symmetric if symmetric else way.asymmetric)]
         for size in range(8, 520, 8):
@@ -296,6 +296,6 @@ def test_what_a_row_says_runs_is_held_by_its_format() -> None:
     for way in (way for engine in api.engines() for way in engine.ways):
         for symmetric, every in ((True, way.symmetric), (False, way.asymmetric)):
             for bits, size in product(every, way.groups or (128,)):
-                grid = Grid(bits, symmetric)
+                grid = Grid.integers(bits, symmetric)
                 assert find("formats", way.format).holds(grid, Tile(1, size), False), (way.format, grid, size)
                 assert not way.channel or find("formats", way.format).holds(grid, Tile(1, FULL), False)

@@ -5,13 +5,14 @@ from dataclasses import replace
 import torch
 
 from bitwright.core.decisions import LinearDecision
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.steps.apply import quantize_linear
 from bitwright.steps.ranges import minmax
 
 WEIGHT = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-SCHEME = Scheme(Grid(4), Tile(1, 8))
+SCHEME = Scheme(Grid.integers(4), Tile(1, 8))
 
 
 def applied(decision: LinearDecision, scheme: Scheme = SCHEME) -> QTensor:

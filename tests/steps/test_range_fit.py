@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.method import Range
 from bitwright.core.qtensor import affine, dequantize, quantize, tiled
-from bitwright.core.scheme import Grid, Tile
 from bitwright.steps.range_fit import fitted
 from bitwright.steps.range_gradient import by_gradient
 from bitwright.steps.ranges import minmax, nearest_to_weights
@@ -47,7 +47,7 @@ def test_no_tile_is_worse_than_with_min_max(
     seed: int, bits: int, symmetric: bool, tile: Tile, alignment: float, power: int, scale: float, moved: float
 ) -> None:
     weight = (torch.randn(32, 64, generator=torch.Generator().manual_seed(seed)) ** power + moved) * scale
-    grid = Grid(bits, symmetric)
+    grid = Grid.integers(bits, symmetric)
     ends = fitted(weight, grid, tile, torch.bfloat16, alignment=alignment)
     assert (ends[0] <= 0).all() and (ends[1] >= 0).all()
     ours, plain = (loss(weight, written(weight, e, grid, tile), tile, alignment) for e in (ends, minmax(weight, tile)))
@@ -55,7 +55,9 @@ def test_no_tile_is_worse_than_with_min_max(
 
 
 @pytest.mark.parametrize("alignment", [0.0, 16.0])
-@pytest.mark.parametrize("grid", [Grid(2, False), Grid(3, False), Grid(3, True), Grid(4, True)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [Grid.integers(2, False), Grid.integers(3, False), Grid.integers(3, True), Grid.integers(4, True)], ids=str
+)
 def test_hardly_worse_than_every_range_tried(grid: Grid, alignment: float) -> None:
     weight, tile = heavy(16, 128), Tile(1, -1)
     ours = loss(
@@ -78,7 +80,7 @@ def test_hardly_worse_than_every_range_tried(grid: Grid, alignment: float) -> No
 def test_at_many_bits_ranges_are_tried_near_the_whole(bits: int) -> None:
     """There the least error lies within a few steps of min-max, and moves with each of them."""
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    tile, grid = Tile(1, -1), Grid(bits, True)
+    tile, grid = Tile(1, -1), Grid.integers(bits, True)
     found = written(weight, fitted(weight, grid, tile, torch.float32, alignment=0.0), grid, tile)
     low, high = minmax(weight, tile)
     shares = torch.linspace(0.5, 1.05, 400).tolist()
@@ -88,7 +90,7 @@ def test_at_many_bits_ranges_are_tried_near_the_whole(bits: int) -> None:
 
 def test_clipping_makes_weights_smaller_and_alignment_holds_them() -> None:
     """What the second term is for: at 2 bits the least squared error shrinks a tile, the aligned one hardly does."""
-    weight, grid, tile = heavy(64, 128), Grid(2, False), Tile(1, -1)
+    weight, grid, tile = heavy(64, 128), Grid.integers(2, False), Tile(1, -1)
     kept = []
     for alignment in (0.0, 16.0):
         found = written(weight, fitted(weight, grid, tile, torch.float32, alignment=alignment), grid, tile)
@@ -97,7 +99,11 @@ def test_clipping_makes_weights_smaller_and_alignment_holds_them() -> None:
     assert kept[0] + 0.05 < kept[1] < 1.02
 
 
-@pytest.mark.parametrize("grid", [Grid(2, False), Grid(4, True), Grid(8, False), Grid(2, True, True)], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [Grid.integers(2, False), Grid.integers(4, True), Grid.integers(8, False), Grid.with_signed_scale(2)],
+    ids=str,
+)
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.7, 1e-30])
 def test_a_tile_of_one_value_is_exact(grid: Grid, value: float) -> None:
     weight = torch.full((32, 64), value, dtype=torch.bfloat16)
@@ -110,7 +116,7 @@ def test_a_tile_of_one_value_is_exact(grid: Grid, value: float) -> None:
 @pytest.mark.parametrize("alignment", [0.0, 16.0])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_scale_with_a_sign_is_hardly_worse_than_every_step_tried_both_ways(bits: int, alignment: float) -> None:
-    grid, tile = Grid(bits, symmetric=True, signed_scale=True), Tile(1, 40, ragged=True)
+    grid, tile = Grid.with_signed_scale(bits), Tile(1, 40, ragged=True)
     weight = heavy(16, 100)
     ends = fitted(weight, grid, tile, torch.float16, alignment=alignment)
     ours = loss(weight, written(weight, ends, grid, tile, torch.float16), tile, alignment)
@@ -131,7 +137,7 @@ def test_a_scale_with_a_sign_is_hardly_worse_than_every_step_tried_both_ways(bit
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("signed_scale", [False, True])
 def test_the_papers_descent_ends_below_min_max_and_not_below_ours(bits: int, tile: Tile, signed_scale: bool) -> None:
-    weight, grid = heavy(32, 64), Grid(bits, True, signed_scale)
+    weight, grid = heavy(32, 64), Grid.with_signed_scale(bits) if signed_scale else Grid.integers(bits, True)
     found = [
         loss(weight, written(weight, ends, grid, tile), tile, 0.0).sum()
         for ends in (
@@ -146,7 +152,7 @@ def test_the_papers_descent_ends_below_min_max_and_not_below_ours(bits: int, til
 
 def test_the_papers_gradient_is_that_of_its_loss() -> None:
     """One step of Adam goes by its rate against the gradient's sign, here taken from the loss itself."""
-    weight, grid, tile = heavy(4, 64), Grid(4, True), Tile(1, -1)
+    weight, grid, tile = heavy(4, 64), Grid.integers(4, True), Tile(1, -1)
     start = affine(*minmax(weight, tile), grid, torch.float32)[0]
     h = start.clone().requires_grad_()
     q = (weight / h).round().clamp(grid.qmin, grid.qmax).detach()
@@ -163,7 +169,7 @@ def test_the_papers_gradient_is_that_of_its_loss() -> None:
 
 
 def test_another_norm_is_the_least_of_what_it_counts() -> None:
-    weight, grid, tile = heavy(16, 64), Grid(3, False), Tile(1, 32)
+    weight, grid, tile = heavy(16, 64), Grid.integers(3, False), Tile(1, 32)
     found = {
         p: written(weight, nearest_to_weights(weight, grid, tile, torch.float32, norm=p), grid, tile, torch.float32)
         for p in (1.0, 2.0, 3.0)
@@ -186,13 +192,13 @@ def test_the_same_with_any_number_of_threads_and_however_weights_are_split(
             torch.set_num_threads(count)
             monkeypatch.setattr(module, "TOGETHER", together)
             monkeypatch.setattr(module, "PART", part)
-            found.append(torch.stack(fitted(weight, Grid(bits, False), tile, torch.bfloat16, alignment=16.0)))
+            found.append(torch.stack(fitted(weight, Grid.integers(bits, False), tile, torch.bfloat16, alignment=16.0)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_magnitudes_that_the_scales_dtype_does_not_hold_are_no_trouble() -> None:
-    weight, grid, tile = heavy(8, 64).bfloat16() * 1e30, Grid(4, False), Tile(1, -1)
+    weight, grid, tile = heavy(8, 64).bfloat16() * 1e30, Grid.integers(4, False), Tile(1, -1)
     weight[1] = 1e6
     assert all(end.isfinite().all() for end in fitted(weight, grid, tile, torch.float16, alignment=16.0))

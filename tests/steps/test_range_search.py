@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitwright.core.grid import Tile
 from bitwright.core.method import Moments
 from bitwright.core.qtensor import affine, dequantize, quantize
-from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.steps.range_search import COARSE, LARGEST, LOWEST, search
 from bitwright.steps.ranges import minmax
 

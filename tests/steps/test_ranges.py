@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from bitwright.core import panels
+from bitwright.core.grid import FULL, Tile
 from bitwright.core.qtensor import affine, dequantize, quantize, tiled
-from bitwright.core.scheme import FULL, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.steps.ranges import SHARES, minmax, nearest_to_weights
 
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0, 4.0], [-5.0, -6.0, 0.5, 8.0]])

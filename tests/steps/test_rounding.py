@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.method import Moments
 from bitwright.core.qtensor import affine, dequantize, quantize
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.steps.ranges import minmax
 from bitwright.steps.rounding import DAMPING, Ranges, compensated, curvature, making_good
 
@@ -117,7 +118,7 @@ def test_lazy_batches_change_nothing() -> None:
     weight, hessian, grid, tile = (
         torch.randn(8, 300, generator=generator),
         inputs.T @ inputs / 900,
-        Grid(3),
+        Grid.integers(3),
         Tile(1, -1),
     )
     scale, zero = affine(*minmax(weight, tile), grid, torch.float32)

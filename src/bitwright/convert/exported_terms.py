@@ -11,9 +11,10 @@ import torch
 from bitwright.convert.refitting import refitted
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import Format, TensorFormat
+from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel, departures
-from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder
 from bitwright.model.source import family_of
 from bitwright.model.view import ModelView
@@ -44,7 +45,7 @@ def written_model(
     terms = [(row["bits"], row["symmetric"], *row["group"]) for row in rows]
     bits, symmetric, out, in_ = max(sorted(set(terms)), key=terms.count)
     scheme = Scheme(
-        Grid(bits, symmetric),
+        Grid.integers(bits, symmetric),
         Tile(out, in_),
         activation_bits=None if described.activations is None else described.activations.bits,
         kv_bits=None if described.kv is None else described.kv.bits,
@@ -97,7 +98,10 @@ def common_columns(model: QuantizedFolder) -> int:
 def refuse_departures(model: QuantizedFolder, to: Format) -> None:
     """Raises RecipeError, before anything is written, for linears that a format holds on no grid: with outliers, or
     in groups along the output, as far as config.json names them."""
-    described, grids = _described(model), [Grid(*one) for one in product(range(MIN_BITS, MAX_BITS + 1), (False, True))]
+    described, grids = (
+        _described(model),
+        [Grid.integers(bits, symmetric) for bits, symmetric in product(range(MIN_BITS, MAX_BITS + 1), (False, True))],
+    )
     for name in (name for name in model.linears if name in described.departures):
         rows, columns = described.departures[name].tile
         outliers = described.departures[name].outliers

@@ -9,9 +9,10 @@ from bitwright.core.convert import difference, on_grid, split, with_scales
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import TensorFormat
+from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
-from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.core.settings import alignment_at
 from bitwright.steps.apply import quantize_linear
 from bitwright.steps.range_fit import fitted
@@ -61,7 +62,7 @@ def _grids(grid: Grid) -> Iterator[Grid]:
     yield grid
     for bits, symmetric in product(range(grid.bits, MAX_BITS + 1), (False, True)):
         if (bits, symmetric) != (grid.bits, grid.symmetric):
-            yield Grid(bits, symmetric)
+            yield Grid.integers(bits, symmetric)
 
 
 def _tiles(weight: QTensor, common: int) -> Iterator[Tile]:
@@ -90,7 +91,10 @@ def _again(name: str, weight: QTensor, format: TensorFormat, common: int) -> QTe
 def _nearest(weight: QTensor, format: TensorFormat, common: int) -> tuple[Grid, Tile] | None:
     """The bits nearest to the weight's, more rather than fewer; its own tile where that is held."""
     bits = sorted(range(MIN_BITS, MAX_BITS + 1), key=lambda b: (abs(b - weight.grid.bits), -b))
-    grids = (Grid(b, symmetric) for b, symmetric in product(bits, (weight.grid.symmetric, not weight.grid.symmetric)))
+    grids = (
+        Grid.integers(b, symmetric)
+        for b, symmetric in product(bits, (weight.grid.symmetric, not weight.grid.symmetric))
+    )
     tiles = [tile for tile in _tiles(weight, common) if tile.in_ == FULL or common % tile.in_ == 0]
     for grid, tile in product(grids, tiles):
         if tile.divides(weight.shape) and format.holds(grid, tile, False):

@@ -1,31 +1,33 @@
-"""Conversions of a quantized weight to other terms, the values unchanged: what one format needs, from another.
+"""A quantized weight on other terms, the same weight: what one format says of it, said as another has to.
 
-Nothing here quantizes again. A function returns None if the weight cannot be expressed in the terms asked for.
+Nothing here quantizes again. ``None`` is returned where the weight cannot be said so.
 """
 
 from dataclasses import replace
 
 import torch
 
+from bitwright.core.grid import Grid, Tile, Zero
 from bitwright.core.qtensor import QTensor, tiled, whole
 from bitwright.core.quantized import Difference
-from bitwright.core.scheme import Grid, Tile
 
 
 def with_scales(weight: QTensor, dtype: torch.dtype) -> QTensor:
-    """The weight with scales rounded to ``dtype``, and unchanged codes."""
+    """The same codes, scales rounded to ``dtype``."""
     return replace(weight, scale=weight.scale.to(dtype))
 
 
 def on_grid(weight: QTensor, grid: Grid) -> QTensor | None:
-    """The weight in codes of another grid, at least as fine: codes and zero points are shifted together.
+    """The same weight in codes of another grid, at least as fine: codes and zero points are shifted together.
 
-    A symmetric grid takes asymmetric codes only if every zero point is in the middle, or leaves room.
+    A symmetric grid takes asymmetric codes only where every zero point is in the middle, or leaves room.
     """
     if grid == weight.grid:
         return weight
     if grid.signed_scale or weight.grid.signed_scale:
         return None  # a negative scale means something else to every other grid
+    if Zero.REAL in (grid.zero, weight.grid.zero):
+        return None  # a real minimum is a zero point of no other grid
     codes = weight.codes.to(torch.int16)
     zero = torch.zeros_like(weight.scale, dtype=torch.int16) if weight.zero is None else weight.zero.to(torch.int16)
     if grid.symmetric:
@@ -33,7 +35,7 @@ def on_grid(weight: QTensor, grid: Grid) -> QTensor | None:
         if int(moved.min()) < grid.qmin or int(moved.max()) > grid.qmax:
             return None
         return replace(weight, codes=moved.to(torch.int8), zero=None, grid=grid)
-    # Signed codes and their zero point go up together, so that the lowest possible code is 0.
+    # From signed codes: both go up by as much as brings the lowest possible code to 0.
     up = -weight.grid.qmin
     codes, zero = codes + up, zero + up
     if weight.grid.steps > grid.steps and (int(codes.max()) > grid.qmax or int(zero.max()) > grid.qmax):
@@ -42,7 +44,7 @@ def on_grid(weight: QTensor, grid: Grid) -> QTensor | None:
 
 
 def split(weight: QTensor, tile: Tile) -> QTensor | None:
-    """The weight in smaller tiles, each with the scale (and zero point) of the tile it lies in."""
+    """The same weight in smaller tiles, each with the scale (and zero point) of the tile it lies in."""
     if tile.size(weight.shape) == weight.tile.size(weight.shape):
         return replace(weight, tile=tile)
     (rows, columns), (to_rows, to_columns) = weight.tile.size(weight.shape), tile.size(weight.shape)
@@ -54,19 +56,19 @@ def split(weight: QTensor, tile: Tile) -> QTensor | None:
 
 
 def difference(name: str, before: QTensor, after: QTensor, codes: bool = True) -> Difference:
-    """The difference between two versions of a weight, both computed in float32."""
+    """What lies between two versions of a weight, both computed in float32."""
     was = before.dequantize(torch.float32)
     return Difference(name, codes, relative_error(was, after.dequantize(torch.float32)))
 
 
 def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
-    """The relative squared error ``|W - W'|^2 / |W|^2``; 0 or infinity if W is all zeros."""
-    lost, norm = float((before - after).double().square().sum()), float(before.double().square().sum())
-    return lost / norm if norm else (0.0 if not lost else float("inf"))
+    """``|W - W'|^2 / |W|^2``; of weights that are all zeros, 0 or infinity."""
+    lost, all_of_it = float((before - after).double().square().sum()), float(before.double().square().sum())
+    return lost / all_of_it if all_of_it else (0.0 if not lost else float("inf"))
 
 
 def _lowered(codes: torch.Tensor, zero: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """Codes minus the zero point of their tile."""
+    """Codes less the zero point of their tile."""
     return whole(tiled(codes, tile) - zero[:, None, :, None], codes.shape)
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, Grid, Tile
 from bitwright.core.registry import find, format_of, names
-from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 
 HEAD = "lm_head"
 EVERY_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))

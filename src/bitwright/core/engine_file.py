@@ -118,10 +118,15 @@ def unlike(weight: QTensor, rows: Rows, found: Levels) -> str | None:
     if weight.zero is not None:
         zero = weight.zero.repeat_interleave(t_o, 0)[rows]
     if found.minimum is not None:
-        if zero is None or not torch.equal(found.minimum, (-zero[:, groups].float() * scale.float()).to(MINIMUM)):
+        if zero is None or not torch.equal(found.minimum, _minimum(zero[:, groups], scale)):
             return "minima"
     else:
         if zero is not None:
             codes -= zero.to(torch.int16)[:, torch.arange(columns) // t_i]
         codes *= torch.where(same, 1, -1).to(torch.int16).repeat_interleave(found.group, 1)[:, :columns]
     return None if torch.equal(codes, found.levels.to(torch.int16)) else "codes"
+
+
+def _minimum(zero: Tensor, scale: Tensor) -> Tensor:
+    """The minimum as it is stored: a real one as it is, else that of an integer zero point."""
+    return (zero if zero.is_floating_point() else -zero.float() * scale.float()).to(MINIMUM)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from bitwright.core.engine_file import EngineFile
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.progress import Listener
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, Difference, WrittenModel
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 
 Shape = tuple[int, ...]
 

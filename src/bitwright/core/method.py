@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision
+from bitwright.core.grid import Tile
 from bitwright.core.outlier_rule import Bounds
-from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
 
 Parameters = Mapping[str, Tensor]

@@ -1,4 +1,4 @@
-"""The outline of a model: the names and shapes of its parameters, known without building it."""
+"""A model by the names and shapes of its parameters: what can be told of it without building it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +9,8 @@ from bitwright.core.weight import Weight
 
 @dataclass(frozen=True)
 class Outline:
-    """The parameters and blocks of a model.
-
-    ``shapes`` holds every parameter by its name in the model, also that of a tied output layer; ``blocks`` are the
-    paths of the blocks.
-    """
+    """``shapes`` has every parameter by its name in the model, a tied output layer's too; ``blocks`` are the paths of
+    the blocks."""
 
     family: Family
     shapes: Mapping[str, tuple[int, ...]]
@@ -28,10 +25,10 @@ class Outline:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The linears of every block, in the order in which data flows through them."""
+        """The linears of every block, in the order of the data."""
         return tuple(f"{block}.{linear}" for block in self.blocks for linear in self.family.topology.linears)
 
     def weights(self, with_head: bool) -> list[Weight]:
-        """All weights that can be quantized: the linears of every block, and the output layer if ``with_head``."""
+        """What can be quantized: the linears of every block, and the output layer where that is asked for."""
         names = (*self.linears, self.family.head) if with_head else self.linears
         return [Weight(self.source(f"{name}.weight"), name, self.shapes[f"{name}.weight"]) for name in names]

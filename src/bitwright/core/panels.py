@@ -1,16 +1,16 @@
-"""Panels: a weight cut into whole rows, so that no temporary is larger than a panel, however large the weight."""
+"""A weight in panels of whole rows, so that no temporary is larger than a panel, however large the weight."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from bitwright.core.scheme import FULL, Tile
+from bitwright.core.grid import FULL, Tile
 
 PANEL = 2**20
-"""The number of weights in a panel (at least one tile's rows): its temporaries fit into a cache that cores share."""
+"""Weights in a panel, or one tile's rows: few enough for temporaries in a cache that cores share."""
 CACHED = 2**17
-"""The number of weights whose temporaries stay in the cache of one core."""
+"""Weights whose temporaries stay in the cache of a core."""
 
 
 def panels(shape: tuple[int, int], tile: Tile) -> list[slice]:
@@ -22,12 +22,10 @@ def panels(shape: tuple[int, int], tile: Tile) -> list[slice]:
 
 
 def in_cache(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Cut tensors [P, ...] alike along P, so that the part of the first that each core takes stays in its cache.
-
-    On a GPU, which likes large tensors, they stay whole.
-    """
-    first, limit = tensors[0], CACHED * torch.get_num_threads()
-    if first.device.type != "cpu" or first.numel() <= limit:
+    """Tensors [P, ...] cut alike along P, so that the first one's part of each core stays in that core's cache; whole
+    on a GPU, which likes large ones."""
+    first, each = tensors[0], CACHED * torch.get_num_threads()
+    if first.device.type != "cpu" or first.numel() <= each:
         return [tensors]
-    rows = max(1, limit // first[0].numel())
+    rows = max(1, each // first[0].numel())
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

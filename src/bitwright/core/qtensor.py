@@ -3,11 +3,12 @@
     h = (high - low) / (2**bits - 1)        rounded to the dtype it is stored in
     z = round(-low / h)                     an integer of the weight's own bits (asymmetric)
     code = clamp(round(W / h) + z, qmin, qmax)
-    W ~ (code - z) * h
+    W ~ (code - z) * h                      or, with a real minimum m, W ~ code * h + m
 
 (OmniQuant, arXiv 2308.13137, eq. 2, with low = beta*min(W), high = gamma*max(W).) A range always contains
 zero, so that z fits in the weight's own bits. A symmetric grid takes the range [-r, r], r = max(-low, high),
-and z = 0. Where the minimum m = -z h is what is stored, rounded to float16, all weights of a tile are moved by m + z h.
+and z = 0. If the minimum m = -z h is what is stored, rounded to float16, or m is any real number, the lower end of the
+range, all weights of a tile are moved by m + z h, z being the nearest integer: what remains is the formula above.
 With a signed scale h is the least that leaves no weight of the range further than h/2 from its code, and
 negative where low is the further end, so that the extra code is spent there. Letters: O output features, I input
 features, P and Q the tiles along each, K outliers.
@@ -16,12 +17,13 @@ features, P and Q the tiles along each, K outliers.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import overload
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from bitwright.core.scheme import Grid, Tile
+from bitwright.core.grid import Grid, Tile, Zero
 
 WORD_BITS, OUTLIER_INDEX_BITS = 32, 32
 MINIMUM = torch.float16
@@ -32,14 +34,14 @@ MINIMUM = torch.float16
 class QTensor:
     """A weight as codes, scales and zero points; exact at its outliers.
 
-    ``codes`` are uint8 on an asymmetric grid and int8 on a symmetric one; ``scale`` is in the dtype it is
-    stored in, and positive but on a grid of signed scales; ``zero`` is uint8 like the codes, and None on a symmetric
-    grid. ``outlier_index`` counts positions in row-major order.
+    ``codes`` are uint8 on an asymmetric grid and int8 on a symmetric one; ``scale`` is in the dtype it is stored in,
+    and positive but on a grid of signed scales. ``zero`` is uint8 like the codes, the minimum in the scale's dtype if
+    the grid has a real one, and None on a symmetric grid. ``outlier_index`` counts positions in row-major order.
     """
 
     codes: Int[Tensor, "O I"]
     scale: Float[Tensor, "P Q"]
-    zero: Int[Tensor, "P Q"] | None
+    zero: Shaped[Tensor, "P Q"] | None
     grid: Grid
     tile: Tile
     outlier_index: Int[Tensor, " K"] | None = None
@@ -70,8 +72,11 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "O I"]:
         """The weight [O, I] that these codes stand for, computed in ``dtype`` (default: the scales' own)."""
         dtype = dtype or self.scale.dtype
-        if self.grid.minimum and self.zero is not None:
-            weight = _from_minimum(self.codes, self.scale, self.zero, self.tile).to(dtype)
+        if self.grid.zero is Zero.PRODUCT and self.zero is not None:
+            minimum = (-self.zero.float() * self.scale.float()).to(MINIMUM)
+            weight = dequantize(self.codes, self.scale, minimum, self.tile).to(dtype)
+        elif self.grid.zero is Zero.REAL:
+            weight = dequantize(self.codes, self.scale, self.zero, self.tile).to(dtype)
         else:
             weight = dequantize(self.codes, self.scale.to(dtype), self.zero, self.tile)
         if self.outlier_index is not None and self.outlier_value is not None:
@@ -112,13 +117,15 @@ def packed_bits(shape: tuple[int, int], grid: Grid, tile: Tile, dtype: torch.dty
     """Bits that a weight [O, I] takes where it is packed, all counted but file headers.
 
     Scales and outliers are in ``dtype``, each outlier with its position. The codes of one row take whole words of 32
-    bits, and so do the zero points of one column of tiles.
+    bits, and so do the zero points of one column of tiles; a real minimum is kept as the scale is.
     """
     (rows, columns), (p, q) = shape, tile.counts(shape)
-    words = rows * ceil(columns * grid.bits / WORD_BITS)
-    if not grid.symmetric:
+    words, numbers = rows * ceil(columns * grid.bits / WORD_BITS), p * q + outliers
+    if grid.zero is Zero.REAL:
+        numbers += p * q
+    elif not grid.symmetric:
         words += q * ceil(p * grid.bits / WORD_BITS)
-    return words * WORD_BITS + (p * q + outliers) * dtype.itemsize * 8 + outliers * OUTLIER_INDEX_BITS
+    return words * WORD_BITS + numbers * dtype.itemsize * 8 + outliers * OUTLIER_INDEX_BITS
 
 
 def tiled(weight: Shaped[Tensor, "O I"], tile: Tile) -> Shaped[Tensor, "P To Q Ti"]:
@@ -138,13 +145,16 @@ def whole(tiles: Shaped[Tensor, "P To Q Ti"], shape: Sequence[int]) -> Shaped[Te
 
 def affine(
     low: Float[Tensor, "P Q"], high: Float[Tensor, "P Q"], grid: Grid, dtype: torch.dtype
-) -> tuple[Float[Tensor, "P Q"], Int[Tensor, "P Q"] | None]:
-    """Scale (in ``dtype``) and zero point of each tile for the range [low, high] of its weights.
+) -> tuple[Float[Tensor, "P Q"], Shaped[Tensor, "P Q"] | None]:
+    """Scale (in ``dtype``) and zero of each tile for the range [low, high] of its weights.
 
     The scale is rounded to the dtype it is stored in before the zero point (and any code) is computed.
-    A tile whose range is empty, all zeros, gets the scale 1.
+    A tile whose range is empty, all zeros, gets the scale 1. Only a range on a grid with a real minimum need not
+    contain zero; the minimum is its lower end.
     """
-    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    low, high = low.float(), high.float()
+    if grid.zero is not Zero.REAL:
+        low, high = low.clamp(max=0), high.clamp(min=0)
     step = _step(low, high, grid)
     finfo = torch.finfo(dtype)
     smallest = max(finfo.tiny * finfo.eps, torch.finfo(torch.float32).tiny)  # float16 needs its subnormal numbers
@@ -153,18 +163,35 @@ def affine(
     scale = torch.where(step.abs() > 0, stored, torch.ones_like(stored))
     if grid.symmetric:
         return scale, None
+    if grid.zero is Zero.REAL:
+        return scale, low.to(dtype)
     return scale, (-low / scale.float()).round().clamp(grid.qmin, grid.qmax).to(torch.uint8)
 
 
 def offset(scale: Float[Tensor, "*P"], zero: Shaped[Tensor, "*P"] | None, grid: Grid) -> Float[Tensor, "*P"] | None:
-    """By how much the rounding of the minimum moves the weights of a tile, m + z h in float32; None: not at all.
+    """How far the minimum moves the weights of a tile from an integer zero point, m + z h in float32; None: not at all.
 
-    Rounding a weight on such a grid is rounding the weight less this on the ordinary one.
+    Rounding a weight on such a grid is rounding the weight less this on the ordinary one, with ``integer_zero``.
     """
-    if not grid.minimum or zero is None:
+    if zero is None or grid.zero not in (Zero.PRODUCT, Zero.REAL):
         return None
+    if grid.zero is Zero.REAL:
+        return zero.float() + integer_zero(scale, zero, grid).float() * scale.float()
     exact = zero.float() * scale.float()
     return exact - exact.to(MINIMUM).float()
+
+
+@overload
+def integer_zero(scale: Float[Tensor, "*P"], zero: Shaped[Tensor, "*P"], grid: Grid) -> Shaped[Tensor, "*P"]: ...
+@overload
+def integer_zero(scale: Float[Tensor, "*P"], zero: None, grid: Grid) -> None: ...
+def integer_zero(
+    scale: Float[Tensor, "*P"], zero: Shaped[Tensor, "*P"] | None, grid: Grid
+) -> Shaped[Tensor, "*P"] | None:
+    """The zero point, or the whole number of steps nearest to a real minimum; None on a symmetric grid."""
+    if zero is None or grid.zero is not Zero.REAL:
+        return zero
+    return (-zero.float() / scale.float()).round().clamp(grid.qmin, grid.qmax)
 
 
 def reach(
@@ -188,6 +215,8 @@ def span(
     if zero is None:
         ends = grid.reach[0] * scale, grid.reach[1] * scale
         return torch.minimum(*ends), torch.maximum(*ends)
+    if grid.zero is Zero.REAL:
+        return zero.to(scale), zero.to(scale) + grid.steps * scale
     return -zero.to(scale) * scale, (grid.steps - zero.to(scale)) * scale
 
 
@@ -205,7 +234,7 @@ def _step(low: Float[Tensor, "P Q"], high: Float[Tensor, "P Q"], grid: Grid) -> 
 def quantize(
     weight: Float[Tensor, "O I"],
     scale: Float[Tensor, "P Q"],
-    zero: Int[Tensor, "P Q"] | None,
+    zero: Shaped[Tensor, "P Q"] | None,
     grid: Grid,
     tile: Tile,
 ) -> Int[Tensor, "O I"]:
@@ -215,27 +244,23 @@ def quantize(
         tiles = tiles - _spread(moved)
     codes = (tiles / _spread(scale.float())).round_()
     if zero is not None:
-        codes += _spread(zero.float())
+        codes += _spread(integer_zero(scale, zero, grid).float())
     codes.clamp_(grid.qmin, grid.qmax)
     return whole(codes.to(torch.int8 if grid.symmetric else torch.uint8), weight.shape)
 
 
 def dequantize(
-    codes: Int[Tensor, "O I"], scale: Float[Tensor, "P Q"], zero: Int[Tensor, "P Q"] | None, tile: Tile
+    codes: Int[Tensor, "O I"], scale: Float[Tensor, "P Q"], zero: Shaped[Tensor, "P Q"] | None, tile: Tile
 ) -> Float[Tensor, "O I"]:
-    """``(codes - zero) * scale`` in the dtype of ``scale``."""
+    """``(codes - zero) * scale`` in the dtype of ``scale``; ``codes * scale + zero`` in float32 if zero is a real
+    number, the minimum."""
+    if zero is not None and zero.is_floating_point():
+        weight = tiled(codes, tile).float() * _spread(scale.float()) + _spread(zero.float())
+        return whole(weight, codes.shape)
     values = tiled(codes, tile).to(scale.dtype)
     if zero is not None:
         values -= _spread(zero.to(scale.dtype))
     return whole(values * _spread(scale), codes.shape)
-
-
-def _from_minimum(
-    codes: Int[Tensor, "O I"], scale: Float[Tensor, "P Q"], zero: Int[Tensor, "P Q"], tile: Tile
-) -> Float[Tensor, "O I"]:
-    """``codes * scale + m`` in float32, as it is computed where the minimum is stored."""
-    minimum = (-zero.float() * scale.float()).to(MINIMUM).float()
-    return whole(tiled(codes, tile).float() * _spread(scale.float()) + _spread(minimum), codes.shape)
 
 
 def _spread(per_tile: Shaped[Tensor, "P Q"]) -> Shaped[Tensor, "P 1 Q 1"]:

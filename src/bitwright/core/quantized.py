@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bitwright.core.block import Family
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 
 
 @dataclass(frozen=True)

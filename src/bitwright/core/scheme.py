@@ -1,133 +1,37 @@
 """Schemes: what is quantized, to how many bits, and which weights share a scale.
 
-A scheme is written ``W<bits>A<bits>[KV<bits>][g<size>[ic]][sym|asym]``:
+A scheme is written ``W<bits>A<bits>[KV<bits>][g<size>[ic]][sym|asym|real]``:
 
     W4A16g128     4-bit weights in groups of 128 along the input, 16-bit activations
     W3A16g128ic   groups of 128 along the output: weights of one input channel share a scale
     W3A16         3-bit weights, one scale per output channel
     W4A4KV4       4-bit weights, activations, queries, and KV cache
     W8A16g64sym   symmetric weights (asymmetric is the default, as in the papers)
+    W4A16g64real  asymmetric weights with a real-valued zero, a minimum, instead of an integer zero point
 
 or named after the grid of an engine that has one of its own (``NAMED``): ``mlc:q4f16_1``.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
-from math import ceil
 from typing import Final
 
 from bitwright.core.errors import SchemeError
+from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, MIN_GROUP, Grid, Tile, Zero
 
-FULL: Final = -1
-"""In a Tile: the whole dimension."""
-
-MIN_BITS, MAX_BITS, UNQUANTIZED_BITS = 2, 8, 16
-MIN_GROUP = 2
-LARGE_GROUP = 128
+UNQUANTIZED_BITS, LARGE_GROUP = 16, 128
 
 GRAMMAR = (
-    "W<2-8>A<2-8 or 16>[KV<2-8 or 16>][g<group size>[ic]][sym|asym], "
+    "W<2-8>A<2-8 or 16>[KV<2-8 or 16>][g<group size>[ic]][sym|asym|real], "
     "for example W4A16g128, W3A16, W2A16g64, W8A8, W4A4KV4, W4A16g128sym, W3A16g128ic; or "
     "mlc:q4f16_1, mlc:q3f16_1, mlc:q2f16_1"
 )
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The integers that codes are drawn from.
-
-    Asymmetric codes are ``0 .. 2**bits - 1`` and come with a zero point in the same range;
-    symmetric codes are ``-2**(bits-1) .. 2**(bits-1) - 1`` and their zero point is 0. Where the scale is signed
-    (MLC-LLM), symmetric codes are ``-(2**(bits-1) - 1) .. 2**(bits-1)``: one step further up, or, under a negative
-    scale, down. ``minimum``: the weights are stored with the minimum -z h in the place of z, rounded to float16 (GGUF).
-    """
-
-    bits: int
-    symmetric: bool = False
-    signed_scale: bool = False
-    minimum: bool = False
-
-    def __post_init__(self) -> None:
-        if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise SchemeError(f"{self.bits} bits asked for; a grid has {MIN_BITS} to {MAX_BITS} bits")
-        if self.minimum and self.symmetric:
-            raise SchemeError("a symmetric grid has no zero point, and so no minimum")
-        if self.signed_scale and not (self.symmetric and self.bits < MAX_BITS):
-            raise SchemeError(f"a signed scale goes with a symmetric grid of less than {MAX_BITS} bits")
-
-    @property
-    def qmin(self) -> int:
-        """The smallest code."""
-        return int(self.signed_scale) - 2 ** (self.bits - 1) if self.symmetric else 0
-
-    @property
-    def qmax(self) -> int:
-        """The largest code."""
-        return self.qmin + self.steps
-
-    @property
-    def steps(self) -> int:
-        """The number of steps between the smallest and the largest code, ``2**bits - 1``."""
-        return int(2**self.bits) - 1
-
-    @property
-    def reach(self) -> tuple[float, float]:
-        """How many steps the ends of a range are from zero where there is no zero point.
-
-        Where the scale is signed half a step beyond the outermost codes, so that no weight in the range is further from
-        its code than half a step; elsewhere the same to both sides.
-        """
-        return -self.steps / 2, self.steps / 2 + self.signed_scale
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The patch of a weight [O, I] that shares one scale: ``out`` rows by ``in_`` columns.
-
-    Per output channel ``(1, FULL)``, groups along the input ``(1, 128)``, AdaDim's groups of
-    one input channel ``(128, 1)``, per tensor ``(FULL, FULL)``. A ``ragged`` one need not divide the input: the last of
-    a row ends where the row does.
-    """
-
-    out: int
-    in_: int
-    ragged: bool = False
-
-    @property
-    def transposed(self) -> "Tile":
-        """The same number of weights along the other dimension."""
-        return Tile(self.in_, self.out)
-
-    def size(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of one tile of a weight of this shape [O, I]."""
-        return (shape[0] if self.out == FULL else self.out, shape[1] if self.in_ == FULL else self.in_)
-
-    def counts(
-        self, shape: tuple[int, int], offered: Callable[[int], bool] | None = lambda size: True
-    ) -> tuple[int, int]:
-        """Number of tiles along each dimension of a weight of this shape [O, I].
-
-        Raises SchemeError where a tile does not divide the weight and is not ragged, with sizes that do, as far as they
-        are ``offered``; None: with none.
-        """
-        (rows, columns), (t_o, t_i) = shape, self.size(shape)
-        for extent, tile, which in ((rows, t_o, "output"), (columns, t_i, "input")):
-            if extent % tile and not (self.ragged and which == "input"):
-                wrong = f"{extent} {which} features do not divide into groups of {tile}"
-                raise SchemeError(wrong if offered is None else wrong + _what_divides(extent, tile, offered))
-        return rows // t_o, ceil(columns / t_i)
-
-    def cut(self, shape: tuple[int, int]) -> bool:
-        """Whether the last tile of a row of a weight of this shape [O, I] ends before it is whole."""
-        return shape[1] % self.size(shape)[1] != 0
-
-    def divides(self, shape: tuple[int, int]) -> bool:
-        """Whether a weight of this shape [O, I] is made of such tiles."""
-        (rows, columns), (t_o, t_i) = shape, self.size(shape)
-        return rows % t_o == 0 and (self.ragged or columns % t_i == 0)
+PER_CHANNEL: Final = Tile(1, FULL)
 
 
 @dataclass(frozen=True)
@@ -139,7 +43,7 @@ class Scheme:
     """
 
     weight: Grid
-    tile: Tile = Tile(1, FULL)
+    tile: Tile = PER_CHANNEL
     activation_bits: int | None = None
     kv_bits: int | None = None
 
@@ -157,7 +61,7 @@ class Scheme:
         if match["ic"] and not match["g"]:
             raise _refused(text, "ic without a group: it needs the size of the groups along the output")
         return cls(
-            weight=Grid(weight, (match["sym"] or "asym").lower() == "sym"),
+            weight=_weight_grid(weight, (match["sym"] or "asym").lower()),
             tile=_tile(group if match["g"] else FULL, per_input=match["ic"] is not None),
             activation_bits=None if activation == UNQUANTIZED_BITS else activation,
             kv_bits=cache,
@@ -166,18 +70,13 @@ class Scheme:
     @property
     def activations(self) -> Grid | None:
         """Grid of the linears' inputs and of the queries (dynamic, per token, asymmetric)."""
-        return None if self.activation_bits is None else Grid(self.activation_bits)
+        return None if self.activation_bits is None else Grid.integers(self.activation_bits)
 
     @property
     def kv(self) -> Grid | None:
         """Grid of keys and values (dynamic, per token and head, asymmetric)."""
         bits = self.activation_bits if self.kv_bits is None else self.kv_bits
-        return None if bits is None or bits == UNQUANTIZED_BITS else Grid(bits)
-
-    @property
-    def float16_scales(self) -> bool:
-        """Whether scales are float16 whatever the checkpoint's dtype is: those of engines' own grids are."""
-        return self in NAMED.values()
+        return None if bits is None or bits == UNQUANTIZED_BITS else Grid.integers(bits)
 
     @property
     def fixes_axis(self) -> bool:
@@ -192,13 +91,13 @@ class Scheme:
         group = "" if self.tile.in_ == FULL else f"g{self.tile.in_}"
         if self.tile.out != 1:
             group = f"g{self.tile.out}ic"
-        symmetry = "sym" if self.weight.symmetric else ""
+        symmetry = {Zero.NONE: "sym", Zero.REAL: "real"}.get(self.weight.zero, "")
         return f"W{self.weight.bits}A{self.activation_bits or UNQUANTIZED_BITS}{cache}{group}{symmetry}"
 
 
 def _mlc(bits: int, group: int) -> Scheme:
     """A preset of MLC-LLM (docs/formats/mlc.md)."""
-    return Scheme(Grid(bits, symmetric=True, signed_scale=True), Tile(1, group, ragged=True))
+    return Scheme(Grid.with_signed_scale(bits), Tile(1, group, ragged=True))
 
 
 NAMED: Final[Mapping[str, Scheme]] = {
@@ -210,9 +109,13 @@ NAMED: Final[Mapping[str, Scheme]] = {
 
 # [0-9] and not \d, which also matches digits of other scripts.
 _PATTERN = re.compile(
-    r"W(?P<w>[0-9]+)A(?P<a>[0-9]+)(KV(?P<kv>[0-9]+))?(g(?P<g>[0-9]+))?(?P<ic>ic)?(?P<sym>sym|asym)?", re.I | re.A
+    r"W(?P<w>[0-9]+)A(?P<a>[0-9]+)(KV(?P<kv>[0-9]+))?(g(?P<g>[0-9]+))?(?P<ic>ic)?(?P<sym>sym|asym|real)?", re.I | re.A
 )
 _MAX_DIGITS = 9
+
+
+def _weight_grid(bits: int, zero: str) -> Grid:
+    return Grid.with_real_minimum(bits) if zero == "real" else Grid.integers(bits, symmetric=zero == "sym")
 
 
 def _tile(group: int, per_input: bool) -> Tile:
@@ -253,7 +156,7 @@ def _nearest(text: str) -> str:
         size = None if match["g"] is None else min(max(_number(match["g"]), MIN_GROUP), LARGE_GROUP)
         group = f"g{size or LARGE_GROUP}ic" if match["ic"] else f"g{size}" if size else ""
         weight = min(max(_number(match["w"]), MIN_BITS), MAX_BITS)
-        symmetry = "sym" if (match["sym"] or "").lower() == "sym" else ""
+        symmetry = (match["sym"] or "").lower().removeprefix("asym")
         return f"The nearest valid scheme is W{weight}A{_near_bits(_number(match['a']))}{cache}{group}{symmetry}."
     by_lower = {name.lower(): name for name in (*NAMED, *_common_schemes())}
     close = get_close_matches(text.strip().lower()[:40], list(by_lower), n=1, cutoff=0.3)
@@ -271,11 +174,3 @@ def _common_schemes() -> Iterator[str]:
         yield f"W{bits}A16{group}{symmetry}"
     for bits, activation, cache in product(weights, (8, 6, 4), ("", "KV4", "KV8", "KV16")):
         yield f"W{bits}A{activation}{cache}"
-
-
-def _what_divides(extent: int, wanted: int, offered: Callable[[int], bool]) -> str:
-    """Up to three group sizes that divide the extent, nearest to the one wanted, multiples of 8 first."""
-    divisors = [d for d in range(MIN_GROUP, extent + 1) if extent % d == 0] if extent < 10**6 else []
-    rounded = [d for d in divisors if d % 8 == 0] or divisors
-    near = sorted((d for d in rounded if offered(d)), key=lambda d: abs(d - wanted))[:3]
-    return f"; what divides them: {', '.join(map(str, sorted(near))) or 'per channel, without a group'}"

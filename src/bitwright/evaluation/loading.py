@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from bitwright.checkpoint.report_file import account_of
 from bitwright.core.errors import CheckpointError, SchemeError
+from bitwright.core.grid import Grid
 from bitwright.core.registry import format_of, names
-from bitwright.core.scheme import Grid, Scheme
+from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder, is_made_dense
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.steps.activations import quantize_activations, quantize_attention

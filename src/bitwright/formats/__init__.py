@@ -15,10 +15,10 @@ from torch import Tensor
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.format import FileFormat, Reader, TensorFormat
+from bitwright.core.grid import Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
 from bitwright.core.registry import format_of, formats, names
-from bitwright.core.scheme import Tile
 from bitwright.core.tensor_bytes import digest
 
 CONFIG = "quantization_config"

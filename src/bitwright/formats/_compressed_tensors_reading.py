@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitwright.core.errors import CheckpointError
+from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, Grid, Tile
 from bitwright.core.packing import WORD_BITS, unpack, unpack_apart
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
-from bitwright.core.scheme import FULL, MAX_BITS, MIN_BITS, Grid, Tile
 from bitwright.formats.gptq import check_order, tile_of
 
 T = TypeVar("T")
@@ -98,12 +98,12 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
         return QTensor(codes, scale, None, grid, tile)
     if zero is None:
         raise ValueError("its config says asymmetric, and there is no weight_zero_point")
-    return QTensor(_raised(codes, middle), scale, _raised(zero, middle), Grid(grid.bits), tile)
+    return QTensor(_raised(codes, middle), scale, _raised(zero, middle), Grid.integers(grid.bits), tile)
 
 
 def _codes(tensors: Mapping[str, Tensor], name: str, bits: int) -> Int[Tensor, "O I"]:
     """Signed codes."""
-    words, signed = tensors.get(f"{name}.weight_packed"), Grid(bits, symmetric=True)
+    words, signed = tensors.get(f"{name}.weight_packed"), Grid.integers(bits, symmetric=True)
     if words is not None:
         return _unpacked(words, signed, tensors[f"{name}.weight_shape"].tolist()[1])
     if f"{name}.weight" not in tensors and f"{name}.weight_shape" in tensors:
@@ -123,7 +123,7 @@ def _zeros(stored: Tensor | None, scale: Float[Tensor, "P Q"], bits: int) -> Int
     if stored is None:
         return None
     if stored.dtype == torch.int32:
-        return _unpacked(stored.t().contiguous(), Grid(bits, symmetric=True), len(scale)).t().contiguous()
+        return _unpacked(stored.t().contiguous(), Grid.integers(bits, symmetric=True), len(scale)).t().contiguous()
     if stored.is_floating_point() or stored.numel() != scale.numel():
         raise ValueError(f"zero points of dtype {stored.dtype} and shape {list(stored.shape)}")
     return stored.reshape(scale.shape).to(torch.int8)
@@ -168,7 +168,7 @@ def _weights(group: Mapping[str, Any], config: Mapping[str, Any]) -> Grid:
         raise CheckpointError(
             f"weights of {bits} bits, type {kind}, strategy {strategy}, stored as {layout}; {READABLE}"
         )
-    return Grid(bits, bool(said.get("symmetric", True)))
+    return Grid.integers(bits, bool(said.get("symmetric", True)))
 
 
 def _tile(said: Mapping[str, Any]) -> Tile | None:
@@ -205,7 +205,7 @@ def _dynamic(said: Any, what: str) -> Grid | None:
         raise CheckpointError(
             f"{what} of {bits} bits, type {said.get('type')}, dynamic {said.get('dynamic')}; {READABLE}"
         )
-    return Grid(int(bits), bool(said.get("symmetric", True)))
+    return Grid.integers(int(bits), bool(said.get("symmetric", True)))
 
 
 def codes_may_be_weight(described: Described) -> bool:

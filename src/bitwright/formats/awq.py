@@ -15,10 +15,11 @@ from torch import Tensor
 
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import Reader, TensorFormat
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.packing import pack, unpack
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.formats.gptq import (
     INSTEAD,
     WORD_BYTES,
@@ -45,7 +46,7 @@ READABLE = "of awq folders, Bitwright reads version gemm with 4 bits and zero po
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
-    return grid.bits == BITS and tile.out == 1 and not (outliers or grid.signed_scale or tile.ragged)
+    return grid.bits == BITS and tile.out == 1 and not (outliers or tile.ragged or not grid.plain)
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
@@ -77,7 +78,9 @@ def described(config: Mapping[str, Any]) -> Described:
             f"version {version}, {bits!r} bits, zero_point {config.get('zero_point', True)!r}; {READABLE}"
         )
     kept, group = tuple(config.get("modules_to_not_convert") or ()), config.get("group_size")
-    return Described(Grid(BITS), kept=kept, tile=tile_of(config.get("q_group_size") if group is None else group))
+    return Described(
+        Grid.integers(BITS), kept=kept, tile=tile_of(config.get("q_group_size") if group is None else group)
+    )
 
 
 def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:
@@ -138,12 +141,12 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
 
 def _words(numbers: Int[Tensor, "O C"]) -> Int32[Tensor, "C W"]:
     columns = numbers.t().reshape(numbers.shape[1], -1, IN_WORD)[..., list(ORDER)]
-    return pack(columns.reshape(numbers.shape[1], -1), Grid(BITS))
+    return pack(columns.reshape(numbers.shape[1], -1), Grid.integers(BITS))
 
 
 def _numbers(words: Int32[Tensor, "C W"]) -> Int[Tensor, "O C"]:
     columns, count = words.shape
-    stored = unpack(words.contiguous(), Grid(BITS), count * IN_WORD).view(columns, count, IN_WORD)
+    stored = unpack(words.contiguous(), Grid.integers(BITS), count * IN_WORD).view(columns, count, IN_WORD)
     places = [ORDER.index(number) for number in range(IN_WORD)]
     return stored[..., places].reshape(columns, -1).t().contiguous()
 

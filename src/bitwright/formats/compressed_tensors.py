@@ -15,9 +15,10 @@ from torch import Tensor
 
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import Reader, TensorFormat
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import WrittenModel
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.formats import bitwright
 from bitwright.formats._compressed_tensors_reading import LEAVES, PACKED, codes_may_be_weight, described, read, shape
 from bitwright.formats.bitwright import decode, packed, stored_bytes
@@ -34,7 +35,7 @@ HOLDS = "2 to 8 bits, symmetric or not, per channel or in groups along the input
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
-    return tile.out == 1 and not (outliers or grid.signed_scale or tile.ragged)
+    return tile.out == 1 and not (outliers or tile.ragged or not grid.plain)
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:

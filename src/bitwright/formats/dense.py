@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import TensorFormat
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import WrittenModel
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 
 SCALES: torch.dtype | None = None
 """The dtype of scales; None: that of the checkpoint."""

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import Reader, TensorFormat
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.packing import pack, unpack
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 32
@@ -44,7 +45,7 @@ INSTEAD = "Leave --format out, or take --format bitwright (transformers loads it
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
     """Whether the format has a place for a linear with this grid and tile, with or without outliers."""
-    return grid.bits in BITS and tile.out == 1 and not (outliers or grid.signed_scale or tile.ragged)
+    return grid.bits in BITS and tile.out == 1 and not (outliers or tile.ragged or not grid.plain)
 
 
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
     stored = (zero - 1) & (2**bits - 1) if weight.grid.symmetric else zero
     return {
         f"{name}.qweight": pack(weight.codes, weight.grid).t().contiguous(),
-        f"{name}.qzeros": pack(stored.t().contiguous(), Grid(bits)),
+        f"{name}.qzeros": pack(stored.t().contiguous(), Grid.integers(bits)),
         f"{name}.scales": half(name, weight).t().contiguous(),
         f"{name}.g_idx": _groups(columns, weight.scale.shape[1]),
     }
@@ -129,7 +130,7 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
     (rows, groups), columns = scale.shape, words.shape[1] * WORD_BITS // grid.bits
     check_shapes(tensors, name, {"qweight": (words.shape[1], rows), "qzeros": (groups, rows * grid.bits // WORD_BITS)})
     check_order(name, tensors.get(f"{name}.g_idx"), columns, groups)
-    plain = Grid(grid.bits)
+    plain = Grid.integers(grid.bits)
     zero = unpack(tensors[f"{name}.qzeros"], plain, rows).t().contiguous()
     if described.variant != V2:
         zero = (zero + 1) & plain.qmax
@@ -154,7 +155,7 @@ def on_grid(
     """
     middle = 2 ** (grid.bits - 1)
     if not grid.symmetric or zero.is_meta or not bool((zero == middle).all()):
-        return QTensor(codes, scale, zero, Grid(grid.bits), tile)
+        return QTensor(codes, scale, zero, Grid.integers(grid.bits), tile)
     return QTensor((codes - middle).view(torch.int8), scale, None, grid, tile)
 
 
@@ -249,7 +250,7 @@ def _grid(said: Mapping[str, Any]) -> Grid:
     bits = said.get("bits")
     if isinstance(bits, bool) or bits not in BITS:
         raise CheckpointError(f"codes of {bits!r} bits; {READABLE}")
-    return Grid(int(bits), bool(said.get("sym", True)))
+    return Grid.integers(int(bits), bool(said.get("sym", True)))
 
 
 def _groups(columns: int, groups: int) -> Int32[Tensor, " I"]:

@@ -9,13 +9,13 @@ from dataclasses import replace
 from math import ceil, prod
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from bitwright.core.fake_quant import fake_quantize_tokens
+from bitwright.core.grid import Grid, Tile, Zero
 from bitwright.core.packing import unpack, unpack_down
 from bitwright.core.qtensor import dequantize
-from bitwright.core.scheme import Grid, Tile
 
 WORD_BITS, CODES_PER_RUN = 32, 32
 SLAB_WEIGHTS = 2**20
@@ -32,6 +32,7 @@ class PackedLinear(nn.Module):
     weight_packed: Int[Tensor, "O words"]
     weight_scale: Float[Tensor, "P Q"]
     weight_zero_point: Int[Tensor, "words Q"] | None
+    weight_minimum: Float[Tensor, "P Q"] | None
     weight_shape: Int[Tensor, " 2"]
     weight_tile: Int[Tensor, " 2"] | None
     outlier_index: Int[Tensor, " K"] | None
@@ -54,10 +55,12 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.grid, self.tile, self.dtype, self.activations = grid, tile, dtype, activations
         (rows, columns), (p, q) = shape, tile.counts(shape)
-        zeros = None if grid.symmetric else _words(ceil(p * grid.bits / WORD_BITS), q)
+        real = grid.zero is Zero.REAL
+        zeros = None if grid.symmetric or real else _words(ceil(p * grid.bits / WORD_BITS), q)
         self.register_buffer("weight_packed", _words(rows, ceil(columns * grid.bits / WORD_BITS)))
         self.register_buffer("weight_scale", torch.empty(p, q, dtype=dtype))
         self.register_buffer("weight_zero_point", zeros)
+        self.register_buffer("weight_minimum", torch.empty(p, q, dtype=dtype) if real else None)
         self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64))
         self.register_buffer("weight_tile", torch.empty(2, dtype=torch.int64) if tile.cut(shape) else None)
         self.register_buffer("outlier_index", _words(outliers) if outliers else None)
@@ -80,7 +83,8 @@ class PackedLinear(nn.Module):
         t_o, _ = self.tile.size((self.out_features, self.in_features))
         first, tiles = start // t_o, torch.arange(start, stop, device=codes.device) // t_o
         scale, zero = self.weight_scale[tiles].to(self.dtype), self._zero(first, ceil(stop / t_o))
-        weight = dequantize(codes, scale, None if zero is None else zero[tiles - first], replace(self.tile, out=1))
+        zero = None if zero is None else zero[tiles - first]
+        weight = dequantize(codes, scale, zero, replace(self.tile, out=1)).to(self.dtype)
         self._place_outliers(weight, start)
         return weight
 
@@ -103,8 +107,10 @@ class PackedLinear(nn.Module):
         for start in range(0, self.out_features, step):
             yield start, min(start + step, self.out_features)
 
-    def _zero(self, first: int, last: int) -> Int[Tensor, "T Q"] | None:
-        """Zero points of tile rows [first, last): the runs of 32 that hold them are unpacked, and cut."""
+    def _zero(self, first: int, last: int) -> Shaped[Tensor, "T Q"] | None:
+        """Zeros of tile rows [first, last): minima, or zero points, which are unpacked in runs of 32."""
+        if self.weight_minimum is not None:
+            return self.weight_minimum[first:last]
         if self.weight_zero_point is None:
             return None
         p, bits, run, until = len(self.weight_scale), self.grid.bits, first // CODES_PER_RUN, ceil(last / CODES_PER_RUN)

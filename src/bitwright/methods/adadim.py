@@ -21,8 +21,9 @@ import torch
 from bitwright.core.block import Block, LinearGroup
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.errors import SchemeError
+from bitwright.core.grid import Tile
 from bitwright.core.method import Closed, Context
-from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
 from bitwright.steps.apply import parameters_of
 from bitwright.steps.trial import TOKENS, rounded

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from bitwright.core.decisions import Decision, LinearDecision
 from bitwright.core.errors import SchemeError
+from bitwright.core.grid import Tile
 from bitwright.core.method import Context, DataFree, Range
-from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
 from bitwright.methods.easyquant_outliers import decide as decide_outliers
 from bitwright.steps.apply import quantize_linear

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
+from bitwright.core.grid import Tile
 from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
 from bitwright.core.qtensor import affine, span
-from bitwright.core.scheme import Tile
 from bitwright.steps.apply import weights_of
 from bitwright.steps.ranges import minmax
 

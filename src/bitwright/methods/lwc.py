@@ -27,8 +27,8 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision
+from bitwright.core.grid import Tile
 from bitwright.core.method import Context, Learnable, Learned, Moments, Parameters, Range
-from bitwright.core.scheme import Tile
 from bitwright.steps.apply import weights_of
 from bitwright.steps.range_search import search
 from bitwright.steps.ranges import minmax

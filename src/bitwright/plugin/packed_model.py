@@ -6,7 +6,7 @@ from torch import nn
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, SchemeError
-from bitwright.core.scheme import Grid
+from bitwright.core.grid import Grid
 from bitwright.formats.bitwright.config import Config, Integers
 from bitwright.kernels.reference import PackedLinear
 from bitwright.plugin.stored import AGAIN, check_kind, check_numbers, check_tile

@@ -18,6 +18,7 @@ LEAVES = (
     "weight_packed",
     "weight_scale",
     "weight_zero_point",
+    "weight_minimum",
     "weight_shape",
     "weight_tile",
     "outlier_index",
@@ -97,7 +98,9 @@ def _wanted(checkpoint: Checkpoint, name: str, config: Config) -> dict[str, Kind
     }
     if config.tile(name).cut((rows, columns)):
         wanted["weight_tile"] = (torch.int64, (2,))
-    if not config.weights.symmetric:
+    if config.weights.real_minimum:
+        wanted["weight_minimum"] = (config.dtype, (*stack, p, q))
+    elif not config.weights.symmetric:
         wanted["weight_zero_point"] = (torch.int32, (*stack, ceil(p * bits / WORD_BITS), q))
     if outliers:
         wanted |= {"outlier_index": (torch.int32, (outliers,)), "outlier_value": (config.dtype, (outliers,))}

@@ -5,8 +5,9 @@ from itertools import product
 
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.format import Format, TensorFormat
+from bitwright.core.grid import Tile
 from bitwright.core.registry import format_of
-from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.core.weight import Weight, starred
 from bitwright.model.source import DTYPES, FAMILIES, Source
 from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED

@@ -9,9 +9,10 @@ from bitwright.core.decisions import Decision
 from bitwright.core.engine import EVERY_BITS, Engine, Refusal, Way, Workload, engine_named, engines
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import format_of
-from bitwright.core.scheme import FULL, NAMED, Grid, Scheme, Tile
+from bitwright.core.scheme import NAMED, Scheme
 from bitwright.core.settings import settle
 from bitwright.methods import compose
 from bitwright.model.source import open_checkpoint, require_folder
@@ -203,7 +204,7 @@ def _others(scheme: Scheme, engines: Sequence[Sequence[Way]]) -> Iterator[Scheme
     sizes = sorted({*GROUPS, *theirs, FULL, _size(scheme.tile)})
     for bits, symmetric, size in product(EVERY_BITS, (False, True), sizes):
         for activations in {(scheme.activation_bits, scheme.kv_bits), (None, None)}:
-            yield Scheme(Grid(bits, symmetric), Tile(1, size), *activations)
+            yield Scheme(Grid.integers(bits, symmetric), Tile(1, size), *activations)
     yield from NAMED.values()
 
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from bitwright.core.decisions import Decision
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Format, TensorFormat
+from bitwright.core.grid import Tile
 from bitwright.core.method import Method
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.recipe import SHARD_SIZE
 from bitwright.core.registry import format_of
-from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
 
 WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"

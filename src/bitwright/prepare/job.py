@@ -12,11 +12,12 @@ from torch import Tensor
 
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Format, TensorFormat, WriteOptions
+from bitwright.core.grid import Tile
 from bitwright.core.method import Learned, Method
 from bitwright.core.quantized import WrittenModel, departures
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import format_of, names
-from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme, Tile
+from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
 from bitwright.core.settings import Settings, settle
 from bitwright.methods import TRANSFORM, compose, fit, learned, used
 from bitwright.model.arithmetic import pick_arithmetic
@@ -57,8 +58,11 @@ class Job:
     def scales(self) -> torch.dtype:
         """The dtype that scales and outliers are stored in: the format's, or the scheme's, or one that holds the
         weights of all linears."""
-        if self.target.scales is not None or self.scheme.float16_scales:
-            return self.target.scales or torch.float16
+        if self.target.scales is not None:
+            return self.target.scales
+        if (own := self.scheme.weight.scales.dtype) is not None:
+            dtype: torch.dtype = getattr(torch, own)
+            return dtype
         checkpoint = self.source.checkpoint
         dtypes = {checkpoint.entry(w.tensor).dtype for w in self.work.weights if w.tensor in checkpoint}
         return reduce(torch.promote_types, dtypes) if dtypes else checkpoint.dtype_of_weights

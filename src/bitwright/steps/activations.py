@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bitwright.core.block import Block
 from bitwright.core.fake_quant import fake_quantize_tokens
-from bitwright.core.scheme import Grid, Scheme
+from bitwright.core.grid import Grid
+from bitwright.core.scheme import Scheme
 
 QUANTIZED_ATTENTION = "bitwright_quantized"
 GRIDS = "_bitwright_grids"

@@ -16,15 +16,16 @@ Every trial passes over the weights, a part at a time that stays in the processo
 tile, with q = code - z; what follows is arithmetic on those, in float64.
 """
 
+from dataclasses import replace
 from itertools import product
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitwright.core.grid import Grid, Tile, Zero
 from bitwright.core.method import Range
 from bitwright.core.qtensor import affine, span, tiled
-from bitwright.core.scheme import Grid, Tile
 
 POLISHED, PASSES = 2, 4
 TOGETHER, PART = 2**21, 2**17
@@ -47,13 +48,14 @@ def fitted(
     On the objective it is never worse than min-max.
     """
     tiles = tiled(weight, tile).transpose(1, 2)
+    integers = replace(grid, zero=Zero.CODE) if grid.zero is Zero.REAL else grid  # a real minimum is found as z h
     (p, q), flat = tiles.shape[:2], tiles.flatten(2).flatten(0, 1)
     low, high = torch.empty(2, len(flat), device=flat.device)
     at_once = max(1, TOGETHER // flat.shape[1])
     for start in range(0, len(flat), at_once):
         here = slice(start, start + at_once)
-        h, z = _Fit(flat[here].float().contiguous(), grid, scale_dtype, alignment).best()
-        low[here], high[here] = span(h, None if grid.symmetric else z, grid)
+        h, z = _Fit(flat[here].float().contiguous(), integers, scale_dtype, alignment).best()
+        low[here], high[here] = span(h, None if grid.symmetric else z, integers)
     return low.view(p, q), high.view(p, q)
 
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.method import Range
 from bitwright.core.qtensor import affine, span, tiled
-from bitwright.core.scheme import Grid, Tile
 from bitwright.steps.ranges import minmax
 
 STEPS, RATE = 200, 3e-3

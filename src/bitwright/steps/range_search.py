@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from bitwright.core.grid import Grid, Tile, Zero
 from bitwright.core.method import Moments, Range
-from bitwright.core.qtensor import affine, tiled
-from bitwright.core.scheme import Grid, Tile
+from bitwright.core.qtensor import affine, integer_zero, offset, tiled
 from bitwright.steps.ranges import minmax
 
 LOWEST, LARGEST, COARSE = 0.35, 0.9995, 24
@@ -159,7 +159,9 @@ def _lost(
     """W - Wq of a column of tiles with these ranges."""
     scale, zero = affine(low, high, grid, scale_dtype)
     h = scale.float()[..., None, None]
-    z = torch.zeros_like(h) if zero is None else zero.float()[..., None, None]
+    z = torch.zeros_like(h) if zero is None else integer_zero(scale, zero, grid).float()[..., None, None]
+    if grid.zero is Zero.REAL and (moved := offset(scale, zero, grid)) is not None:
+        tiles = tiles - moved[..., None, None]
     levels = (tiles / h).round_().add_(z).clamp_(grid.qmin, grid.qmax).sub_(z)
     return (tiles - levels.mul_(h)).flatten(-3, -2)
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitwright.core.grid import Grid, Tile, Zero
 from bitwright.core.panels import in_cache
-from bitwright.core.qtensor import affine, tiled
-from bitwright.core.scheme import Grid, Tile
+from bitwright.core.qtensor import affine, integer_zero, offset, tiled
 
 SHARES = torch.linspace(0.4, 1.0, 13)
 TOGETHER = 2**22
@@ -73,7 +73,9 @@ def _nearest(
     tiles, lows, highs = tiles.float(), shares[0] * low, shares[1] * high
     scale, zero = affine(lows, highs, grid, scale_dtype)
     h = scale.float()[:, :, None, :, None]
-    z = torch.zeros_like(h) if zero is None else zero.float()[:, :, None, :, None]
+    z = torch.zeros_like(h) if zero is None else integer_zero(scale, zero, grid).float()[:, :, None, :, None]
+    if grid.zero is Zero.REAL and (moved := offset(scale, zero, grid)) is not None:
+        tiles = tiles - moved[:, :, None, :, None]
     levels = (tiles / h).round_().add_(z).clamp_(grid.qmin, grid.qmax).sub_(z)
     error = levels.mul_(h).sub_(tiles)
     lost = (error.square_() if norm == 2 else error.abs_().pow_(norm)).sum(dim=(2, 4))

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.method import Moments, Range
-from bitwright.core.qtensor import affine, offset, quantize
-from bitwright.core.scheme import Grid, Tile
+from bitwright.core.qtensor import affine, integer_zero, offset, quantize
 from bitwright.steps.ranges import minmax, nearest_to_weights
 
 DAMPING, HARDER, TRIES, LAZY = 0.01, 10.0, 4, 128
@@ -130,7 +130,8 @@ def compensated(
             inside = column if kept is None else column.masked_fill(kept[0][:, here], 0.0)
             h, z = ranges.of(at[j], inside)
             codes[:, j : j + 1] = quantize(inside, h, z, ranges.grid, EACH)
-            levels = codes[:, j : j + 1].float() if z is None else codes[:, j : j + 1].float() - z.float()
+            zero = integer_zero(h, z, ranges.grid)
+            levels = codes[:, j : j + 1].float() if zero is None else codes[:, j : j + 1].float() - zero.float()
             stands, moved = levels * h, offset(h, z, ranges.grid)
             if moved is not None:
                 stands += moved

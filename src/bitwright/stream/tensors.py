@@ -20,12 +20,13 @@ from bitwright.checkpoint.ranges import Stored, is_finite
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.writer import write_tensors
 from bitwright.core.decisions import Decision, LinearDecision
+from bitwright.core.grid import Tile
 from bitwright.core.method import Context, DataFree
 from bitwright.core.outlier_rule import Bounds
 from bitwright.core.panels import panels
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import BlockReport, LinearReport
-from bitwright.core.scheme import Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
 from bitwright.core.tensor_bytes import digest
 from bitwright.core.weight import Weight

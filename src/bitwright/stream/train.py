@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.fake_quant import FakeQuantizer
+from bitwright.core.grid import Tile
 from bitwright.core.method import Activations, Context, Learnable, Learned, Range
-from bitwright.core.scheme import Tile
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
 from bitwright.steps.ranges import minmax

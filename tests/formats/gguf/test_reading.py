@@ -16,7 +16,7 @@ import bitwright
 from bitwright.core.engine_file import unlike
 from bitwright.core.errors import CheckpointError
 from bitwright.core.format import WriteOptions
-from bitwright.core.scheme import Grid
+from bitwright.core.grid import Grid
 from bitwright.formats import QuantizedFolder, gguf
 from bitwright.formats.gguf.blocks import SCALES
 from bitwright.formats.gguf.header import Listed, read_header
@@ -85,7 +85,7 @@ def test_what_is_not_as_it_was_is_seen(quantized: Models, tmp_path: Path) -> Non
     folder = quantized("llama", "W4A16g32")
     file, model = written(folder, tmp_path / "m.gguf"), QuantizedFolder.open(folder)
     weight, ((rows, found),) = model.read(Q), file.levels(f"{Q}.weight")
-    assert weight.zero is not None and weight.grid == Grid(4)
+    assert weight.zero is not None and weight.grid == Grid.integers(4)
     for change, said in ((weight.codes, "codes"), (weight.zero, "minima"), (weight.scale, "scales")):
         before = change[7, 1].clone()
         change[7, 1] = before * 2 + 1

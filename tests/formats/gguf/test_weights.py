@@ -10,14 +10,15 @@ from gguf.quants import dequantize
 
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import FULL, Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.formats import gguf
 from bitwright.formats.gguf.weights import held, holds, kind_of
 from bitwright.steps.apply import quantize_linear
 
 ROWS, COLUMNS = 12, 192
-EXACT = [Grid(bits, True) for bits in range(2, 9)] + [Grid(bits) for bits in (2, 3, 5, 6, 7)]
+EXACT = [Grid.integers(bits, True) for bits in range(2, 9)] + [Grid.integers(bits) for bits in (2, 3, 5, 6, 7)]
 TILES = [Tile(1, 32), Tile(1, 64), Tile(1, 96), Tile(1, FULL)]
 
 
@@ -44,14 +45,14 @@ def test_held_to_the_bit(grid: Grid, tile: Tile) -> None:
 
 
 def test_few_bits_take_the_smaller_blocks() -> None:
-    assert {kind_of(grid, COLUMNS) for grid in EXACT if grid.bits <= 3 or grid == Grid(4, True)} == {Kind.Q4_0}
-    assert kind_of(Grid(4), COLUMNS) is Kind.Q4_1
+    assert {kind_of(grid, COLUMNS) for grid in EXACT if grid.bits <= 3 or grid == Grid.integers(4, True)} == {Kind.Q4_0}
+    assert kind_of(Grid.integers(4), COLUMNS) is Kind.Q4_1
     assert gguf.stored_bytes((8, 64), Scheme.parse("W3A16g64"), torch.float16) == 8 * 2 * 18
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_four_bits_with_a_zero_point_keep_their_codes_and_the_rounding_is_measured(tile: Tile) -> None:
-    q = made(Grid(4), tile, dtype=torch.float16)
+    q = made(Grid.integers(4), tile, dtype=torch.float16)
     found = held("x", q, Kind.Q4_1, lossy=False)
     values, exact = read(found.data, Kind.Q4_1).double(), q.dequantize(torch.float32).double()
     error = float((values - exact).square().sum() / exact.square().sum())
@@ -62,7 +63,7 @@ def test_four_bits_with_a_zero_point_keep_their_codes_and_the_rounding_is_measur
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_on_the_adapted_grid_nothing_is_lost(tile: Tile) -> None:
-    scheme = gguf.adapted(Scheme(Grid(4), tile))
+    scheme = gguf.adapted(Scheme(Grid.integers(4), tile))
     q = made(scheme.weight, tile, dtype=torch.float16)
     found = held("x", q, Kind.Q4_1, lossy=False)
     assert found.difference.error == 0.0
@@ -76,18 +77,18 @@ def test_other_grids_are_not_adapted() -> None:
 
 def test_rows_in_another_order() -> None:
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(6))
-    for grid in (Grid(4), Grid(8, True)):
+    for grid in (Grid.integers(4), Grid.integers(8, True)):
         q, kind = made(grid, Tile(1, 64)), kind_of(grid, COLUMNS)
         straight = read(held("x", q, kind, False).data, kind)
         assert torch.equal(read(held("x", q, kind, False, order).data, kind), straight[order])
 
 
 HARD = {
-    "outliers": made(Grid(4, True), Tile(1, 32), outliers=True),
-    "groups along the output": made(Grid(4), Tile(6, 1)),
-    "groups of 48": made(Grid(3), Tile(1, 48)),
-    "groups of 16": made(Grid(4), Tile(1, 16)),
-    "8 bits": made(Grid(8), Tile(1, 32)),
+    "outliers": made(Grid.integers(4, True), Tile(1, 32), outliers=True),
+    "groups along the output": made(Grid.integers(4), Tile(6, 1)),
+    "groups of 48": made(Grid.integers(3), Tile(1, 48)),
+    "groups of 16": made(Grid.integers(4), Tile(1, 16)),
+    "8 bits": made(Grid.integers(8), Tile(1, 32)),
 }
 
 
@@ -140,7 +141,7 @@ def test_a_further_level_above_is_held_with_the_signs_turned(bits: int) -> None:
 
 
 def test_eight_bits_with_zero_points_are_kept_where_they_happen_to_fit() -> None:
-    q = made(Grid(8), Tile(1, 32))
+    q = made(Grid.integers(8), Tile(1, 32))
     assert q.zero is not None
     near = replace(q, codes=(q.codes // 2), zero=(q.zero // 2))
     found = held("x", near, Kind.Q8_0, lossy=False)
@@ -150,7 +151,7 @@ def test_eight_bits_with_zero_points_are_kept_where_they_happen_to_fit() -> None
 
 def test_rows_of_no_whole_blocks_become_float16() -> None:
     weight = torch.randn(4, 40, generator=torch.Generator().manual_seed(5))
-    q = quantize_linear(weight, LinearDecision(), Scheme(Grid(4, True), Tile(1, FULL)), torch.bfloat16)
+    q = quantize_linear(weight, LinearDecision(), Scheme(Grid.integers(4, True), Tile(1, FULL)), torch.bfloat16)
     assert kind_of(q.grid, 40) is Kind.F16
     with pytest.raises(RecipeError, match="cannot be held"):
         held("x", q, Kind.F16, lossy=False)
@@ -160,7 +161,7 @@ def test_rows_of_no_whole_blocks_become_float16() -> None:
 
 
 def test_scales_of_float32_are_rounded_and_measured_and_too_large_ones_refused() -> None:
-    q = made(Grid(4, True), Tile(1, 32), dtype=torch.float32)
+    q = made(Grid.integers(4, True), Tile(1, 32), dtype=torch.float32)
     assert 0 < held("x", q, Kind.Q4_0, lossy=False).difference.error < 1e-6
     with pytest.raises(CheckpointError, match="more than float16 holds"):
         held("x", replace(q, scale=q.scale * 1e9), Kind.Q4_0, lossy=False)
@@ -171,12 +172,12 @@ def _times(q: QTensor, factor: float) -> QTensor:
 
 
 SMALL = {
-    "4 bits": (made(Grid(4, True), Tile(1, 32), dtype=torch.float32), Kind.Q4_0),
-    "zero points": (made(Grid(4), Tile(1, 32), dtype=torch.float32), Kind.Q4_1),
-    "8 bits": (made(Grid(8, True), Tile(1, 32), dtype=torch.float32), Kind.Q8_0),
-    "quantized once more": (_times(made(Grid(4), Tile(1, 16), dtype=torch.float32), 0.1), Kind.Q4_1),
-    "quantized once more to 8 bits": (made(Grid(8), Tile(1, 32), dtype=torch.float32), Kind.Q8_0),
-    "in 16 bits": (made(Grid(4, True), Tile(1, FULL), dtype=torch.float32), Kind.F16),
+    "4 bits": (made(Grid.integers(4, True), Tile(1, 32), dtype=torch.float32), Kind.Q4_0),
+    "zero points": (made(Grid.integers(4), Tile(1, 32), dtype=torch.float32), Kind.Q4_1),
+    "8 bits": (made(Grid.integers(8, True), Tile(1, 32), dtype=torch.float32), Kind.Q8_0),
+    "quantized once more": (_times(made(Grid.integers(4), Tile(1, 16), dtype=torch.float32), 0.1), Kind.Q4_1),
+    "quantized once more to 8 bits": (made(Grid.integers(8), Tile(1, 32), dtype=torch.float32), Kind.Q8_0),
+    "in 16 bits": (made(Grid.integers(4, True), Tile(1, FULL), dtype=torch.float32), Kind.F16),
 }
 
 
@@ -193,6 +194,6 @@ def test_scales_too_small_for_float16_are_refused(what: str, times: float) -> No
 
 
 def test_a_row_that_is_next_to_nothing_is_not_what_a_linear_is_refused_for() -> None:
-    q = made(Grid(4, True), Tile(1, 32), dtype=torch.float32)
+    q = made(Grid.integers(4, True), Tile(1, 32), dtype=torch.float32)
     q.scale[3] *= 1e-9
     assert 0 < held("x", q, Kind.Q4_0, lossy=False).difference.error < 1e-6

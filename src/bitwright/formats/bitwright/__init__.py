@@ -5,7 +5,8 @@ docs/formats/bitwright.schema.json is ``config.Config`` as a JSON schema. Transf
 ``import bitwright``.
 
 Tensors of a linear X [O, I] with P x Q tiles and K outliers: ``X.weight_packed``, ``X.weight_scale``,
-``X.weight_zero_point`` (asymmetric grids), ``X.weight_shape``, as compressed-tensors packs and names them (32
+``X.weight_zero_point`` (asymmetric grids; ``X.weight_minimum`` if zeros are real numbers), ``X.weight_shape``,
+as compressed-tensors packs and names them (32
 codes in exactly ``bits`` int32 words, zero points along the output dimension), and
 ``X.outlier_index``, ``X.outlier_value`` where K > 0. O / P by I / Q is the tile: no reader has to be told; where the
 last tile of a row is cut short, ``X.weight_tile`` says it.
@@ -23,15 +24,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitwright.core.format import Reader, TensorFormat
+from bitwright.core.grid import Grid, Tile, Zero
 from bitwright.core.packing import WORD_BITS, pack, pack_down, unpack, unpack_down
 from bitwright.core.qtensor import OUTLIER_INDEX_BITS, QTensor, packed_bits
 from bitwright.core.quantized import Departure, Described, WrittenModel
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.formats.bitwright.config import DTYPES, Config, Exceptional, Integers, Weights
 
 SIZE_BYTES = 8
 """Bytes of one number of ``weight_shape`` or ``weight_tile``."""
-STACKED, CHAINED = ("weight_packed", "weight_scale", "weight_zero_point"), ("outlier_index", "outlier_value")
+STACKED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_minimum")
+CHAINED = ("outlier_index", "outlier_value")
 """How tensors of slices come together: along a new first dimension, or one after the other."""
 LEAVES = (*STACKED, "weight_shape", "weight_tile", *CHAINED, "outlier_count")
 """How the names of a weight's tensors end; the first is always there."""
@@ -54,7 +57,9 @@ def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
     }
     if weight.tile.cut(weight.shape):
         tensors[f"{name}.weight_tile"] = torch.tensor(weight.tile.size(weight.shape))
-    if weight.zero is not None:
+    if weight.zero is not None and weight.grid.zero is Zero.REAL:
+        tensors[f"{name}.weight_minimum"] = weight.zero.contiguous()
+    elif weight.zero is not None:
         tensors[f"{name}.weight_zero_point"] = pack_down(weight.zero, weight.grid)
     if weight.outlier_index is not None and weight.outlier_value is not None and weight.outlier_index.numel():
         tensors[f"{name}.outlier_index"] = weight.outlier_index
@@ -92,7 +97,9 @@ def _read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
     words = tensors[f"{name}.weight_packed"]
     _check_words("weight_packed", words, (rows, ceil(columns * grid.bits / WORD_BITS)))
     codes, zero = unpack(words, grid, columns), None
-    if not grid.symmetric:
+    if grid.zero is Zero.REAL:
+        zero = tensors[f"{name}.weight_minimum"]
+    elif not grid.symmetric:
         words = tensors[f"{name}.weight_zero_point"]
         _check_words("weight_zero_point", words, (ceil(len(scale) * grid.bits / WORD_BITS), scale.shape[1]))
         zero = unpack_down(words, grid, len(scale))
@@ -172,6 +179,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
             bits=scheme.weight.bits,
             symmetric=scheme.weight.symmetric,
             signed_scale=scheme.weight.signed_scale,
+            real_minimum=scheme.weight.zero is Zero.REAL,
             tile=(scheme.tile.out, scheme.tile.in_),
             dtype=DTYPES[model.dtype],
         ),

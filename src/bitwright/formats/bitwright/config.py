@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from bitwright.core.errors import CheckpointError, SchemeError
-from bitwright.core.scheme import MAX_BITS, MIN_BITS, Grid, Tile
+from bitwright.core.grid import MAX_BITS, MIN_BITS, Grid, Tile, Zero
 
 Extent = Literal[-1] | PositiveInt
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -33,23 +34,28 @@ class Integers(_Described):
     @property
     def grid(self) -> Grid:
         """The same in our own words."""
-        return Grid(self.bits, self.symmetric)
+        return Grid.integers(self.bits, self.symmetric)
 
 
 class Weights(Integers):
     """The weights of every converted linear: their integers, the rows and columns that share a scale (-1: all of
     them), and the dtype of scales and outliers, in which a weight is computed. With ``signed_scale`` symmetric codes
     are one higher than without, -2^(bits-1) + 1 to 2^(bits-1), scales may be negative, and the last tile of a row may
-    be cut short."""
+    be cut short. With ``real_minimum`` a weight is code * scale + minimum, computed in float32, and there is a minimum
+    of the scales' dtype for each tile instead of a zero point."""
 
     tile: tuple[Extent, Extent]
     dtype: Dtype
     signed_scale: bool = False
+    real_minimum: bool = False
 
     @property
     def grid(self) -> Grid:
         """The same in our own words."""
-        return Grid(self.bits, self.symmetric, self.signed_scale)
+        if self.signed_scale:
+            return replace(Grid.with_signed_scale(self.bits), zero=Zero.NONE if self.symmetric else Zero.CODE)
+        grid = Grid.integers(self.bits, self.symmetric)
+        return replace(grid, zero=Zero.REAL) if self.real_minimum else grid
 
     @model_validator(mode="after")
     def _is_one(self) -> "Weights":

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.format import FileFormat, Foreseen, QuantizedModel, WriteOptions
+from bitwright.core.grid import Zero
 from bitwright.core.progress import Listener, silent
 from bitwright.core.quantized import Difference
 from bitwright.core.scheme import Scheme
@@ -39,9 +40,9 @@ def recognizes(path: Path) -> bool:
 
 def adapted(scheme: Scheme) -> Scheme:
     """The scheme on the grid that codes are computed against where GGUF is what is asked for."""
-    if kind_of(scheme.weight, columns=0) is not Kind.Q4_1:
+    if scheme.weight.zero is not Zero.CODE or kind_of(scheme.weight, columns=0) is not Kind.Q4_1:
         return scheme
-    return replace(scheme, weight=replace(scheme.weight, minimum=True))
+    return replace(scheme, weight=replace(scheme.weight, zero=Zero.PRODUCT))
 
 
 def check_shape(name: str, shape: tuple[int, ...]) -> None:

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.grid import FULL, Grid, Tile, Zero
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
-from bitwright.core.scheme import FULL, Grid, Tile
 from bitwright.formats.gguf.blocks import BLOCK, KINDS, Bytes, Fitted, chosen, nbytes_of, nearest, packed, valued
 
 FEW_BITS = 4
@@ -57,6 +57,8 @@ def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
 
 
 def _within(grid: Grid, kind: Kind) -> bool:
+    if grid.zero is Zero.REAL:
+        return False
     lowest, highest = levels_of(grid)
     ends = ((lowest, highest), (-highest, -lowest))
     return any(KINDS[kind].lowest <= low and high <= KINDS[kind].highest for low, high in ends)
@@ -165,7 +167,8 @@ def _as_they_are(name: str, weight: QTensor, rows: Rows, kind: Kind) -> Fitted:
         levels, turned = _levels(weight, rows), _turned(weight.grid, kind)
         return (-levels, -d, None) if turned else (levels, d, None)
     assert weight.zero is not None
-    m = (-weight.zero[rows][:, of_block].float() * d.float()).half()
+    zero = weight.zero[rows][:, of_block].float()
+    m = (zero if weight.grid.zero is Zero.REAL else -zero * d.float()).half()
     return weight.codes[rows].to(torch.int16), d, m
 
 

@@ -17,10 +17,11 @@ from bitwright.checkpoint.writer import copy_file, write_json
 from bitwright.core.convert import difference
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import FileFormat, Foreseen, QuantizedModel, WriteOptions, typical
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
-from bitwright.core.scheme import Grid, Scheme, Tile
+from bitwright.core.scheme import Scheme
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures, chat

@@ -7,7 +7,7 @@ from typing import Any
 
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import Foreseen, WriteOptions
-from bitwright.core.scheme import Grid, Tile
+from bitwright.core.grid import Grid, Tile
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from bitwright.core.convert import split, with_scales
 from bitwright.core.decisions import LinearDecision
+from bitwright.core.grid import FULL, Grid, Tile, Zero
 from bitwright.core.panels import panels
 from bitwright.core.qtensor import QTensor, affine, quantize, tiled, whole
 from bitwright.core.quantized import Difference
-from bitwright.core.scheme import FULL, NAMED, Grid, Scheme, Tile
+from bitwright.core.scheme import NAMED, Scheme
 from bitwright.steps.apply import quantize_linear
 from bitwright.steps.range_fit import fitted
 
@@ -52,13 +53,15 @@ class Preset:
     def holds(self, grid: Grid, tile: Tile) -> bool:
         """Whether every weight of this grid and tile can be said exactly, but for the rounding of its scale."""
         own = self.scheme.weight
+        if grid.zero is Zero.REAL:
+            return False
         fits = grid.bits <= own.bits if grid.symmetric else grid.steps <= -own.qmin
         return fits and (tile.in_ == FULL or tile.in_ % self.group == 0)
 
 
 PRESETS = tuple(Preset(name.removeprefix("mlc:"), scheme) for name, scheme in [*NAMED.items()][::-1])
 """Those that quantize everything, few bits first."""
-AUTOAWQ, AUTOAWQ_GRID, AUTOAWQ_GROUP = "q4f16_autoawq", Grid(4), 128
+AUTOAWQ, AUTOAWQ_GRID, AUTOAWQ_GROUP = "q4f16_autoawq", Grid.integers(4), 128
 """MLC's name for AutoAWQ's layout, and what it holds."""
 EMBEDDINGS_KEPT = Preset("q4f16_2", NAMED["mlc:q4f16_1"], embeddings=False)
 

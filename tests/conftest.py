@@ -3,12 +3,15 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bitwright.evaluation.measure import Measurement
 
 # The same examples every time, and no limit per example: tests are to fail for what the code does, not by chance or
 # because the machine is busy.
@@ -36,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         if key not in made:
             made[key] = tmp_path_factory.mktemp("tiny") / "model"
             _save_model(made[key], dtype, tied, shards, config)
-            _save_tokenizer(made[key])
+            save_tokenizer(made[key])
         return made[key]
 
     return checkpoint
@@ -78,6 +81,23 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
     return of
 
 
+def measured(
+    folder: Path,
+    text: Path | str | None = None,
+    *,
+    seqlen: int | None = None,
+    windows: int | None = None,
+    reference: Path | str | None = None,
+) -> "Measurement":
+    """What ``bitwright.evaluate`` measures of a folder on a text, None: the embedded one."""
+    import bitwright
+
+    asked = None if text is None else str(text)
+    found = bitwright.evaluate(folder, asked, seqlen=seqlen, windows=windows, reference=reference).measurement
+    assert found is not None
+    return found
+
+
 def _save_model(folder: Path, dtype: str, tied: bool, shards: bool, changes: dict[str, Any]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,8 +130,8 @@ def _save_model(folder: Path, dtype: str, tied: bool, shards: bool, changes: dic
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="100KB" if shards else "5GB")
 
 
-def _save_tokenizer(folder: Path) -> None:
-    """One token per byte: no merges, so that a text's tokens can be counted by hand."""
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of one token per byte: no merges, so that a text's tokens can be counted by hand."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -70,7 +70,7 @@ def test_a_state_space_mixer_is_left_alone(made: Made) -> None:
     assert not discover(shapes, shapes, config).weights
 
 
-EXPERTS = {
+EXPERTS: dict[str, tuple[int, ...]] = {
     "model.layers.0.mlp.experts.gate_up_proj": (4, 64, 192),
     "model.layers.0.mlp.experts.down_proj": (4, 96, 64),
     "model.layers.0.mlp.experts.gate_up_proj_bias": (4, 192),
@@ -97,9 +97,13 @@ def test_experts_in_one_tensor() -> None:
 
 
 def test_what_is_empty_is_kept() -> None:
-    experts = {"layers.0.experts.gate_up_proj": (0, 64, 64), "layers.0.experts.down_proj": (4, 64, 0)}
-    matrices = {"layers.0.q.weight": (0, 64), "layers.0.k.weight": (64, 0)}
-    division = discover(experts | matrices, experts | matrices, {"hidden_size": 64})
+    shapes: dict[str, tuple[int, ...]] = {
+        "layers.0.experts.gate_up_proj": (0, 64, 64),
+        "layers.0.experts.down_proj": (4, 64, 0),
+        "layers.0.q.weight": (0, 64),
+        "layers.0.k.weight": (64, 0),
+    }
+    division = discover(shapes, shapes, {"hidden_size": 64})
     assert not division.weights and {one.why for one in division.kept} == {EMPTY}
 
 

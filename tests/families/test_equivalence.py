@@ -19,7 +19,13 @@ from bitwright.core.block import Family, Side, Site
 from bitwright.families import llama
 
 HIDDEN, HEADS, KV_HEADS, WIDTH, MLP, TOKENS = 32, 4, 2, 8, 48, 11
-BIASES = {"plain": {}, "attention_bias": {"attention_bias": True}, "both": {"attention_bias": True, "mlp_bias": True}}
+BIASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "attention_bias": {"attention_bias": True},
+    "both": {"attention_bias": True, "mlp_bias": True},
+}
+SDPA: dict[str, Any] = {"attn_implementation": "sdpa"}
+"""Eager attention takes the softmax in float32, whose rows sum to 1 only to seven digits."""
 HEADS_OF = {"grouped": (4, 2), "one key head": (4, 1), "all of their own": (4, 4)}
 
 
@@ -32,8 +38,7 @@ def config_of(heads: int = HEADS, kv_heads: int = KV_HEADS, **changes: Any) -> L
         head_dim=WIDTH,
         num_hidden_layers=1,
         vocab_size=8,
-        attn_implementation="sdpa",  # eager takes the softmax in float32, whose rows sum to 1 only to seven digits
-        **changes,
+        **(SDPA | changes),
     )
 
 
@@ -98,14 +103,11 @@ def families() -> dict[str, tuple[LlamaConfig, Family]]:
 
 
 FAMILIES = families()
-SITES = [
-    pytest.param(config, site, id=f"{site.name}: {n}")
-    for n, (config, f) in FAMILIES.items()
-    for site in f.topology.sites
-]
+SITES = {f"{site.name}: {n}": (config, site) for n, (config, f) in FAMILIES.items() for site in f.topology.sites}
+SHIFTED = {name: (config, site) for name, (config, site) in SITES.items() if site.shift}
 
 
-@pytest.mark.parametrize(("config", "site"), SITES)
+@pytest.mark.parametrize(("config", "site"), SITES.values(), ids=SITES)
 def test_a_scale_changes_nothing(config: LlamaConfig, site: Site) -> None:
     block = random_block(config)
     before = output(block, config)
@@ -116,7 +118,7 @@ def test_a_scale_changes_nothing(config: LlamaConfig, site: Site) -> None:
     torch.testing.assert_close(output(block, config), before, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("config", "site"), [p for p in SITES if p.values[1].shift])
+@pytest.mark.parametrize(("config", "site"), SHIFTED.values(), ids=SHIFTED)
 def test_a_shift_changes_nothing(config: LlamaConfig, site: Site) -> None:
     block = random_block(config)
     before = output(block, config)
@@ -160,6 +162,7 @@ def test_no_coarser_tie_is_asked_for_than_needed(name: str) -> None:
     value head's channels for v->o, and every channel elsewhere."""
     config, family = FAMILIES[name]
     free = {site.name: site.channels for site in family.topology.sites}
+    assert config.num_key_value_heads is not None
     kv = config.num_key_value_heads * WIDTH
     assert free == {"norm->qkv": HIDDEN, "q.k": kv // 2, "v->o": kv, "norm->gate,up": HIDDEN, "up->down": MLP}
 

@@ -25,8 +25,8 @@ def test_the_places_are_there(tied: bool, tiny: Checkpoints) -> None:
     assert model.get_submodule(family.embedding) is model.get_input_embeddings()
     assert model.get_submodule(family.head) is model.get_output_embeddings()
     assert type(model.get_submodule(family.final_norm)).__name__ == "LlamaRMSNorm"
-    block = model.get_submodule(family.blocks)[0]
-    assert type(block.self_attn).__name__ == family.attention_class
+    block = model.get_submodule(f"{family.blocks}.0")
+    assert type(block.get_submodule("self_attn")).__name__ == family.attention_class
     for group in family.topology.groups:
         block.get_submodule(group.enclosing)
     linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
@@ -38,7 +38,7 @@ def test_linears_of_a_group_read_the_same_input(tiny: Checkpoints) -> None:
     folder = tiny("float32")
     family = llama.describe(AutoConfig.from_pretrained(folder))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    block, inputs = model.get_submodule(family.blocks)[0], {}
+    block, inputs = model.get_submodule(f"{family.blocks}.0"), dict[str, torch.Tensor]()
     for name in family.topology.linears:
         block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
     model(torch.arange(12)[None])

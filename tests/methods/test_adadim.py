@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import Checkpoints
-from tests.methods.conftest import Streamed, context_of, divergence
+from tests.methods.conftest import divergence
+from tests.streamed import Streamed, context_of
 
 import bitwright
 from bitwright.core.block import Block

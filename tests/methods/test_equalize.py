@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tests.conftest import Checkpoints
-from tests.methods.conftest import Streamed
+from tests.conftest import Checkpoints, changed, measured
+from tests.streamed import Streamed
 
 import bitwright
 from bitwright.core.block import Block
@@ -55,21 +54,19 @@ def test_channels_that_stand_out(streamed: Streamed, block: Block) -> None:
 
 @pytest.mark.parametrize("method", ["equalize+rtn", "equalize+easyquant"])
 def test_what_outliers_cost_is_won_back(method: str, tiny: Checkpoints, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in tiny("bfloat16").iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(model / "model.safetensors")
-    for layer in range(2):
-        plant(tensors, f"model.layers.{layer}.")
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    lost = {}
+    def with_outliers(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in range(2):
+            plant(tensors, f"model.layers.{layer}.")
+
+    model = changed(tiny("bfloat16"), tmp_path / "model", with_outliers)
+    lost: list[float] = []
     for name in (method.removeprefix("equalize+"), method):
         out = tmp_path / name
         bitwright.quantize(bitwright.Recipe(str(model), "W4A16", name), out)
-        lost[name] = bitwright.evaluate(out, "builtin", seqlen=64, windows=8, reference=model).measurement
-    plain, equalized = (found.kl_divergence for found in lost.values() if found is not None)
-    assert plain is not None and equalized is not None and equalized < 0.9 * plain
+        divergence = measured(out, seqlen=64, windows=8, reference=model).kl_divergence
+        assert divergence is not None
+        lost.append(divergence)
+    assert lost[1] < 0.9 * lost[0]
 
 
 def test_it_comes_first(tiny: Checkpoints, tmp_path: Path) -> None:

@@ -43,10 +43,18 @@ def test_the_papers_own_differs_by_the_drift_alone(recipe: bitwright.Recipe, tmp
     assert same == {f"model.layers.0.self_attn.{p}_proj.weight_packed" for p in "qkv"}
 
 
-def test_orders_that_cannot_work_are_refused() -> None:
-    for method in ("gptq+lwc", "gptq+let", "rtn+gptq", "gptq+gptq"):
-        with pytest.raises(RecipeError):
-            compose(method)
+@pytest.mark.parametrize(
+    ("methods", "says"),
+    [
+        ("gptq+lwc", r"write lwc\+gptq$"),
+        ("gptq+let", r"write let\+gptq$"),
+        ("rtn+gptq", "rtn and gptq both decide the rounding"),
+        ("gptq+gptq", "gptq and gptq both decide the rounding"),
+    ],
+)
+def test_orders_that_cannot_work_are_refused(methods: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        compose(methods)
 
 
 def test_the_output_layer_is_rounded_to_nearest_and_it_says_so(recipe: bitwright.Recipe, tmp_path: Path) -> None:

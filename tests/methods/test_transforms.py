@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import Checkpoints
-from tests.methods.conftest import Streamed, context_of, divergence
+from tests.methods.conftest import divergence
+from tests.streamed import Streamed, context_of
 
 import bitwright
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
+from bitwright.core.method import Closed
 from bitwright.core.settings import Settings
 from bitwright.methods import awq, osplus, smoothquant
 from bitwright.steps.apply import fold, parameters_of
@@ -58,10 +60,12 @@ def test_heads_that_share_a_value_head_share_the_largest_scale(streamed: Streame
     torch.testing.assert_close(found, (x / w).sqrt())
 
 
-@pytest.mark.parametrize("method", [smoothquant, osplus, awq])
-def test_the_full_precision_block_stays_what_it_was(method: object, streamed: Streamed, block: Block) -> None:
+@pytest.mark.parametrize(
+    "method", [smoothquant.METHOD, osplus.METHOD, awq.METHOD], ids=["smoothquant", "osplus", "awq"]
+)
+def test_the_full_precision_block_stays_what_it_was(method: Closed, streamed: Streamed, block: Block) -> None:
     context = context_of(block, streamed[1], "W4A4", Settings(sites="all"))
-    found = method.METHOD.decide(block, context, BlockDecisions())  # type: ignore[attr-defined]
+    found = method.decide(block, context, BlockDecisions())
     assert any((site.scale - 1).abs().max() > 0.1 for site in found.sites.values())
     folded = fold(dict(block.module.named_parameters()), block.topology, found, context.scheme, torch.float32)
     run = partial(forward_all, block, inputs=streamed[1].activations.reference, kwargs=streamed[1].kwargs_of(block))

@@ -9,6 +9,7 @@ from torch import Tensor
 from bitwright.core.grid import Grid, Tile
 from bitwright.core.method import Range
 from bitwright.core.qtensor import affine, dequantize, quantize, tiled
+from bitwright.steps import range_fit, range_gradient
 from bitwright.steps.range_fit import fitted
 from bitwright.steps.range_gradient import by_gradient
 from bitwright.steps.ranges import minmax, nearest_to_weights
@@ -150,7 +151,7 @@ def test_the_papers_descent_ends_below_min_max_and_not_below_ours(bits: int, til
     assert found[2] <= found[1] * 1.001
 
 
-def test_the_papers_gradient_is_that_of_its_loss() -> None:
+def test_the_papers_gradient_is_that_of_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of Adam goes by its rate against the gradient's sign, here taken from the loss itself."""
     weight, grid, tile = heavy(4, 64), Grid.integers(4, True), Tile(1, -1)
     start = affine(*minmax(weight, tile), grid, torch.float32)[0]
@@ -158,13 +159,8 @@ def test_the_papers_gradient_is_that_of_its_loss() -> None:
     q = (weight / h).round().clamp(grid.qmin, grid.qmax).detach()
     (weight - h * q).square().sum().backward()
     assert h.grad is not None
-    import bitwright.steps.range_gradient as module
-
-    steps, module.STEPS = module.STEPS, 1
-    try:
-        _, high = by_gradient(weight, grid, tile, torch.float32)
-    finally:
-        module.STEPS = steps
+    monkeypatch.setattr(range_gradient, "STEPS", 1)
+    _, high = by_gradient(weight, grid, tile, torch.float32)
     assert torch.equal((high / (grid.steps / 2) - start).sign(), -h.grad.sign())
 
 
@@ -184,14 +180,12 @@ def test_another_norm_is_the_least_of_what_it_counts() -> None:
 def test_the_same_with_any_number_of_threads_and_however_weights_are_split(
     bits: int, tile: Tile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bitwright.steps.range_fit as module
-
     weight, found, threads = heavy(96, 1024), [], torch.get_num_threads()
     try:
         for count, together, part in ((1, 2**21, 2**17), (2, 2**21, 2**17), (1, 2**14, 2**10), (2, 2**12, 2**12)):
             torch.set_num_threads(count)
-            monkeypatch.setattr(module, "TOGETHER", together)
-            monkeypatch.setattr(module, "PART", part)
+            monkeypatch.setattr(range_fit, "TOGETHER", together)
+            monkeypatch.setattr(range_fit, "PART", part)
             found.append(torch.stack(fitted(weight, Grid.integers(bits, False), tile, torch.bfloat16, alignment=16.0)))
     finally:
         torch.set_num_threads(threads)

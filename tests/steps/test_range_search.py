@@ -65,7 +65,9 @@ def test_no_candidate_of_the_even_grid_is_better_alone() -> None:
 
     least = rows(low, high)
     for share in torch.linspace(LOWEST, LARGEST, COARSE).tolist():
-        assert (rows(torch.full_like(low, share), torch.full_like(high, share)) >= least - 1e-3).all()
+        moved = torch.full_like(low, share)
+        for ends in ((moved, moved), (moved, high), (low, moved)):
+            assert (rows(*ends) >= least - 1e-3).all()
 
 
 def test_the_error_of_the_blocks_before_is_made_good() -> None:

@@ -1,5 +1,6 @@
 """``apply_site`` on every site of every family: random scales and shifts leave the block's output alone in float64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from bitwright.families import llama, opt
 from bitwright.steps.transform import apply_site
 
 HIDDEN, TOKENS = 32, 9
+Case = tuple[Family, nn.Module, dict[str, Any]]
+"""A family, a block of it in float64, and what its forward pass takes beside the hidden states."""
+SDPA: dict[str, Any] = {"attn_implementation": "sdpa"}
 LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
 OPT = {"num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": HIDDEN}
 
@@ -26,19 +30,19 @@ def randomized(block: nn.Module) -> nn.Module:
     return block.double().eval()
 
 
-def llama_case(**changes: Any) -> tuple[Family, nn.Module, dict[str, Any]]:
-    config = LlamaConfig(hidden_size=HIDDEN, vocab_size=8, attn_implementation="sdpa", **(LLAMA | changes))
+def llama_case(**changes: Any) -> Case:
+    config = LlamaConfig(hidden_size=HIDDEN, vocab_size=8, **(SDPA | LLAMA | changes))
     hidden, positions = torch.zeros(1, TOKENS, HIDDEN, dtype=torch.float64), torch.arange(TOKENS)[None]
     kwargs = {"position_embeddings": LlamaRotaryEmbedding(config)(hidden, positions), "position_ids": positions}
     return llama.describe(config), randomized(LlamaDecoderLayer(config, 0)), kwargs
 
 
-def opt_case(**changes: Any) -> tuple[Family, nn.Module, dict[str, Any]]:
-    config = OPTConfig(hidden_size=HIDDEN, vocab_size=8, dropout=0.0, attn_implementation="sdpa", **(OPT | changes))
+def opt_case(**changes: Any) -> Case:
+    config = OPTConfig(hidden_size=HIDDEN, vocab_size=8, dropout=0.0, **(SDPA | OPT | changes))
     return opt.describe(config), randomized(OPTDecoderLayer(config, 0)), {}
 
 
-CASES = {
+CASES: dict[str, Callable[[], Case]] = {
     "llama": llama_case,
     "llama-biases": lambda: llama_case(attention_bias=True, mlp_bias=True),
     "llama-one-key-head": lambda: llama_case(num_key_value_heads=1),

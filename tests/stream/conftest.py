@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.streamed import block, skeleton_of, streamed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bitwright.model.source import Source
 from bitwright.stream.skeleton import Skeleton
 
 SEQUENCES, LENGTH = 6, 20
+
+__all__ = ["block", "streamed"]  # fixtures
 
 SkeletonOf = Callable[..., Skeleton]
 
@@ -19,11 +21,7 @@ SkeletonOf = Callable[..., Skeleton]
 def skeleton() -> SkeletonOf:
     """``skeleton(folder, dtype=torch.float32)``"""
 
-    def of(folder: Path, dtype: torch.dtype = torch.float32) -> Skeleton:
-        source = Source.open(folder)
-        return Skeleton(source.checkpoint, source.config, source.family, dtype, torch.device("cpu"))
-
-    return of
+    return skeleton_of
 
 
 @pytest.fixture
@@ -35,4 +33,5 @@ def tokens() -> torch.Tensor:
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model as transformers loads it."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval()
+    model.eval()
+    return model

@@ -1,11 +1,9 @@
 """Training steps in bfloat16: what is rounded, what is not, and that training still does what it is for."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from tests.conftest import Checkpoints
-from tests.methods.conftest import Streamed, context_of
+from tests.streamed import Streamed, context_of, skeleton_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,29 +12,13 @@ from bitwright.core.decisions import BlockDecisions
 from bitwright.core.method import Learned
 from bitwright.core.settings import Settings
 from bitwright.methods import compose
-from bitwright.model.source import Source
 from bitwright.stream import precision
 from bitwright.stream.activations import enter
 from bitwright.stream.forward import forward, forward_all
 from bitwright.stream.precision import causal_attention, running_dtype, written_out_attention
-from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.train import Objective, Trainer, learnables_of
 
 SHORT = torch.bfloat16
-
-
-@pytest.fixture(scope="module")
-def streamed(tiny: Checkpoints) -> Streamed:
-    """The tiny model in float32, and 8 segments of 32 random tokens in front of its first block."""
-    source = Source.open(tiny("float32"))
-    skeleton = Skeleton(source.checkpoint, source.config, source.family, torch.float32, torch.device("cpu"))
-    return skeleton, enter(skeleton, torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(5)))
-
-
-@pytest.fixture
-def block(streamed: Streamed) -> Iterator[Block]:
-    with streamed[0].block(0) as found:
-        yield found
 
 
 def trainer(block: Block, streamed: Streamed, scheme: str, methods: str, arithmetic: torch.dtype | None) -> Trainer:
@@ -64,34 +46,47 @@ def test_training_in_bfloat16_improves(scheme: str, methods: str, block: Block, 
     assert not short.fallbacks
 
 
-def test_masters_losses_and_gradients_are_float32(block: Block, streamed: Streamed) -> None:
-    training = trainer(block, streamed, "W4A4", "let+lwc", SHORT)
-    seen = list[torch.dtype]()
-    hook = block.linear("mlp.down_proj").register_forward_hook(lambda _, args, y: seen.append(y.dtype))
+def test_masters_losses_and_gradients_are_float32(
+    block: Block, streamed: Streamed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, real = trainer(block, streamed, "W4A4", "let+lwc", SHORT), Objective.loss
+    outputs, losses, gradients = list[torch.dtype](), list[torch.dtype](), list[torch.dtype]()
+
+    def loss(self: Objective, outputs: Tensor, rows: Tensor | slice) -> Tensor:
+        computed = real(self, outputs, rows)
+        losses.append(computed.dtype)
+        return computed
+
+    def note_gradient(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        gradients.append(leaf.grad.dtype)
+
+    monkeypatch.setattr(Objective, "loss", loss)
+    leaves = [p for each in training.learnables for tensors, _ in each.groups.values() for p in tensors.values()]
+    for leaf in leaves:
+        leaf.register_post_accumulate_grad_hook(note_gradient)
+    hook = block.linear("mlp.down_proj").register_forward_hook(lambda _, args, y: outputs.append(y.dtype))
     training.run()
     hook.remove()
-    assert {SHORT, torch.float32} == set(seen)  # steps in the one, measuring in the other
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in training._parameters())
+    assert set(outputs) == {SHORT, torch.float32}  # steps in the one, measuring in the other
+    assert set(losses) == set(gradients) == {torch.float32} and len(gradients) >= len(leaves) > 0
+    assert training.learned
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in training.learned.values())
     substituted = training.substituted()
     assert substituted["mlp.down_proj.weight"].dtype == SHORT
     assert substituted["input_layernorm.weight"].dtype == torch.float32
-    rows = torch.arange(2)
-    optimizer = training._optimizer(1.0, 1)[0]
-    assert training._step(rows, optimizer).dtype == torch.float32
-    learned = [p for group in optimizer.param_groups for p in group["params"]]
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in learned)
 
 
 def test_the_same_bytes_every_time(block: Block, streamed: Streamed) -> None:
     first, second = (trainer(block, streamed, "W4A4", "let+lwc", SHORT) for _ in range(2))
     first.run(), second.run()
-    assert all(torch.equal(a, b) for a, b in zip(first._snapshot(), second._snapshot(), strict=True))
+    assert first.learned and first.learned.keys() == second.learned.keys()
+    assert all(torch.equal(parameter, second.learned[name]) for name, parameter in first.learned.items())
 
 
 def test_a_block_that_is_held_in_another_dtype(tiny: Checkpoints) -> None:
     """As on a GPU: held in bfloat16, and trained in float32 where that is asked for."""
-    source = Source.open(tiny())
-    skeleton = Skeleton(source.checkpoint, source.config, source.family, SHORT, torch.device("cpu"))
+    skeleton = skeleton_of(tiny(), SHORT)
     stream = enter(skeleton, torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(5)))
     with skeleton.block(0) as block:
         for asked, runs, linear in (
@@ -135,13 +130,13 @@ def test_attention_over_many_tokens_is_left_in_place(
 ) -> None:
     calls = list[int]()
 
-    def counting(*given: Tensor | float) -> Tensor:
+    def counting(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         calls.append(1)
-        return causal_attention(*given)  # type: ignore[arg-type]
+        return causal_attention(q, k, v, scaling)
 
     monkeypatch.setattr(precision, "MOST_SCORES", most)
     monkeypatch.setattr(precision, "causal_attention", counting)
-    config = block.module.self_attn.config  # type: ignore[union-attr]
+    config = streamed[0].model.config
     before, stream = config._attn_implementation, streamed[1]
     inputs, kwargs = stream.activations.quantized[:1], stream.kwargs_of(block)
     with torch.no_grad():

@@ -71,11 +71,23 @@ def modules_of(room: str) -> set[str]:
 
 METHODS = modules_of("methods")
 ARCHITECTURES = modules_of("families") - NOT_ARCHITECTURES
+METHODS_OF_TESTS, ARCHITECTURES_OF_TESTS = {"gptq", "let", "lwc"}, {"llama"}
+"""What the examples of violations take for all there are."""
+
+
+def room_of(path: str) -> str:
+    """The room of a file, by its path relative to the package."""
+    return PurePosixPath(path).parts[0].removesuffix(".py")
+
+
+def rooms() -> set[str]:
+    """The rooms there are: folders and files directly in the package."""
+    return {room_of(path.relative_to(PACKAGE).as_posix()) for path in FILES}
 
 
 def violations(path: str, source: str, methods: set[str], architectures: set[str]) -> list[str]:
     """The rules that a file breaks, one line each; ``path`` is relative to the package."""
-    room = PurePosixPath(path).parts[0].removesuffix(".py")
+    room = room_of(path)
     if room not in MAY_IMPORT:
         return [f"{path}: {room} has no rule; add it to MAY_IMPORT and to docs/architecture.md"]
     tree = ast.parse(source)
@@ -165,49 +177,74 @@ def test_file_names_say_why_the_file_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "source"),
+    ("path", "source", "module"),
     [
-        ("core/scheme.py", "import numpy"),
-        ("core/scheme.py", "from safetensors.torch import load_file"),
-        ("core/scheme.py", "from bitwright.steps.ranges import minmax"),
-        ("core/scheme.py", "import bitwright"),
-        ("checkpoint/reader.py", "from bitwright.families import llama"),
-        ("families/llama.py", "import bitwright.checkpoint.reader as reader"),
-        ("kernels/reference.py", "from ..formats import gguf"),
-        ("methods/rtn.py", "from bitwright import stream"),
-        ("methods/rtn.py", "from .. import calibration"),
-        ("methods/rtn.py", "from bitwright import quantize"),
-        ("methods/deep/rtn.py", "from ...families.llama import topology"),
-        ("methods/__init__.py", "from ..families.llama import topology"),
-        ("stream/runner.py", "def run():\n    from bitwright.methods.gptq import gptq"),
-        ("stream/runner.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import bitwright.formats.gguf"),
-        ("stream/runner.py", "import_module('bitwright.formats.gguf')"),
-        ("stream/runner.py", "import_module(f'bitwright.formats.{name}')"),
-        ("stream/runner.py", "if name == 'gptq': pass"),
-        ("stream/runner.py", "if recipe == 'let+lwc': pass"),
-        ("stream/runner.py", "gptq_damping = 0.01"),
-        ("stream/runner.py", "class GptqRunner: pass"),
-        ("stream/runner.py", "def run(*, lwc): pass"),
-        ("stream/runner.py", "recipe.lwc"),
-        ("methods/awq.py", "if model_type == 'llama': pass"),
-        ("methods/awq.py", "from transformers.models.llama import modeling_llama"),
-        ("methods/awq.py", "isinstance(module, LlamaDecoderLayer)"),
-        ("formats/gguf.py", "from bitwright.stream import runner"),
-        ("evaluation/measure.py", "from bitwright.methods import rtn"),
-        ("report/page.py", "from bitwright.evaluation import measure"),
-        ("demo/texts.py", "from bitwright.calibration import tokens"),
-        ("model/source.py", "from bitwright.prepare import job"),
-        ("verification/soundness.py", "from bitwright.written import sink"),
-        ("cli/commands.py", "from bitwright.methods import rtn"),
-        ("cli/commands.py", "from ..stream import runner"),
-        ("api.py", "from bitwright import cli"),
-        ("__init__.py", "from .formats import compressed"),
-        ("__main__.py", "from bitwright.api import quantize"),
-        ("newroom/thing.py", "import torch"),
+        ("core/scheme.py", "import numpy", "numpy"),
+        ("core/scheme.py", "from safetensors.torch import load_file", "safetensors.torch"),
+        ("core/scheme.py", "from bitwright.steps.ranges import minmax", "bitwright.steps.ranges"),
+        ("core/scheme.py", "import bitwright", "bitwright"),
+        ("checkpoint/reader.py", "from bitwright.families import llama", "bitwright.families"),
+        ("families/llama.py", "import bitwright.checkpoint.reader as r", "bitwright.checkpoint.reader"),
+        ("kernels/reference.py", "from ..formats import gguf", "bitwright.formats"),
+        ("methods/rtn.py", "from bitwright import stream", "bitwright.stream"),
+        ("methods/rtn.py", "from .. import calibration", "bitwright.calibration"),
+        ("methods/rtn.py", "from bitwright import quantize", "bitwright"),
+        ("methods/deep/rtn.py", "from ...families.opt import topology", "bitwright.families.opt"),
+        ("methods/__init__.py", "from ..families.opt import topology", "bitwright.families.opt"),
+        ("stream/runner.py", "def run():\n    from bitwright.methods import rtn", "bitwright.methods"),
+        ("stream/runner.py", "if TYPE_CHECKING:\n    import bitwright.formats.awq", "bitwright.formats.awq"),
+        ("stream/runner.py", "import_module('bitwright.formats.gguf')", "bitwright.formats.gguf"),
+        ("stream/runner.py", "import_module(f'bitwright.formats.{name}')", "bitwright.formats"),
+        ("formats/gguf/model.py", "from bitwright.stream import runner", "bitwright.stream"),
+        ("evaluation/measure.py", "from bitwright.methods import rtn", "bitwright.methods"),
+        ("report/screens.py", "from bitwright.evaluation import measure", "bitwright.evaluation"),
+        ("demo/texts.py", "from bitwright.calibration import tokens", "bitwright.calibration"),
+        ("model/source.py", "from bitwright.prepare import job", "bitwright.prepare"),
+        ("verification/folder.py", "from bitwright.written import sink", "bitwright.written"),
+        ("cli/commands.py", "from bitwright.methods import rtn", "bitwright.methods"),
+        ("cli/commands.py", "from ..stream import runner", "bitwright.stream"),
+        ("api/quantizing.py", "from bitwright import cli", "bitwright.cli"),
+        ("__init__.py", "from .formats import compressed", "bitwright.formats"),
+        ("__main__.py", "from bitwright.api import quantize", "bitwright.api"),
     ],
 )
-def test_violation_is_refused(path: str, source: str) -> None:
-    assert violations(path, source, {"gptq", "let", "lwc"}, {"llama"})
+def test_an_import_is_refused(path: str, source: str, module: str) -> None:
+    (broken,) = violations(path, source, METHODS_OF_TESTS, ARCHITECTURES_OF_TESTS)
+    line, room = len(source.splitlines()), room_of(path)
+    assert broken.startswith(f"{path}:{line}: {room} imports {module}; it may import ") and room in rooms()
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "name"),
+    [
+        ("stream/runner.py", "if name == 'gptq': pass", "gptq"),
+        ("stream/runner.py", "if recipe == 'let+awq': pass", "let"),
+        ("stream/runner.py", "gptq_damping = 0.01", "gptq"),
+        ("stream/runner.py", "class GptqRunner: pass", "gptq"),
+        ("stream/runner.py", "def run(*, lwc): pass", "lwc"),
+        ("stream/runner.py", "recipe.lwc", "lwc"),
+        ("methods/awq.py", "if model_type == 'llama': pass", "llama"),
+        ("methods/awq.py", "from transformers.models.llama import modeling", "llama"),
+        ("methods/awq.py", "from transformers import modeling_llama", "llama"),
+        ("methods/awq.py", "isinstance(module, LlamaDecoderLayer)", "llama"),
+    ],
+)
+def test_a_name_is_refused(path: str, source: str, name: str) -> None:
+    (broken,) = violations(path, source, METHODS_OF_TESTS, ARCHITECTURES_OF_TESTS)
+    assert broken.startswith(f"{path}:1: {room_of(path)} names {name!r} (in ")
+    assert broken.endswith("and must not know it") and room_of(path) in rooms()
+
+
+def test_a_room_without_a_rule_is_refused() -> None:
+    assert "newroom" not in rooms()
+    assert violations("newroom/thing.py", "import torch", set(), set()) == [
+        "newroom/thing.py: newroom has no rule; add it to MAY_IMPORT and to docs/architecture.md"
+    ]
+
+
+def test_every_rule_is_of_a_room() -> None:
+    """Both the rooms that may import and those that may be imported."""
+    assert set(MAY_IMPORT) == rooms() and set().union(*MAY_IMPORT.values()) <= rooms()
 
 
 @pytest.mark.parametrize(
@@ -218,12 +255,16 @@ def test_violation_is_refused(path: str, source: str) -> None:
         ("methods/gptq.py", "'''LLaMA-2-7B at W3 in the paper; llama is what everybody measures.'''"),
         ("stream/runner.py", "'''Let each block pass.'''\noutlet = 1\nraise ValueError('let the block be')"),
         ("stream/runner.py", "from bitwright import calibration\nlogging.getLogger('bitwright.stream')"),
-        ("formats/gguf.py", "from bitwright.kernels import reference"),
-        ("api.py", "from bitwright.methods import gptq\nfrom .stream import runner\nif name == 'gptq': pass"),
+        ("formats/gguf/model.py", "from bitwright.kernels import reference"),
+        (
+            "api/quantizing.py",
+            "from bitwright.methods import gptq\nfrom ..stream import runner\nif name == 'gptq': pass",
+        ),
         ("cli/commands.py", "from bitwright import api\nfrom .report import tables"),
         ("__init__.py", "from .api import quantize"),
         ("__main__.py", "from bitwright.cli import main"),
     ],
 )
 def test_what_is_allowed_passes(path: str, source: str) -> None:
-    assert violations(path, source, {"gptq", "let", "lwc"}, {"llama"}) == []
+    assert violations(path, source, METHODS_OF_TESTS, ARCHITECTURES_OF_TESTS) == []
+    assert room_of(path) in rooms()

@@ -4,11 +4,11 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tests.conftest import Checkpoints
+from tests.conftest import Checkpoints, changed
 from tests.plugin.experts import save_original
 
 import bitwright
@@ -45,19 +45,6 @@ def with_tokenizer(folder: Path, tiny: Checkpoints) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny() / name).read_bytes())
     return folder
-
-
-def changed(model: Path, to: Path, **tensors: torch.Tensor | None) -> Path:
-    """A copy of a model with these tensors more, and those that are None less; ``__`` stands for a dot."""
-    shutil.copytree(model, to)
-    found = load_file(to / "model.safetensors")
-    for name, tensor in ((name.replace("__", "."), tensor) for name, tensor in tensors.items()):
-        if tensor is None:
-            del found[name]
-        else:
-            found[name] = tensor
-    save_file(found, to / "model.safetensors", metadata={"format": "pt"})
-    return to
 
 
 @pytest.mark.parametrize(("format", "says"), [
@@ -132,9 +119,9 @@ def test_what_mlc_does_not_compute_goes_where_that_is_said(tiny: Checkpoints) ->
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     recipe = Recipe(str(tiny(rope_parameters=rope, eos_token_id=0)), "mlc:q4f16_1", "rtn", "mlc")
     says = r"'dynamic', which MLC-LLM's llama does not compute; bitwright quantize without --format and --engine writes"
-    for how in ({}, {"engines": "mlc"}):
+    for engines in (None, "mlc"):
         with pytest.raises(RecipeError, match=says) as error:
-            bitwright.plan(replace(recipe, **how))
+            bitwright.plan(replace(recipe, engines=engines))
         assert "gguf" not in str(error.value)
     assert bitwright.plan(replace(recipe, format=None)).format == "bitwright"
 
@@ -156,13 +143,13 @@ def test_zero_points_that_mlc_has_in_llama_alone(qwen2: Path, tiny: Checkpoints,
 
 @pytest.mark.parametrize("asked", [{"base": "model.gguf"}, {"embeddings": "f16"}])
 @pytest.mark.parametrize("format", [None, "compressed-tensors", "bitwright", "gptq"])
-def test_what_only_files_have_a_use_for(format: str | None, asked: dict[str, str], tiny: Checkpoints) -> None:
+def test_what_only_files_have_a_use_for(format: str | None, asked: dict[str, Any], tiny: Checkpoints) -> None:
     (name,) = asked
     says = (
         f"format {format} has no use for --{name}" if format else f"without a format of a file .* no use for --{name}"
     )
     with pytest.raises(RecipeError, match=says):
-        bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn", format, **asked))  # type: ignore[arg-type]
+        bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn", format, **asked))
     with pytest.raises(RecipeError, match="format gguf has no use for --shard-size 1GB"):
         bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn", "gguf", shard_size="1GB"))
     both = Recipe(str(tiny(eos_token_id=0)), "W4A16g32", "rtn", embeddings="f16", engines="llama.cpp")
@@ -173,20 +160,21 @@ def test_what_only_files_have_a_use_for(format: str | None, asked: dict[str, str
     ({"exclude": "*.o_proj"}, r"o_proj is not quantized in MLC-LLM's q4f16_1; the format holds"),
     ({"scheme": "mlc:q3f16_1", "embeddings": "f16"}, "--embeddings f16 goes with 4 bits .*this is q3f16_1"),
 ])  # fmt: skip
-def test_what_mlc_has_no_preset_for(how: dict[str, str], says: str, tiny: Checkpoints) -> None:
+def test_what_mlc_has_no_preset_for(how: dict[str, Any], says: str, tiny: Checkpoints) -> None:
     with pytest.raises(RecipeError, match=says):
-        bitwright.plan(Recipe(str(tiny()), **({"scheme": "mlc:q4f16_1", "format": "mlc"} | how)))  # type: ignore[arg-type]
+        bitwright.plan(Recipe(str(tiny()), **({"scheme": "mlc:q4f16_1", "format": "mlc"} | how)))
 
 
 def test_tensors_that_mlc_lacks_or_needs(qwen2: Path, tmp_path: Path) -> None:
     recipe = Recipe("", "mlc:q4f16_1", "rtn", "mlc")
-    more = changed(qwen2, tmp_path / "more", model__layers__0__self_attn__o_proj__bias=torch.zeros(128))
+    bias = {"model.layers.0.self_attn.o_proj.bias": torch.zeros(128)}
+    more = changed(qwen2, tmp_path / "more", lambda tensors: tensors.update(bias))
     with pytest.raises(CheckpointError, match=r"o_proj\.bias has no place in MLC-LLM's qwen2"):
         bitwright.plan(replace(recipe, model=str(more)))
-    less = changed(qwen2, tmp_path / "less", model__norm__weight=None)
+    less = changed(qwen2, tmp_path / "less", lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"has no tensor model\.norm\.weight, which MLC-LLM's model needs"):
         bitwright.plan(replace(recipe, model=str(less)))
-    broken = changed(qwen2, tmp_path / "broken")
+    broken = Path(shutil.copytree(qwen2, tmp_path / "broken"))
     (broken / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json: cannot be read"):
         bitwright.plan(replace(recipe, model=str(broken)))

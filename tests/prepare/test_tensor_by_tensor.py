@@ -22,11 +22,13 @@ import bitwright
 from bitwright.checkpoint import merge
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core import panels
+from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError, SchemeError, UserError
+from bitwright.core.method import Context
+from bitwright.core.progress import Progress
 from bitwright.core.recipe import Recipe
-from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings
-from bitwright.stream import parallel, tensors, units
+from bitwright.methods import rtn
+from bitwright.stream import units
 
 Contents = Callable[[Path], dict[str, bytes]]
 SIZES: dict[str, Any] = {
@@ -333,6 +335,7 @@ class TestProcesses:
         while run.poll() is None and len(children) < 2:
             children = list(_children(run.pid))
             time.sleep(0.01)
+        assert len(children) == 2
         run.send_signal(signal.SIGKILL)
         run.communicate()
         deadline = time.monotonic() + 30
@@ -345,19 +348,15 @@ class TestProcesses:
     ) -> None:
         monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
         bitwright.quantize(recipe, tmp_path / "whole")
-        heard = parallel._Worker.send
-        sent = []
+        killed: list[int] = []
 
-        def send(self: Any, message: Any) -> None:
-            heard(self, message)
-            sent.append(message)
-            if len(sent) == 2 + 3 + 2 * parallel.IN_HAND + 2:  # plans, what is copied, what is in hand, what came after
-                os.kill(self.process.pid, signal.SIGKILL)
+        def kill_a_worker(progress: Progress) -> None:
+            if progress.done and not killed:  # a part is finished
+                killed.append(next(_children(os.getpid())))
+                os.kill(killed[0], signal.SIGKILL)
 
-        with monkeypatch.context() as patched:
-            patched.setattr(parallel._Worker, "send", send)
-            with pytest.raises(UserError, match=r"a worker process was killed \(SIGKILL\).*What is finished is kept"):
-                bitwright.quantize(recipe, tmp_path / "out", workers=2)
+        with pytest.raises(UserError, match=r"a worker process was killed \(SIGKILL\).*What is finished is kept"):
+            bitwright.quantize(recipe, tmp_path / "out", workers=2, listener=kill_a_worker)
         assert bitwright.quantize(recipe, tmp_path / "out", workers=1).resumed > 0
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -373,7 +372,7 @@ class TestProcesses:
     def test_a_checkpoint_that_changes_under_the_run(self, workers: int, tiny: Checkpoints, tmp_path: Path) -> None:
         model = Path(shutil.copytree(tiny(), tmp_path / "model"))
 
-        def touch(progress: Any) -> None:
+        def touch(progress: Progress) -> None:
             os.utime(model / "model.safetensors", (1, 1))
 
         recipe = Recipe(str(model), "W4A16", "rtn")
@@ -391,18 +390,18 @@ class TestProcesses:
         model = Path(shutil.copytree(tiny(), tmp_path / "model"))
         recipe = Recipe(str(model), "W4A16", "rtn", shard_size="30KB", calibration=calibration)
         recipe = recipe if calibration is None else replace(recipe, samples=2, seqlen=32)
-        write, left = merge._write_shard, shard
+        before = merge.PLAN if shard == 1 else f"model-{shard - 1:05d}-of-"
+        put, changes = os.replace, list[str]()
 
-        def changed_before(*how: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
+        def changed_after(source: Path, target: Path) -> None:
+            put(source, target)
+            if not changes and target.name.startswith(before):
+                changes.append(target.name)
                 tensors = {name: -tensor for name, tensor in load_file(model / "model.safetensors").items()}
                 save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-            write(*how)
 
         with monkeypatch.context() as patched:
-            patched.setattr(merge, "_write_shard", changed_before)
+            patched.setattr(os, "replace", changed_after)
             with pytest.raises(UserError, match="changed under the run"):
                 bitwright.quantize(recipe, tmp_path / "out")
         assert bitwright.quantize(recipe, tmp_path / "out").resumed == 0
@@ -484,30 +483,18 @@ def test_weights_that_are_all_alike_are_exact(tiny: Checkpoints, tmp_path: Path)
         assert not written["model.layers.1.mlp.down_proj.weight"][3].any()
 
 
-def test_memory_does_not_grow_with_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight is widened to float32 a panel at a time."""
-    monkeypatch.setattr(panels, "PANEL", 1000)
-    seen: list[int] = []
-    weight = tensors.Weight("a.weight", "a", (640, 100))
-    plan = tensors.TensorPlan.__new__(tensors.TensorPlan)
-    known = {"scheme": Scheme.parse("W4A16"), "settings": Settings(), "device": "cpu", "dtype": torch.float32}
-    for key, value in (known | {"methods": (Watching(seen),)}).items():
-        object.__setattr__(plan, key, value)
-    made = tensors._quantized(torch.randn(640, 100), weight, plan, tensors._Account(weight))
-    assert made.shape == (640, 100) and max(seen) <= 1000 and sum(seen) == 64_000
+def test_memory_does_not_grow_with_a_weight(tiny: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight is widened to float32, and shown to a method, a panel at a time."""
+    sizes: list[int] = []
 
-
-class Watching:
-    """A method that notes how many weights it is given."""
-
-    decides: frozenset[str] = frozenset()
-
-    def __init__(self, seen: list[int]) -> None:
-        self.seen = seen
-
-    def tiles(self, *_: Any) -> tuple[()]:
-        return ()
-
-    def decide(self, weight: torch.Tensor, context: Any, decided: Any) -> Any:
-        self.seen.append(weight.numel())
+    def watching(weight: torch.Tensor, context: Context, decided: LinearDecision) -> LinearDecision:
+        assert weight.dtype == torch.float32
+        sizes.append(weight.numel())
         return decided
+
+    monkeypatch.setattr(panels, "PANEL", 1000)
+    monkeypatch.setattr(rtn, "METHOD", replace(rtn.METHOD, decide=watching))
+    bitwright.quantize(Recipe(str(tiny()), "W4A16", "rtn"), tmp_path / "out", workers=1)
+    every = load_file(tiny() / "model.safetensors")
+    linears = [tensor.numel() for name, tensor in every.items() if name.endswith("_proj.weight")]
+    assert max(sizes) <= 1000 < min(linears) and sum(sizes) == sum(linears)

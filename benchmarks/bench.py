@@ -13,8 +13,8 @@ from rows import Asked, Row
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitwright.calibration.segments import segments
 from bitwright.calibration.texts import BUILTIN, text_of
+from bitwright.calibration.tokens import segments
 from bitwright.core.grid import FULL
 from bitwright.core.scheme import Scheme
 from bitwright.model.source import tokenize

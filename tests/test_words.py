@@ -15,9 +15,30 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 NOT_YET = frozenset(
     {
-        *("api", "calibration", "cli", "convert", "core", "demo", "engines", "evaluation", "families"),
-        *("formats", "kernels", "methods", "model", "plugin", "prepare", "report", "steps", "stream", "verification"),
-        *("written", "__init__", "__main__"),
+        "__init__",
+        "__main__",
+        "api",
+        "cli",
+        "convert",
+        "core/engine.py",
+        "core/engine_file.py",
+        "core/format.py",
+        "core/grid.py",
+        "core/method.py",
+        "core/qtensor.py",
+        "core/quantized.py",
+        "core/settings.py",
+        "engines",
+        "evaluation",
+        "families",
+        "formats",
+        "methods",
+        "model",
+        "prepare",
+        "steps",
+        "stream",
+        "verification",
+        "written",
     }
 )
 """Rooms, or single files ("core/scheme.py"), that have not been edited yet. Remove a line to have the rules hold."""

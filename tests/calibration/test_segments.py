@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitwright.calibration.segments import fingerprint, segments
+from bitwright.calibration.tokens import fingerprint, segments
 from bitwright.core.errors import CalibrationError
 
 TOKENS = torch.arange(1000)

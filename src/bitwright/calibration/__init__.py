@@ -1,1 +1,1 @@
-"""Text to tokens to calibration segments."""
+"""Calibration data: text to tokens to segments."""

@@ -1,4 +1,4 @@
-"""Where calibration and evaluation text comes from: a file, a folder, or a dataset of the Hugging Face hub."""
+"""The source of calibration and evaluation data: a file, a folder, or a dataset of the Hugging Face hub."""
 
 import json
 import re
@@ -18,7 +18,10 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 and
 
 
 def text_of(source: str, purpose: str) -> str:
-    """The text behind ``--calibration`` or ``--text``; ``builtin`` is the embedded model's."""
+    """Read the text that ``--calibration`` or ``--text`` names; ``builtin`` is the embedded model's own.
+
+    ``purpose`` is "calibration" or "evaluation". Raises CalibrationError.
+    """
     if not source:
         raise CalibrationError(f"an empty name was given for the {purpose} text; name a file or a folder, or 'builtin'")
     if source == BUILTIN:
@@ -32,16 +35,15 @@ def text_of(source: str, purpose: str) -> str:
 
 
 def read_text(source: str) -> str:
-    """The text behind ``source``: a .txt, .jsonl or .parquet file, a folder of them, or ``name[:config[:split]]``
-    of a dataset.
+    """Read a .txt, .jsonl or .parquet file, a folder of them, or a dataset ``name[:config[:split]]``.
 
-    Documents of .jsonl, .parquet and datasets are their field ``text``, joined by an empty line.
-    Raises CalibrationError.
+    Documents of .jsonl, .parquet and datasets are their field ``text``; documents are joined by an empty line. Raises
+    CalibrationError.
     """
     path = Path(source)
     try:
         path.exists()
-    except OSError as error:  # a name too long: the text itself, perhaps
+    except OSError as error:  # too long for a name: perhaps the text itself
         raise CalibrationError(f"'{source[:60]}...' cannot be read: {error.strerror}; write it to a file") from None
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
@@ -93,10 +95,10 @@ def _text_of(record: object, where: str) -> str:
             raise CalibrationError(f"{where} has half of a surrogate pair in its text, which is no character; mend it")
         return str(text)
     if isinstance(record, dict) and TEXT_FIELD in record:
-        found = f"'{TEXT_FIELD}' is of type {type(record[TEXT_FIELD]).__name__}"
+        content = f"'{TEXT_FIELD}' is of type {type(record[TEXT_FIELD]).__name__}"
     else:
-        found = f"the fields are {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
-    raise CalibrationError(f"{where} has no text in the field '{TEXT_FIELD}'; found: {found}")
+        content = f"the fields are {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
+    raise CalibrationError(f"{where} has no text in the field '{TEXT_FIELD}'; found: {content}")
 
 
 def _parquet(path: Path) -> Iterator[str]:

@@ -1,27 +1,33 @@
-"""A long text to tokens, piece by piece: at once, a tokenizer takes some 200 times the memory of the text."""
+"""Text to tokens, and tokens to calibration segments."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.core.errors import CalibrationError
+
 PIECE, OVERLAP = 2**16, 2**12
-"""Characters."""
+"""The length of a piece of text and of the overlap of two, in characters."""
 AROUND = 16
-"""Tokens on each side of a seam that have to agree."""
+"""The number of tokens that have to agree on each side of a seam."""
+SEEDS = 2**63
+"""The number of seeds that torch's generator accepts."""
 
 
 def tokens_of(
     text: str, encode: Callable[[str], Sequence[int]], *, piece: int = PIECE, overlap: int = OVERLAP
 ) -> Int[Tensor, " M"]:
-    """What ``encode`` makes of the whole text.
+    """Tokenize a long text piece by piece; the result is what ``encode`` gives for the whole text.
 
-    Each piece begins ``overlap`` characters before the former one ends. The overlap alone tells how many tokens it has;
-    in its middle, where neither end of a piece is near, the two are joined if they and the overlap alone have the same
-    tokens there. Where they have not, the whole text is encoded at once.
+    At once, a tokenizer takes some 200 times the memory of the text. Each piece begins ``overlap`` characters before
+    the one before it ends, and the overlap is tokenized alone too. In the middle of the overlap, far from the ends of
+    both pieces, the two are joined if all three have the same tokens there. Otherwise the whole text is encoded at
+    once.
     """
-    found, stop = list[Tensor](), piece
+    joined, stop = list[Tensor](), piece
     last, start = encode(text[:stop]), 0
     while stop < len(text):
         begin, end = stop - overlap, stop
@@ -31,12 +37,42 @@ def tokens_of(
         end_of_last = len(last) - len(between) + seam
         if not _agree((last, end_of_last), (between, seam), (following, seam)) or end_of_last < start:
             return torch.tensor(encode(text), dtype=torch.int64)
-        found.append(torch.tensor(last[start:end_of_last], dtype=torch.int64))
+        joined.append(torch.tensor(last[start:end_of_last], dtype=torch.int64))
         last, start = following, seam
-    return torch.cat([*found, torch.tensor(last[start:], dtype=torch.int64)])
+    return torch.cat([*joined, torch.tensor(last[start:], dtype=torch.int64)])
 
 
 def _agree(*seams: tuple[Sequence[int], int]) -> bool:
-    """Whether all have the same tokens around a place in each."""
+    """Whether all sequences have the same tokens around their seams."""
     around = [list(tokens[max(0, at - AROUND) : max(0, at + AROUND)]) for tokens, at in seams]
-    return all(len(one) == 2 * AROUND and one == around[0] for one in around)
+    return all(len(tokens) == 2 * AROUND and tokens == around[0] for tokens in around)
+
+
+def segments(tokens: Int[Tensor, " M"], samples: int, seqlen: int, seed: int, source: str) -> Int[Tensor, "N T"]:
+    """Draw ``samples`` segments of ``seqlen`` tokens, without repetition, from consecutive windows of the data.
+
+    Equal tokens and seeds give equal segments. Raises CalibrationError, which names the ``source``, if the data is too
+    short.
+    """
+    if seed >= SEEDS:
+        raise CalibrationError(f"seed {seed} is more than torch's generator takes; it must be below {SEEDS}")
+    needed = samples * seqlen
+    if len(tokens) < needed:
+        raise CalibrationError(
+            f"{samples} segments of {seqlen} tokens need {needed} tokens, but '{source}' has {len(tokens)}; "
+            + ", or ".join(["take a longer text", *_shorter(len(tokens), samples, seqlen)])
+        )
+    windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:samples]]
+
+
+def _shorter(tokens: int, samples: int, seqlen: int) -> list[str]:
+    """The options for which the data would be long enough."""
+    fewer = [f"--samples {tokens // seqlen}"] if tokens >= seqlen else []
+    return fewer + ([f"--seqlen {tokens // samples}"] if tokens >= samples else [])
+
+
+def fingerprint(tokens: Int[Tensor, "N T"]) -> str:
+    """The SHA-256 of segments, as little-endian int64 in row-major order."""
+    return hashlib.sha256(tokens.to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a decoder block is made of: its linears, who shares an input, and where equivalent transformations go.
+"""A decoder block: its linears, which of them share an input, and where equivalent transformations go.
 
 Names are relative to the block, as transformers names them: "self_attn.q_proj".
 """
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class LinearGroup:
     """Linears that read the same input, and the module whose output shows their joint error.
 
-    ``enclosing`` is the attention for q, k and v, the MLP for gate and up, and the linear itself elsewhere
-    (AWQ, arXiv 2306.00978, and AdaDim, arXiv 2309.15531, judge a choice there).
+    ``enclosing`` is the attention for q, k and v, the MLP for gate and up, and otherwise the linear itself (AWQ, arXiv
+    2306.00978, and AdaDim, arXiv 2309.15531, judge a choice there).
     """
 
     linears: tuple[str, ...]
@@ -25,8 +25,8 @@ class LinearGroup:
 class Side:
     """One module at a site, and which of the site's parameters each of its channels uses.
 
-    ``index[c]`` is the parameter of channel ``c``; None is one to one. A ``reciprocal`` producer is
-    multiplied by the scale where the others are divided (the keys of q.k).
+    ``index[c]`` is the parameter of channel ``c``; None means one to one. A ``reciprocal`` producer is multiplied by
+    the scale, while the others are divided by it (the keys of q.k).
     """
 
     module: str
@@ -38,11 +38,11 @@ class Side:
 class Site:
     """A place where channels can be scaled (and shifted) without changing the block's output.
 
-    Output channels of every producer are divided by the scale, input channels of every consumer multiplied.
-    ``channels`` is the number of free parameters: channels that must share one (rotary pairs, the query
-    heads of one key-value head) are tied through ``Side.index``. ``shift`` says whether both ends can
-    absorb a shift, ``paper`` whether OmniQuant's authors transform it. One table serves SmoothQuant, AWQ, Outlier
-    Suppression+, LET and AdaDim.
+    Output channels of every producer are divided by the scale, input channels of every consumer are multiplied by it.
+    ``channels`` is the number of free parameters: channels that must share one (rotary pairs, the query heads of one
+    key-value head) are tied through ``Side.index``. ``shift`` says whether both ends can absorb a shift, ``paper``
+    whether OmniQuant's authors transform it. SmoothQuant, AWQ, Outlier Suppression+, LET and AdaDim all use this one
+    table.
     """
 
     name: str
@@ -55,20 +55,20 @@ class Site:
 
 @dataclass(frozen=True)
 class Topology:
-    """The linears of a block, in the order data flows through them, and its sites."""
+    """The linears of a block, in the order in which data flows through them, and its sites."""
 
     groups: tuple[LinearGroup, ...]
     sites: tuple[Site, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear that is quantized."""
+        """The names of all linears that are quantized."""
         return tuple(name for group in self.groups for name in group.linears)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where things sit in one architecture: what a file in ``families/`` describes.
+    """The names and the structure of one architecture, as a file in ``families/`` describes it.
 
     ``flattened`` are the linears, by name in the block with their input features, that see all tokens of a batch as
     rows of one matrix.
@@ -88,7 +88,7 @@ class Family:
 class Block:
     """One decoder block in memory: the real transformers module and its topology.
 
-    ``name`` is its path in the model ("model.layers.3"), and with a linear's name gives a tensor's name.
+    ``name`` is its path in the model ("model.layers.3"); with a linear's name it gives a tensor's name.
     """
 
     index: int

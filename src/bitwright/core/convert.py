@@ -1,6 +1,6 @@
-"""A quantized weight on other terms, the same weight: what one format says of it, said as another has to.
+"""Conversions of a quantized weight to other terms, the values unchanged: what one format needs, from another.
 
-Nothing here quantizes again. ``None`` is returned where the weight cannot be said so.
+Nothing here quantizes again. A function returns None if the weight cannot be expressed in the terms asked for.
 """
 
 from dataclasses import replace
@@ -13,14 +13,14 @@ from bitwright.core.quantized import Difference
 
 
 def with_scales(weight: QTensor, dtype: torch.dtype) -> QTensor:
-    """The same codes, scales rounded to ``dtype``."""
+    """The weight with scales rounded to ``dtype``, and unchanged codes."""
     return replace(weight, scale=weight.scale.to(dtype))
 
 
 def on_grid(weight: QTensor, grid: Grid) -> QTensor | None:
-    """The same weight in codes of another grid, at least as fine: codes and zero points are shifted together.
+    """The weight in codes of another grid, at least as fine: codes and zero points are shifted together.
 
-    A symmetric grid takes asymmetric codes only where every zero point is in the middle, or leaves room.
+    A symmetric grid takes asymmetric codes only if every zero point is in the middle, or leaves room.
     """
     if grid == weight.grid:
         return weight
@@ -35,7 +35,7 @@ def on_grid(weight: QTensor, grid: Grid) -> QTensor | None:
         if int(moved.min()) < grid.qmin or int(moved.max()) > grid.qmax:
             return None
         return replace(weight, codes=moved.to(torch.int8), zero=None, grid=grid)
-    # From signed codes: both go up by as much as brings the lowest possible code to 0.
+    # Signed codes and their zero point go up together, so that the lowest possible code is 0.
     up = -weight.grid.qmin
     codes, zero = codes + up, zero + up
     if weight.grid.steps > grid.steps and (int(codes.max()) > grid.qmax or int(zero.max()) > grid.qmax):
@@ -44,7 +44,7 @@ def on_grid(weight: QTensor, grid: Grid) -> QTensor | None:
 
 
 def split(weight: QTensor, tile: Tile) -> QTensor | None:
-    """The same weight in smaller tiles, each with the scale (and zero point) of the tile it lies in."""
+    """The weight in smaller tiles, each with the scale (and zero point) of the tile it lies in."""
     if tile.size(weight.shape) == weight.tile.size(weight.shape):
         return replace(weight, tile=tile)
     (rows, columns), (to_rows, to_columns) = weight.tile.size(weight.shape), tile.size(weight.shape)
@@ -56,19 +56,19 @@ def split(weight: QTensor, tile: Tile) -> QTensor | None:
 
 
 def difference(name: str, before: QTensor, after: QTensor, codes: bool = True) -> Difference:
-    """What lies between two versions of a weight, both computed in float32."""
+    """The difference between two versions of a weight, both computed in float32."""
     was = before.dequantize(torch.float32)
     return Difference(name, codes, relative_error(was, after.dequantize(torch.float32)))
 
 
 def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
-    """``|W - W'|^2 / |W|^2``; of weights that are all zeros, 0 or infinity."""
-    lost, all_of_it = float((before - after).double().square().sum()), float(before.double().square().sum())
-    return lost / all_of_it if all_of_it else (0.0 if not lost else float("inf"))
+    """The relative squared error ``|W - W'|^2 / |W|^2``; 0 or infinity if W is all zeros."""
+    lost, norm = float((before - after).double().square().sum()), float(before.double().square().sum())
+    return lost / norm if norm else (0.0 if not lost else float("inf"))
 
 
 def _lowered(codes: torch.Tensor, zero: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """Codes less the zero point of their tile."""
+    """Codes minus the zero point of their tile."""
     return whole(tiled(codes, tile) - zero[:, None, :, None], codes.shape)
 
 

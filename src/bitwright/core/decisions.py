@@ -1,4 +1,4 @@
-"""What has been decided about a block so far. Methods take decisions and return new ones."""
+"""The decisions about a block, as plain data. Methods take decisions and return new ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True)
 class SiteDecision:
-    """Scale, and where the site can absorb it shift, of each free channel C of a site."""
+    """The scale of each free channel C of a site, and the shift if the site can absorb one."""
 
     scale: Float[Tensor, " C"]
     shift: Float[Tensor, " C"] | None = None
@@ -31,10 +31,10 @@ class SiteDecision:
 
 @dataclass(frozen=True)
 class LinearDecision:
-    """What is decided about one linear; None is not decided yet.
+    """The decisions about one linear; None means not decided yet.
 
     ``tile`` replaces the scheme's tile (the axis decision). ``low`` and ``high`` are the range of each tile.
-    ``outliers`` marks the weights kept exactly. ``codes`` are on the scheme's grid.
+    ``outliers`` marks the weights that are kept exactly. ``codes`` are on the scheme's grid.
     """
 
     tile: Tile | None = None
@@ -44,7 +44,7 @@ class LinearDecision:
     codes: Int[Tensor, "O I"] | None = None
 
     def inside(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
-        """What codes stand for: the weight, with zeros where its outliers are."""
+        """The part of a weight that codes stand for: zeros where its outliers are."""
         return weight if self.outliers is None else weight.masked_fill(self.outliers, 0.0)
 
 
@@ -57,11 +57,11 @@ class BlockDecisions:
     fallbacks: tuple[str, ...] = ()
 
     def linear(self, name: str) -> LinearDecision:
-        """What is decided about a linear, nothing if nothing is."""
+        """The decisions about a linear; empty if there are none yet."""
         return self.linears.get(name, LinearDecision())
 
     def tile(self, name: str, scheme: Scheme) -> Tile:
-        """The tile decided for a linear, the scheme's where none is."""
+        """The tile decided for a linear, else the scheme's."""
         return self.linear(name).tile or scheme.tile
 
     def with_sites(self, decided: Mapping[str, SiteDecision]) -> "BlockDecisions":

@@ -1,4 +1,4 @@
-"""Errors a user can cause: one message each, no traceback, exit code 2.
+"""Errors that a user can cause: one message each, no traceback, exit code 2.
 
 Every message says what was asked, what was found, where, and what to try.
 """
@@ -10,27 +10,27 @@ SHOWN_CHARACTERS = 100
 
 
 class UserError(Exception):
-    """Something the user can mend. Its message is all the command line prints."""
+    """Something that the user can mend. Its message is all that the command line prints."""
 
 
 class SchemeError(UserError):
-    """A scheme's text, or a scheme that does not fit a linear."""
+    """A scheme's text that cannot be read, or a scheme that does not fit a linear."""
 
 
 class RecipeError(UserError):
-    """A recipe key or value that is not known, or does not go with the others."""
+    """A recipe key or value that is not known, or that does not go with the others."""
 
 
 class CheckpointError(UserError):
-    """A model folder or a file in it that cannot be read as it claims to be."""
+    """A model folder, or a file in it, that cannot be read as what it claims to be."""
 
 
 class ChangedError(CheckpointError):
-    """A checkpoint that was written to while it was read: what was made of it so far may be of two models."""
+    """A checkpoint that was written to while it was read: what was made so far may be of two models."""
 
 
 class OutputError(UserError):
-    """A place that cannot be written to: it exists, it is full, another run holds it."""
+    """A place that cannot be written to: it exists, it is full, or another run holds it."""
 
 
 class ReportedError(UserError):
@@ -38,7 +38,7 @@ class ReportedError(UserError):
 
 
 class CalibrationError(UserError):
-    """Calibration or evaluation text that is missing, unreadable or too short."""
+    """Calibration or evaluation data that is missing, unreadable or too short."""
 
 
 def nearest(asked: str, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """Quantize and dequantize in one differentiable step, for training through rounding.
 
-The forward pass is the formula of ``core/qtensor.py``; the backward pass is written out, so that a step keeps one
+The forward pass is the formula of ``core/qtensor.py``. The backward pass is written out, so that a step keeps one
 number per weight instead of a chain of temporaries. Rounding counts as the identity (straight-through), also for the
 zero point and for the scale's own rounding. With ``n = 2**bits - 1`` and ``r = (code - z) - W / h``:
 
@@ -9,13 +9,12 @@ zero point and for the scale's own rounding. With ``n = 2**bits - 1`` and ``r = 
     clipped from below       0        1           0
     clipped from above       0        0           1
 
-A symmetric grid has one step, h = max(low / b, high / a), where b and a are the steps that the two ends may be from
-zero (-n/2 and n/2; ``qtensor.reach``): dWq/dh is r inside and the code where clipped, and the gradient goes to the end
-that decides.
+A symmetric grid has one step, h = max(low / b, high / a), if the two ends may be b and a steps from zero (-n/2 and n/2;
+``qtensor.reach``). dWq/dh is r inside and the code if clipped, and the gradient goes to the end that decides h.
 
-What is kept is r, 2 or more away from it where the weight is clipped: |r| is at most 1/2, so its sign tells the side.
-Weights are gone through in panels whose temporaries stay in a core's cache; on a large weight that is several times
-faster than whole passes.
+The number that is kept per weight is r, moved away from it by 2 if the weight is clipped: |r| is at most 1/2, so the
+sign tells the side. Weights are processed in panels whose temporaries stay in a core's cache; on a large weight that is
+several times faster than whole passes.
 """
 
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from bitwright.core.panels import in_cache
 from bitwright.core.qtensor import affine, integer_zero, offset, reach, tiled, whole
 
 SMALL = 2**18
-"""Weights up to which a call takes longer than its arithmetic."""
+"""The size of a weight, in elements, up to which a call takes longer than its arithmetic."""
 
 
 def fake_quantize(
@@ -54,59 +53,61 @@ def fake_quantize(
 
 
 class FakeQuantizer:
-    """``fake_quantize`` of several weights, step after step. Small ones whose tiles are rows of one length go together,
-    which takes hardly longer than one of them."""
+    """A ``fake_quantize`` of several weights that is called in every training step.
+
+    Small weights whose tiles are rows of one length are joined: that takes hardly longer than one of them alone.
+    """
 
     def __init__(
         self, tiles: Sequence[Tile], grid: Grid, scale_dtype: torch.dtype, dtype: torch.dtype = torch.float32
     ) -> None:
-        """``tiles``: of each weight."""
+        """Take the tile of each weight."""
         self.tiles, self.grid, self.scale_dtype, self.dtype = tiles, grid, scale_dtype, dtype
-        self._seen: dict[int, tuple[list[Tensor], Tensor]] = {}
+        self._joined: dict[int, tuple[list[Tensor], Tensor]] = {}
 
     def __call__(
         self,
         weights: Sequence[Float[Tensor, "O I"]],
         ranges: Sequence[tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]],
     ) -> list[Float[Tensor, "O I"]]:
-        """The weights that their codes stand for, as ``fake_quantize`` makes them."""
-        lengths = [_row(weight, tile) for weight, tile in zip(weights, self.tiles, strict=True)]
-        found: dict[int, Tensor] = {}
+        """Quantize and dequantize the weights, as ``fake_quantize`` does."""
+        lengths = [_row_length(weight, tile) for weight, tile in zip(weights, self.tiles, strict=True)]
+        quantized: dict[int, Tensor] = {}
         for length in dict.fromkeys(lengths):
             alike = [n for n, other in enumerate(lengths) if other == length]
             if length is None or len(alike) == 1:
-                found |= {n: self._one(weights[n], *ranges[n], self.tiles[n]) for n in alike}
+                quantized |= {n: self._fake_quantize(weights[n], *ranges[n], self.tiles[n]) for n in alike}
                 continue
             low, high = (torch.cat([ranges[n][end].reshape(-1, 1) for n in alike]) for end in (0, 1))
-            made = self._one(self._rows([weights[n] for n in alike], length), low, high, Tile(1, length))
-            parts = made.split([weights[n].numel() // length for n in alike])
-            found |= {n: part.view(weights[n].shape) for n, part in zip(alike, parts, strict=True)}
-        return [found[n] for n in range(len(weights))]
+            rows = self._fake_quantize(self._rows([weights[n] for n in alike], length), low, high, Tile(1, length))
+            parts = rows.split([weights[n].numel() // length for n in alike])
+            quantized |= {n: part.view(weights[n].shape) for n, part in zip(alike, parts, strict=True)}
+        return [quantized[n] for n in range(len(weights))]
 
-    def _one(self, weight: Tensor, low: Tensor, high: Tensor, tile: Tile) -> Tensor:
+    def _fake_quantize(self, weight: Tensor, low: Tensor, high: Tensor, tile: Tile) -> Tensor:
         return fake_quantize(weight, low, high, self.grid, tile, self.scale_dtype, self.dtype)
 
     def _rows(self, weights: list[Tensor], length: int) -> Float[Tensor, "R n"]:
-        """The tiles of some weights; those that nothing transforms are the same tensors in every step."""
-        before, rows = self._seen.get(length, ([], None))
+        """The tiles of some weights as rows; weights that nothing transforms are the same tensors in every step."""
+        before, rows = self._joined.get(length, ([], None))
         if rows is None or rows.requires_grad or any(a is not b for a, b in zip_longest(before, weights)):
             rows = torch.cat([weight.reshape(-1, length) for weight in weights])
-            self._seen[length] = (weights, rows)
+            self._joined[length] = (weights, rows)
         return rows
 
 
-def _row(weight: Float[Tensor, "O I"], tile: Tile) -> int | None:
-    """How long the tiles of a small weight are, where they are rows; None for any other."""
+def _row_length(weight: Float[Tensor, "O I"], tile: Tile) -> int | None:
+    """The length of the tiles of a small weight if they are rows; None for any other weight."""
     columns = weight.shape[1]
     length = tile.size((weight.shape[0], columns))[1]
     return length if tile.out == 1 and columns % length == 0 and weight.numel() <= SMALL else None
 
 
 def fake_quantize_tokens(x: Float[Tensor, "*B D"], grid: Grid) -> Float[Tensor, "*B D"]:
-    """Activations quantized dynamically, one scale and zero point per row of the last dimension.
+    """Quantize activations dynamically, with one scale and zero point per row of the last dimension.
 
-    Nothing is ever clipped, so the straight-through gradient is the identity. Computed in x's own dtype; under autocast
-    in float32, as where it is off: 8 bits of a short dtype cannot tell the codes of 8-bit activations apart.
+    No value is ever clipped, so the straight-through gradient is the identity. Computed in x's own dtype, but under
+    autocast in float32, as without autocast: 8 bits of a short dtype cannot tell the codes of 8-bit activations apart.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.float()
@@ -135,14 +136,14 @@ class _FakeQuantize(torch.autograd.Function):
         moved, tiles = offset(scale, zero, grid), tiled(weight, tile)
         if moved is not None:
             tiles = tiles - moved[:, None, :, None]
-        made, kept = (torch.empty(tiles.shape, dtype=dtype, device=weight.device) for _ in range(2))
-        for part in in_cache(tiles, h, least, most, made, kept):
+        result, kept = (torch.empty(tiles.shape, dtype=dtype, device=weight.device) for _ in range(2))
+        for part in in_cache(tiles, h, least, most, result, kept):
             _quantize_panel(*part)
         ctx.save_for_backward(kept, low, high)
         ctx.grid, ctx.tile = grid, tile
         if moved is not None:
-            made += moved[:, None, :, None]
-        return whole(made, weight.shape)
+            result += moved[:, None, :, None]
+        return whole(result, weight.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,7 +151,7 @@ class _FakeQuantize(torch.autograd.Function):
         grid, g = ctx.grid, tiled(gradients[0], ctx.tile)
         dweight = torch.empty(g.shape, device=g.device) if ctx.needs_input_grad[0] else None
         parts = in_cache(g, kept) if dweight is None else in_cache(g, kept, dweight)
-        rounding, signed, clipped = (torch.cat(found) for found in zip(*(_sums(*p) for p in parts), strict=True))
+        rounding, signed, clipped = (torch.cat(sums) for sums in zip(*(_sums(*p) for p in parts), strict=True))
         above, below = (clipped + signed) / 2, (clipped - signed) / 2
         if grid.symmetric:
             along = rounding + grid.qmax * above + grid.qmin * below
@@ -164,10 +165,10 @@ class _FakeQuantize(torch.autograd.Function):
         return None if dweight is None else whole(dweight, gradients[0].shape), dlow, dhigh, None, None, None, None
 
 
-def _quantize_panel(weight: Tensor, h: Tensor, least: Tensor, most: Tensor, made: Tensor, kept: Tensor) -> None:
-    """Fills ``made`` with the quantized weight, and ``kept`` with r, 2 away from it where clipped.
+def _quantize_panel(weight: Tensor, h: Tensor, least: Tensor, most: Tensor, result: Tensor, kept: Tensor) -> None:
+    """Fill ``result`` with the quantized weight, and ``kept`` with r, 2 away from it where clipped.
 
-    ``least`` and ``most`` are what codes may be, the zero point taken off.
+    ``least`` and ``most`` bound the codes, the zero point subtracted.
     """
     ratio = weight / h
     code = ratio.round()
@@ -176,13 +177,13 @@ def _quantize_panel(weight: Tensor, h: Tensor, least: Tensor, most: Tensor, made
     torch.minimum(level, most, out=level)
     beyond = code.sub_(level).clamp_(-1, 1)
     kept.copy_(r.add_(beyond, alpha=2))
-    made.copy_(level.mul_(h))
+    result.copy_(level.mul_(h))
 
 
 def _sums(g: Tensor, kept: Tensor, dweight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each tile: the sum of g r inside, of g where clipped with the sign of the side, and without it.
+    """Three sums over each tile: g r inside, g where clipped with the sign of the side, and g where clipped.
 
-    Fills ``dweight`` with g where nothing is clipped.
+    Fills ``dweight`` with g inside the range and with zero outside.
     """
     g, kept = g.float(), kept.float()
     side = kept.round().clamp_(-1, 1)

@@ -1,4 +1,4 @@
-"""A model by the names and shapes of its parameters: what can be told of it without building it."""
+"""The outline of a model: the names and shapes of its parameters, known without building it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +9,11 @@ from bitwright.core.weight import Weight
 
 @dataclass(frozen=True)
 class Outline:
-    """``shapes`` has every parameter by its name in the model, a tied output layer's too; ``blocks`` are the paths of
-    the blocks."""
+    """The parameters and blocks of a model.
+
+    ``shapes`` holds every parameter by its name in the model, also that of a tied output layer; ``blocks`` are the
+    paths of the blocks.
+    """
 
     family: Family
     shapes: Mapping[str, tuple[int, ...]]
@@ -25,10 +28,10 @@ class Outline:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The linears of every block, in the order of the data."""
+        """The linears of every block, in the order in which data flows through them."""
         return tuple(f"{block}.{linear}" for block in self.blocks for linear in self.family.topology.linears)
 
     def weights(self, with_head: bool) -> list[Weight]:
-        """What can be quantized: the linears of every block, and the output layer where that is asked for."""
+        """All weights that can be quantized: the linears of every block, and the output layer if ``with_head``."""
         names = (*self.linears, self.family.head) if with_head else self.linears
         return [Weight(self.source(f"{name}.weight"), name, self.shapes[f"{name}.weight"]) for name in names]

@@ -1,7 +1,7 @@
 """Codes <-> dense 32-bit words, as compressed-tensors lays them out: code c of a row takes bits c*b to (c+1)*b - 1.
 
-Codes are stored as 0 to 2^b - 1: less the smallest of their grid, which is -2^(b-1) on most symmetric ones. Bit p of a
-row is bit p % 32 of its word p // 32, which in little-endian memory is bit p % 8 of byte p // 8: eight codes make
+Codes are stored as 0 to 2^b - 1: the smallest code of the grid, -2^(b-1) on most symmetric ones, is subtracted. Bit p
+of a row is bit p % 32 of its word p // 32, which in little-endian memory is bit p % 8 of byte p // 8: eight codes make
 exactly b bytes.
 """
 
@@ -16,21 +16,21 @@ from bitwright.core.grid import Grid
 
 WORD_BITS, BYTE_BITS, WORD_BYTES = 32, 8, 4
 TOGETHER = 2**20
-"""Codes at a time, which bounds the temporaries."""
+"""The number of codes packed at a time, which bounds the temporaries."""
 
 
 def pack(codes: Int[Tensor, "R C"], grid: Grid) -> Int32[Tensor, "R W"]:
-    """The words of each row of codes; what is left of a row's last word is zeros."""
+    """Pack each row of codes into words, W = ceil(C * bits / 32); unused bits of a row's last word are zeros."""
     rows, columns = codes.shape
     words = torch.empty(rows, ceil(columns * grid.bits / WORD_BITS), dtype=torch.int32, device=codes.device)
     for here in _few(rows, columns):
-        stored = codes[here].view(torch.uint8) - grid.qmin  # wraps round
+        stored = codes[here].view(torch.uint8) - grid.qmin  # wraps around
         words[here] = _packed(stored, grid.bits, words.shape[1])
     return words
 
 
 def unpack(words: Int32[Tensor, "R W"], grid: Grid, columns: int) -> Int[Tensor, "R C"]:
-    """The codes of each row of words: uint8, or int8 on a symmetric grid."""
+    """Unpack each row of words into codes: uint8, or int8 on a symmetric grid."""
     stored = torch.empty(len(words), columns, dtype=torch.uint8, device=words.device)
     for here in [slice(None)] if words.is_meta else _few(len(words), columns):
         stored[here] = _unpacked(words[here], grid.bits, columns)
@@ -38,19 +38,19 @@ def unpack(words: Int32[Tensor, "R W"], grid: Grid, columns: int) -> Int[Tensor,
 
 
 def pack_down(codes: Int[Tensor, "R C"], grid: Grid) -> Int32[Tensor, "W C"]:
-    """The words of each column of codes, as zero points are stored."""
+    """Pack each column of codes into words, as zero points are stored."""
     return pack(codes.t().contiguous(), grid).t().contiguous()
 
 
 def unpack_down(words: Int32[Tensor, "W C"], grid: Grid, rows: int) -> Int[Tensor, "R C"]:
-    """The codes of each column of words."""
+    """Unpack each column of words into codes."""
     return unpack(words.t().contiguous(), grid, rows).t().contiguous()
 
 
 def unpack_apart(words: Int32[Tensor, "R W"], bits: int, columns: int) -> UInt8[Tensor, "R C"]:
-    """The codes of rows in which none is cut: as many in a word as are whole, the bits above them unused.
+    """Unpack rows in which no code crosses two words: each word holds as many whole codes as fit, from its lowest bit.
 
-    Older releases of compressed-tensors packed 3, 5, 6 and 7 bits so.
+    Older releases of compressed-tensors packed 3, 5, 6 and 7 bits this way.
     """
     shifts = torch.arange(0, WORD_BITS - bits + 1, bits, dtype=torch.int32, device=words.device)
     codes = (words[..., None] >> shifts).bitwise_and_(2**bits - 1).to(torch.uint8)
@@ -63,25 +63,25 @@ def _few(rows: int, columns: int) -> list[slice]:
 
 
 def _pieces(bits: int) -> list[tuple[int, int, int]]:
-    """(code, byte, shift): the code, shifted up by so many bits, falls into the byte; down where it is negative."""
-    found = []
+    """The bytes that each of eight codes falls into, as (code, byte, shift): shift up if positive, down if negative."""
+    pieces = []
     for number in range(BYTE_BITS):
         byte, shift = divmod(number * bits, BYTE_BITS)
-        found.append((number, byte, shift))
+        pieces.append((number, byte, shift))
         if shift + bits > BYTE_BITS:
-            found.append((number, byte + 1, shift - BYTE_BITS))
-    return found
+            pieces.append((number, byte + 1, shift - BYTE_BITS))
+    return pieces
 
 
 def _packed(codes: UInt8[Tensor, "R C"], bits: int, words: int) -> Int32[Tensor, "R W"]:
     rows, columns = codes.shape
     eights = ceil(words * WORD_BYTES / bits)
     codes = torch.nn.functional.pad(codes, (0, eights * BYTE_BITS - columns)).view(rows, eights, BYTE_BITS)
-    made = torch.zeros(rows, eights, bits, dtype=torch.uint8, device=codes.device)
+    stored = torch.zeros(rows, eights, bits, dtype=torch.uint8, device=codes.device)
     for number, byte, shift in _pieces(bits):  # bits that do not fit into a byte fall off
-        made[..., byte] |= codes[..., number] << shift if shift >= 0 else codes[..., number] >> -shift
-    made = _little_endian(made.view(rows, eights * bits)[:, : words * WORD_BYTES])
-    return made.reshape(-1).view(torch.int32).view(rows, words)
+        stored[..., byte] |= codes[..., number] << shift if shift >= 0 else codes[..., number] >> -shift
+    stored = _little_endian(stored.view(rows, eights * bits)[:, : words * WORD_BYTES])
+    return stored.reshape(-1).view(torch.int32).view(rows, words)
 
 
 def _unpacked(words: Int32[Tensor, "R W"], bits: int, columns: int) -> UInt8[Tensor, "R C"]:

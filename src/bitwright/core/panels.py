@@ -1,4 +1,4 @@
-"""A weight in panels of whole rows, so that no temporary is larger than a panel, however large the weight."""
+"""Panels: a weight cut into whole rows, so that no temporary is larger than a panel, however large the weight."""
 
 from collections.abc import Iterable
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from bitwright.core.grid import FULL, Tile
 
 PANEL = 2**20
-"""Weights in a panel, or one tile's rows: few enough for temporaries in a cache that cores share."""
+"""The number of weights in a panel (at least one tile's rows): its temporaries fit into a cache that cores share."""
 CACHED = 2**17
-"""Weights whose temporaries stay in the cache of a core."""
+"""The number of weights whose temporaries stay in the cache of one core."""
 
 
 def panels(shape: tuple[int, int], tile: Tile) -> list[slice]:
@@ -22,10 +22,12 @@ def panels(shape: tuple[int, int], tile: Tile) -> list[slice]:
 
 
 def in_cache(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Tensors [P, ...] cut alike along P, so that the first one's part of each core stays in that core's cache; whole
-    on a GPU, which likes large ones."""
-    first, each = tensors[0], CACHED * torch.get_num_threads()
-    if first.device.type != "cpu" or first.numel() <= each:
+    """Cut tensors [P, ...] alike along P, so that the part of the first that each core takes stays in its cache.
+
+    On a GPU, which likes large tensors, they stay whole.
+    """
+    first, limit = tensors[0], CACHED * torch.get_num_threads()
+    if first.device.type != "cpu" or first.numel() <= limit:
         return [tensors]
-    rows = max(1, each // first[0].numel())
+    rows = max(1, limit // first[0].numel())
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

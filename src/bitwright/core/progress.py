@@ -1,4 +1,4 @@
-"""What a long operation says while it runs; the command line shows it."""
+"""Progress of a long operation, which the command line shows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` units of a stage are finished; ``peak_bytes`` is the process's peak memory.
+    """A stage of an operation: ``done`` of ``total`` units are finished; ``peak_bytes`` is the process's peak memory.
 
-    Of the unit that is being worked on, ``part`` (0 to 1) is behind; ``detail`` says what was done last.
+    ``part`` (0 to 1) is how much of the next unit is finished; ``detail`` is the last step of it, in words.
     """
 
     stage: str
@@ -21,7 +21,7 @@ class Progress:
 
     @property
     def position(self) -> float:
-        """Units that are finished, and the part of the next."""
+        """Units that are finished, with the finished part of the next."""
         return self.done + self.part
 
 
@@ -29,4 +29,4 @@ Listener = Callable[[Progress], None]
 
 
 def silent(_: Progress) -> None:
-    """Listens to nothing."""
+    """Ignore progress."""

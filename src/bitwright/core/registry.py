@@ -1,7 +1,7 @@
-"""A file's name is its registration: ``methods/rtn.py`` is the method ``rtn``.
+"""Registration by file name: ``methods/rtn.py`` is the method ``rtn``.
 
-A user writes hyphens where the file has underscores: ``compressed-tensors``. A file whose name begins with an
-underscore is a part of another.
+A user writes hyphens for the file's underscores: ``compressed-tensors``. A file whose name begins with an underscore is
+a part of another.
 """
 
 import pkgutil
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def names(room: str) -> tuple[str, ...]:
-    """What is registered in a room ("methods", "formats", "families"), as a user writes it."""
+    """The names registered in a room ("methods", "formats", "families"), as a user writes them."""
     package = import_module(f"bitwright.{room}")
     return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"))
 

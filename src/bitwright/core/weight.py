@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are quantized, and which are kept."""
+"""The division of a checkpoint's tensors: which are quantized, and which are kept."""
 
 import re
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from bitwright.core.grid import Tile
 
 NO_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
-"""How tensors end that old checkpoints hold and no model reads."""
+"""The ends of names of tensors that old checkpoints hold and no model reads."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that is quantized: a linear's [O, I], or [E, O, I] with one such slice per expert.
+    """A tensor that is quantized: a linear's [O, I], or a stack of experts [E, O, I], one linear each.
 
-    ``tensor`` is its name in the checkpoint, ``name`` that of the linear in the result. ``turned`` slices are stored
-    [I, O].
+    ``tensor`` is its name in the checkpoint, ``name`` that of the linear in the result. A ``transposed`` weight is
+    stored [I, O], or [E, I, O].
     """
 
     tensor: str
@@ -24,26 +24,29 @@ class Weight:
 
     @property
     def slice(self) -> tuple[int, int]:
-        """Rows and columns of the tensor, or of each expert's part, as they are stored."""
+        """Rows and columns of the matrix, or of each expert's matrix, as stored."""
         return (self.shape[-2], self.shape[-1])
 
     @property
     def slices(self) -> int:
-        """How many there are: one, or the number of experts."""
+        """The number of matrices: one, or the number of experts."""
         return self.shape[0] if self.stacked else 1
 
     @property
     def stacked(self) -> bool:
-        """Whether experts are stacked in it."""
+        """Whether the tensor is a stack of experts."""
         return len(self.shape) > 2
 
     def takes_axis(self, axis: str | None) -> bool:
-        """Whether the groups may go along ``axis``: what is stored turned has them along the output already, and
-        experts in one tensor, all in the same groups, cannot each have the better one."""
+        """Whether the groups may go along ``axis`` ("ic", "oc", "auto" or None).
+
+        A transposed weight has its groups along the output already. Experts in one tensor share their groups'
+        direction, so "auto" cannot choose one for each.
+        """
         return not (self.transposed or (self.stacked and axis == "auto"))
 
     def tile(self, tile: Tile) -> Tile:
-        """A scheme's tile, laid on a slice as it is stored."""
+        """The scheme's tile, laid on a matrix as it is stored."""
         return tile.transposed if self.transposed else tile
 
 
@@ -57,14 +60,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Division:
-    """All tensors of a checkpoint, each in one of the two; both in the order of blocks."""
+    """All tensors of a checkpoint, each either quantized or kept, in the order of the blocks."""
 
     weights: tuple[Weight, ...]
     kept: tuple[Kept, ...]
 
 
 def starred(name: str) -> str:
-    """A name with ``*`` for the numbers in it: what those of all blocks and experts have in common.
+    """A name with ``*`` for the numbers in it, which all blocks and experts have in common.
 
     >>> starred("model.layers.3.mlp.experts.12.up_proj")
     'model.layers.*.mlp.experts.*.up_proj'

@@ -1,7 +1,7 @@
-"""Texts of the embedded demonstration model, read from the installed Python standard library.
+"""Texts for the embedded demonstration model, read from the installed Python standard library.
 
-The modules form three disjoint sets: evaluation and calibration modules are held out of training, every other
-module trains. The texts depend on the Python version that is installed, and on nothing else.
+The modules form three disjoint sets: evaluation and calibration modules are held out of training, every other module
+trains. The texts depend on the Python version that is installed, and on nothing else.
 """
 
 import sysconfig
@@ -31,10 +31,10 @@ CALIBRATION_MODULES: Final[frozenset[str]] = frozenset(
         "weakref",
     }
 )
-"""Top-level modules whose source calibrates (about 600 KB)."""
+"""Top-level modules whose source is calibration data (about 600 KB)."""
 
-# Folders that are no part of the library proper, that a distribution may leave out, or (encodings) that are
-# tables of numbers rather than program text.
+# Folders that do not belong to the library proper, that a distribution may leave out, or (encodings) that hold tables
+# of numbers rather than program text.
 _LEFT_OUT_FOLDERS: Final[frozenset[str]] = frozenset(
     {
         "__pycache__",
@@ -55,17 +55,17 @@ _LEFT_OUT_PREFIX: Final[str] = "_sysconfigdata"
 
 
 def stdlib_folder() -> Path:
-    """Folder of the installed standard library."""
+    """The folder of the installed standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def module_of(relative: Path) -> str:
-    """Top-level module of a source file whose path is relative to the standard library."""
+    """The top-level module of a source file whose path is relative to the standard library."""
     return relative.parts[0].removesuffix(".py")
 
 
 def training_files(folder: Path | None = None) -> list[Path]:
-    """Source files of the modules that train, relative to the library's folder, sorted by name."""
+    """The source files of the modules that train, relative to the library's folder, sorted by name."""
     held_out = EVALUATION_MODULES | CALIBRATION_MODULES
     files = [path for path in _source_files(folder or stdlib_folder()) if module_of(path) not in held_out]
     if not files:
@@ -74,31 +74,31 @@ def training_files(folder: Path | None = None) -> list[Path]:
 
 
 def training_text(folder: Path | None = None) -> str:
-    """Source of every module that is not held out, files sorted by name."""
+    """The source of every module that is not held out, files sorted by name."""
     return _joined(folder or stdlib_folder(), training_files(folder))
 
 
 def calibration_text(folder: Path | None = None) -> str:
-    """Source of the calibration modules, files sorted by name."""
+    """The source of the calibration modules, files sorted by name."""
     return _held_out_text(folder or stdlib_folder(), CALIBRATION_MODULES, "calibration")
 
 
 def evaluation_text(folder: Path | None = None) -> str:
-    """Source of the evaluation modules, files sorted by name."""
+    """The source of the evaluation modules, files sorted by name."""
     return _held_out_text(folder or stdlib_folder(), EVALUATION_MODULES, "evaluation")
 
 
 def read_source(folder: Path, relative: Path) -> str:
-    """Text of one source file; bytes that are not UTF-8 become replacement characters."""
+    """Read one source file; bytes that are not UTF-8 become replacement characters."""
     return (folder / relative).read_text(encoding="utf-8", errors="replace")
 
 
 def _source_files(folder: Path) -> list[Path]:
-    """Every usable source file below a folder, as relative paths in an order that no file system changes."""
+    """All usable source files below a folder, as relative paths in an order that no file system changes."""
     # Left-out folders are skipped before they are entered: site-packages can hold a hundred times the library.
     entries = [entry for entry in folder.glob("*") if entry.name not in _LEFT_OUT_FOLDERS]
-    found = [path for entry in entries for path in (entry.rglob("*.py") if entry.is_dir() else [entry])]
-    relative = [path.relative_to(folder) for path in found if path.suffix == ".py"]
+    files = [path for entry in entries for path in (entry.rglob("*.py") if entry.is_dir() else [entry])]
+    relative = [path.relative_to(folder) for path in files if path.suffix == ".py"]
     return sorted((path for path in relative if _is_usable(path)), key=lambda path: path.as_posix())
 
 
@@ -108,7 +108,7 @@ def _is_usable(relative: Path) -> bool:
 
 def _held_out_text(folder: Path, modules: frozenset[str], purpose: str) -> str:
     files = [path for path in _source_files(folder) if module_of(path) in modules]
-    # A text with a module missing would give figures that compare with nobody's, so that is refused too.
+    # Without one of the modules, figures could not be compared with anybody's.
     missing = sorted(modules - {module_of(path) for path in files})
     if missing:
         raise _missing(folder, purpose, missing)

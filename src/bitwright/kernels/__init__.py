@@ -1,1 +1,1 @@
-"""Packed weights at run time: one reference that is right, the others fast."""
+"""Kernels: packed weights at run time. One reference is right, the others are fast."""

@@ -1,7 +1,7 @@
-"""A linear that computes from its packed weight: what is right, not what is fast.
+"""The reference kernel: a linear that computes from its packed weight, right rather than fast.
 
-A slab of output rows is unpacked, dequantized by the one formula of ``core/qtensor.py`` and multiplied, then the next:
-the whole weight never stands in memory. Every shape of tile goes the same way.
+It unpacks a slab of output rows, dequantizes it by the one formula of ``core/qtensor.py``, multiplies, and goes on to
+the next: the whole weight is never in memory. All shapes of tiles take the same path.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from bitwright.core.qtensor import dequantize
 
 WORD_BITS, CODES_PER_RUN = 32, 32
 SLAB_WEIGHTS = 2**20
-"""Weights that are dequantized at a time; unpacking takes some 20 bytes for each."""
+"""The number of weights that are dequantized at a time; unpacking takes some 20 bytes for each."""
 
 
 class PackedLinear(nn.Module):
-    """A linear [O, I] of P x Q tiles and K outliers, its tensors named and packed as on disk (``formats``).
+    """A linear [O, I] of P x Q tiles and K outliers, whose tensors are named and packed as on disk (``formats``).
 
-    Weights have the values of ``QTensor.dequantize``, computed in ``dtype``, which is that of the scales and outliers
-    on disk, whatever dtype the model runs in. With ``activations`` its inputs are quantized per token.
+    Weights have the values of ``QTensor.dequantize``, computed in ``dtype``. That is the dtype of the scales and
+    outliers on disk, whatever dtype the model runs in. With ``activations``, inputs are quantized per token.
     """
 
     weight_packed: Int[Tensor, "O words"]
@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
         bias: nn.Parameter | None = None,
         activations: Grid | None = None,
     ) -> None:
-        """Room for the tensors, to be loaded. Raises SchemeError where the tile does not divide the weight."""
+        """Make room for the tensors, to be loaded later. Raises SchemeError if the tile does not divide the weight."""
         super().__init__()
         self.out_features, self.in_features = shape
         self.grid, self.tile, self.dtype, self.activations = grid, tile, dtype, activations
@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        """``x W^T + bias`` in the dtype of ``x``."""
+        """Compute ``x W^T + bias`` in the dtype of ``x``."""
         if self.activations is not None:
             x = fake_quantize_tokens(x, self.activations)
         y = x.new_empty(*x.shape[:-1], self.out_features)
@@ -94,7 +94,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "O I"]:
-        """``dequantize``, for models that look at a linear's weight, which most do for its dtype alone."""
+        """The whole weight, for models that look at a linear's weight; most of them look at its dtype alone."""
         return self.dequantize()
 
     def extra_repr(self) -> str:

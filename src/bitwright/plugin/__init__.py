@@ -1,1 +1,1 @@
-"""What makes transformers load the bitwright format once both are imported."""
+"""The plugin that makes transformers load the bitwright format once both are imported."""

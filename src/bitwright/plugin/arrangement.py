@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a folder: linears of the model stay packed, experts are dense once loaded."""
+"""The arrangement of a folder's tensors in a model: linears stay packed, experts become dense."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -21,9 +21,9 @@ from bitwright.plugin.stored import AGAIN, LEAVES, check_stored
 class Folder:
     """A folder beside the model that it is loaded into.
 
-    ``linears`` are the names of its packed linears, by their names in the model. ``dense`` are the other packed weights
-    and where they go, None where the model has no place for them. ``plain`` are the tensors that are parts of neither
-    and have a place.
+    ``linears`` maps the model's packed linears to their names in the folder. ``dense`` maps the other packed weights to
+    where they go, or to None if the model has no place for them. ``plain`` maps the tensors that are parts of neither,
+    and have a place, to where they go.
     """
 
     checkpoint: Checkpoint
@@ -34,46 +34,49 @@ class Folder:
 
 
 def look_into(checkpoint: Checkpoint, model: PreTrainedModel, config: Config, conversions: Iterable[Any]) -> Folder:
-    """Finds out which packed weights are linears of the model. Changes nothing."""
+    """Find out which packed weights are linears of the model. Changes nothing."""
     destinations = Destinations(model, conversions)
     places = {*linears_of(model)} - {_module(destinations, name) for name in config.modules_to_not_convert}
     linears: dict[str, str] = {}
     dense: dict[str, Destination | None] = {}
     for name in (n.removesuffix(".weight_packed") for n in checkpoint.names if n.endswith(".weight_packed")):
-        found = destinations.of(f"{name}.weight") or destinations.of(name)
-        module = "" if found is None else found.target.removesuffix(".weight")
+        destination = destinations.of(f"{name}.weight") or destinations.of(name)
+        module = "" if destination is None else destination.target.removesuffix(".weight")
         if module in places and _stays_whole(destinations, name):
             linears[module] = name
         else:
-            dense[name] = found
+            dense[name] = destination
     every = ((name, destinations.of(name)) for name in checkpoint.names)
-    plain = {name: found for name, found in every if found is not None}
+    plain = {name: destination for name, destination in every if destination is not None}
     return Folder(checkpoint, destinations, plain, linears, dense)
 
 
 def arrange(folder: Folder, model: PreTrainedModel, config: Config) -> DensePlan:
-    """Puts packed linears in place, and plans what is made dense. Raises CheckpointError for a folder that does not
-    fit the model or its own config, and where a parameter of the model would be left without values."""
-    made = {target for found in folder.dense.values() if found is not None for target in found.targets}
+    """Put empty packed linears in place, and plan what becomes dense.
+
+    Raises CheckpointError for a folder that does not fit the model or its own config, or that would leave a parameter
+    of the model without values.
+    """
+    dense = {target for place in folder.dense.values() if place is not None for target in place.targets}
     check_names(folder, model, config)
     kept = {_module(folder.destinations, name) for name in config.modules_to_not_convert}
-    kept |= {target.removesuffix(".weight") for target in made}
+    kept |= {target.removesuffix(".weight") for target in dense}
     names = {name: folder.linears.get(name, name) for name in linears_of(model) if name not in kept}
     check_headers(pack_linears(model, config, names), names, folder.checkpoint)
     for name in folder.dense:
         check_stored(folder.checkpoint, name, config)
-    if config.activations is not None and made:
+    if config.activations is not None and dense:
         raise CheckpointError(
-            f"the quantization_config quantizes activations, and {min(made)} is dense once loaded, so that its inputs "
+            f"the quantization_config quantizes activations, and {min(dense)} is dense once loaded, so that its inputs "
             "would not be; quantize the model again with A16"
         )
-    plan = _plan(folder, model, config, made)
+    plan = _plan(folder, model, config, dense)
     _check_complete(folder, model)
     return plan
 
 
 def check_names(folder: Folder, model: nn.Module, config: Config) -> None:
-    """Refuses a config that names what neither model nor folder has. CheckpointError."""
+    """Raise CheckpointError if the config names what neither model nor folder has."""
     linears = {*linears_of(model)}
     weights = linears | {*folder.linears.values(), *folder.dense}
     unknown = sorted(
@@ -92,44 +95,44 @@ def _known(folder: Folder, linears: set[str], name: str) -> bool:
 
 
 def _module(destinations: Destinations, name: str) -> str:
-    """The model's name for what the folder calls so."""
-    found = destinations.of(f"{name}.weight")
-    return name if found is None or found.converter is not None else found.target.removesuffix(".weight")
+    """The model's name for a module of the folder."""
+    place = destinations.of(f"{name}.weight")
+    return name if place is None or place.converter is not None else place.target.removesuffix(".weight")
 
 
 def _stays_whole(destinations: Destinations, name: str) -> bool:
-    """Whether transformers takes the parts of a packed weight to where it takes the weight, no converter between."""
+    """Whether transformers takes the parts of a packed weight where it takes the weight, without a converter."""
     ends = [destinations.renamed(f"{name}.{leaf}").removesuffix(leaf) for leaf in LEAVES]
     whole = destinations.renamed(f"{name}.weight").removesuffix("weight")
     return {*ends} == {whole} and not any(destinations.converted(f"{name}.{leaf}") for leaf in ("weight", *LEAVES))
 
 
-def _plan(folder: Folder, model: PreTrainedModel, config: Config, made: set[str]) -> DensePlan:
-    """The tensors of experts, and whatever is not packed and goes to the same parameters."""
+def _plan(folder: Folder, model: PreTrainedModel, config: Config, dense: set[str]) -> DensePlan:
+    """The plan for the tensors of experts, and for tensors that are not packed and go to the same parameters."""
     renamed, sources, destinations = {}, {}, {}
-    for weight, tensor, found, packed in _dense_tensors(folder, made):
-        renamed[folder.destinations.renamed(tensor)] = found.target
+    for weight, tensor, destination, packed in _dense_tensors(folder, dense):
+        renamed[folder.destinations.renamed(tensor)] = destination.target
         sources[tensor] = Source(weight, packed, folder.checkpoint.entry(tensor).shape)
-        destinations[weight] = found
-    places = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items() if name in made}
+        destinations[weight] = destination
+    places = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items() if name in dense}
     return DensePlan(config, renamed, sources, destinations, places)
 
 
-def _dense_tensors(folder: Folder, made: set[str]) -> Iterator[tuple[str, str, Destination, bool]]:
-    """(weight, tensor, destination, whether a part of a packed weight)."""
-    for weight, found in folder.dense.items():
-        tensors = (f"{weight}.{leaf}" for leaf in LEAVES if found is not None)
-        yield from ((weight, t, found, True) for t in tensors if found is not None and t in folder.checkpoint)
-    yield from ((name, name, found, False) for name, found in folder.plain.items() if found.target in made)
+def _dense_tensors(folder: Folder, dense: set[str]) -> Iterator[tuple[str, str, Destination, bool]]:
+    """The tensors of dense parameters: (weight, tensor, destination, whether a part of a packed weight)."""
+    for weight, place in folder.dense.items():
+        tensors = (f"{weight}.{leaf}" for leaf in LEAVES if place is not None)
+        yield from ((weight, t, place, True) for t in tensors if place is not None and t in folder.checkpoint)
+    yield from ((name, name, place, False) for name, place in folder.plain.items() if place.target in dense)
 
 
 def _check_complete(folder: Folder, model: PreTrainedModel) -> None:
-    """Refuses a folder that leaves a parameter without values: transformers would make them up. CheckpointError."""
+    """Raise CheckpointError if a parameter would be left without values: transformers would make them up."""
     if not folder.destinations.certain:
         return
-    found = [*folder.plain.values(), *(found for found in folder.dense.values() if found is not None)]
+    places = [*folder.plain.values(), *(place for place in folder.dense.values() if place is not None)]
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    reached = {target for one in found for target in one.targets} | {*tied, *tied.values()}
+    reached = {target for place in places for target in place.targets} | {*tied, *tied.values()}
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     for name, _ in model.named_parameters():
         if name not in reached and not any(pattern.search(name) for pattern in patterns):

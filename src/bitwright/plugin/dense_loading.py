@@ -1,8 +1,7 @@
-"""Experts on their way into a model: the packed tensors of a parameter are collected, dequantized, and handed to the
-converter that transformers has for the dense ones.
+"""Experts on their way into a model: collected, dequantized, and handed to transformers' converter for dense ones.
 
 Tensors are collected by their own names. Transformers collects by pattern, a list over the experts for each end of a
-name; where an expert has no outliers, such lists are not aligned.
+name; if an expert has no outliers, such lists are not aligned.
 """
 
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ PATTERN = "bitwright: packed"
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the folder: which weight it belongs to, whether as a part of its packed form, its shape on disk."""
+    """A tensor of the folder: the weight it belongs to, whether it is a part of its packed form, its shape on disk."""
 
     weight: str
     packed: bool
@@ -33,11 +32,11 @@ class Source:
 
 @dataclass(frozen=True)
 class DensePlan:
-    """Which tensors of the folder make which dense parameters of the model.
+    """The plan of which tensors of the folder make which dense parameters of the model.
 
-    ``renamed`` is the first parameter they go to, by the tensors' names as converters see them; ``sources`` are by
-    their names in the folder, ``destinations`` by the names of weights. ``places`` are shape and dtype of the model's
-    tensors. ``done`` grows as they are made.
+    ``renamed`` maps a tensor's name, as converters see it, to the first parameter it goes to. ``sources`` go by the
+    tensors' names in the folder, ``destinations`` by the names of weights. ``places`` are shape and dtype of the
+    model's tensors. ``done`` grows as parameters are made.
     """
 
     config: Config
@@ -54,10 +53,10 @@ class DensePlan:
 
 
 class FromPacked(WeightConverter):
-    """Makes every parameter of a plan; transformers copies it for each."""
+    """A converter that makes every parameter of a plan; transformers copies it for each of them."""
 
     def __init__(self, plan: DensePlan) -> None:
-        """It matches the tensors that the plan names, and nothing else."""
+        """Match the tensors that the plan names, and no others."""
         super().__init__([PATTERN], [PATTERN], [_Dequantizing()])
         self.plan = plan
 
@@ -70,30 +69,30 @@ class FromPacked(WeightConverter):
         return (source_key, None) if target is None else (target, PATTERN)
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
-        """Collects a tensor under its own name."""
+        """Collect a tensor under its own name."""
         self.collected_tensors[source_key].append(future)
         self.layer_targets[target_key].add(source_key)
 
     def convert(self, layer_name: str, model: Any = None, config: Any = None, *_: Any, **__: Any) -> dict[str, Tensor]:
-        """The dense parameters, by their names in the model. Raises CheckpointError where the tensors do not fit."""
+        """The dense parameters, by their names in the model. Raises CheckpointError if the tensors do not fit."""
         plan = self.plan
         collected = {name: tensors[0] for name, tensors in self.materialize_tensors().items()}
         dense = self._dense(collected, plan.places[layer_name][1])
         try:
-            made = _converted(dense, plan.destinations, layer_name, model, config)
-        except Exception as error:  # whatever an operation trips over, experts that differ in shape for one
+            parameters = _converted(dense, plan.destinations, layer_name, model, config)
+        except Exception as error:  # an operation may trip over anything, for instance experts that differ in shape
             raise CheckpointError(f"the weights of {layer_name} do not go together: {error}; {AGAIN}") from error
-        for name, tensor in made.items():
+        for name, tensor in parameters.items():
             if name in plan.places and tensor.shape != plan.places[name][0]:
                 raise CheckpointError(
                     f"the weights of {name} make {list(tensor.shape)}, and the model has {list(plan.places[name][0])}; "
                     f"{AGAIN}"
                 )
-        plan.done.update(made)
-        return made
+        plan.done.update(parameters)
+        return parameters
 
     def _dense(self, collected: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Weights by their names, in the order of their first tensors; each is dequantized by itself."""
+        """The weights by their names, in the order of their first tensors; each is dequantized by itself."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in collected.items():
             source = self.plan.sources[name]
@@ -115,21 +114,24 @@ class FromPacked(WeightConverter):
 def _converted(
     dense: dict[str, Tensor], destinations: Mapping[str, Destination], layer_name: str, model: Any, config: Any
 ) -> dict[str, Tensor]:
-    """What the model's own converter makes of dense weights."""
+    """Convert dense weights with the model's own converter."""
     first = destinations[next(iter(dense))]
     if first.converter is None:
         (only,) = dense.values()
         return {first.target: only}
     converter = deepcopy(first.converter)
-    add: Any = converter.add_tensor  # takes tensors as well as promises of them: so transformers saves a model
+    add: Any = converter.add_tensor  # takes tensors as well as futures of them: transformers saves a model with it
     for weight in list(dense):
         add(layer_name, weight, destinations[weight].pattern, dense.pop(weight))
-    made = converter.convert(layer_name, model=model, config=config)
-    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+    parameters = converter.convert(layer_name, model=model, config=config)
+    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in parameters.items()}
 
 
 class _Dequantizing(ConversionOps):
-    """Stands for what ``FromPacked`` does; with a quantizer, tensors are loaded in the dtype that they have on disk."""
+    """A placeholder for the work of ``FromPacked``.
+
+    With a quantizer, transformers loads tensors in the dtype that they have on disk.
+    """
 
     hf_quantizer = True
 

@@ -1,7 +1,7 @@
-"""Where transformers would put a tensor of a folder: asked of its own functions, so that no rule is written twice.
+"""The place in a model for each tensor of a folder, asked of transformers' own functions: no rule is written twice.
 
-Experts that a folder holds one by one go into one parameter, old names become new ones; all that stands in
-transformers' conversions, and is looked up there.
+Experts that a folder holds one by one go into one parameter, and old names become new ones. Both stand in transformers'
+conversions, and are looked up there.
 """
 
 import re
@@ -16,9 +16,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 @dataclass(frozen=True)
 class Destination:
-    """A tensor of the model, and how one of the folder gets there: a converter, and which of its patterns matched.
+    """A tensor of the model, and how a tensor of the folder gets there: by a converter and one of its patterns.
 
-    ``converter`` is None where the tensor is at most renamed; ``target`` is the first of several.
+    ``converter`` is None if the tensor is at most renamed; ``target`` is the first of several.
     """
 
     target: str
@@ -27,7 +27,7 @@ class Destination:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Every tensor of the model that the converter makes."""
+        """All tensors of the model that the converter makes."""
         if self.converter is None:
             return (self.target,)
         first, *_ = patterns = self.converter.target_patterns
@@ -35,18 +35,18 @@ class Destination:
 
 
 class Destinations:
-    """The destinations in one model under its conversions; nothing of either is changed."""
+    """The destinations of tensors in one model under its conversions; neither is changed."""
 
     def __init__(self, model: PreTrainedModel, conversions: Iterable[Any]) -> None:
-        """``conversions`` as transformers hands them to a quantizer."""
-        own = deepcopy(list(conversions))  # one that has been asked counts as used
+        """Take the ``conversions`` that transformers hands to a quantizer."""
+        own = deepcopy(list(conversions))  # transformers counts a conversion as used once it is asked
         self._renamings = [c for c in own if isinstance(c, WeightRenaming)]
         self._converters = [c for c in own if isinstance(c, WeightConverter)]
         self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
         self._state, self._prefix = model.state_dict(), model.base_model_prefix
 
     def of(self, name: str) -> Destination | None:
-        """Where a tensor of this name goes; None where the model has no place for it."""
+        """The destination of a tensor of this name; None if the model has no place for it."""
         target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
         if target not in self._state and name in self._state:
             target, pattern = rename_source_key(name, [], [], self._prefix, self._state)
@@ -64,6 +64,6 @@ class Destinations:
 
     @property
     def certain(self) -> bool:
-        """Whether ``Destination.targets`` are all that is made: not so where a name is put together from its parts."""
+        """Whether ``Destination.targets`` is complete: not if a name is put together from its parts."""
         several = (c.target_patterns for c in self._converters if len(c.target_patterns) > 1)
         return not any(re.search(r"\\\d", pattern) for patterns in several for pattern in patterns)

@@ -1,6 +1,6 @@
-"""Registration when the time has come: ``import bitwright`` loads neither torch nor transformers.
+"""Registration at the right moment: ``import bitwright`` loads neither torch nor transformers.
 
-Where transformers' registry of quantizers is there already, ours goes in at once; else as soon as it has been imported.
+If transformers' registry of quantizers is loaded already, ours goes in at once, else as soon as it is imported.
 """
 
 import sys
@@ -13,7 +13,7 @@ REGISTRY = "transformers.quantizers.auto"
 
 
 def register_when_imported() -> None:
-    """Has transformers know the bitwright format, now or when it is imported; a second call changes nothing."""
+    """Make transformers know the bitwright format, now or when it is imported; a second call changes nothing."""
     if REGISTRY in sys.modules:
         register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -21,14 +21,14 @@ def register_when_imported() -> None:
 
 
 def register() -> None:
-    """Puts the quantizer into transformers' registry, which is imported for it."""
+    """Put the quantizer into transformers' registry, which is imported for it."""
     from bitwright.plugin import quantizer
 
     quantizer.register()
 
 
 class _Finder(MetaPathFinder):
-    """Finds the registry where the others find it, and has it loaded by a loader that registers afterwards."""
+    """A finder that has the registry loaded by a loader that registers afterwards."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -43,7 +43,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Another loader, and registration after it; the module keeps the other's name as its loader."""
+    """A loader that calls another and then registers; the module keeps the other as its loader."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader

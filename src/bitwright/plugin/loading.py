@@ -1,4 +1,4 @@
-"""A folder loaded into a model, with what the installed transformers has for it."""
+"""Load a folder into a model, with what the installed transformers offers for it."""
 
 from pathlib import Path
 from typing import Any
@@ -18,33 +18,33 @@ INSTEAD = "update transformers (5.22.2 is known to work), or quantize the model 
 
 
 def without_folder(model: nn.Module, config: Config) -> None:
-    """Packs every linear that the config converts: nothing is said of a folder, the tensors are given by hand."""
+    """Pack every linear that the config converts; no folder is known, the tensors are given by hand."""
     pack_linears(model, config, _own_names(model, config))
 
 
 def without_conversions(model: PreTrainedModel, config: Config, folder: Path) -> None:
-    """Where transformers keeps its conversions to itself: linears, by the names that they have in the folder.
+    """Pack linears by their names in the folder, for a transformers that keeps its conversions to itself.
 
     Raises CheckpointError for a folder with experts.
     """
-    found = look_into(Checkpoint.open(folder), model, config, ())
-    check_names(found, model, config)
-    if found.dense:
-        raise _cannot_load(folder, next(iter(found.dense)))
+    contents = look_into(Checkpoint.open(folder), model, config, ())
+    check_names(contents, model, config)
+    if contents.dense:
+        raise _cannot_load(folder, next(iter(contents.dense)))
     names = _own_names(model, config)
-    check_headers(pack_linears(model, config, names), names, found.checkpoint)
+    check_headers(pack_linears(model, config, names), names, contents.checkpoint)
 
 
 def with_conversions(
     model: PreTrainedModel, config: Config, folder: Path, conversions: list[Any]
 ) -> tuple[DensePlan, list[FromPacked]]:
-    """Packs linears and plans experts. Returns the plan, and what transformers has to ask before its conversions."""
+    """Pack linears and plan experts; return the plan, and the converters that go before transformers' own."""
     plan = arrange(look_into(Checkpoint.open(folder), model, config, conversions), model, config)
     return plan, [FromPacked(plan)] if plan.destinations else []
 
 
 def check_loaded(folder: Path, plan: DensePlan | None) -> None:
-    """Refuses a transformers that did not do as it was asked, after the fact. CheckpointError."""
+    """Raise CheckpointError if transformers did not load what it was asked to."""
     if plan is None:
         raise _cannot_load(folder, "anything")
     if plan.missing:

@@ -1,4 +1,4 @@
-"""A transformers model with packed linears: put in place, and held to what the folder says. Nothing is believed."""
+"""A transformers model with packed linears: put in place, and checked against the folder, which is not trusted."""
 
 from collections.abc import Iterator, Mapping
 
@@ -16,17 +16,17 @@ from bitwright.steps.activations import quantize_attention
 def linears_of(model: nn.Module) -> list[str]:
     """The names of a model's linears that are not packed, in its order.
 
-    One with a forward pass of its own, such as the router of Llama 4, is none: a packed linear could not replace it.
+    A linear with a forward pass of its own, such as the router of Llama 4, does not count: a packed linear could not
+    replace it.
     """
     modules = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return [name for name, module in modules if type(module).forward is nn.Linear.forward]
 
 
 def pack_linears(model: nn.Module, config: Config, names: Mapping[str, str]) -> dict[str, PackedLinear]:
-    """Puts a packed linear, still empty, in the place of each of these; ``names`` are those in the folder, by those in
-    the model.
+    """Put an empty packed linear in the place of each linear; ``names`` maps names in the model to names in the folder.
 
-    Returns them by their names in the model. Raises CheckpointError where config and model do not fit.
+    Returns the packed linears by their names in the model. Raises CheckpointError if config and model do not fit.
     """
     packed = {}
     for name, in_folder in names.items():
@@ -58,9 +58,9 @@ def _packed(name: str, linear: nn.Linear, config: Config) -> PackedLinear:
 
 
 def check_headers(packed: Mapping[str, PackedLinear], names: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """Refuses a folder whose tensors are not what its config calls for, before any is loaded. CheckpointError.
+    """Raise CheckpointError, before any tensor is loaded, if a folder's tensors are not what its config calls for.
 
-    Transformers itself would take what has another shape, and make up what is missing.
+    Transformers itself would take a tensor of another shape, and make up one that is missing.
     """
     for name, linear in packed.items():
         for leaf, buffer in linear.named_buffers():
@@ -68,8 +68,11 @@ def check_headers(packed: Mapping[str, PackedLinear], names: Mapping[str, str], 
 
 
 def check_values(model: nn.Module) -> None:
-    """Refuses values that no writer writes: shapes that lie, scales that are no numbers, outliers outside the weight
-    or out of order. CheckpointError."""
+    """Raise CheckpointError for values that no writer writes.
+
+    These are shapes that contradict the config, scales that are no numbers, and outliers outside the weight or out of
+    order.
+    """
     for name, linear in _linears(model):
         shape = [linear.out_features, linear.in_features]
         if linear.weight_shape.tolist() != shape:
@@ -79,7 +82,7 @@ def check_values(model: nn.Module) -> None:
 
 
 def quantize_attention_of(model: nn.Module, config: Config) -> None:
-    """Has queries, keys and values quantized as the config says."""
+    """Quantize queries, keys and values as the config says."""
     quantize_attention(model, _grid(config.queries), _grid(config.keys_values))
 
 
@@ -87,5 +90,5 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
 
 
-def _grid(said: Integers | None) -> Grid | None:
-    return None if said is None else said.grid
+def _grid(integers: Integers | None) -> Grid | None:
+    return None if integers is None else integers.grid

@@ -1,6 +1,6 @@
 """The quantizer that transformers asks about folders with ``"quant_method": "bitwright"``.
 
-Imported while transformers itself is being imported: at the top it may need only what is loaded by then.
+It is imported while transformers itself is being imported: at the top it may need only what is loaded by then.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 NAME = "bitwright"
 HOOK = "update_weight_conversions"
-"""Where transformers lets a quantizer take part in its conversions; releases before it cannot load experts for us."""
+"""The method by which a quantizer takes part in transformers' conversions; releases without it cannot load experts."""
 
 
 def register() -> None:
-    """Makes the format known to transformers, once."""
+    """Make the format known to transformers, once."""
     if NAME not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(NAME)(BitwrightConfig)
         register_quantizer(NAME)(BitwrightQuantizer)
 
 
 class BitwrightConfig(QuantizationConfigMixin):
-    """A quantization_config as transformers passes it on; ``described`` is what it says, checked."""
+    """A quantization_config as transformers passes it on; ``described`` is its content, checked."""
 
-    def __init__(self, **found: Any) -> None:
-        """Raises CheckpointError for a config that cannot be read."""
+    def __init__(self, **content: Any) -> None:
+        """Parse the content of a quantization_config. Raises CheckpointError for one that cannot be read."""
         from bitwright.formats.bitwright.config import Config
 
         self.quant_method: Any = NAME
-        self.described = Config.parse(found)
+        self.described = Config.parse(content)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it stands in config.json."""
@@ -44,8 +44,7 @@ class BitwrightConfig(QuantizationConfigMixin):
 
 
 class BitwrightQuantizer(HfQuantizer):
-    """Puts packed linears into a model before its weights are loaded, has experts dequantized as they are, and checks
-    both afterwards.
+    """Pack linears before a model's weights are loaded, dequantize experts on the way, and check both afterwards.
 
     Weights of linears stay packed; saved again, they are the same tensors. Experts are dense, so a model that has them
     is not saved.
@@ -72,7 +71,7 @@ class BitwrightQuantizer(HfQuantizer):
             without_conversions(model, described, Path(checkpoint_files[0]).parent)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any, **__: Any) -> list[Any]:
-        """The model's conversions, and before them ours: called once transformers knows them, before it loads."""
+        """The model's conversions with ours before them; transformers calls this before it loads."""
         from bitwright.plugin.loading import with_conversions
 
         if self.folder is None or self.model is None:
@@ -94,10 +93,10 @@ class BitwrightQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Whether the tensors in memory are those on disk: unless there are experts."""
+        """Whether the tensors in memory are those on disk: not if there are experts."""
         return self.all_packed
 
     @property
     def is_trainable(self) -> bool:
-        """No: codes have no gradients."""
+        """Whether the model can be trained: no, because codes have no gradients."""
         return False

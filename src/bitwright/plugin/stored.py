@@ -1,4 +1,4 @@
-"""Packed weights that a model holds dense: held to what their folder says, and dequantized. Nothing is believed."""
+"""Packed weights that a model holds dense: checked against their folder, which is not trusted, and dequantized."""
 
 from collections.abc import Mapping
 from math import ceil
@@ -29,26 +29,29 @@ Kind = tuple[torch.dtype, tuple[int, ...]]
 
 
 def check_stored(checkpoint: Checkpoint, name: str, config: Config) -> None:
-    """Refuses a packed weight whose tensors are not what its shape and the config call for. CheckpointError."""
+    """Raise CheckpointError if a packed weight's tensors are not what its shape and the config call for."""
     for leaf, wanted in _wanted(checkpoint, name, config).items():
         check_kind(checkpoint, f"{name}.{leaf}", wanted)
 
 
 def check_kind(checkpoint: Checkpoint, tensor: str, wanted: Kind) -> None:
-    """Refuses a folder without this tensor of this dtype and shape. CheckpointError."""
+    """Raise CheckpointError if a folder lacks a tensor, or has it with another dtype or shape."""
     folder = checkpoint.folder
     if tensor not in checkpoint:
         raise CheckpointError(f"{folder} has no tensor {tensor}, which its quantization_config calls for; {AGAIN}")
-    found = checkpoint.entry(tensor)
-    if (found.dtype, found.shape) != wanted:
+    entry = checkpoint.entry(tensor)
+    if (entry.dtype, entry.shape) != wanted:
         raise CheckpointError(
-            f"{folder}: {tensor} is {_said(found.dtype)} {list(found.shape)}, and its config calls for "
-            f"{_said(wanted[0])} {list(wanted[1])}; {AGAIN}"
+            f"{folder}: {tensor} is {_dtype_name(entry.dtype)} {list(entry.shape)}, and its config calls for "
+            f"{_dtype_name(wanted[0])} {list(wanted[1])}; {AGAIN}"
         )
 
 
 def check_numbers(name: str, scale: Tensor, index: Tensor | None, value: Tensor | None, size: int) -> None:
-    """Refuses scales and outliers that are no numbers, positions outside of ``size`` weights or out of order."""
+    """Raise CheckpointError for scales and outliers that are no numbers, and for positions outside of the weight.
+
+    ``index`` must also rise. ``size`` is the number of the weight's elements.
+    """
     if not bool(scale.isfinite().all()):
         raise CheckpointError(f"{name}.weight_scale holds NaN or infinity; {AGAIN}")
     if index is None or value is None or not index.numel():
@@ -59,14 +62,14 @@ def check_numbers(name: str, scale: Tensor, index: Tensor | None, value: Tensor 
         raise CheckpointError(f"{name}: outliers outside the weight, out of order, or no numbers; {AGAIN}")
 
 
-def check_tile(name: str, said: Tensor | None, wanted: tuple[int, int]) -> None:
-    """Refuses a tile that is not the config's. CheckpointError."""
-    if said is not None and tuple(said.tolist()) != wanted:
-        raise CheckpointError(f"{name}.weight_tile says {said.tolist()}, not {list(wanted)}; {AGAIN}")
+def check_tile(name: str, tile: Tensor | None, wanted: tuple[int, int]) -> None:
+    """Raise CheckpointError if a stored tile is not the config's."""
+    if tile is not None and tuple(tile.tolist()) != wanted:
+        raise CheckpointError(f"{name}.weight_tile says {tile.tolist()}, not {list(wanted)}; {AGAIN}")
 
 
 def dequantized(tensors: Mapping[str, Tensor], name: str, config: Config) -> Tensor:
-    """The weight [A, B], or [E, A, B], behind checked tensors, in the config's dtype.
+    """Dequantize checked tensors to the weight [A, B], or [E, A, B], in the config's dtype.
 
     Raises CheckpointError for values that no writer writes.
     """
@@ -85,7 +88,7 @@ def dequantized(tensors: Mapping[str, Tensor], name: str, config: Config) -> Ten
 
 
 def _wanted(checkpoint: Checkpoint, name: str, config: Config) -> dict[str, Kind]:
-    """What ``formats.bitwright`` writes for a weight of this shape, by the end of the tensor's name."""
+    """The tensors that ``formats.bitwright`` writes for a weight of this shape, by the ends of their names."""
     shape, bits, outliers = _shape(checkpoint, name), config.weights.bits, config.outliers(name)
     *stack, rows, columns = shape
     try:
@@ -109,7 +112,7 @@ def _wanted(checkpoint: Checkpoint, name: str, config: Config) -> dict[str, Kind
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """What weight_shape says, [A, B] or [E, A, B]."""
+    """The weight's shape as its weight_shape tensor gives it, [A, B] or [E, A, B]."""
     tensor, dimensions = f"{name}.weight_shape", len(checkpoint.entry(f"{name}.weight_packed").shape)
     check_kind(checkpoint, tensor, (torch.int64, (3 if dimensions == 3 else 2,)))
     shape = checkpoint.read(tensor).tolist()
@@ -118,5 +121,5 @@ def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _said(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bitwright.calibration.segments import segments
 from bitwright.calibration.texts import text_of
+from bitwright.calibration.tokens import segments
 from bitwright.core.errors import RecipeError
 from bitwright.core.method import Method
 from bitwright.core.recipe import Recipe

@@ -1,1 +1,1 @@
-"""What people look at: tables."""
+"""Results as people look at them: tables and progress."""

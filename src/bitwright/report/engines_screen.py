@@ -34,7 +34,7 @@ def engines(console: Console, table: Sequence[Engine]) -> None:
 
 
 def _cells(way: Way) -> tuple[str, ...]:
-    """The cells of a row, but for the engine's name."""
+    """The cells of a row after the engine's name."""
     return (
         way.format,
         _bits(way.symmetric),
@@ -48,7 +48,7 @@ def _cells(way: Way) -> tuple[str, ...]:
 
 
 def _extras(way: Way) -> str:
-    """What the engine runs beside weights in groups along the input."""
+    """The things that the engine runs beside weights in groups along the input."""
     extras = {
         "activations": way.activations,
         "KV cache": way.cache,
@@ -59,7 +59,7 @@ def _extras(way: Way) -> str:
 
 
 def _features(way: Way) -> str:
-    """What the features of a linear are multiples of, the format's own multiples aside."""
+    """The numbers that a linear's features must be multiples of, apart from the format's own multiples."""
     if way.inputs == way.outputs:
         return "any" if way.inputs == 1 else f"multiples of {way.inputs}"
     multiples = {"in": way.inputs, "out": way.outputs}

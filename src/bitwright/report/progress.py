@@ -15,10 +15,10 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressReport:
-    """A listener to Progress that writes to a console; a context manager that tidies the bar away."""
+    """A listener to Progress that writes to a console; a context manager that removes the bar at the end."""
 
     def __init__(self, console: Console) -> None:
-        """On a terminal a live bar; otherwise a line per block, or every few seconds for faster stages."""
+        """Show a live bar on a terminal; otherwise a line per block, or every few seconds for faster stages."""
         self._console = console
         self._bars = _bars(console) if console.is_terminal else None
         self._tasks: dict[str, TaskID] = {}
@@ -36,7 +36,7 @@ class ProgressReport:
             self._bars.stop()
 
     def __call__(self, progress: Progress) -> None:
-        """Shows one step."""
+        """Show one step."""
         if progress.position < self._position.get(progress.stage, math.inf):  # a stage begins, perhaps once more
             self._started[progress.stage] = monotonic()
         self._position[progress.stage] = progress.position

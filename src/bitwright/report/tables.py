@@ -1,4 +1,4 @@
-"""Results as people read them: rich tables and lines."""
+"""Tables and lines for a terminal."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ KIB = 1024.0
 
 
 def size(nbytes: float) -> str:
-    """Bytes as people say them, in binary units: ``3.2 MiB``."""
+    """A number of bytes as people write it, in binary units: ``3.2 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < KIB:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -19,7 +19,7 @@ def size(nbytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: ``1 h 05 min``, ``3 min 20 s``, ``12.3 s``."""
+    """A number of seconds as people write it: ``1 h 05 min``, ``3 min 20 s``, ``12.3 s``."""
     if seconds >= 3600:
         return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
     if seconds >= 60:
@@ -28,19 +28,19 @@ def duration(seconds: float) -> str:
 
 
 def pairs(console: Console, title: str, rows: Iterable[tuple[str, object]]) -> None:
-    """Prints a table of names and values; a value of None is left out."""
-    console.print(Text(title, style="table.title"))  # by itself: a table's own title is broken at the table's width
+    """Print a table of names and values; a value of None is left out."""
+    console.print(Text(title, style="table.title"))  # a table's own title would be wrapped at the table's width
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         if value is not None:
-            table.add_row(name, Text(str(value)))  # Text: brackets in a path are no markup
+            table.add_row(name, Text(str(value)))  # Text, because brackets in a path are no markup
     console.print(table)
 
 
 def grid(console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table with a header; the first column is text, the others are numbers."""
+    """Print a table with a header; the first column is text, the others are numbers."""
     table = Table(title=Text(title, style="table.title"), title_justify="left", pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bitwright.calibration.segments import fingerprint
+from bitwright.calibration.tokens import fingerprint
 from bitwright.core.format import FileFormat
 from bitwright.methods import used
 from bitwright.model.arithmetic import name_of

@@ -15,10 +15,10 @@ TEST_ENV := OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THR
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clients clean
+.PHONY: help demo test coverage lint docs clients clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo 'PYTHON=python3.12 chooses the interpreter, PYTEST_ARGS="tests/core -x" the tests.'
 
 demo: $(READY)  ## quantize the embedded model and show what it cost, without any download
@@ -26,6 +26,9 @@ demo: $(READY)  ## quantize the embedded model and show what it cost, without an
 
 test: $(READY)  ## run every test, two at a time
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+
+coverage: $(READY)  ## the same tests, slower, and which lines and branches of src/ they reach (htmlcov/ too)
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff (rules, format) and mypy --strict
 	@$(BIN)/ruff check
@@ -41,7 +44,8 @@ clients: $(READY)  ## open quantized folders in the real clients (makes .clients
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/clients.py
 
 clean:  ## remove everything that the other targets made, .venv included
-	rm -rf $(VENV) .clients site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .clients site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+		htmlcov .coverage .coverage.*
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first, with its exact version: only so is the CPU build found where there is one (docs/decisions.md).

@@ -45,11 +45,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "awq+gptq": TEXT, "smoothquant": TEXT, "smoothquant+gptq": TEXT, "osplus": TEXT, "osplus+gptq": TEXT,
     "adadim": TEXT, "adadim+gptq": TEXT, "easyquant-outliers+gptq": TEXT, "lwc": TRAINED, "lwc+gptq": TRAINED,
     "let+lwc": TRAINED | {"sites": "all"}, "let+lwc+gptq": TRAINED | {"sites": "all"}, "omniquant": TRAINED,
-    "smoothquant+lwc": TRAINED, "osplus+lwc": TRAINED, "awq+lwc": TRAINED, "adadim+lwc": TRAINED,
+    "smoothquant+lwc": TRAINED, "osplus+lwc": TRAINED, "awq+lwc": TRAINED, "adadim+lwc": TRAINED | {"refine": False},
     "easyquant+lwc": TRAINED, "pact": TRAINED, "lsq": TRAINED,
 }  # fmt: skip
 QUICK: dict[str, Any] = {"refine": False}
-"""For trained methods on larger models: ranges are not refined, which takes ten times longer than all else."""
+REFINED = (("small", "gptq"), ("small", "lwc"), ("small", "let+lwc+gptq"))
+"""Refining ranges takes longer than all else: most runs of trained methods and of gptq leave it out, these do not."""
 FORMATS: dict[str, str] = {
     "default": "W4A16g128", "compressed-tensors": "W2A16g64sym", "bitwright": "W3A16g64", "dense": "W3A16g32",
     "gptq": "W4A16g32", "awq": "W4A16g64", "gguf": "W4A16g32", "mlc": "mlc:q4f16_1",
@@ -62,18 +63,18 @@ SCHEMES = (
     "W4A4KV4", "W8A8", "W4A8KV4", "W4A16KV4", "mlc:q4f16_1", "mlc:q3f16_1", "mlc:q2f16_1",
 )  # fmt: skip
 EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
-    "llama/rtn/default": {"bitwright": {}, "dense": {}, "gguf": {}, "mlc": {}},
+    "small/rtn/default": {"bitwright": {}, "dense": {}, "gguf": {}, "mlc": {}},
     "settings/rtn_with_text": {"gptq": {}, "awq": {}},
-    "llama/gptq/gptq": {"compressed-tensors": {}, "bitwright": {}, "dense": {}, "awq": {}, "gguf": {},
+    "small/gptq/gptq": {"compressed-tensors": {}, "bitwright": {}, "dense": {}, "awq": {}, "gguf": {},
                         "mlc": {"lossy": True}},
-    "llama/awq/awq": {"compressed-tensors": {}, "bitwright": {}, "dense": {}, "gptq": {}, "gguf": {},
+    "small/awq/awq": {"compressed-tensors": {}, "bitwright": {}, "dense": {}, "gptq": {}, "gguf": {},
                       "mlc": {"lossy": True}},
-    "llama/lwc/bitwright": {"compressed-tensors": {}, "dense": {}, "gptq": {}, "awq": {"lossy": True}, "gguf": {},
+    "small/lwc/bitwright": {"compressed-tensors": {}, "dense": {}, "gptq": {}, "awq": {"lossy": True}, "gguf": {},
                             "mlc": {}},
-    "llama/easyquant/bitwright": {"compressed-tensors": {"lossy": True}, "dense": {}, "gptq": {"lossy": True},
+    "small/easyquant/bitwright": {"compressed-tensors": {"lossy": True}, "dense": {}, "gptq": {"lossy": True},
                                   "awq": {"lossy": True}, "gguf": {"lossy": True}, "mlc": {"lossy": True}},
-    "llama/adadim/default": {"dense": {}, "gptq": {"lossy": True}, "gguf": {"lossy": True}, "mlc": {"lossy": True}},
-    "llama/gptq/compressed-tensors": {"bitwright": {"shard_size": "100KB"}, "dense": {}, "gptq": {}, "gguf": {},
+    "small/adadim/default": {"dense": {}, "gptq": {"lossy": True}, "gguf": {"lossy": True}, "mlc": {"lossy": True}},
+    "small/gptq/compressed-tensors": {"bitwright": {"shard_size": "100KB"}, "dense": {}, "gptq": {}, "gguf": {},
                                       "mlc": {}},
     "llama/gptq/mlc_q3f16_1": {"dense": {}, "gptq": {"lossy": True}, "gguf": {"lossy": True}, "mlc": {}},
     "llama/gptq/mlc_q2f16_1": {"gguf": {"embeddings": "q4_0"}, "mlc": {}},
@@ -123,6 +124,7 @@ OTHERS = (
     Case("settings/norm", "llama", EASYQUANT | {"norm": 2.4}),
     Case("settings/alignment", "llama", EASYQUANT | {"alignment": 0}),
     Case("settings/adadim_ic", "llama", W4 | TEXT | {"method": "adadim", "axis": "ic"}),
+    Case("settings/adadim_refined", "qwen2", LWC | {"method": "adadim+lwc"}),
     Case("settings/gptq", "llama", GPTQ | {"act_order": False, "damping": 0.05, "refine": False, "drift": False}),
     Case("settings/seed", "llama", GPTQ | {"seed": 3}),
     Case("settings/alpha", "llama", W4 | TEXT | {"method": "smoothquant", "alpha": 0.7, "sites": "all"}),
@@ -188,9 +190,9 @@ OTHERS = (
     Case("killed/workers", EMBEDDED, RTN, workers=2, kills=(12,)),
     Case("killed/gguf", "llama", RTN | {"format": "gguf"}, kills=(20,)),
     Case("killed/export_gptq", how={"format": "gptq"}, source="settings/rtn_with_text", kills=(3,)),
-    Case("killed/export_gguf", how={"format": "gguf"}, source="llama/rtn/default", kills=(9,)),
+    Case("killed/export_gguf", how={"format": "gguf"}, source="settings/rtn_with_text", kills=(9,)),
     Case("export/unquantized/gguf", how={"format": "gguf"}, source="settings/shards/dense"),
-    Case("export/with_base", how={"format": "gguf"}, source="llama/gptq/gptq", base="settings/embeddings_f16"),
+    Case("export/with_base", how={"format": "gguf"}, source="settings/rtn_with_text", base="settings/embeddings_f16"),
 )
 REFUSED = (
     Case("refused/no_scheme", "llama", {"scheme": "W4B16"}),
@@ -222,18 +224,18 @@ REFUSED = (
     Case("refused/unknown_blocks", "fused", GPTQ),
     Case("refused/fused_in_gptq", "fused", RTN | {"format": "gptq"}),
     Case("refused/parameters", "llama", LWC | {"scheme": "W3A16g32"}, loads="saved/lwc"),
-    Case("refused/export_outliers", how={"format": "gptq"}, source="llama/easyquant/bitwright"),
+    Case("refused/export_outliers", how={"format": "gptq"}, source="small/easyquant/bitwright"),
     Case("refused/export_bits", how={"format": "awq"}, source="llama/rtn/W8A16g32"),
-    Case("refused/export_same", how={"format": "gptq"}, source="llama/gptq/gptq"),
+    Case("refused/export_same", how={"format": "gptq"}, source="small/gptq/gptq"),
     Case("refused/export_activations", how={"format": "gguf"}, source="llama/rtn/W4A4KV4"),
     Case("refused/export_fused", how={"format": "dense"}, source="fused/rtn/default"),
-    Case("refused/export_idle", how={"format": "gptq", "embeddings": "f16"}, source="llama/rtn/default"),
+    Case("refused/export_idle", how={"format": "gptq", "embeddings": "f16"}, source="small/rtn/default"),
 )
 
 
 def cases(models: Sequence[str]) -> list[Case]:
     """List all runs. ``models`` are the larger ones: each takes every method twice, and every format."""
-    found = [_case("llama", method, format) for method in METHODS for format in FORMATS]
+    found = [_case("small", method, format, format != "default") for method in METHODS for format in FORMATS]
     for scheme in SCHEMES:
         for method in ("rtn", "gptq") if "A16" in scheme or "mlc" in scheme else ("rtn", "smoothquant", "omniquant"):
             found.append(_with_scheme("llama", method, scheme))
@@ -253,7 +255,7 @@ def cases(models: Sequence[str]) -> list[Case]:
 def _case(model: str, method: str, format: str, quick: bool = False) -> Case:
     """A method and a format on a model, told to decide only what the format holds."""
     how = METHODS[method] | {"scheme": FORMATS[format], "method": method}
-    if quick and ("lwc" in method or "gptq" in method):
+    if quick and ("lwc" in method or "gptq" in method) and (model, method) not in REFINED:
         how |= QUICK
     if format != "default":
         how["format"] = format
@@ -277,6 +279,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("Llama", "bfloat16", {}),
+    "small": ("Llama", "bfloat16", {"num_hidden_layers": 1}),
     "qwen2": ("Qwen2", "float16", {"num_hidden_layers": 1}),
     "opt": ("OPT", "bfloat16", {"ffn_dim": 256, "word_embed_proj_dim": 128, "pad_token_id": 1}),
     "experts": ("Qwen3Moe", "bfloat16", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),

@@ -16,7 +16,7 @@ per case says ``same``, ``listed`` (differs only in what ALLOWED lists), ``diffe
 DIR/differences.txt has every difference. The exit code is 0 where all are the same or listed. To list a difference,
 add a line with its reason to ALLOWED.
 
-TIME. ``--reuse-before`` keeps what BEFORE wrote where its source, the case and the model are the same. ``--only
+``--reuse-before`` keeps what BEFORE wrote where its source, the case and the model are the same. ``--only
 'llama/gptq/*'`` runs some cases, and those that they need. Delete DIR/models when MODELS change.
 """
 

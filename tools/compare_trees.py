@@ -17,7 +17,7 @@ DIR/differences.txt has every difference. The exit code is 0 where all are the s
 add a line with its reason to ALLOWED.
 
 ``--reuse-before`` keeps what BEFORE wrote where its source, the case and the model are the same. ``--only
-'llama/gptq/*'`` runs some cases, and those that they need. Delete DIR/models when MODELS change.
+'small/gptq/*'`` runs some cases, and those that they need. Delete DIR/models when MODELS change.
 """
 
 import argparse

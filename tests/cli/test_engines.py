@@ -97,6 +97,9 @@ def test_the_table(run: Run) -> None:
     assert "multiples of 32" in llama
     assert "multiples of 32 or 40" in ran.out and "multiples of 128" in ran.out
     assert "dense too, as any folder" in ran.out
+    assert "gguf: one model may mix schemes from linear to linear and linears in full precision\n" in ran.out
+    assert "awq: one model may mix linears in full precision; experts of one layer alike\n" in ran.out
+    assert "mlc: all linears have one scheme\n" in ran.out
 
 
 def test_json(run: Run) -> None:
@@ -107,6 +110,9 @@ def test_json(run: Run) -> None:
     assert all(way["checked"] for engine in found.values() for way in engine["ways"])
     assert gguf["groups"] is None and gguf["multiples"] == [32] and "gptq" in found["transformers"]["also"]
     assert all(way["inputs"] == way["outputs"] == 32 for way in found["vllm"]["ways"])
+    assert [way["mixes"] for way in found["vllm"]["ways"]] == [True, False, True]
+    assert {way["experts"] for way in found["vllm"]["ways"]} == {"layer"} and found["mlc"]["fused"] is True
+    assert found["llama.cpp"]["bench"] == "gguf" and found["vllm"]["bench"] is None
 
 
 @pytest.mark.parametrize("arguments", [("engines",), ("engines", "--json"), ("--help",), ("quantize", "--help")])

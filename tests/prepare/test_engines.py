@@ -16,10 +16,12 @@ from tests.plugin.experts import save_original
 
 import bitwright
 from bitwright import api
+from bitwright.core.engine import Workload, engine_named
 from bitwright.core.errors import RecipeError
 from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find, names
+from bitwright.core.scheme import Scheme
 from bitwright.prepare.engine_choice import for_engines
 
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
@@ -39,6 +41,19 @@ def test_the_page_names_the_versions_of_the_table() -> None:
         versions = re.findall(r"\d+\.\d+\.\d+|[0-9a-f]{7}(?=\))", way.checked)
         assert versions and all(version in page for version in versions), way.checked
         assert re.search(rf"\| {way.format}\b", page), way.format
+
+
+def test_the_page_says_what_one_model_may_mix() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
+    _, section = page.split("## What one model may mix\n")
+    rows = re.findall(r"^\|.*\| (\S+) \| (yes|no)[^|]*\| (yes|no) \|", section, re.MULTILINE)
+    ways = {
+        (engine.name, way.format): (way.format, "yes" if way.mixes else "no", "yes" if way.leaves else "no")
+        for engine in map(engine_named, ("transformers", "vllm", "llama.cpp", "mlc", "gptqmodel"))
+        for way in engine.ways
+    }
+    assert rows == list(ways.values())
+    assert {name for name, _ in ways} == {engine.name for engine in api.engines()}
 
 
 @pytest.mark.parametrize(("scheme", "engines", "format"), [
@@ -145,6 +160,57 @@ def test_an_output_layer_that_an_engine_does_not_load(tiny: Checkpoints) -> None
         api.plan(replace(recipe, format="compressed-tensors"))
     with pytest.raises(RecipeError, match=r"lm_head: 264 output features are no multiple of 64, which it needs"):
         api.plan(replace(recipe, model=str(tiny(vocab_size=264))))
+
+
+@pytest.mark.parametrize(("exclude", "says"), [
+    ("*.k_proj", r"vllm cannot run \S+ so: in compressed-tensors and awq it does not run "
+     r"model\.layers\.0\.self_attn\.q_proj at W4A16g32 beside k_proj in full precision, which it joins: leave all of "
+     r"them in full precision, --exclude 'model\.layers\.\*\.self_attn\.q_proj,model\.layers\.\*\.self_attn\.v_proj', "
+     "or none; bitwright engines"),
+    ("model.layers.1.mlp.up_proj", r"1\.mlp\.gate_proj at W4A16g32 beside up_proj .*'model\.layers\.1\.mlp\.gate_pro"),
+])  # fmt: skip
+def test_a_linear_left_alone_beside_those_it_is_joined_with(exclude: str, says: str, tiny: Checkpoints) -> None:
+    recipe = Recipe(str(tiny()), "W4A16g32", "rtn", engines="vllm", exclude=exclude)
+    with pytest.raises(RecipeError, match=says) as error:
+        api.plan(recipe)
+    advice = re.search(r"--exclude '(\S+)'", str(error.value))
+    assert advice is not None
+    assert api.plan(replace(recipe, exclude=f"{exclude},{advice[1]}")).format == "compressed-tensors"
+    for engine in ("transformers", "gptqmodel"):
+        assert api.plan(replace(recipe, engines=engine)).linears < 14
+
+
+def test_linears_left_alone_beside_an_engine_that_leaves_none(tiny: Checkpoints) -> None:
+    recipe = Recipe(str(tiny(eos_token_id=0)), "W4A16g32sym", "rtn", engines="mlc", exclude="*.o_proj")
+    with pytest.raises(RecipeError, match=r"mlc cannot run .*0\.self_attn\.o_proj in full precision .*leave --exclude"):
+        api.plan(recipe)
+
+
+@pytest.mark.parametrize(("scheme", "exceptions", "engines", "expected"), [
+    ("W4A16g32", {"self_attn.o_proj": "W4A16g64"}, "vllm", "compressed-tensors"),
+    ("W4A16g32", {"self_attn.o_proj": "W4A16g64sym"}, "vllm", "compressed-tensors"),
+    ("W4A16g32", {"self_attn.o_proj": "W3A16g64"}, "gptqmodel", "gptq"),
+    ("W4A16g32", {"self_attn.q_proj": "W8A16sym"}, "llama.cpp", "gguf"),
+    ("W4A16g32sym", {"self_attn.o_proj": "W4A16g64sym"}, "gptqmodel,vllm", "gptq"),
+    ("W4A16g32", {"self_attn.o_proj": "W8A16g32"}, "vllm", "cannot run scheme W8A16g32: .* that it runs is W4A16g32;"),
+    ("W4A16g32", {"self_attn.q_proj": "W4A16g64"}, "vllm", r"q_proj at W4A16g64 beside k_proj at W4A16g32, which it"),
+    ("W4A16g32sym", {"mlp.up_proj": "W3A16g40sym"}, "mlc", "so: no one format of it holds W4A16g32sym and W3A16g40"),
+    ("W4A16g32sym", {"mlp.up_proj": "W4A16g64sym"}, "mlc", "in mlc it does not run .* at W4A16g64sym: all linears"),
+    ("W4A16g32sym", {"self_attn.o_proj": None}, "mlc", "in mlc it does not run .*o_proj in full precision besi"),
+])  # fmt: skip
+def test_schemes_that_differ(
+    scheme: str, exceptions: dict[str, str | None], engines: str, expected: str, tiny: Checkpoints
+) -> None:
+    recipe = Recipe(str(tiny(**WIDE)), scheme, "rtn", engines=engines)
+    ((name, text),) = exceptions.items()
+    other = None if text is None else Scheme.parse(text)
+    schemes = {f"model.layers.{n}.{name}": other for n in range(2)}
+    workload = Workload(Scheme.parse(scheme), "llama", exceptions=schemes)
+    if expected in names("formats"):
+        assert for_engines(recipe, "cpu", workload).format == expected
+        return
+    with pytest.raises(RecipeError, match=expected):
+        for_engines(recipe, "cpu", workload)
 
 
 def test_one_reason_for_each_format(tiny: Checkpoints) -> None:

@@ -5,18 +5,17 @@ work, ``bitwright engines`` shows it. What a format itself holds (``formats/``) 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 
 from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, Grid, Tile
+from bitwright.core.mixing import Schemes, any_apart, experts_apart, joined_apart, joined_name
 from bitwright.core.registry import find, format_of, names
 from bitwright.core.scheme import Scheme
 
 HEAD = "lm_head"
 EVERY_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Last parts of the names of linears that some engines join into one linear, their outputs one after the other."""
 
 
 class BenchInput(StrEnum):
@@ -28,7 +27,7 @@ class BenchInput(StrEnum):
     """A GGUF file, loaded by llama.cpp: the package xllamacpp, or a library that the user built."""
 
 
-class ExpertsAlike(StrEnum):
+class Alike(StrEnum):
     """Which experts of a model need one scheme for an engine."""
 
     NONE = "none"
@@ -57,14 +56,21 @@ class Refusal:
 class Workload:
     """What an engine is asked to run.
 
-    ``model_type`` is the architecture as config.json names it. ``outliers`` says whether the method keeps any.
-    ``tiles`` are those that the method may choose instead of the scheme's own.
+    ``scheme`` is that of every linear that ``exceptions`` does not name; there, None is a linear left in full
+    precision. ``model_type`` is the architecture as config.json names it. ``outliers`` says whether the method keeps
+    any. ``tiles`` are those that the method may choose instead of the scheme's own.
     """
 
     scheme: Scheme
     model_type: str
     outliers: bool = False
     tiles: Sequence[Tile] = ()
+    exceptions: Schemes = field(default_factory=dict)
+
+    def each(self) -> list["Workload"]:
+        """List a workload for each of the schemes, without exceptions."""
+        schemes = dict.fromkeys([self.scheme, *(s for s in self.exceptions.values() if s is not None)])
+        return [replace(self, scheme=scheme, exceptions={}) for scheme in schemes]
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Way:
 
     The sizes of linears: ``inputs`` and ``outputs`` are what their features are multiples of. ``head`` is what the
     outputs of a quantized output layer are a multiple of, 0 if the engine loads none. ``joins``: the engine joins the
-    linears of ``JOINED``; then their outputs count together, and they need one scheme.
+    linears of ``mixing.JOINED``; then their outputs count together, and they need one scheme.
 
     What one model may mix: ``mixes``, schemes that differ from linear to linear; ``leaves``, linears in full precision
     beside quantized ones; ``experts``, which experts need one scheme.
@@ -105,7 +111,7 @@ class Way:
     joins: bool = False
     mixes: bool = False
     leaves: bool = True
-    experts: ExpertsAlike = ExpertsAlike.NONE
+    experts: Alike = Alike.NONE
 
     @property
     def sizes(self) -> str:
@@ -115,7 +121,8 @@ class Way:
         return f"multiples of {' or '.join(map(str, self.multiples))}" if self.multiples else "any"
 
     def refusal(self, workload: Workload) -> Refusal | None:
-        """The first check that a workload fails; None if the engine runs all of it."""
+        """The first check that a workload fails; None if the engine runs it. Exceptions are not looked at: ask with
+        ``each`` of the schemes, and ``refuses_mix``."""
         checks = {
             Check.ARCHITECTURE: self._architecture_refused,
             Check.EXTRAS: self._extras_refused,
@@ -138,6 +145,18 @@ class Way:
                 if size % multiple:
                     return f"{name}: {size} {which} features are no multiple of {multiple}, which it needs"
         return None
+
+    def refuses_mix(self, schemes: Schemes) -> str | None:
+        """Say which linears of a model the engine does not run beside each other, and what would do; None if it runs
+        all of them so. Whether it runs each scheme by itself, ``refusal`` says."""
+        kept = [name for name, scheme in schemes.items() if scheme is None and name != HEAD]
+        if kept and not self.leaves:
+            return f"{kept[0]} in full precision beside quantized linears: quantize all of them, leave --exclude out"
+        return (
+            (None if self.mixes else any_apart(schemes))
+            or (joined_apart(schemes) if self.joins else None)
+            or (None if self.experts is Alike.NONE else experts_apart(schemes, of_model=self.experts is Alike.MODEL))
+        )
 
     def _architecture_refused(self, workload: Workload) -> str | None:
         if self.models is None or workload.model_type in self.models:
@@ -227,7 +246,6 @@ def _with_outputs_added(linears: Mapping[str, tuple[int, int]]) -> dict[str, tup
     """Replace linears that are joined by one: ``self_attn.q_proj, k_proj, v_proj``, with the sum of their outputs."""
     sizes: dict[str, tuple[int, int]] = {}
     for name, (outputs, inputs) in linears.items():
-        parent, dot, leaf = name.rpartition(".")
-        joined = next((f"{parent}{dot}{', '.join(leaves)}" for leaves in JOINED if leaf in leaves), name)
+        joined = joined_name(name)
         sizes[joined] = (sizes.get(joined, (0, inputs))[0] + outputs, inputs)
     return sizes

@@ -12,8 +12,9 @@ ENGINE = Engine(
             groups=(32, 64, 128, 256, 512, 1024),
             channel=True,
             models=None,
-            checked="GPTQModel 7.6.0 on a CPU, llama alone: groups of 128 and per channel, greedy text and "
-            "perplexity; groups of 32, 64 and 256 of a small random model; 512 and 1024 by its source",
+            checked="GPTQModel 7.6.0 on a CPU, llama alone: groups of 128 and per channel, one linear left alone, "
+            "greedy text and perplexity; groups of 32, 64 and 256 of a small random model; a folder of its own with "
+            "bits that differ; 512 and 1024 by its source",
             mixes=True,
         ),
         Way(
@@ -23,8 +24,8 @@ ENGINE = Engine(
             groups=(32, 64, 128),
             channel=True,
             models=None,
-            checked="GPTQModel 7.6.0 on a CPU, llama alone: groups of 64 and 128, per channel, greedy text and "
-            "perplexity; groups of 32 of small random models, of which 24 and 40 outputs fail",
+            checked="GPTQModel 7.6.0 on a CPU, llama alone: groups of 64 and 128, per channel, one linear left alone, "
+            "greedy text and perplexity; groups of 32 of small random models, of which 24 and 40 outputs fail",
             outputs=16,
             head=16,
         ),

@@ -4,7 +4,7 @@ Of compressed-tensors, transformers unpacks all experts of a model with one conf
 ``transformers/integrations/compressed_tensors.py``), so they need one scheme.
 """
 
-from bitwright.core.engine import EVERY_BITS, BenchInput, Engine, ExpertsAlike, Way
+from bitwright.core.engine import EVERY_BITS, Alike, BenchInput, Engine, Way
 
 _WITH_GPTQMODEL = "with gptqmodel and optimum beside it, which pass over linears left alone"
 
@@ -19,11 +19,12 @@ ENGINE = Engine(
             channel=True,
             models=None,
             checked="transformers 5.22.2, compressed-tensors 0.20.0: weights of llama bit for bit at 2 to 8 bits, opt "
-            "and experts (tests); greedy text and perplexity of llama at W4A16g128 and W3A16g128",
+            "and experts (tests); greedy text and perplexity of llama at W4A16g128 and W3A16g128; weights of a folder "
+            "of llm-compressor in which linears have 4 and 8 bits",
             activations=True,
             cache=True,
             mixes=True,
-            experts=ExpertsAlike.MODEL,
+            experts=Alike.MODEL,
         ),
         Way(
             format="bitwright",
@@ -32,7 +33,8 @@ ENGINE = Engine(
             groups=None,
             channel=True,
             models=None,
-            checked="transformers 5.22.2 after import bitwright: the tests, with llama, opt and experts",
+            checked="transformers 5.22.2 after import bitwright: the tests, with llama, opt and experts, some "
+            "linears left alone; bits that differ were not run",
             activations=True,
             cache=True,
             outliers=True,

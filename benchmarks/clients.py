@@ -27,7 +27,7 @@ from workers import NotRun, interpreters, run
 from bitwright import UserError
 from bitwright.calibration.texts import BUILTIN, text_of
 from bitwright.demo import MODEL_DIR
-from bitwright.evaluation.windows import consecutive
+from bitwright.evaluation.measure import consecutive
 from bitwright.model.source import tokenize
 
 PROMPT, NEW, SEQLEN, WINDOWS = 64, 32, 512, 10

@@ -19,7 +19,7 @@ from workers import interpreters, run
 
 import bitwright
 from bitwright.calibration.texts import text_of
-from bitwright.evaluation.windows import consecutive
+from bitwright.evaluation.measure import consecutive
 from bitwright.model.source import tokenize
 
 CLIENT, SCHEME = "llamacpp", "rtn:W4A16g32sym"

@@ -20,7 +20,7 @@ from workers import interpreters, run
 
 import bitwright
 from bitwright.calibration.texts import text_of
-from bitwright.evaluation.windows import consecutive
+from bitwright.evaluation.measure import consecutive
 from bitwright.model.source import tokenize
 
 CLIENT = "llamacpp"

@@ -49,8 +49,7 @@ import bitwright
 from bitwright.calibration.texts import text_of
 from bitwright.core.progress import silent
 from bitwright.core.scheme import Scheme
-from bitwright.evaluation.measure import Measurement, measure
-from bitwright.evaluation.windows import consecutive
+from bitwright.evaluation.measure import Measurement, consecutive, measure
 from bitwright.model.source import tokenize
 
 NAMES = ("implementation", "method", "scheme")

@@ -28,8 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bitwright.core.progress import silent
 from bitwright.demo import MODEL_DIR, texts
-from bitwright.evaluation.measure import measure
-from bitwright.evaluation.windows import consecutive
+from bitwright.evaluation.measure import consecutive, measure
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 # The vocabulary begins with the special tokens, in this order.

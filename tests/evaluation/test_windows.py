@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitwright.core.errors import CalibrationError
-from bitwright.evaluation.windows import consecutive
+from bitwright.evaluation.measure import consecutive
 
 
 @given(st.integers(0, 500), st.integers(2, 60), st.none() | st.integers(1, 12))

@@ -14,10 +14,9 @@ from bitwright.calibration.texts import BUILTIN, text_of
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, silent
 from bitwright.evaluation.loading import left_out, load
-from bitwright.evaluation.measure import Measurement, measure
+from bitwright.evaluation.measure import Measurement, consecutive, measure
 from bitwright.evaluation.scores import TaskScore, side_by_side
 from bitwright.evaluation.scoring import TaskOptions, answers_file, prepare_tasks, score
-from bitwright.evaluation.windows import consecutive
 from bitwright.formats import is_made_dense
 from bitwright.model.config import model_config
 from bitwright.model.source import check_vocabulary, open_checkpoint, pick_device, pick_dtype, sequence_length, tokenize

@@ -1,1 +1,1 @@
-"""Perplexity and divergence from the original; reads only exported folders. The function is ``bitwright.evaluate``."""
+"""Measurements of written folders and files: perplexity, divergence from the original, tasks, speed."""

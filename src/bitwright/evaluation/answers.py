@@ -1,19 +1,21 @@
-"""What models have answered, kept as it comes: a run of tasks that is killed goes on where it stopped.
+"""Answers of models to tasks: each is asked for once, and kept at once, so that a killed run goes on where it stopped.
 
-A JSON-lines file: after a first line that says what it is, each line is one answer under a digest of what was asked and
-of who answered, so answers of several models go into one file. Lines are flushed one by one: a killed process loses
-none, a power cut may lose the last.
+A JSON-lines file. Its first line says what it is; each other line is one answer, under a digest of the question and of
+the model, so answers of several models go into one file. Lines are flushed one by one: a killed process loses none, a
+power cut may lose the last.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from bitwright.core.errors import OutputError
+from bitwright.core.progress import Listener, Progress
 
 FIRST = {"bitwright": "answers"}
 
@@ -22,9 +24,9 @@ class Answers:
     """The answers of one model, in memory and on disk; a context manager that closes the file."""
 
     def __init__(self, path: Path, answerer: Mapping[str, Any]) -> None:
-        """Reads what is there and goes on at its end; ``answerer`` is all that answers depend on, JSON-able.
+        """Read the answers in a file, and go on at its end; ``answerer`` is all that answers depend on, fit for JSON.
 
-        Raises OutputError for a file that is none of answers, or that cannot be written to.
+        Raises OutputError for a file that does not hold answers, or that cannot be written to.
         """
         self.path, self._answerer = path, json.dumps(answerer, sort_keys=True)
         try:
@@ -47,8 +49,8 @@ class Answers:
 
     def key(self, kind: str, asked: tuple[Any, ...]) -> str:
         """The digest under which an answer is kept: of the model, the kind of request and everything in it."""
-        what = json.dumps([self._answerer, kind, *asked], sort_keys=True, default=str)
-        return sha256(what.encode()).hexdigest()
+        question = json.dumps([self._answerer, kind, *asked], sort_keys=True, default=str)
+        return sha256(question.encode()).hexdigest()
 
     def __contains__(self, key: object) -> bool:
         return key in self._known
@@ -57,7 +59,7 @@ class Answers:
         return self._known[key]
 
     def keep(self, key: str, answer: Any) -> None:
-        """Writes one answer down; OSError where the disk is full."""
+        """Write one answer to the file. Raises OSError if the disk is full."""
         self._known[key] = answer
         self._write({"key": key, "answer": answer})
 
@@ -80,3 +82,80 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if len(whole) < len(raw):
         os.truncate(path, len(whole))
     return lines
+
+
+class Answerer(Protocol):
+    """The part of lm-eval's own model class that is used here."""
+
+    max_length: int
+    tok_encode: Callable[[str], list[int]]
+    set_cache_hook: Callable[[Any], None]
+
+
+class Answering:
+    """A stand-in for a model, with the methods and attributes that lm-eval asks of one.
+
+    ``stage`` names the task in the progress. ``cut`` counts the prompts of each task that are longer than the model's
+    context.
+    """
+
+    rank, world_size = 0, 1
+
+    def __init__(self, lm: Answerer, answers: Answers, stage: str, listener: Listener) -> None:
+        """Ask ``lm`` for the answers that ``answers`` does not hold."""
+        self._lm, self._answers, self._stage, self._listener = lm, answers, stage, listener
+        self.cut: Counter[str] = Counter()
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation in nats, and whether the model would write it greedily."""
+        longest = self._lm.max_length + 1  # the last token is predicted and not read
+        for request in requests:
+            self.cut[request.task_name] += len(self._lm.tok_encode("".join(request.args))) > longest
+        return [(float(value), bool(greedy)) for value, greedy in self._answer("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """The log-likelihood of each whole text in nats, window by window."""
+        return self._answer("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The text that the model writes after each prompt."""
+        for request in requests:
+            room = self._lm.max_length - new_tokens(request.args[1])
+            self.cut[request.task_name] += len(self._lm.tok_encode(request.args[0])) > room
+        if any(request.args[1].get("do_sample") for request in requests):  # another answer each time
+            return self._ask("generate_until", requests, keep=False)
+        return self._answer("generate_until", requests)
+
+    def _answer(self, kind: str, requests: Sequence[Any]) -> list[Any]:
+        keys = [self._answers.key(kind, request.args) for request in requests]
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._answers}
+        self._ask(kind, list(missing.values()), keep=True)
+        return [self._answers[key] for key in keys]
+
+    def _ask(self, kind: str, requests: list[Any] | Sequence[Any], keep: bool) -> list[Any]:
+        if not requests:
+            return []
+        self._lm.set_cache_hook(_Hook(self._answers if keep else None, self._stage, len(requests), self._listener))
+        answers: list[Any] = getattr(self._lm, kind)(requests, disable_tqdm=True)
+        return answers
+
+
+class _Hook:
+    """The hook that lm-eval calls with each answer as soon as it is there."""
+
+    def __init__(self, answers: Answers | None, stage: str, total: int, listener: Listener) -> None:
+        self._answers, self._stage, self._total, self._listener = answers, stage, total, listener
+        self._done = 0
+        listener(Progress(stage, 0, total, "answers"))
+
+    def add_partial(self, kind: str, question: tuple[Any, ...], answer: Any) -> None:
+        if self._answers is not None:
+            self._answers.keep(self._answers.key(kind, question), answer)
+        self._done += 1
+        self._listener(Progress(self._stage, self._done, self._total, "answers"))
+
+
+def new_tokens(settings: dict[str, Any], default: int = 256) -> int:
+    """The number of tokens a generation may take, under any of the names that lm-eval accepts; 256 if none is given."""
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    return next((int(settings[name]) for name in names if settings.get(name) is not None), default)

@@ -1,4 +1,4 @@
-"""Generated programs, each in a process of its own with limits; what that does not hold off: docs/evaluation.md."""
+"""Generated programs, each in a process of its own with limits; docs/evaluation.md says what that cannot hold off."""
 
 import json
 import os
@@ -13,15 +13,16 @@ from bitwright.evaluation import sandbox
 SECONDS = 10.0
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**20
-GRACE = 5.0  # seconds that the watcher may take beyond the program's own
-# -I would make the order of sets differ from run to run; these two are the rest of it, and the environment is ours.
+GRACE = 5.0  # seconds that the watcher may take longer than the program
+# -I would make the order of sets differ from run to run; -s and -P are the rest of it, and the environment is our own.
 PYTHON = (sys.executable, "-s", "-P", "-B")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended, in the words of ``sandbox``; ``isolated`` where the kernel gave it no network, and no
-    way to signal other processes.
+    """The end of a program, in the words of ``sandbox``.
+
+    ``isolated`` if the kernel gave it no network, and no way to signal other processes.
     """
 
     outcome: str
@@ -29,17 +30,17 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """It ran to its last line."""
+        """Whether the program ran to its last line."""
         return self.outcome == sandbox.PASSED
 
 
 def run_program(program: str, seconds: float = SECONDS, isolate: bool = True) -> Outcome:
-    """Runs a program in an empty folder, which is gone afterwards, for at most so many seconds.
+    """Run a program in an empty temporary folder, for at most ``seconds``.
 
-    ``isolate``: without network, and unable to signal other processes, where the kernel allows it.
+    ``isolate`` runs it without network, and unable to signal other processes, if the kernel allows that.
     """
-    asked = {"program": program, "seconds": seconds, "isolate": isolate}
-    asked |= {"memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES}
+    request = {"program": program, "seconds": seconds, "isolate": isolate}
+    request |= {"memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES}
     with TemporaryDirectory(prefix="bitwright-", ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
             (*PYTHON, str(Path(sandbox.__file__).resolve())),
@@ -51,17 +52,17 @@ def run_program(program: str, seconds: float = SECONDS, isolate: bool = True) ->
             start_new_session=True,
         )
         try:
-            said, _ = process.communicate(json.dumps(asked).encode(), timeout=seconds + GRACE)
+            output, _ = process.communicate(json.dumps(request).encode(), timeout=seconds + GRACE)
         except subprocess.TimeoutExpired:
             return Outcome(sandbox.TOO_LONG, False)
         finally:  # interrupted, too
             process.kill()
             process.communicate()
-    return _read(said)
+    return _read(output)
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """Nothing of ours: no tokens, no paths, one thread."""
+    """The environment of a program: no tokens, no paths of ours, one thread."""
     return {
         "PATH": os.defpath,
         "HOME": folder,
@@ -73,10 +74,10 @@ def _environment(folder: str) -> dict[str, str]:
     }
 
 
-def _read(said: bytes) -> Outcome:
-    """What the watcher wrote; a program that killed it has not passed."""
+def _read(output: bytes) -> Outcome:
+    """The outcome that the watcher wrote; a program that killed the watcher has not passed."""
     try:
-        found = json.loads(said)
-        return Outcome(str(found["outcome"]), bool(found["isolated"]))
+        outcome = json.loads(output)
+        return Outcome(str(outcome["outcome"]), bool(outcome["isolated"]))
     except (ValueError, KeyError, TypeError):
         return Outcome(sandbox.FAILED, False)

@@ -1,5 +1,4 @@
-"""What ``bench`` measures: an engine that runs the model, the program that times it, and an original beside it that is
-the same model."""
+"""The contenders of ``bench``: an engine that runs the model, the program that times it, and the original beside it."""
 
 import importlib.util
 import subprocess
@@ -29,7 +28,7 @@ GGUF_KEYS = {
 
 
 def chosen_engine(model: Path, name: str | None) -> Engine:
-    """Choose the engine that is named, or else the first one that ``bench`` has load such a model.
+    """Choose the engine that is named, or else the first engine that ``bench`` can run such a model in.
 
     Raises RecipeError if ``bench`` does not measure the named engine or if the engine does not load the model,
     CheckpointError if the model is neither a folder nor a GGUF file.
@@ -126,8 +125,11 @@ def require_same_folders(model: Path, against: Path) -> None:
 
 
 def require_same_in_files(model: Path, against: Path) -> None:
-    """Raise CheckpointError if a GGUF file and another one, or an unquantized folder, differ in architecture or
-    dimensions, or if a file is damaged. Raises RecipeError for a folder that GGUF has no words for."""
+    """Raise CheckpointError if a GGUF file and another file, or an unquantized folder, are of different models.
+
+    They are if they differ in architecture or dimensions. A damaged file is refused too. Raises RecipeError for a
+    folder that GGUF has no words for.
+    """
     other = _folder_config(against) if against.is_dir() else _file_config(against)
     _require_same(model, against, _file_config(model), other)
 

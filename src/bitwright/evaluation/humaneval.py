@@ -1,9 +1,9 @@
-"""HumanEval and tasks of its shape: generated code is run, but by ours and not by lm-eval's metric.
+"""HumanEval and tasks of its shape: the generated code is run by Bitwright's sandbox, not by lm-eval's metric.
 
 Evaluating Large Language Models Trained on Code, arXiv 2107.03374. lm-eval's metric is fetched from the network and
-runs programs in copies of its own process; here lm-eval only generates. A document has ``prompt``; the program is that,
-answer, and what ``doc_to_target`` makes of the document: the tests and the call of them. pass@1 is the share of
-documents whose program comes to its end, one greedy answer each.
+runs programs in copies of its own process; here lm-eval only generates. A program is a document's ``prompt``, then the
+answer, then what ``doc_to_target`` makes of the document: the tests and the call of them. pass@1 is the share of
+documents whose program comes to its end, with one greedy answer each.
 """
 
 import math
@@ -25,7 +25,7 @@ def is_code(config: Mapping[str, Any]) -> bool:
 
 
 def require_known_shape(name: str, config: Mapping[str, Any]) -> None:
-    """Raises UserError for a task that runs code in another way than HumanEval."""
+    """Raise UserError for a task that runs code in another way than HumanEval."""
     generates = config.get("output_type") == "generate_until" and isinstance(config.get("doc_to_target"), str)
     ours = all(Path(function).parent.name == "humaneval" for function in _functions(config))
     if not generates or not ours or config.get("repeats", 1) != 1:
@@ -47,24 +47,26 @@ def programs(config: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) ->
     return [_program(sample, cuts) for sample in samples]
 
 
-def run_all(name: str, written: Sequence[str], listener: Listener) -> list[Outcome]:
-    """Runs the programs one after the other."""
+def run_all(name: str, sources: Sequence[str], listener: Listener) -> list[Outcome]:
+    """Run the programs one after the other."""
     outcomes = []
-    for done, program in enumerate(written):
-        listener(Progress(f"{name} tests", done, len(written), "programs"))
+    for done, program in enumerate(sources):
+        listener(Progress(f"{name} tests", done, len(sources), "programs"))
         outcomes.append(run_program(program))
-    listener(Progress(f"{name} tests", len(written), len(written), "programs"))
+    listener(Progress(f"{name} tests", len(sources), len(sources), "programs"))
     return outcomes
 
 
 def pass_at_1(outcomes: Sequence[Outcome]) -> tuple[float, float | None]:
-    """The share that passed, and its standard error (of the sample, as lm-eval's of a mean; None for one document).
+    """The share that passed, and its standard error.
+
+    The error is that of the sample, as lm-eval's of a mean; None for one document.
 
     >>> pass_at_1([Outcome("passed", True)] * 3 + [Outcome("failed", True)])
     (0.75, 0.25)
     """
     count = len(outcomes)
-    share = sum(each.passed for each in outcomes) / count
+    share = sum(outcome.passed for outcome in outcomes) / count
     return share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
 
 
@@ -77,6 +79,7 @@ def _program(sample: Mapping[str, Any], cuts: bool) -> str:
 
 def _functions(config: Mapping[str, Any]) -> list[str]:
     """The functions that the task names for its metric and its filters: path of the file, dot, name."""
-    steps = [step for each in config.get("filter_list") or () for step in each.get("filter", ())]
-    named = [step.get("filter_fn", "") for step in steps] + [each["metric"] for each in config.get("metric_list") or ()]
-    return [str(function) for function in named if "/" in str(function)]
+    steps = [step for pipeline in config.get("filter_list") or () for step in pipeline.get("filter", ())]
+    functions = [step.get("filter_fn", "") for step in steps]
+    functions += [metric["metric"] for metric in config.get("metric_list") or ()]
+    return [str(function) for function in functions if "/" in str(function)]

@@ -3,11 +3,12 @@
     python llamacpp_speed.py REQUEST.json RESULT.json
     python llamacpp_speed.py LIBRARY
 
-A script for any interpreter that has xllamacpp, so it takes the standard library alone. REQUEST: {"model": FILE.gguf,
-"prompt": n, "tokens": n, "threads": n, "library": PATH or null for xllamacpp}; RESULT: weight_bytes, peak_bytes,
-tokens_per_second, prompt_tokens_per_second, version. With one argument, whether that library will do.
+This is a script for any interpreter that has xllamacpp, so it imports the standard library alone. REQUEST: {"model":
+FILE.gguf, "prompt": n, "tokens": n, "threads": n, "library": PATH or null for xllamacpp}; RESULT: weight_bytes,
+peak_bytes, tokens_per_second, prompt_tokens_per_second, version. With one argument it checks whether that library can
+be used.
 
-xllamacpp's own interface is a server; its shared library exports llama.cpp's C interface, which can be timed without
+xllamacpp's own interface is a server. Its shared library exports llama.cpp's C interface, which can be timed without
 one. Parameters that are passed by value are opaque here but for their first four numbers, whose defaults are checked.
 """
 
@@ -20,12 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOM = 1024  # bytes, more than any version of a parameter structure takes; such structures are passed in memory
+ROOM = 1024  # bytes; more than a parameter structure takes in any version, and such structures are passed in memory
 FIRST = (512, 2048, 512, 1)
-"""Defaults of n_ctx, n_batch, n_ubatch and n_seq_max, with which the parameters of a context begin."""
+"""The defaults of n_ctx, n_batch, n_ubatch and n_seq_max, with which the parameters of a context begin."""
 AT_ONCE, ERROR, STEP = 512, 4, 256
 REFUSED = 3
-"""The exit code where what is asked cannot be measured, and standard error is all there is to say."""
+"""The exit code if a request cannot be measured; standard error then says why."""
 
 
 class Parameters(ctypes.Structure):
@@ -79,7 +80,7 @@ def _errors_alone(level: int, text: bytes, _: Any) -> None:
 
 
 def _loaded(path: str | None) -> ctypes.CDLL:
-    """llama.cpp's C interface. SystemExit where a library is not that."""
+    """Load llama.cpp's C interface. Raises SystemExit if a library does not have it."""
     if path is None:
         import xllamacpp
 
@@ -95,25 +96,25 @@ def _loaded(path: str | None) -> ctypes.CDLL:
 
 
 class Llama:
-    """A model, loaded, and a context of so many tokens."""
+    """A loaded model, and a context of a number of tokens."""
 
     def __init__(self, library: str | None, model: str, context: int, threads: int) -> None:
         self.library = _loaded(library)
-        self.log = Log(_errors_alone)  # kept: llama.cpp calls it as long as it lives
+        self.log = Log(_errors_alone)  # an attribute, because llama.cpp calls it for as long as it lives
         self.library.llama_log_set(self.log, None)
         self.library.llama_backend_init()
-        asked = self.library.llama_model_default_params()
-        self.model = self.library.llama_model_load_from_file(os.fsencode(model), asked)
+        parameters = self.library.llama_model_default_params()
+        self.model = self.library.llama_model_load_from_file(os.fsencode(model), parameters)
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {model}")
-        self._refuse_more_than_it_takes(model, context)
+        self._refuse_too_long(model, context)
         self.context = self.library.llama_init_from_model(self.model, self._context(context))
         if not self.context:
             raise SystemExit(f"llama.cpp has no room for a context of {context} tokens")
         self.library.llama_set_n_threads(self.context, threads, threads)
         self.vocabulary = self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self.model))
 
-    def _refuse_more_than_it_takes(self, model: str, tokens: int) -> None:
+    def _refuse_too_long(self, model: str, tokens: int) -> None:
         longest = self.library.llama_model_n_ctx_train(self.model)
         if tokens > longest:
             sys.stderr.write(
@@ -123,18 +124,18 @@ class Llama:
             raise SystemExit(REFUSED)
 
     def _context(self, tokens: int) -> Parameters:
-        found: Parameters = self.library.llama_context_default_params()
-        if struct.unpack_from("<4I", found.raw) != FIRST:
+        parameters: Parameters = self.library.llama_context_default_params()
+        if struct.unpack_from("<4I", parameters.raw) != FIRST:
             raise SystemExit("llama_context_params of this llama.cpp begin differently; try another xllamacpp")
-        struct.pack_into("<4I", found.raw, 0, -(-tokens // STEP) * STEP, AT_ONCE, AT_ONCE, 1)
-        return found
+        struct.pack_into("<4I", parameters.raw, 0, -(-tokens // STEP) * STEP, AT_ONCE, AT_ONCE, 1)
+        return parameters
 
     def forget(self) -> None:
-        """Empties the context."""
+        """Empty the context."""
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
 
     def read(self, tokens: list[int]) -> None:
-        """Takes more tokens into the context, at most AT_ONCE, and has the logits after the last."""
+        """Read tokens into the context, at most AT_ONCE, and compute the logits after the last."""
         held = (I32 * len(tokens))(*tokens)
         if self.library.llama_decode(self.context, self.library.llama_batch_get_one(held, len(tokens))):
             raise SystemExit("llama_decode failed")
@@ -142,33 +143,35 @@ class Llama:
             raise SystemExit("llama.cpp has no logits")
 
 
-def measure(asked: dict[str, Any]) -> dict[str, Any]:
-    """Reads a prompt, then generates from an empty context. Which tokens these are makes no difference to the time, so
-    they are fixed, as in llama.cpp's own llama-bench."""
-    llama = Llama(asked["library"], asked["model"], max(asked["prompt"], asked["tokens"]), asked["threads"])
-    tokens = [n * 7919 % llama.vocabulary for n in range(max(asked["prompt"], asked["tokens"]))]
-    llama.read(tokens[:2])  # the first passes read the file, of both kinds: a prompt and a single token
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Time reading a prompt, then generating from an empty context.
+
+    The time does not depend on which tokens these are, so they are fixed, as in llama.cpp's own llama-bench.
+    """
+    llama = Llama(request["library"], request["model"], max(request["prompt"], request["tokens"]), request["threads"])
+    tokens = [n * 7919 % llama.vocabulary for n in range(max(request["prompt"], request["tokens"]))]
+    llama.read(tokens[:2])  # the first passes, of a prompt and of a single token, read the file
     llama.read(tokens[:1])
     llama.forget()
     start = time.perf_counter()
-    for first in range(0, asked["prompt"], AT_ONCE):
-        llama.read(tokens[first : min(first + AT_ONCE, asked["prompt"])])
+    for first in range(0, request["prompt"], AT_ONCE):
+        llama.read(tokens[first : min(first + AT_ONCE, request["prompt"])])
     prompt_seconds = time.perf_counter() - start
     llama.forget()
     start = time.perf_counter()
-    for token in tokens[: asked["tokens"]]:
+    for token in tokens[: request["tokens"]]:
         llama.read([token])
     seconds = time.perf_counter() - start
     return {
         "weight_bytes": llama.library.llama_model_size(llama.model),
         "peak_bytes": peak_resident(),
-        "tokens_per_second": asked["tokens"] / seconds,
-        "prompt_tokens_per_second": asked["prompt"] / prompt_seconds,
+        "tokens_per_second": request["tokens"] / seconds,
+        "prompt_tokens_per_second": request["prompt"] / prompt_seconds,
     }
 
 
 def peak_resident() -> int:
-    """The largest resident set since this program began, in bytes; getrusage also counts who started it."""
+    """The largest resident set since this program began, in bytes; getrusage counts the parent process too."""
     try:
         status = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
@@ -179,13 +182,13 @@ def peak_resident() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main(request: str, result: str) -> None:
-    """Does what was asked and writes it down."""
+def main(request_file: str, result_file: str) -> None:
+    """Measure what a request asks for, and write the result down."""
     from importlib.metadata import version
 
-    asked = json.loads(Path(request).read_text())
-    runner = Path(asked["library"]).name if asked["library"] else f"xllamacpp {version('xllamacpp')}"
-    Path(result).write_text(json.dumps(measure(asked) | {"version": runner}))
+    request = json.loads(Path(request_file).read_text())
+    runner = Path(request["library"]).name if request["library"] else f"xllamacpp {version('xllamacpp')}"
+    Path(result_file).write_text(json.dumps(measure(request) | {"version": runner}))
 
 
 if __name__ == "__main__":

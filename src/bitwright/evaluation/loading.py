@@ -1,4 +1,4 @@
-"""A folder as a transformers model, as its users load it: offline, without remote code.
+"""Load a folder as a transformers model, as its users do: offline, without remote code.
 
 Folders that transformers alone cannot load (gptq and awq, which it leaves to gptqmodel) are read by Bitwright and made
 dense.
@@ -86,22 +86,20 @@ def dense_tensors(model: QuantizedFolder, dtype: torch.dtype) -> dict[str, Tenso
 def load_model(
     folder: Path, dtype: torch.dtype, device: torch.device, tensors: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
-    """The model in a folder, ready to run, its weights (and scales) in ``dtype``; made of ``tensors``, where these are
-    given, and not of those in the folder.
+    """Load a model from a folder, or from ``tensors`` if given, with its weights (and scales) in ``dtype``.
 
-    Raises CheckpointError where transformers refuses it, and where weights are missing: transformers would go on with
-    random ones.
+    Raises CheckpointError if transformers refuses it, and if weights are missing: transformers would go on with random
+    ones.
     """
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(StringIO()):  # bars of compressed-tensors, one per model, that cannot be switched off
-            found = _loaded(folder, dtype) if tensors is None else _made(folder, dtype, tensors)
+        with redirect_stderr(StringIO()):  # compressed-tensors shows a bar per model that cannot be switched off
+            loaded, report = _from_folder(folder, dtype) if tensors is None else _from_tensors(folder, dtype, tensors)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged folder ends in whatever the libraries trip over
         raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
-    loaded: PreTrainedModel = found[0]
-    missing = sorted(found[1]["missing_keys"])
+    missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{folder} has no weights for {missing[0]} and {len(missing) - 1} others; transformers would make them up. "
@@ -115,9 +113,10 @@ def load_model(
     return loaded
 
 
-def _loaded(folder: Path, dtype: torch.dtype) -> Any:
-    """The model and what transformers says of the loading."""
-    return AutoModelForCausalLM.from_pretrained(
+def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model in a folder, and transformers' report on the loading."""
+    kind: Any = AutoModelForCausalLM
+    loaded: tuple[PreTrainedModel, Mapping[str, Any]] = kind.from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,
@@ -125,15 +124,20 @@ def _loaded(folder: Path, dtype: torch.dtype) -> Any:
         use_safetensors=True,
         output_loading_info=True,
     )
+    return loaded
 
 
-def _made(folder: Path, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Any:
-    """The same of tensors in memory: the folder's config, without its quantization_config where it has one."""
+def _from_tensors(
+    folder: Path, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A model of tensors in memory, by the folder's config without its quantization_config, and the report."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    found = kind.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True)
+    loaded: tuple[PreTrainedModel, Mapping[str, Any]] = kind.from_pretrained(
+        None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+    )
     if (folder / "generation_config.json").is_file():
-        found[0].generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return found
+        loaded[0].generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return loaded

@@ -1,4 +1,4 @@
-"""Perplexity of a model, and its divergence from the original, on the same windows."""
+"""Perplexity of a model, and its divergence from the original, on the same consecutive windows of a text."""
 
 import math
 from dataclasses import dataclass
@@ -9,16 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from bitwright.core.errors import CalibrationError
 from bitwright.core.progress import Listener, Progress
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured over ``windows`` windows of ``seqlen`` tokens.
+    """The result over ``windows`` windows of ``seqlen`` tokens.
 
     ``perplexity`` is exp of the mean negative log-likelihood of every token but the first of each window.
-    ``kl_divergence`` is the mean over all positions of KL(reference || model) in nats; ``top1_agreement`` the
-    share of positions at which both put the same token first. Both are None without a reference.
+    ``kl_divergence`` is the mean over all positions of KL(reference || model) in nats. ``top1_agreement`` is the share
+    of positions at which both put the same token first. Both are None without a reference.
     """
 
     windows: int
@@ -29,6 +30,26 @@ class Measurement:
     top1_agreement: float | None = None
 
 
+def consecutive(tokens: Int[Tensor, " M"], seqlen: int, windows: int | None, source: str) -> Int[Tensor, "W T"]:
+    """The first ``windows`` non-overlapping windows of ``seqlen`` tokens, or all whole ones: the papers' protocol.
+
+    Raises CalibrationError if the text has fewer.
+    """
+    if seqlen < 2:
+        raise CalibrationError(f"windows of {seqlen} tokens predict nothing; --seqlen must be at least 2")
+    if windows is not None and windows < 1:
+        raise CalibrationError(f"{windows} windows asked for; --windows must be at least 1")
+    available = len(tokens) // seqlen
+    if available < (windows or 1):
+        needed = (windows or 1) * seqlen
+        raise CalibrationError(
+            f"{windows or 1} windows of {seqlen} tokens need {needed} tokens, but '{source}' has {len(tokens)}, "
+            f"enough for {available}; take a longer text, fewer --windows, or a shorter --seqlen"
+        )
+    count = windows or available
+    return tokens[: count * seqlen].view(count, seqlen)
+
+
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel,
@@ -37,7 +58,7 @@ def measure(
     *,
     listener: Listener,
 ) -> Measurement:
-    """Runs the windows one by one through the model and, where given, the reference."""
+    """Run the windows one by one through the model and, if given, the reference."""
     totals = torch.zeros(4, dtype=torch.float64)
     for done, window in enumerate(windows):
         listener(Progress("evaluate", done, len(windows), "windows"))

@@ -1,11 +1,12 @@
-"""Runs one generated program in a child process and says whether it came to its end. A script for a fresh Python.
+"""Run one generated program in a child process, and report whether it came to its end. A script for a fresh Python.
 
-Read on standard input: {"program", "seconds", "memory_bytes", "file_bytes", "isolate"}; written on standard output:
-{"outcome", "isolated"}. It imports the standard library alone, so that nothing of ours can be reached from the program.
+It reads {"program", "seconds", "memory_bytes", "file_bytes", "isolate"} on standard input, and writes {"outcome",
+"isolated"} on standard output. It imports the standard library alone, so that nothing of ours can be reached from the
+program.
 
-A program has passed when it ran to its last line. It proves that by handing back a token which is not in its memory:
-it is drawn after the fork and waits in a pipe that is read when the program has ended. ``sys.exit(0)``, ``os._exit(0)``
-and whatever is printed prove nothing.
+A program has passed if it ran to its last line. It proves that by handing back a token which is not in its memory: the
+token is drawn after the fork and waits in a pipe that is read when the program has ended. ``sys.exit(0)``,
+``os._exit(0)`` and whatever is printed prove nothing.
 """
 
 import ctypes
@@ -35,17 +36,17 @@ CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
 
 
 def main() -> None:
-    """Forks the program, watches it, ends it and everything it started, and says how it went."""
-    asked = json.load(sys.stdin)
+    """Fork the program, watch it, end it and everything it started, and write its outcome."""
+    request = json.load(sys.stdin)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the program leaves behind becomes ours, and is ended
-    isolated = asked["isolate"] and libc.unshare(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC) == 0
+    isolated = request["isolate"] and libc.unshare(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC) == 0
     token_read, token_write = os.pipe()
     proof_read, proof_write = os.pipe()
     child = os.fork()
     if child == 0:
         _alone(libc, isolated)
-        _run(asked, token_read, proof_write)
+        _run(request, token_read, proof_write)
     os.close(token_read)
     os.close(proof_write)
     token = secrets.token_bytes(TOKEN_BYTES)
@@ -53,15 +54,15 @@ def main() -> None:
         os.write(token_write, token)
     os.close(token_write)
     own = 2 if isolated else 1
-    outcome = _watch(child, own, proof_read, token, time.monotonic() + asked["seconds"])
+    outcome = _watch(child, own, proof_read, token, time.monotonic() + request["seconds"])
     _end(child)
     json.dump({"outcome": outcome, "isolated": isolated}, sys.stdout)
 
 
 def _alone(libc: ctypes.CDLL, isolated: bool) -> None:
-    """The child, in a session of its own, that does not outlive the watcher.
+    """Put the child into a session of its own, which does not outlive the watcher.
 
-    The first process among isolated ones is deaf to most signals and takes the others with it when it ends: it only
+    The first process among isolated ones ignores most signals, and takes the others with it when it ends. So it only
     waits, and the program gets a process below it.
     """
     os.setsid()
@@ -71,29 +72,29 @@ def _alone(libc: ctypes.CDLL, isolated: bool) -> None:
         os._exit(0)
 
 
-def _run(asked: dict[str, Any], token_read: int, proof_write: int) -> NoReturn:
-    """Limits, then the program, then the proof."""
+def _run(request: dict[str, Any], token_read: int, proof_write: int) -> NoReturn:
+    """Set the limits, run the program, and hand back the proof."""
     code = 1
     try:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(nowhere, standard)
-        _limit(asked)
+        _limit(request)
         module = ModuleType("program")
         sys.modules["program"] = module
-        exec(compile(asked["program"], "program", "exec"), module.__dict__)
+        exec(compile(request["program"], "program", "exec"), module.__dict__)
         os.write(proof_write, os.read(token_read, TOKEN_BYTES))
         code = 0
     finally:  # SystemExit and MemoryError too: nothing of this process may go on as the watcher
         os._exit(code)
 
 
-def _limit(asked: dict[str, Any]) -> None:
-    """Limits that the program cannot raise again. Processes are counted per user, and for root not at all."""
+def _limit(request: dict[str, Any]) -> None:
+    """Set limits that the program cannot raise again. Processes are counted per user, and for root not at all."""
     limits = {
-        resource.RLIMIT_AS: asked["memory_bytes"],
-        resource.RLIMIT_CPU: int(asked["seconds"]) + 1,
-        resource.RLIMIT_FSIZE: asked["file_bytes"],
+        resource.RLIMIT_AS: request["memory_bytes"],
+        resource.RLIMIT_CPU: int(request["seconds"]) + 1,
+        resource.RLIMIT_FSIZE: request["file_bytes"],
         resource.RLIMIT_NOFILE: OPEN_FILES,
         resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_CORE: 0,
@@ -103,7 +104,10 @@ def _limit(asked: dict[str, Any]) -> None:
 
 
 def _watch(child: int, own: int, proof_read: int, token: bytes, deadline: float) -> str:
-    """How the program went; ``own`` processes are the sandbox's. Whoever holds the pipe, the child's end decides."""
+    """The outcome of the program; ``own`` processes are the sandbox's.
+
+    The child's end decides, whoever still holds the pipe.
+    """
     while time.monotonic() < deadline:
         over = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         if len(_descendants()) > own:
@@ -117,7 +121,7 @@ def _watch(child: int, own: int, proof_read: int, token: bytes, deadline: float)
 
 
 def _end(child: int) -> None:
-    """Kills the program, its group and all that came from it, until nothing is left."""
+    """Kill the program, its group and all processes that came from it, until none is left."""
     for _ in range(1000):
         with suppress(OSError):
             os.killpg(child, signal.SIGKILL)
@@ -134,19 +138,19 @@ def _end(child: int) -> None:
 
 
 def _descendants() -> list[int]:
-    """Process ids of all that descends from this process, from /proc."""
+    """The ids of all processes that descend from this one, from /proc."""
     children: dict[int, list[int]] = {}
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError, ValueError, IndexError):  # it ended meanwhile
             with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
                 parent = int(file.read().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(name))
-    found, ahead = [], [os.getpid()]
+    descendants, ahead = [], [os.getpid()]
     while ahead:
         below = children.get(ahead.pop(), [])
-        found += below
+        descendants += below
         ahead += below
-    return found
+    return descendants
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a task gave: one number of one metric, with what is needed to compare it."""
+"""Scores of tasks: one number of one metric each, with what is needed to compare it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +10,10 @@ from typing import Any
 class TaskScore:
     """One metric of one task or group, as lm-eval defines both.
 
-    ``standard_error`` is None where lm-eval has none for the metric. ``documents`` were measured, with ``shots`` solved
-    examples before each. ``version`` is lm-eval's of the task: scores of different versions do not compare.
-    ``cut`` counts the prompts that did not fit in the model's context and lost their beginning. ``group`` is the group
-    that was asked for, where the task is a part of one. With a reference, ``difference`` is value minus reference.
+    ``standard_error`` is None if lm-eval has none for the metric. ``documents`` were measured, with ``shots`` solved
+    examples before each. ``version`` is lm-eval's of the task: scores of different versions do not compare. ``cut``
+    counts the prompts that did not fit in the model's context and lost their beginning. ``group`` is the group that was
+    asked for, if the task is a part of one. With a reference, ``difference`` is value minus reference.
     """
 
     task: str
@@ -32,30 +32,30 @@ class TaskScore:
 
 
 def read_scores(
-    name: str, groups: Mapping[str, Any], found: Mapping[str, Any], cut: Mapping[str, int]
+    name: str, groups: Mapping[str, Any], results: Mapping[str, Any], cut: Mapping[str, int]
 ) -> Iterator[TaskScore]:
     """One score per metric and filter of each task, and of each group that has a mean, from lm-eval's results.
 
     ``name`` was asked for; ``groups`` are lm-eval's own, by name.
     """
-    for task, measured in found["results"].items():
-        members = [each.task_name for each in groups[task].get_all_tasks()] if task in groups else [task]
+    for task, measured in results["results"].items():
+        members = [member.task_name for member in groups[task].get_all_tasks()] if task in groups else [task]
         for key, value in measured.items():
             metric, comma, filtered = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
                 continue
             error = measured.get(f"{metric}_stderr,{filtered}")
-            have_it = [member for member in members if key in found["results"][member]]
+            measured_in = [member for member in members if key in results["results"][member]]
             yield TaskScore(
                 task=task,
                 metric=metric,
                 filter=filtered,
                 value=float(value),
                 standard_error=float(error) if isinstance(error, Real) else None,
-                documents=sum(found["n-samples"][member]["effective"] for member in have_it),
-                shots=int(found["n-shot"].get(task) or 0),
-                version=str(found["versions"].get(task)),
-                cut=sum(cut[member] for member in have_it),
+                documents=sum(results["n-samples"][member]["effective"] for member in measured_in),
+                shots=int(results["n-shot"].get(task) or 0),
+                version=str(results["versions"].get(task)),
+                cut=sum(cut[member] for member in measured_in),
                 group=None if task == name else name,
             )
 
@@ -67,7 +67,7 @@ def side_by_side(scores: Sequence[TaskScore], originals: Sequence[TaskScore]) ->
     >>> side_by_side([ours], [replace(ours, value=0.5)])[0].difference
     0.25
     """
-    known = {(each.task, each.metric, each.filter): each for each in originals}
+    known = {(score.task, score.metric, score.filter): score for score in originals}
     return tuple(_beside(score, known[score.task, score.metric, score.filter]) for score in scores)
 
 

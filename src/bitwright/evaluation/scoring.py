@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 EXTRA = ("lm_eval", "accelerate")
 DEFAULT_CONTEXT = 2048
-"""Tokens, where a config names no maximum; lm-eval's default too."""
+"""The number of tokens in a context if a config names no maximum; lm-eval's default too."""
 LIBRARIES = ("lm_eval", "transformers", "torch", "compressed-tensors")
 DESCRIBE_THE_MODEL = (".json", ".model", ".txt", ".jinja")
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What was asked of the tasks; see ``evaluate``."""
+    """The options of tasks; see ``evaluate``."""
 
     names: tuple[str, ...]
     files: tuple[Path, ...] = ()
@@ -57,7 +57,7 @@ class TaskOptions:
 
 
 def prepare_tasks(options: TaskOptions, folder: Path) -> "tuple[Prepared, ...]":
-    """The tasks with their data, for the model in a folder. Raises UserError for whatever will not work."""
+    """Prepare the tasks with their data, for the model in a folder. Raises UserError for whatever will not work."""
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         raise UserError(f"tasks need {' and '.join(missing)}, not installed here: pip install 'bitwright[tasks]'")
@@ -87,7 +87,7 @@ def score(
     file: Path,
     listener: Listener,
 ) -> tuple[tuple[TaskScore, ...], tuple[str, ...]]:
-    """Scores of the model that was loaded from a folder, and notes; answers are kept in a file as they come."""
+    """The scores of a model that was loaded from a folder, and notes; answers are kept in a file as they come."""
     from bitwright.evaluation.tasks import run_tasks
 
     with Answers(file, _answerer(folder, model)) as answers:
@@ -105,9 +105,10 @@ def score(
 
 @contextmanager
 def answers_file(options: TaskOptions, folders: Sequence[Path]) -> Iterator[Path | None]:
-    """The file that was named, or one in the user's cache: the same command finds it again, and it goes when done.
+    """The file for answers: the one that was named, or one in the user's cache, which is removed at the end.
 
-    None where no tasks are asked for. Raises OutputError for a place where answers cannot be kept.
+    The name in the cache follows from the question, so that the same command finds it again. None if no tasks are asked
+    for. Raises OutputError for a place where answers cannot be kept.
     """
     if not options.names:
         yield None
@@ -121,13 +122,13 @@ def answers_file(options: TaskOptions, folders: Sequence[Path]) -> Iterator[Path
 
 
 def _in_cache(options: TaskOptions, folders: Sequence[Path]) -> Path:
-    asked = [str(folder.resolve()) for folder in folders], options.names, options.limit, options.shots
+    question = [str(folder.resolve()) for folder in folders], options.names, options.limit, options.shots
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return home / "bitwright" / "answers" / f"{sha256(json.dumps(asked).encode()).hexdigest()[:16]}.jsonl"
+    return home / "bitwright" / "answers" / f"{sha256(json.dumps(question).encode()).hexdigest()[:16]}.jsonl"
 
 
 def _context(folder: Path) -> int:
-    """Tokens that the model can attend to."""
+    """The number of tokens that the model can attend to."""
     named = getattr(model_config(folder), "max_position_embeddings", None)
     return named if isinstance(named, int) and named > 0 else DEFAULT_CONTEXT
 
@@ -138,7 +139,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _answerer(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """All that an answer depends on, beside the question."""
+    """Everything that an answer depends on, beside the question."""
     checkpoint = open_checkpoint(folder)
     texts = sorted(path for path in folder.iterdir() if path.suffix in DESCRIBE_THE_MODEL and path.is_file())
     return {

@@ -1,4 +1,4 @@
-"""Which tasks lm-eval knows, and what stands behind a name: all from YAML, before any data or model is touched."""
+"""The tasks that lm-eval knows, and what stands behind a name: all from YAML, before any data or model is touched."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -15,10 +15,10 @@ Config = Mapping[str, Any]
 
 
 def known_tasks(names: Sequence[str], files: Sequence[Path]) -> TaskManager:
-    """lm-eval's task manager, with the tasks of local YAML files or folders on top.
+    """Load lm-eval's task manager, with the tasks of local YAML files or folders on top.
 
-    lm-eval reads all of its own task files, which takes many seconds; where the local ones are enough, it need not.
-    Raises UserError for a file that is no task, and for a name that is not known.
+    lm-eval reads all of its own task files, which takes many seconds; if the local ones are enough, it does not need
+    to. Raises UserError for a file that is no task, and for a name that is not known.
     """
     folders = [str(_folder_of(path)) for path in files]
     manager = TaskManager(include_path=folders, include_defaults=False)
@@ -33,7 +33,7 @@ def known_tasks(names: Sequence[str], files: Sequence[Path]) -> TaskManager:
 
 
 def leaves(manager: TaskManager, name: str) -> Iterator[tuple[str, Config]]:
-    """(name, configuration with functions unresolved) of each task behind the name of a task, a group or a tag."""
+    """The tasks behind the name of a task, a group or a tag, each with its configuration, functions unresolved."""
     entry = manager.task_index.get(name)
     if entry is None:
         return
@@ -52,7 +52,7 @@ def _defaults() -> TaskManager:
 
 
 def _is_whole(manager: TaskManager, name: str) -> bool:
-    """Whether a name, and where it is a group every member of it, is known."""
+    """Whether a name is known, and every member of it if it is a group."""
     entry = manager.task_index.get(name)
     if entry is None or entry.kind.name != "GROUP":
         return entry is not None
@@ -61,16 +61,16 @@ def _is_whole(manager: TaskManager, name: str) -> bool:
 
 
 def _folder_of(path: Path) -> Path:
-    """The folder of task files that a path means. Raises UserError where one of them cannot be read as a task."""
+    """The folder of task files that a path means. Raises UserError if one of them cannot be read as a task."""
     files = sorted(path.glob("**/*.yaml")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"{path}: no task file of lm-eval; --task-files takes a .yaml file or a folder of them")
     for file in files:
         try:
-            found = load_yaml(file, resolve_func=False)
-        except Exception as error:  # YAML, an include that is missing or goes in circles, what is no mapping
+            config = load_yaml(file, resolve_func=False)
+        except Exception as error:  # not YAML or no mapping, or an include that is missing or goes in circles
             raise UserError(f"{file} cannot be read as a task of lm-eval: {error}") from None
-        if not {"task", "group"} & set(found):
+        if not {"task", "group"} & set(config):
             raise UserError(f"{file} is no task of lm-eval: it has neither the key 'task' nor 'group'")
     return path if path.is_dir() else path.parent
 

@@ -20,13 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener
 from bitwright.evaluation import humaneval
-from bitwright.evaluation.answering import Answering, new_tokens
-from bitwright.evaluation.answers import Answers
+from bitwright.evaluation.answers import Answering, Answers, new_tokens
 from bitwright.evaluation.code_execution import Outcome
 from bitwright.evaluation.scores import TaskScore, read_scores
 from bitwright.evaluation.task_names import known_tasks, leaves
 
-SHOTS_SEED = 1234  # lm-eval's default: the same examples before the same question
+SHOTS_SEED = 1234  # lm-eval's default, so that a question has the same examples in every run
 
 
 @dataclass(frozen=True)
@@ -42,27 +41,27 @@ class Prepared:
 def prepare(
     names: Sequence[str], files: Sequence[Path], *, shots: int | None, code_allowed: bool, context: int
 ) -> tuple[Prepared, ...]:
-    """Loads tasks and their data, for a model with so many tokens of context. Raises UserError, before any model.
+    """Load tasks and their data, for a model with ``context`` tokens. Raises UserError, before any model is loaded.
 
-    ``shots`` None is each task's own number of examples.
+    ``shots`` None means each task's own number of examples.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it warns of is counted, or is not for our users
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are counted here, or are not for our users
     datasets.disable_progress_bars()
     manager = known_tasks(names, files)
     for name in names:
         _check_code(manager, name, code_allowed)
     with _seeded():
         prepared = tuple(_load(manager, name) for name in dict.fromkeys(names))
-    for each in prepared:
-        for name, task in each.tasks.items():
+    for selection in prepared:
+        for name, task in selection.tasks.items():
             _set_shots(task, shots)
             _check_room(name, task, context)
     return prepared
 
 
 def needs_end_of_text(prepared: Sequence[Prepared]) -> bool:
-    """Whether a task generates, which a tokenizer without an end of text cannot stop."""
-    return any(task.OUTPUT_TYPE == "generate_until" for each in prepared for task in each.tasks.values())
+    """Whether a task generates text, which a tokenizer without an end of text cannot stop."""
+    return any(task.OUTPUT_TYPE == "generate_until" for selection in prepared for task in selection.tasks.values())
 
 
 def run_tasks(
@@ -76,44 +75,43 @@ def run_tasks(
     batch_size: int,
     listener: Listener,
 ) -> tuple[tuple[TaskScore, ...], tuple[str, ...]]:
-    """The scores of a model that is loaded, and notes on how they came about; ``limit`` documents per task."""
+    """The scores of a loaded model, and notes on how they came about; ``limit`` documents per task."""
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=context)
     scores: list[TaskScore] = []
     notes: list[str] = []
-    for each in prepared:
-        answering = Answering(lm, answers, each.name, listener)
-        found = _evaluate(each, answering, limit)
-        if each.code is None:
-            scores += read_scores(each.name, each.groups, found, answering.cut)
+    for selection in prepared:
+        name = selection.name
+        answering = Answering(lm, answers, name, listener)
+        results = _evaluate(selection, answering, limit)
+        if selection.code is None:
+            scores += read_scores(name, selection.groups, results, answering.cut)
         else:
-            outcomes = humaneval.run_all(
-                each.name, humaneval.programs(each.code, found["samples"][each.name]), listener
-            )
-            scores.append(_code_score(each.name, found, outcomes, answering.cut[each.name]))
+            outcomes = humaneval.run_all(name, humaneval.programs(selection.code, results["samples"][name]), listener)
+            scores.append(_code_score(name, results, outcomes, answering.cut[name]))
             if not all(outcome.isolated for outcome in outcomes):
                 notes.append(
-                    f"{each.name}: programs could reach the network and other processes; this kernel does not isolate"
+                    f"{name}: programs could reach the network and other processes; this kernel does not isolate"
                 )
     return tuple(scores), tuple(notes)
 
 
-def _evaluate(each: Prepared, answering: Answering, limit: int | None) -> dict[str, Any]:
-    for task in each.tasks.values():
+def _evaluate(selection: Prepared, answering: Answering, limit: int | None) -> dict[str, Any]:
+    for task in selection.tasks.values():
         task.set_fewshot_seed(seed=SHOTS_SEED)
     with _seeded():
-        found: dict[str, Any] = evaluate(
+        results: dict[str, Any] = evaluate(
             lm=answering,
-            task_dict={"tasks": dict(each.tasks), "groups": dict(each.groups)},
+            task_dict={"tasks": dict(selection.tasks), "groups": dict(selection.groups)},
             limit=limit,
-            log_samples=each.code is not None,
-            confirm_run_unsafe_code=each.code is not None,  # it only generates; see humaneval
+            log_samples=selection.code is not None,
+            confirm_run_unsafe_code=selection.code is not None,  # it only generates; see humaneval
         )
-    return found
+    return results
 
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """lm-eval's default seeds, for tasks that shuffle or sample; what was drawn before goes on afterwards."""
+    """Run with lm-eval's default seeds, for tasks that shuffle or sample; the former random state comes back."""
     python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng():
         random.seed(0)
@@ -127,7 +125,7 @@ def _seeded() -> Iterator[None]:
 
 
 def _check_code(manager: TaskManager, name: str, allowed: bool) -> None:
-    """Refuses generated code without permission, and code that the sandbox cannot run."""
+    """Raise UserError for generated code without permission, and for code that the sandbox cannot run."""
     for task, config in leaves(manager, name):
         if not humaneval.is_code(config):
             continue
@@ -142,21 +140,24 @@ def _check_code(manager: TaskManager, name: str, allowed: bool) -> None:
 
 
 def _load(manager: TaskManager, name: str) -> Prepared:
-    """A task, or a group with all of its tasks, with the data."""
-    found = dict(leaves(manager, name))
-    if name in found and humaneval.is_code(found[name]):
-        config = humaneval.without_its_metric(found[name])
-        return Prepared(name, {name: _loaded(name, found, lambda: ConfigurableTask(config=config))}, {}, found[name])
-    loaded = _loaded(name, found, lambda: manager.load([name]))
+    """Load a task, or a group with all of its tasks, with the data."""
+    configs = dict(leaves(manager, name))
+    if name in configs and humaneval.is_code(configs[name]):
+        code = configs[name]
+        config = humaneval.without_its_metric(code)
+        return Prepared(
+            name, {name: _loaded(name, configs, lambda: ConfigurableTask(config=config))}, {}, configs[name]
+        )
+    loaded = _loaded(name, configs, lambda: manager.load([name]))
     return Prepared(name, loaded["tasks"], loaded.get("groups", {}))
 
 
-def _loaded(name: str, found: Mapping[str, Mapping[str, Any]], load: Any) -> Any:
+def _loaded(name: str, configs: Mapping[str, Mapping[str, Any]], load: Any) -> Any:
     try:
         return load()
     except Exception as error:  # datasets and huggingface_hub raise many kinds, and a task's own functions any
         reason = (str(error).splitlines() or ["no message"])[0]
-        data = sorted({str(config["dataset_path"]) for config in found.values() if "dataset_path" in config})
+        data = sorted({str(config["dataset_path"]) for config in configs.values() if "dataset_path" in config})
         raise UserError(
             f"task {name} could not be prepared: its data is {', '.join(data[:3]) or 'its own'}, and "
             f"{type(error).__name__} says: {reason}. Without a network, load the dataset once with one, on this "
@@ -165,7 +166,7 @@ def _loaded(name: str, found: Mapping[str, Mapping[str, Any]], load: Any) -> Any
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
-    """As lm-eval does: a task that fixes 0 examples keeps them, and one that says nothing has 0."""
+    """Set the number of examples as lm-eval does: a task that fixes 0 keeps it, and one that fixes none has 0."""
     fixed = task.get_config("num_fewshot")
     if shots is not None and fixed != 0:
         task.set_config(key="num_fewshot", value=shots)
@@ -174,7 +175,7 @@ def _set_shots(task: Any, shots: int | None) -> None:
 
 
 def _check_room(name: str, task: Any, context: int) -> None:
-    """Refuses a task whose answers alone are longer than the model's context."""
+    """Raise UserError for a task whose answers alone are longer than the model's context."""
     if task.OUTPUT_TYPE != "generate_until":
         return
     longest = new_tokens(task.get_config("generation_kwargs") or {})
@@ -185,7 +186,7 @@ def _check_room(name: str, task: Any, context: int) -> None:
         )
 
 
-def _code_score(name: str, found: Mapping[str, Any], outcomes: Sequence[Outcome], cut: int) -> TaskScore:
+def _code_score(name: str, results: Mapping[str, Any], outcomes: Sequence[Outcome], cut: int) -> TaskScore:
     value, error = humaneval.pass_at_1(outcomes)
     return TaskScore(
         task=name,
@@ -194,7 +195,7 @@ def _code_score(name: str, found: Mapping[str, Any], outcomes: Sequence[Outcome]
         value=value,
         standard_error=error,
         documents=len(outcomes),
-        shots=int(found["n-shot"].get(name) or 0),
-        version=str(found["versions"].get(name)),
+        shots=int(results["n-shot"].get(name) or 0),
+        version=str(results["versions"].get(name)),
         cut=cut,
     )

@@ -109,4 +109,4 @@ def test_no_linear_left_alone() -> None:
 
 def test_a_workload_of_several_schemes() -> None:
     workload = Workload(W3, "llama", True, exceptions={"a": W8, "b": None, "c": W3, "d": W8})
-    assert workload.each() == [Workload(W3, "llama", True), Workload(W8, "llama", True)]
+    assert workload.uniform() == [Workload(W3, "llama", True), Workload(W8, "llama", True)]

@@ -92,8 +92,10 @@ def bench(
     library: Path | str | None = None,
     listener: Listener = silent,
 ) -> Bench:
-    """Measure weight memory, running memory, tokens per second when generating ``tokens`` from an empty context at
-    batch 1, and prompt tokens per second, of a model and of the original that it stands ``against``.
+    """Measure speed and memory of a model, and of the original that it stands ``against``, in turn.
+
+    That is: bytes of weights, bytes while running, tokens per second when generating ``tokens`` from an empty context
+    at batch 1, and tokens per second when reading a ``prompt``.
 
     Engine transformers (None for a folder) takes folders, llama.cpp (None for a .gguf file) files. For llama.cpp,
     ``against`` may be an unquantized folder, which is written as F16 for the while; ``python`` is an interpreter that

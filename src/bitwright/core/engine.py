@@ -36,7 +36,7 @@ class Alike(StrEnum):
 
 
 class Check(IntEnum):
-    """What is checked of a workload, in this order."""
+    """The checks of a workload, in their order."""
 
     ARCHITECTURE = 0
     EXTRAS = 1
@@ -67,9 +67,9 @@ class Workload:
     tiles: Sequence[Tile] = ()
     exceptions: Schemes = field(default_factory=dict)
 
-    def each(self) -> list["Workload"]:
-        """List a workload for each of the schemes, without exceptions."""
-        schemes = dict.fromkeys([self.scheme, *(s for s in self.exceptions.values() if s is not None)])
+    def uniform(self) -> list["Workload"]:
+        """List the workloads of one scheme each that it is made of."""
+        schemes = dict.fromkeys([self.scheme, *(scheme for scheme in self.exceptions.values() if scheme is not None)])
         return [replace(self, scheme=scheme, exceptions={}) for scheme in schemes]
 
 
@@ -121,8 +121,10 @@ class Way:
         return f"multiples of {' or '.join(map(str, self.multiples))}" if self.multiples else "any"
 
     def refusal(self, workload: Workload) -> Refusal | None:
-        """The first check that a workload fails; None if the engine runs it. Exceptions are not looked at: ask with
-        ``each`` of the schemes, and ``refuses_mix``."""
+        """The first check that a workload of one scheme fails; None if the engine runs it.
+
+        Exceptions are not looked at: ask for each of ``Workload.uniform``, and ``refuses_mix``.
+        """
         checks = {
             Check.ARCHITECTURE: self._architecture_refused,
             Check.EXTRAS: self._extras_refused,
@@ -147,8 +149,10 @@ class Way:
         return None
 
     def refuses_mix(self, schemes: Schemes) -> str | None:
-        """Say which linears of a model the engine does not run beside each other, and what would do; None if it runs
-        all of them so. Whether it runs each scheme by itself, ``refusal`` says."""
+        """Say which linears of a model the engine does not run beside each other, and what would do; None if it does.
+
+        Whether it runs each of the schemes by itself, ``refusal`` says.
+        """
         kept = [name for name, scheme in schemes.items() if scheme is None and name != HEAD]
         if kept and not self.leaves:
             return f"{kept[0]} in full precision beside quantized linears: quantize all of them, leave --exclude out"

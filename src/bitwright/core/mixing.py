@@ -31,24 +31,23 @@ def joined_apart(schemes: Schemes) -> str | None:
     pair = _first_pair(sets, schemes)
     if pair is None:
         return None
-    linears, one, other = pair
-    return f"{_beside(one, other, schemes)}, which it joins: {_one_scheme(linears, sets, schemes)}"
+    linears, first, second = pair
+    return f"{_beside(first, second, schemes)}, which it joins: {_one_scheme(linears, sets, schemes)}"
 
 
 def experts_apart(schemes: Schemes, *, of_model: bool) -> str | None:
-    """Name two experts of one layer, or ``of_model`` of any two layers, with different schemes; None if there are no
-    such two."""
+    """Name two experts of a layer, or ``of_model`` of the model, with different schemes; None if there are none."""
     experts = [name for name in schemes if "experts" in name.split(".")]
     sets = [experts] if of_model else list(_sets(experts, _experts_of_layer).values())
     pair = _first_pair(sets, schemes)
     if pair is None:
         return None
-    linears, one, other = pair
+    linears, first, second = pair
     scheme, which = _largest(linears, schemes), "of the model" if of_model else "of a layer"
-    pattern = "*.experts.*" if of_model else f"{_experts_of_layer(one)}.*"
+    pattern = "*.experts.*" if of_model else f"{_experts_of_layer(first)}.*"
     return (
-        f"{_beside(one, other, schemes)}: all experts {which} need one scheme, --scheme-for '{pattern}={scheme}', or "
-        f"none, --exclude '{pattern}'"
+        f"{_beside(first, second, schemes)}: all experts {which} need one scheme, --scheme-for '{pattern}={scheme}', "
+        f"or none, --exclude '{pattern}'"
     )
 
 
@@ -61,7 +60,7 @@ def any_apart(schemes: Schemes) -> str | None:
 
 
 def _sets(linears: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
-    """Linears by what they share."""
+    """Gather linears that have the same key."""
     sets: dict[str, list[str]] = {}
     for name in linears:
         sets.setdefault(key(name), []).append(name)
@@ -75,18 +74,18 @@ def _experts_of_layer(linear: str) -> str:
 
 
 def _first_pair(sets: Iterable[Sequence[str]], schemes: Schemes) -> tuple[Sequence[str], str, str] | None:
-    """The first set whose linears have not one scheme, and two of them."""
+    """Find the first set in which schemes differ, and two linears of it."""
     for linears in sets:
-        for other in linears[1:]:
-            if schemes[other] != schemes[linears[0]]:
-                return linears, linears[0], other
+        for second in linears[1:]:
+            if schemes[second] != schemes[linears[0]]:
+                return linears, linears[0], second
     return None
 
 
-def _beside(one: str, other: str, schemes: Schemes) -> str:
-    parent, _, leaf = other.rpartition(".")
-    short = leaf if parent == one.rpartition(".")[0] else other
-    return f"{one} {_at(schemes[one])} beside {short} {_at(schemes[other])}"
+def _beside(first: str, second: str, schemes: Schemes) -> str:
+    parent, _, leaf = second.rpartition(".")
+    short = leaf if parent == first.rpartition(".")[0] else second
+    return f"{first} {_at(schemes[first])} beside {short} {_at(schemes[second])}"
 
 
 def _at(scheme: Scheme | None) -> str:
@@ -99,20 +98,14 @@ def _largest(linears: Iterable[str], schemes: Schemes) -> Scheme:
 
 
 def _one_scheme(linears: Sequence[str], sets: Sequence[Sequence[str]], schemes: Schemes) -> str:
-    """How linears get one scheme: in all blocks at once if those disagree in the same way everywhere."""
-
-    def kind(names: Sequence[str]) -> list[str]:
-        return [starred(name) for name in names]
-
-    def given(names: Sequence[str]) -> list[Scheme | None]:
-        return [schemes[name] for name in names]
-
-    alike = [names for names in sets if kind(names) == kind(linears)]
-    everywhere = len(alike) > 1 and all(given(names) == given(linears) for names in alike)
+    """Say how linears get one scheme: in all blocks at once if all blocks mix in the same way."""
+    peers = [names for names in sets if list(map(starred, names)) == list(map(starred, linears))]
+    mixed = [schemes[name] for name in linears]
+    everywhere = len(peers) > 1 and all([schemes[name] for name in names] == mixed for names in peers)
     pattern = starred if everywhere else str
-    if None in given(linears):
+    if None in mixed:
         quantized = ",".join(pattern(name) for name in linears if schemes[name] is not None)
         return f"leave all of them in full precision, --exclude '{quantized}', or none"
     scheme = _largest(linears, schemes)
-    others = [f"--scheme-for '{pattern(name)}={scheme}'" for name in linears if schemes[name] != scheme]
-    return f"give them one scheme, {' '.join(others)}"
+    options = [f"--scheme-for '{pattern(name)}={scheme}'" for name in linears if schemes[name] != scheme]
+    return f"give them one scheme, {' '.join(options)}"

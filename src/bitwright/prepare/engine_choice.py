@@ -51,9 +51,11 @@ def _require_schemes(question: Question, engine: Engine) -> None:
     ways = question.ways(engine)
     if not ways:
         raise _not_loaded(engine, str(question.named))
-    for workload in question.workload.each():
+    for workload in question.workload.uniform():
         if all(way.refusal(workload) for way in ways):
-            raise _not_run(replace(question, workload=workload), engine)
+            exceptions = question.workload.exceptions.items()
+            linear = next((name for name, scheme in exceptions if scheme == workload.scheme), None)
+            raise _not_run(replace(question, workload=workload), engine, linear)
 
 
 def _mixing(question: Question, engine: Engine) -> list[Way]:
@@ -65,10 +67,10 @@ def _mixing(question: Question, engine: Engine) -> list[Way]:
             refused.setdefault(reason, []).append(way)
     if mixing := [way for way in running if not any(way in ways for ways in refused.values())]:
         return mixing
-    each = " and ".join(str(workload.scheme) for workload in question.workload.each())
+    mixed = " and ".join(str(workload.scheme) for workload in question.workload.uniform())
     why = "; ".join(f"in {' and '.join(formats_of(ways))} it does not run {why}" for why, ways in refused.items())
     raise RecipeError(
-        f"{engine.name} cannot run {question.model.name} so: {why or f'no one format of it holds {each}'}; {TABLE}"
+        f"{engine.name} cannot run {question.model.name} so: {why or f'no one format of it holds {mixed}'}; {TABLE}"
     )
 
 
@@ -83,17 +85,21 @@ def _not_loaded(engine: Engine, format: str) -> RecipeError:
     return RecipeError(f"{engine.name} does not load format {format}; it loads {known}. Leave --format out")
 
 
-def _not_run(question: Question, engine: Engine) -> RecipeError:
-    """The error of an engine that runs a scheme in none of its ways: of each format, what got furthest."""
+def _not_run(question: Question, engine: Engine, linear: str | None) -> RecipeError:
+    """The error of an engine that runs a scheme in none of its ways: in each format, the refusal that came last.
+
+    ``linear`` is one that has this scheme, None if it is the scheme of all but exceptions.
+    """
     furthest: dict[str, Refusal] = {}
     for way in question.ways(engine):
         refusal = way.refusal(question.workload)
         if refusal and (way.format not in furthest or refusal.check > furthest[way.format].check):
             furthest[way.format] = refusal
     why = "; ".join(f"in {format} it does not run {refusal.reason}" for format, refusal in furthest.items())
+    what = f"scheme {question.workload.scheme}{f' of {linear}' if linear else ''}"
     method = " with this method" if question.workload.outliers or question.workload.tiles else ""
     return RecipeError(
-        f"{engine.name} cannot run scheme {question.workload.scheme}{method}: {why}. {_remedy(question, [engine])}"
+        f"{engine.name} cannot run {what}{method}: {why}. {_remedy(question, [engine])}"
         f"{_leave_format_out(question, engine)}; {TABLE}"
     )
 
@@ -116,13 +122,13 @@ def _no_shared_format(question: Question, chosen: Sequence[Engine], ways: Sequen
     Its result is in a format that ``export`` reads, an engine's own if there is one; exports serve the other engines.
     """
     fitting, loads = list[str](), list[str]()
-    for engine, each in zip(chosen, ways, strict=True):
-        obstacles = dict(question.obstacles([each]))
+    for engine, of_engine in zip(chosen, ways, strict=True):
+        obstacles = dict(question.obstacles([of_engine]))
         fits = next((format for format, obstacle in obstacles.items() if obstacle is None), None)
         if fits is None:
             return _does_not_fit(question, [engine], {format: str(obstacle) for format, obstacle in obstacles.items()})
         fitting.append(fits)
-        loads.append(f"{engine.name} {', '.join(formats_of(each))}")
+        loads.append(f"{engine.name} {', '.join(formats_of(of_engine))}")
     first = next((at for at, format in enumerate(fitting) if not isinstance(target(format), FileFormat)), None)
     result, begin = HOLDS_ALL, f"--format {HOLDS_ALL} and no --engine"
     if first is not None:
@@ -174,10 +180,10 @@ def _remedy(question: Question, chosen: Sequence[Engine], known: Collection[str]
 
 
 def _nearest(question: Question, chosen: Sequence[Engine]) -> tuple[Question, str | None] | None:
-    """The question whose scheme is least unlike this one's and passes: all engines run it, without outliers and in the
-    scheme's own tiles, in a format that takes the model.
+    """The question whose scheme is most like this one's, of those that pass, and None.
 
-    If none passes: the nearest that they run, and what keeps the model out. None if they run no scheme at all.
+    A scheme passes if all engines run it, without outliers and in its own tiles, in a format that takes the model. If
+    no scheme passes: the nearest that they run, and what keeps the model out. None if they run no scheme at all.
     """
     first = None
     sizes = {size for engine in chosen for way in question.ways(engine) for size in way.groups or way.multiples}

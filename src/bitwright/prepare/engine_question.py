@@ -1,7 +1,7 @@
-"""What is asked when a recipe names engines: which formats they run the workload in, and which of those take the model.
+"""The question of a recipe that names engines: which formats run the workload there, and which take the model.
 
-The first is answered by the table of engines (``core/engine.py``), the second by the names and shapes of the model's
-tensors; no weight is read.
+The table of engines (``core/engine.py``) answers the first half; the names and shapes of the model's tensors answer the
+second. No weight is read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -56,9 +56,9 @@ class ModelLimits:
         return {**quantized, **dict.fromkeys(self.work.kept_linears), **workload.exceptions}
 
     def obstacle(self, scheme: Scheme, format: str, ways: Sequence[Way]) -> str | None:
-        """Why this model does not go into a format under a scheme, or does not run in one of these ways.
+        """What keeps this model out of a format under a scheme, or from running in one of these ways; None if nothing.
 
-        The words are without the advice of ``prepare``, which an engine may not run. None if nothing is in the way.
+        The words are without the advice of ``prepare``, which an engine may not run.
         """
         try:
             check_shapes(self.work, scheme, [scheme.tile], target(format), advise=False)
@@ -80,7 +80,7 @@ class Question:
 
     @classmethod
     def of(cls, recipe: Recipe, device: str, workload: Workload | None) -> "Question":
-        """The question that a recipe asks. Raises UserError for a model, scheme, method or settings that are none."""
+        """Read the question from a recipe. Raises UserError for a model, scheme, method or settings that are none."""
         return cls(workload or _parsed(recipe), ModelLimits(recipe, device), recipe.format)
 
     def ways(self, engine: Engine) -> list[Way]:
@@ -89,14 +89,16 @@ class Question:
 
     def running(self, engine: Engine) -> list[Way]:
         """The ways in which an engine runs every scheme of the workload."""
-        return [way for way in self.ways(engine) if not any(map(way.refusal, self.workload.each()))]
+        return [way for way in self.ways(engine) if not any(map(way.refusal, self.workload.uniform()))]
 
     def obstacles(self, ways: Sequence[Sequence[Way]]) -> Iterator[tuple[str, str | None]]:
-        """The formats that are among the ways of every engine, the first engine's best first, each with what keeps the
-        model out of it, None if nothing does. ``ways``: those of each engine."""
+        """The formats that all engines share, the first engine's best first, and what keeps the model out of them.
+
+        ``ways`` are those of each engine. The obstacle is None if the model goes into the format.
+        """
         for format in formats_of(ways[0]):
-            if all(format in formats_of(each) for each in ways):
-                loading = [way for each in ways for way in each if way.format == format]
+            if all(format in formats_of(of_engine) for of_engine in ways):
+                loading = [way for of_engine in ways for way in of_engine if way.format == format]
                 yield format, self.model.obstacle(self.workload.scheme, format, loading)
 
 

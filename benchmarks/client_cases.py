@@ -166,7 +166,7 @@ def _true_size(model: QuantizedFolder, case: Case) -> tuple[float, float]:
     """Bytes of the whole model, and bits per weight of its linears; nothing padded, nothing repeated."""
     weights = [model.read(name) for name in model.linears]
     bits, count = sum(one.storage_bits for one in weights), sum(one.codes.numel() for one in weights)
-    others = sum(model.checkpoint.nbytes(name) for name in model.passed)
+    others = float(sum(model.checkpoint.nbytes(name) for name in model.passed))
     if _quantizes_outside(case):
         plain = Q8_0_BITS if case.format == "gguf" else _bits(_preset(case))
         for name in filter(model.passed.__contains__, OUTSIDE):

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import settings
@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from bitwright.evaluation.measure import Measurement
 
 # The same examples every time, and no limit per example: tests are to fail for what the code does, not by chance or
@@ -70,15 +72,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def contents() -> Callable[[Path], dict[str, bytes]]:
-    """``contents(folder)``: the bytes of every file of a result by name, save the one file that holds the clock."""
-
-    def of(folder: Path) -> dict[str, bytes]:
-        files = [path for path in folder.rglob("*") if path.is_file() and path.name != TIMINGS]
-        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-    return of
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file of a result by name, save the one file that holds the clock."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != TIMINGS]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def measured(
@@ -96,6 +93,14 @@ def measured(
     found = bitwright.evaluate(folder, asked, seqlen=seqlen, windows=windows, reference=reference).measurement
     assert found is not None
     return found
+
+
+def loaded_with_info(folder: Path) -> "tuple[PreTrainedModel, dict[str, Any]]":
+    """The model as transformers loads it, and what was missing, unexpected or of another shape."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    return cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)  # its annotation knows of the model alone
 
 
 def _save_model(folder: Path, dtype: str, tied: bool, shards: bool, changes: dict[str, Any]) -> None:

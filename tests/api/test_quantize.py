@@ -3,14 +3,13 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, Checkpoints
+from tests.conftest import HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, Checkpoints, contents
 
 import bitwright
 from bitwright.core.errors import CalibrationError, CheckpointError, OutputError, RecipeError, SchemeError, UserError
@@ -159,11 +158,15 @@ def test_a_quantized_folder_is_not_quantized_again(tiny: Checkpoints, tmp_path: 
     assert "quantized already (compressed-tensors)" in message
 
 
-@pytest.mark.parametrize("place", ["", "..", "config.json"])
-def test_the_model_is_never_written_over(place: str, tiny: Checkpoints, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("place", "says"), [
+    ("", "around/model: the model that is read, .*, is there, and would be replaced"),
+    ("..", "around: the model that is read, .*, is there, and would be replaced"),
+    ("config.json", r"config\.json: lies in .*around/model, which is read"),
+])  # fmt: skip
+def test_the_model_is_never_written_over(place: str, says: str, tiny: Checkpoints, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny(), tmp_path / "around" / "model"))
     before = {path: path.read_bytes() for path in model.iterdir()}
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match=says):
         bitwright.quantize(Recipe(model=str(model), scheme="W4A16"), (model / place).resolve(), overwrite=True)
     assert {path: path.read_bytes() for path in model.iterdir()} == before
     assert [path.name for path in tmp_path.rglob("*.partial")] == []
@@ -180,9 +183,7 @@ def test_an_output_in_the_folder_of_the_model(
     assert sorted(model.rglob("*")) == before
 
 
-def test_a_finished_result_is_kept_unless_overwriting(
-    tiny: Checkpoints, contents: Callable[[Path], dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_a_finished_result_is_kept_unless_overwriting(tiny: Checkpoints, tmp_path: Path) -> None:
     out, three, four = tmp_path / "out", Recipe(str(tiny()), "W3A16"), Recipe(str(tiny()), "W4A16")
     bitwright.quantize(three, out)
     before = contents(out)

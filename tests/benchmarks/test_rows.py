@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from benchmarks.rows import Asked, Kept
 
@@ -27,7 +29,7 @@ def test_what_is_no_row_is_refused(key: str) -> None:
         Asked.parse(key)
 
 
-def test_a_row_is_measured_once_per_protocol(tmp_path, monkeypatch) -> None:
+def test_a_row_is_measured_once_per_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(rows, "machine", lambda _: {"date": "2026-01-01"})
     measured = iter(range(9))

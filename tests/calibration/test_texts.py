@@ -3,6 +3,7 @@ import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -67,8 +68,10 @@ def test_a_folder_is_all_its_texts_in_the_order_of_their_names(tmp_path: Path) -
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
 def test_whatever_stands_in_json_comes_back(documents: list[str]) -> None:
-    lines = json_lines(*({"text": each} for each in documents))
-    assert list(texts._json_lines(Path("x"), lines)) == documents
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        path.write_text(json_lines(*({"text": each} for each in documents)), encoding="utf-8")
+        assert read_text(str(path)) == "\n\n".join(documents)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +113,13 @@ def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", [[1, 2], [["a"], ["b"]], [b"a\xff", b"b"]], ids=["int", "list", "bytes"])
 def test_a_parquet_column_of_another_type_is_refused(column: list[Any], tmp_path: Path) -> None:
-    assert "text" in refusal(write_parquet(tmp_path / "a.parquet", text=column))
+    message = refusal(write_parquet(tmp_path / "a.parquet", text=column))
+    assert f"row 1 has no text in the field 'text'; found: 'text' is of type {type(column[0]).__name__}" in message
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud800"}\n')
-    assert "line 1" in refusal(tmp_path / "a.jsonl")
+    assert "a.jsonl, line 1 has half of a surrogate pair in its text" in refusal(tmp_path / "a.jsonl")
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -145,7 +149,7 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
 
     module = ModuleType("datasets")
     module.__spec__ = ModuleSpec("datasets", None)
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    vars(module)["load_dataset"] = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
     yield asked
 

@@ -106,11 +106,6 @@ def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
     return found
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """A written folder without what differs from run to run."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "bitwright-timings.json"}
-
-
 def change_config(folder: Path, **changes: Any) -> None:
     """Sets keys of a config.json; ``...`` removes one."""
     path = folder / "config.json"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.conftest import SCHEME, Run, change_config, change_tensors, contents, tree
+from tests.cli.conftest import SCHEME, Run, change_config, change_tensors, tree
+from tests.conftest import contents
 
 from bitwright.cli import Interrupted
 from bitwright.written.sink import FolderSink

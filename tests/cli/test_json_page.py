@@ -12,13 +12,12 @@ from bitwright.api.demonstrating import Demonstration, DemoRow
 from bitwright.api.evaluating import Evaluation
 from bitwright.api.exporting import Exported
 from bitwright.api.inspecting import Inspection, LinearSize
-from bitwright.api.planning import Plan
 from bitwright.api.quantizing import Result
 from bitwright.core.engine import Engine, Way
 from bitwright.core.quantized import BlockReport, LinearReport
 from bitwright.evaluation.measure import Measurement
 from bitwright.evaluation.speed import Speed
-from bitwright.prepare.plan import TensorKind
+from bitwright.prepare.plan import Plan, TensorKind
 from bitwright.stream.memory import Budget
 from bitwright.verification.findings import Check, Verification
 

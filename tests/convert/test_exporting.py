@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import Checkpoints
+from tests.conftest import Checkpoints, contents
 from transformers import AutoModelForCausalLM
 
 import bitwright
@@ -202,7 +202,7 @@ def test_an_output_that_exists_and_a_model_that_is_not_quantized(
 
 
 def test_interrupted_it_goes_on_to_the_same_bytes(
-    folder: Folder, contents: Callable[[Path], dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, written = folder("W4A16g32"), list[str]()
     bitwright.export(source, tmp_path / "whole", format="gptq")

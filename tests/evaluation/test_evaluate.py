@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tests.conftest import Checkpoints
+from tests.conftest import Checkpoints, measured
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,42 +58,43 @@ def quantized(request: pytest.FixtureRequest, tiny: Checkpoints, tmp_path_factor
 
 def test_a_quantized_folder_against_its_original(quantized: Path, tiny: Checkpoints, text: Path) -> None:
     found = bitwright.evaluate(quantized, str(text), seqlen=SEQLEN, windows=WINDOWS, reference=tiny())
-    expected, measured = by_hand(quantized, tiny(), text, torch.float32), found.measurement
-    assert (measured.windows, measured.seqlen, found.dtype) == (WINDOWS, SEQLEN, "float32")
-    assert measured.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
-    assert measured.reference_perplexity == pytest.approx(expected.reference_perplexity, rel=1e-5)
-    assert measured.kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-4)
-    assert measured.top1_agreement == pytest.approx(expected.agreement)
+    expected, measurement = by_hand(quantized, tiny(), text, torch.float32), found.measurement
+    assert measurement is not None
+    assert (measurement.windows, measurement.seqlen, found.dtype) == (WINDOWS, SEQLEN, "float32")
+    assert measurement.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+    assert measurement.reference_perplexity == pytest.approx(expected.reference_perplexity, rel=1e-5)
+    assert measurement.kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-4)
+    assert measurement.top1_agreement == pytest.approx(expected.agreement)
     assert expected.kl_divergence > 0.01 and expected.agreement < 1, "there is something to measure"
-    assert measured.perplexity != pytest.approx(expected.reference_perplexity, rel=1e-3)
+    assert measurement.perplexity != pytest.approx(expected.reference_perplexity, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_original_against_itself(dtype: str, tied: bool, tiny: Checkpoints, text: Path) -> None:
     folder = tiny(dtype, tied=tied)
-    measured = bitwright.evaluate(folder, str(text), seqlen=SEQLEN, reference=folder).measurement
-    assert measured.windows == WINDOWS, "the whole text, without the rest that fills no window"
-    assert measured.perplexity == measured.reference_perplexity
-    assert measured.perplexity == pytest.approx(by_hand(folder, folder, text, torch.float32).perplexity, rel=1e-5)
-    assert (measured.kl_divergence, measured.top1_agreement) == (pytest.approx(0, abs=1e-9), 1.0)
+    measurement = measured(folder, text, seqlen=SEQLEN, reference=folder)
+    assert measurement.windows == WINDOWS, "the whole text, without the rest that fills no window"
+    assert measurement.perplexity == measurement.reference_perplexity
+    assert measurement.perplexity == pytest.approx(by_hand(folder, folder, text, torch.float32).perplexity, rel=1e-5)
+    assert measurement.kl_divergence == pytest.approx(0, abs=1e-9) and measurement.top1_agreement == 1
 
 
 def test_without_a_reference_there_is_no_divergence(tiny: Checkpoints, text: Path) -> None:
     found = bitwright.evaluate(tiny(), str(text), seqlen=SEQLEN, windows=2)
-    measured = found.measurement
-    assert (measured.kl_divergence, measured.top1_agreement, measured.reference_perplexity) == (None, None, None)
-    assert measured.perplexity == pytest.approx(by_hand(tiny(), tiny(), text, torch.float32, 2).perplexity, rel=1e-5)
+    alone = found.measurement
+    assert alone is not None
+    assert (alone.kl_divergence, alone.top1_agreement, alone.reference_perplexity) == (None, None, None)
+    assert alone.perplexity == pytest.approx(by_hand(tiny(), tiny(), text, torch.float32, 2).perplexity, rel=1e-5)
     assert (found.reference, found.text, found.folder) == (None, str(text), str(tiny()))
 
 
 def test_the_arithmetic_is_the_one_asked_for(tiny: Checkpoints, text: Path) -> None:
     found = bitwright.evaluate(tiny(), str(text), seqlen=SEQLEN, dtype="bfloat16")
-    assert found.dtype == "bfloat16"
-    assert found.measurement.perplexity == pytest.approx(
-        by_hand(tiny(), tiny(), text, torch.bfloat16).perplexity, rel=2e-2
-    )
-    assert found.measurement.perplexity != bitwright.evaluate(tiny(), str(text), seqlen=SEQLEN).measurement.perplexity
+    assert found.dtype == "bfloat16" and found.measurement is not None
+    expected = by_hand(tiny(), tiny(), text, torch.bfloat16).perplexity
+    assert found.measurement.perplexity == pytest.approx(expected, rel=2e-2)
+    assert found.measurement.perplexity != measured(tiny(), text, seqlen=SEQLEN).perplexity
 
 
 def test_it_runs_without_saying_so_twice(tiny: Checkpoints, text: Path) -> None:
@@ -125,12 +127,12 @@ def test_another_vocabulary_is_no_reference(tiny: Checkpoints, text: Path) -> No
         (CheckpointError, {"reference": "/missing"}, "/missing"),
     ],
 )
-def test_refusals(kind: type[UserError], how: dict[str, str], says: str, tiny: Checkpoints, text: Path) -> None:
-    asked: dict[str, object] = {"folder": tiny(), "text": str(text), "seqlen": SEQLEN} | dict(how)
+def test_refusals(kind: type[UserError], how: dict[str, Any], says: str, tiny: Checkpoints, text: Path) -> None:
+    asked: dict[str, Any] = {"folder": tiny(), "text": str(text), "seqlen": SEQLEN}
     with pytest.raises(kind, match=says):
-        bitwright.evaluate(**asked)  # type: ignore[arg-type]
+        bitwright.evaluate(**(asked | how))
 
 
 def test_without_a_length_it_is_the_models_own(tiny: Checkpoints, text: Path) -> None:
-    measured = bitwright.evaluate(tiny(), str(text)).measurement
-    assert (measured.seqlen, measured.windows) == (128, 1)
+    measurement = measured(tiny(), text)
+    assert (measurement.seqlen, measurement.windows) == (128, 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import Checkpoints
+from tests.conftest import Checkpoints, measured
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitwright
@@ -50,7 +50,7 @@ def loop(folder: Path, reference: Path) -> tuple[float, float, float]:
 
 def test_the_numbers_are_those_of_a_plain_loop(tiny: Checkpoints, quantized: Path, text: str) -> None:
     perplexity, divergence, agreement = loop(quantized, tiny())
-    found = bitwright.evaluate(quantized, text, seqlen=SEQLEN, windows=WINDOWS, reference=tiny()).measurement
+    found = measured(quantized, text, seqlen=SEQLEN, windows=WINDOWS, reference=tiny())
     assert (found.windows, found.seqlen) == (WINDOWS, SEQLEN)
     assert found.perplexity == pytest.approx(perplexity, rel=1e-5)
     assert found.kl_divergence == pytest.approx(divergence, rel=1e-4)
@@ -72,7 +72,5 @@ def test_missing_weights_are_refused_not_made_up(tiny: Checkpoints, tmp_path: Pa
 
 
 def test_the_known_figure_of_en_llama(shared: Path) -> None:
-    found = bitwright.evaluate(
-        shared / "models/en-llama", str(shared / "data/wikitext2/test.txt"), seqlen=512, windows=60
-    ).measurement
+    found = measured(shared / "models/en-llama", shared / "data/wikitext2/test.txt", seqlen=512, windows=60)
     assert found.perplexity == pytest.approx(76.83, abs=0.005)

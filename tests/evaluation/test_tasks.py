@@ -115,7 +115,7 @@ def test_what_is_written_against_a_greedy_loop(folder: Path, files: Path) -> Non
     asked = [each["question"] for each in questions(COUNT)]
     expected = sum(by_hand.writes(q) == original.writes(q) for q in asked[1::2]) / COUNT
     (score,) = bitwright.evaluate(folder, tasks=["small_words"], task_files=[files / "small_words.yaml"]).tasks
-    assert (score.metric, score.value) == ("exact_match", pytest.approx(expected))
+    assert score.metric == "exact_match" and score.value == pytest.approx(expected)
     assert expected == 0.5 if folder == MODEL_DIR else expected < 0.5
 
 
@@ -163,7 +163,7 @@ def test_lm_evals_own_humaneval_on_local_problems(tmp_path: Path) -> None:
     file = write_task(tmp_path / "tasks", "my_humaneval", shape, problems())
     asked: dict[str, Any] = {"tasks": ["my_humaneval"], "task_files": [file], "limit": 3}
     (score,) = bitwright.evaluate(MODEL_DIR, allow_code_execution=True, **asked).tasks
-    assert (score.metric, score.value, score.documents) == ("pass@1", pytest.approx(1 / 3), 3)
+    assert (score.metric, score.documents) == ("pass@1", 3) and score.value == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +289,9 @@ class TestRefusals:
         ],
     )
     def test_options(self, how: dict[str, Any], says: str, files: Path) -> None:
+        asked: dict[str, Any] = {"tasks": ["small_choice"], "task_files": [files]}
         with pytest.raises(UserError, match=says):
-            bitwright.evaluate(MODEL_DIR, **({"tasks": ["small_choice"], "task_files": [files]} | how))
+            bitwright.evaluate(MODEL_DIR, **(asked | how))
 
     @pytest.mark.parametrize(
         ("text", "says"),

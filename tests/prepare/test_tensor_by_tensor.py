@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import Checkpoints
+from tests.conftest import Checkpoints, contents
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bitwright
@@ -30,7 +30,6 @@ from bitwright.core.recipe import Recipe
 from bitwright.methods import rtn
 from bitwright.stream import units
 
-Contents = Callable[[Path], dict[str, bytes]]
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "num_experts_per_tok": 2,
@@ -126,7 +125,7 @@ def test_as_block_by_block(method: str, scheme: str, tiny: Checkpoints, tmp_path
 
 @pytest.mark.parametrize("settings", [{}, {"outliers": "0.5%"}, {"axis": "auto"}, {"norm": 1.5}, {"axis": "ic"}])
 def test_panels_and_units_change_nothing(
-    settings: dict[str, Any], tiny: Checkpoints, contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tiny: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(str(tiny()), "W3A16g32", "easyquant", **settings)
     bitwright.quantize(recipe, tmp_path / "whole")
@@ -223,7 +222,7 @@ def recipe(tiny: Checkpoints) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def whole(recipe: Recipe, contents: Contents, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "out"
     bitwright.quantize(recipe, out, workers=1)
     return contents(out)
@@ -260,23 +259,19 @@ main()
 
 
 class TestProcesses:
-    def test_two_workers_give_the_same_bytes(
-        self, recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path
-    ) -> None:
+    def test_two_workers_give_the_same_bytes(self, recipe: Recipe, whole: dict[str, bytes], tmp_path: Path) -> None:
         result = bitwright.quantize(recipe, tmp_path / "out", workers=2)
         assert contents(tmp_path / "out") == whole
         assert result.peak_bytes > 0
 
-    def test_a_script_without_a_guard(
-        self, recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path
-    ) -> None:
+    def test_a_script_without_a_guard(self, recipe: Recipe, whole: dict[str, bytes], tmp_path: Path) -> None:
         script, wanted = tmp_path / "script.py", (recipe.model, recipe.scheme, "easyquant")
         asked = f"bitwright.Recipe(*{wanted!r}, shard_size={recipe.shard_size!r})"
         script.write_text(f"import bitwright\nbitwright.quantize({asked}, {str(tmp_path / 'out')!r}, workers=2)\n")
         subprocess.run([sys.executable, str(script)], check=True, timeout=120)
         assert contents(tmp_path / "out") == whole
 
-    def test_torchrun(self, recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path) -> None:
+    def test_torchrun(self, recipe: Recipe, whole: dict[str, bytes], tmp_path: Path) -> None:
         program = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bitwright")
         run = started(recipe, tmp_path / "out", "--json", program=program)
         out, err = run.communicate(timeout=240)
@@ -313,7 +308,7 @@ class TestProcesses:
     @pytest.mark.parametrize("moment", [0, 2, 5])
     @pytest.mark.parametrize("workers", [1, 2])
     def test_killed_and_again(
-        self, moment: int, workers: int, recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path
+        self, moment: int, workers: int, recipe: Recipe, whole: dict[str, bytes], tmp_path: Path
     ) -> None:
         """kill -9 once so many parts are noted; the same command, with other workers, gives the same bytes."""
         out = tmp_path / "out"
@@ -344,7 +339,7 @@ class TestProcesses:
             time.sleep(0.05)
 
     def test_a_worker_that_is_killed_is_told_of(
-        self, recipe: Recipe, contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
         bitwright.quantize(recipe, tmp_path / "whole")
@@ -383,7 +378,7 @@ class TestProcesses:
     @pytest.mark.parametrize("calibration", [None, "builtin"])
     @pytest.mark.parametrize("shard", [1, 2])
     def test_a_checkpoint_that_changes_while_parts_are_joined(
-        self, shard: int, calibration: str | None, tiny: Checkpoints, contents: Contents, tmp_path: Path,
+        self, shard: int, calibration: str | None, tiny: Checkpoints, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """What is left holds a plan, and finished shards of the model as it was."""

@@ -13,7 +13,7 @@ def test_every_worker_has_its_requirements_in_exact_versions() -> None:
     workers = {path.name.removesuffix("_worker.py") for path in (ROOT / "benchmarks/clients").glob("*_worker.py")}
     assert {path.stem for path in REQUIREMENTS.glob("*.txt")} == workers
     lines = [line for path in REQUIREMENTS.glob("*.txt") for line in path.read_text().splitlines()]
-    assert all("==" in line for line in lines)
+    assert lines and all("==" in line for line in lines)
 
 
 def test_torch_goes_first_and_what_is_unwanted_goes_last() -> None:
@@ -25,7 +25,9 @@ def test_torch_goes_first_and_what_is_unwanted_goes_last() -> None:
     ]
 
 
-def test_one_that_cannot_be_made_is_left_out_and_the_others_are_made(tmp_path, monkeypatch, capsys) -> None:
+def test_one_that_cannot_be_made_is_left_out_and_the_others_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "good.txt").write_text("x==1\n")
     (tmp_path / "bad.txt").write_text("y==1\n")
     run: list[str] = []

@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
+from tests.conftest import loaded_with_info
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -19,7 +20,8 @@ from bitwright.checkpoint.header import TensorEntry
 from bitwright.checkpoint.output import work_folder
 from bitwright.core.errors import OutputError, UserError
 from bitwright.core.progress import Progress
-from make_random_checkpoint import SIZES, Shape, Weights, shape_of, write_checkpoint
+from llama_shapes import SIZES, Shape
+from make_random_checkpoint import Weights, shape_of, write_checkpoint
 
 TINY = SIZES["tiny"]
 WEIGHTS = {"1B": 1_235_814_400, "3B": 3_212_749_824, "7B": 6_738_415_616, "70B": 68_976_648_192}
@@ -99,10 +101,10 @@ def test_every_row_is_another_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_loads_it(tied: bool, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     write_checkpoint(tmp_path / "model", replace(TINY, tied=tied))
-    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto", output_loading_info=True)
+    model, loading = loaded_with_info(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     tokens = tokenizer("héllo\n", return_tensors="pt").input_ids
     assert not any(loading.values()), loading

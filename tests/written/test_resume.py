@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 from tests.checkpoint.conftest import Killed, stopping_at
-from tests.conftest import Checkpoints
+from tests.conftest import Checkpoints, contents
 
 import bitwright
 from bitwright.core.errors import OutputError
 from bitwright.core.progress import Progress
 from bitwright.core.recipe import Recipe
 
-Contents = Callable[[Path], dict[str, bytes]]
 UNITS = 2 + 1  # two blocks, the output layer
 EVENTS = 4  # before each block, before the output layer, at the end
 
@@ -33,7 +32,7 @@ def recipe(tiny: Checkpoints, text: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def whole(recipe: Recipe, contents: Contents, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What the recipe gives when nothing interrupts it."""
     out = tmp_path_factory.mktemp("whole") / "out"
     assert bitwright.quantize(recipe, out).resumed == 0
@@ -64,15 +63,13 @@ def partial(recipe: Recipe, out: Path, event: int = 1) -> None:
     assert out.with_name("out.partial").is_dir()
 
 
-def test_twice_the_same(recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path) -> None:
+def test_twice_the_same(recipe: Recipe, whole: dict[str, bytes], tmp_path: Path) -> None:
     bitwright.quantize(recipe, tmp_path / "elsewhere")
     assert contents(tmp_path / "elsewhere") == whole
 
 
 @pytest.mark.parametrize("event", range(EVENTS))
-def test_a_run_that_was_stopped_goes_on(
-    event: int, recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path
-) -> None:
+def test_a_run_that_was_stopped_goes_on(event: int, recipe: Recipe, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     partial(recipe, out, event)
     result = bitwright.quantize(recipe, out)
@@ -81,9 +78,7 @@ def test_a_run_that_was_stopped_goes_on(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_run_that_is_stopped_again_and_again(
-    recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path
-) -> None:
+def test_a_run_that_is_stopped_again_and_again(recipe: Recipe, whole: dict[str, bytes], tmp_path: Path) -> None:
     for event in range(EVENTS):
         partial(recipe, tmp_path / "out", event)
     assert bitwright.quantize(recipe, tmp_path / "out").resumed == UNITS
@@ -91,7 +86,7 @@ def test_a_run_that_is_stopped_again_and_again(
 
 
 def test_killed_at_file_operations_all_over_the_run(
-    recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each run gets some file operations further before the machine stops: into the blocks, the merge, the move."""
     out, states = tmp_path / "out", []
@@ -145,7 +140,7 @@ MOMENTS = {1: 1, "part-00001": 1, "model-00002": 3, "config.json": 3}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed in forks of one that has loaded torch")
-def test_killed_by_the_system(recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path) -> None:
+def test_killed_by_the_system(recipe: Recipe, whole: dict[str, bytes], tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "12345"}
     arguments = [json.dumps(recipe.as_dict()), str(tmp_path), json.dumps([*MOMENTS])]
     command = [sys.executable, "-c", KILLED, *arguments]
@@ -163,7 +158,7 @@ LEARNED_MOMENTS = {"model.layers.0 epoch 2": 0, "model.layers.1 epoch 1": 1, 2: 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed in forks of one that has loaded torch")
-def test_a_learned_run_killed_by_the_system(recipe: Recipe, contents: Contents, tmp_path: Path) -> None:
+def test_a_learned_run_killed_by_the_system(recipe: Recipe, tmp_path: Path) -> None:
     """In the middle of training a block: that block is trained anew, those before it are not."""
     recipe = replace(recipe, scheme="W4A4", method="omniquant", epochs=3, quantize_lm_head=False)
     arguments = [json.dumps(recipe.as_dict()), str(tmp_path), json.dumps([*LEARNED_MOMENTS])]
@@ -194,7 +189,6 @@ def test_a_changed_recipe_is_refused(
     difference: str,
     recipe: Recipe,
     whole: dict[str, bytes],
-    contents: Contents,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
@@ -239,7 +233,7 @@ def test_a_model_that_was_written_to_is_refused(tiny: Checkpoints, recipe: Recip
 
 
 def test_a_model_and_a_text_that_have_moved_are_the_same(
-    tiny: Checkpoints, recipe: Recipe, whole: dict[str, bytes], text: Path, contents: Contents, tmp_path: Path
+    tiny: Checkpoints, recipe: Recipe, whole: dict[str, bytes], text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     partial(recipe, out, event=2)
@@ -252,7 +246,7 @@ def test_a_model_and_a_text_that_have_moved_are_the_same(
     assert different == {"bitwright.json"}, "the account names the model as it was called"
 
 
-def test_restart_begins_anew(recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path) -> None:
+def test_restart_begins_anew(recipe: Recipe, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     partial(replace(recipe, scheme="W4A16"), out, event=3)
     result = bitwright.quantize(recipe, out, restart=True)
@@ -260,9 +254,7 @@ def test_restart_begins_anew(recipe: Recipe, whole: dict[str, bytes], contents: 
     assert contents(out) == whole
 
 
-def test_a_part_that_was_lost_is_made_again(
-    recipe: Recipe, whole: dict[str, bytes], contents: Contents, tmp_path: Path
-) -> None:
+def test_a_part_that_was_lost_is_made_again(recipe: Recipe, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     partial(recipe, out, event=2)
     parts = sorted(out.with_name("out.partial").glob("part-*"))

@@ -174,6 +174,7 @@ def test_no_part_goes_before_its_shard_is_there(tmp_path: Path, killed_at: Kille
         if not killed:
             break
         step += 1
+    assert step > 10
 
 
 def test_a_full_disk_is_reported_and_the_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_any_tensor_will_do(tmp_path: Path) -> None:
 def test_what_the_format_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="__metadata__"):
         write_tensors(tmp_path / "x", {"__metadata__": torch.ones(1)})
-    with pytest.raises(TypeError, match="complex128"):
+    with pytest.raises(TypeError, match=r"x: safetensors files hold no torch\.complex128"):
         write_tensors(tmp_path / "x", {"x": torch.ones(1, dtype=torch.complex128)})
     assert not list(tmp_path.iterdir())
 
@@ -112,7 +112,7 @@ def test_folders_that_are_not_there_or_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such file"):
         write_text(tmp_path / "absent" / "x", "1")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(OutputError, match="directory"):
+    with pytest.raises(OutputError, match="taken: writing 1 bytes failed: Is a directory"):
         write_text(tmp_path / "taken", "1")
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ WIDE = {"num_key_value_heads": 4}
 """Key and value projections with 64 outputs: the words of 32 are filled."""
 
 
-def made(model: Path, folder: Path, scheme: str, format: str, **also: object) -> Path:
-    bitwright.quantize(bitwright.Recipe(str(model), scheme, format=format, **also), folder)  # type: ignore[arg-type]
+def made(model: Path, folder: Path, scheme: str, format: str, **also: Any) -> Path:
+    bitwright.quantize(bitwright.Recipe(str(model), scheme, format=format, **also), folder)
     return folder
 
 

@@ -2,32 +2,30 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.checkpoint.conftest import Killed
 from tests.conftest import Checkpoints
 
 import bitwright
 from bitwright import Recipe
 from bitwright.core.errors import CheckpointError, UserError
+from bitwright.core.progress import Progress
 
 TOKENS = torch.arange(0, 250, 7)[None]
 Q = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{n} green bottles hanging on the wall, and {n * n} red ones; " for n in range(120)))
-    return str(path)
-
-
-def recipe(source: Path, scheme: str, method: str, text: str | None) -> Recipe:
+def recipe(source: Path, scheme: str, method: str, text: Path | None) -> Recipe:
     epochs = 1 if {"lwc", "lsq", "pact"} & set(method.split("+")) else None
-    taught = {} if text is None else {"calibration": text, "samples": 4, "seqlen": 32, "epochs": epochs}
-    return Recipe(str(source), scheme, method, **taught)  # type: ignore[arg-type]
+    free = Recipe(str(source), scheme, method)
+    return free if text is None else replace(free, calibration=str(text), samples=4, seqlen=32, epochs=epochs)
 
 
 @torch.inference_mode()
@@ -37,7 +35,7 @@ def divergence(folder: Path, source: Path) -> float:
 
 
 @pytest.mark.parametrize("method", ["rtn", "easyquant", "gptq", "lwc", "lwc+gptq", "awq", "lsq", "pact"])
-def test_every_method_works_on_them(method: str, tiny: Checkpoints, text: str, tmp_path: Path) -> None:
+def test_every_method_works_on_them(method: str, tiny: Checkpoints, text: Path, tmp_path: Path) -> None:
     source, free = tiny(), method in ("rtn", "easyquant")
     asked = recipe(source, "mlc:q3f16_1", method, None if free else text)
     if method == "easyquant":
@@ -81,26 +79,25 @@ def test_packed_and_dense_are_one_model(tiny: Checkpoints, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("change", [torch.zeros_like, lambda t: t + 1])
-def test_a_tile_that_lies_is_one_clear_error(change: object, tiny: Checkpoints, tmp_path: Path) -> None:
+def test_a_tile_that_lies_is_one_clear_error(
+    change: Callable[[torch.Tensor], torch.Tensor], tiny: Checkpoints, tmp_path: Path
+) -> None:
     bitwright.quantize(Recipe(str(tiny()), "mlc:q3f16_1", "rtn"), tmp_path / "out")
     folder = Path(shutil.copytree(tmp_path / "out", tmp_path / "damaged"))
     tensors = load_file(folder / "model.safetensors")
-    tensors[f"{Q}.weight_tile"] = change(tensors[f"{Q}.weight_tile"])  # type: ignore[operator]
+    tensors[f"{Q}.weight_tile"] = change(tensors[f"{Q}.weight_tile"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"{Q}.weight_tile says .*, not \[1, 40\]"):
         bitwright.load(folder)
 
 
-def test_a_killed_run_goes_on(tiny: Checkpoints, text: str, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(tiny: Checkpoints, text: Path, tmp_path: Path) -> None:
     """The finished block is read back from its part, its last groups cut short as they were."""
     asked = recipe(tiny(), "mlc:q3f16_1", "gptq", text)
     bitwright.quantize(asked, tmp_path / "whole")
 
-    class Killed(Exception):
-        pass
-
-    def kill(progress: object) -> None:
-        if "model.layers.1" in str(progress):
+    def kill(progress: Progress) -> None:
+        if progress.unit == "model.layers.1":
             raise Killed
 
     with pytest.raises(Killed):
@@ -122,9 +119,9 @@ def test_a_killed_run_goes_on(tiny: Checkpoints, text: str, tmp_path: Path) -> N
         ({"scheme": "mlc:q5f16_1"}, "nearest valid scheme is mlc:q"),
     ],
 )
-def test_what_does_not_go_together_is_refused(changes: dict[str, str], says: str, tiny: Checkpoints) -> None:
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], says: str, tiny: Checkpoints) -> None:
     with pytest.raises(UserError, match=says):
-        bitwright.plan(Recipe(**{"model": str(tiny()), "scheme": "mlc:q4f16_1", "method": "rtn"} | changes))  # type: ignore[arg-type]
+        bitwright.plan(Recipe(**{"model": str(tiny()), "scheme": "mlc:q4f16_1", "method": "rtn"} | changes))
 
 
 def test_the_account_names_the_scheme(tiny: Checkpoints, tmp_path: Path) -> None:

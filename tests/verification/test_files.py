@@ -21,6 +21,7 @@ from bitwright.core.errors import CheckpointError, OutputError
 from bitwright.core.recipe import Recipe
 from bitwright.formats import gguf, mlc
 from bitwright.formats.mlc import cache
+from bitwright.verification.findings import Verification
 
 FORMATS = {"gguf": ("m.gguf", "W4A16g32sym"), "mlc": ("mlc", "mlc:q4f16_1")}
 Files = Callable[[str], Path]
@@ -50,7 +51,7 @@ def copied(path: Path, to: Path) -> Path:
     return Path(shutil.copytree(path, to) if path.is_dir() else shutil.copy(path, to.with_suffix(".gguf")))
 
 
-def failed(found: Any) -> dict[str, str]:
+def failed(found: Verification) -> dict[str, str]:
     return {check.name: check.found for check in found.checks if not check.passed}
 
 
@@ -139,7 +140,7 @@ def test_numbers(format: str, name: str, data: bytes, says: str, files: Files, s
     for against in (None, source):
         found = bitwright.verify(damaged, against)
         assert says in failed(found)["scales and shapes"]
-    assert ("checksums" in failed(found)) is (format == "mlc")
+        assert ("checksums" in failed(found)) is (format == "mlc")
 
 
 @pytest.mark.parametrize(("damage", "says"), [

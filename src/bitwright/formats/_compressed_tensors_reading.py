@@ -91,6 +91,8 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
     rows, columns = codes.shape
     scale = tensors[f"{name}.weight_scale"]
     scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+    if scale.shape[0] > rows or scale.shape[1] > columns:
+        raise ValueError(f"scales {list(scale.shape)} for a weight {[rows, columns]}")
     check_order(name, tensors.get(f"{name}.weight_g_idx"), columns, scale.shape[1])
     zero = _zeros(tensors.get(f"{name}.weight_zero_point"), scale, grid.bits)
     tile, middle = Tile(rows // scale.shape[0], columns // scale.shape[1]), 2 ** (grid.bits - 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -95,16 +96,24 @@ def measured(
     return found
 
 
-def loaded_with_info(folder: Path) -> "tuple[PreTrainedModel, dict[str, Any]]":
+def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """The model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.eval()
+    return model
+
+
+def loaded_with_info(folder: Path, dtype: torch.dtype | str = "auto") -> "tuple[PreTrainedModel, dict[str, Any]]":
     """The model as transformers loads it, and what was missing, unexpected or of another shape."""
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     return cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)  # its annotation knows of the model alone
 
 
 def _save_model(folder: Path, dtype: str, tied: bool, shards: bool, changes: dict[str, Any]) -> None:
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings: dict[str, Any] = {

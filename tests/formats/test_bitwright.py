@@ -24,7 +24,7 @@ from bitwright.core.quantized import Departure, Described, WrittenModel, departu
 from bitwright.core.scheme import Scheme
 from bitwright.families import llama
 from bitwright.formats import bitwright as format
-from bitwright.formats.bitwright.config import schema
+from bitwright.formats.bitwright.config import Config, schema
 from bitwright.steps.apply import quantize_linear
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "formats" / "bitwright.md"
@@ -168,7 +168,7 @@ def test_configs_keep_to_the_schema_and_say_the_scheme(scheme: str, dtype: torch
     departed = {"model.layers.0.mlp.up_proj": Departure((64, 1), 3)}
     config = json.loads(json.dumps(written(scheme, dtype, departures=departed)))
     jsonschema.Draft202012Validator(schema()).validate(config)
-    read, asked = format.Config.parse(config), Scheme.parse(scheme)
+    read, asked = Config.parse(config), Scheme.parse(scheme)
     assert (read.weights.grid, read.tile("model.layers.1.mlp.up_proj")) == (asked.weight, asked.tile)
     assert (read.tile("model.layers.0.mlp.up_proj"), read.outliers("model.layers.0.mlp.up_proj")) == (Tile(64, 1), 3)
     grids = [None if said is None else said.grid for said in (read.activations, read.queries, read.keys_values)]
@@ -195,7 +195,7 @@ def test_configs_keep_to_the_schema_and_say_the_scheme(scheme: str, dtype: torch
 )
 def test_a_config_that_nobody_wrote_is_one_clear_error(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(CheckpointError, match="quantization_config of this bitwright folder cannot be read") as error:
-        format.Config.parse(written("W4A16g64ic") | changes)
+        Config.parse(written("W4A16g64ic") | changes)
     assert says in str(error.value)
 
 

@@ -21,9 +21,11 @@ from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described, WrittenModel
 from bitwright.core.scheme import Scheme
 from bitwright.families import llama
-from bitwright.formats import compressed_tensors as format
+from bitwright.formats.compressed_tensors import FORMAT
 from bitwright.steps.apply import quantize_linear
 
+assert FORMAT.reader is not None
+READER = FORMAT.reader
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 EVERY_GRID = [Grid.integers(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
 
@@ -45,7 +47,7 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 @pytest.mark.parametrize("tile", [Tile(1, FULL), Tile(1, 16)], ids=["channel", "group"])
 def test_the_library_unpacks_the_codes(grid: Grid, tile: Tile) -> None:
     q = some((36, 48), grid, tile, torch.bfloat16)
-    tensors = format.encode("x", q)
+    tensors = FORMAT.encode("x", q)
     shift = 0 if grid.symmetric else 2 ** (grid.bits - 1)
     unpacked = unpack_from_int32(tensors["x.weight_packed"], grid.bits, torch.Size(q.shape))
     assert torch.equal(unpacked.int() + shift, q.codes.int())
@@ -70,12 +72,12 @@ def test_what_is_written_reads_back_bit_for_bit(grid: Grid, dtype: torch.dtype, 
         ((5, 7), Tile(1, 7)),
     ]:
         q = some(shape, grid, tile, dtype)
-        save_file(format.encode("a.b", q), tmp_path / "x.safetensors")
+        save_file(FORMAT.encode("a.b", q), tmp_path / "x.safetensors")
         tensors = load_file(tmp_path / "x.safetensors")
-        back = format.read(tensors, "a.b", Described(grid))
+        back = READER.read(tensors, "a.b", Described(grid))
         assert same(back.codes, q.codes) and same(back.scale, q.scale) and same(back.zero, q.zero)
         assert (back.grid, back.tile.size(shape), back.shape) == (grid, tile.size(shape), shape)
-        assert same(format.decode(tensors, "a.b", grid), q.dequantize())
+        assert same(FORMAT.decode(tensors, "a.b", grid), q.dequantize())
 
 
 def test_extreme_codes_survive() -> None:
@@ -85,7 +87,7 @@ def test_extreme_codes_survive() -> None:
         codes = every.repeat(2 * 33)[: 33 * len(every)].view(33, -1).to(torch.int8 if grid.symmetric else torch.uint8)
         zero = None if grid.symmetric else every.repeat(33)[:33, None].to(torch.uint8)
         q = QTensor(codes, torch.ones(33, 1), zero, grid, Tile(1, FULL))
-        back = format.read(format.encode("x", q), "x", Described(grid))
+        back = READER.read(FORMAT.encode("x", q), "x", Described(grid))
         assert same(back.codes, codes) and same(back.zero, zero)
 
 
@@ -98,9 +100,9 @@ def test_stored_bytes_are_those_of_what_is_encoded(
     rows: int, groups: int, size: int, per_channel: bool, grid: Grid, dtype: torch.dtype
 ) -> None:
     shape, tile = (rows, groups * size), Tile(1, FULL if per_channel else size)
-    tensors = format.encode("x", some(shape, grid, tile, dtype))
+    tensors = FORMAT.encode("x", some(shape, grid, tile, dtype))
     counted = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    assert format.stored_bytes(shape, Scheme(grid, tile), dtype) == counted
+    assert FORMAT.stored_bytes(shape, Scheme(grid, tile), dtype) == counted
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (4096, 11008), (1, 1), (31, 33)])
@@ -109,7 +111,7 @@ def test_stored_bytes_by_hand(shape: tuple[int, int]) -> None:
     # shape as two int64.
     rows, columns = shape
     by_hand = rows * -(-columns // 8) * 4 + rows * 2 + -(-rows // 8) * 4 + 16
-    assert format.stored_bytes(shape, Scheme(Grid.integers(4)), torch.bfloat16) == by_hand
+    assert FORMAT.stored_bytes(shape, Scheme(Grid.integers(4)), torch.bfloat16) == by_hand
 
 
 @pytest.mark.parametrize("tile", [Tile(16, 1), Tile(FULL, FULL), Tile(2, FULL)], ids=str)
@@ -117,13 +119,13 @@ def test_groups_along_the_output_are_refused(tile: Tile) -> None:
     with pytest.raises(
         RecipeError, match=r"a\.b: compressed-tensors holds neither groups along the output nor outliers"
     ):
-        format.encode("a.b", some((16, 32), Grid.integers(4), tile, torch.float32))
+        FORMAT.encode("a.b", some((16, 32), Grid.integers(4), tile, torch.float32))
 
 
 def test_weights_fused_over_experts_are_refused() -> None:
     q = quantize_linear(torch.randn(4, 8), LinearDecision(), Scheme(Grid.integers(4)), torch.float32)
     with pytest.raises(RecipeError, match=r"a\.b: compressed-tensors holds no weight that is fused over 3 experts"):
-        format.encode_stacked("a.b", [q] * 3)
+        FORMAT.encode_stacked("a.b", [q] * 3)
 
 
 def test_outliers_are_refused() -> None:
@@ -131,13 +133,13 @@ def test_outliers_are_refused() -> None:
     kept = LinearDecision(outliers=weight > 1)
     q = quantize_linear(weight, kept, Scheme(Grid.integers(4)), torch.float32)
     with pytest.raises(RecipeError, match=r"nor outliers, .* Leave --format out, or take --format bitwright"):
-        format.encode("a.b", q)
+        FORMAT.encode("a.b", q)
 
 
 def config_of(text: str, tiny: Callable[..., Path], quantize_lm_head: bool = False) -> dict[str, Any] | None:
     family = llama.describe(AutoConfig.from_pretrained(tiny()))
     kept = () if quantize_lm_head else ("lm_head",)
-    return format.quantization_config(WrittenModel(Scheme.parse(text), family, 16, torch.bfloat16, kept))
+    return FORMAT.config(WrittenModel(Scheme.parse(text), family, 16, torch.bfloat16, kept))
 
 
 @pytest.mark.parametrize("text", ["W2A16g32", "W3A16sym", "W4A16", "W8A8", "W4A4", "W4A4KV4g32", "W4A16KV4", "W6A6sym"])
@@ -171,5 +173,5 @@ def test_queries_that_differ_from_the_cache_are_left_out(
     written = config_of(text, tiny)
     assert written is not None and list(written["config_groups"]) == ["group_0"]
     assert (written["kv_cache_scheme"] or {}).get("num_bits") == cache
-    assert format.queries_left_out(Scheme.parse(text)) == Scheme.parse(text).activations
-    assert format.queries_left_out(Scheme.parse("W4A4")) is None
+    assert FORMAT.queries_left_out(Scheme.parse(text)) == Scheme.parse(text).activations
+    assert FORMAT.queries_left_out(Scheme.parse("W4A4")) is None

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.conftest import loaded_with_info
 from tests.plugin.experts import save_original, write
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 import bitwright
 from bitwright.core.decisions import LinearDecision
@@ -46,7 +47,7 @@ def written(model: str, scheme: str, linears: str, tmp_path: Path) -> tuple[Path
 
 def load(folder: Path) -> tuple[Any, set[str]]:
     """Logits, and the parameters that transformers made up."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded_with_info(folder, torch.float32)
     with torch.inference_mode():
         return model.eval()(TOKENS).logits, set(info["missing_keys"])
 
@@ -84,5 +85,5 @@ def test_fused_experts_that_are_not_packed_are_right(model: str, scheme: str, tm
 def test_llama4_with_fused_experts_cannot_be_loaded(tmp_path: Path) -> None:
     """Transformers expects its experts one by one in this format, makes them up, and may trip over what it made."""
     packed, _ = written("Llama4", "W4A16g32sym", ALL, tmp_path)
-    with pytest.raises(CheckpointError, match=r"has no weights for .*experts|transformers cannot load"):
+    with pytest.raises(CheckpointError, match=r"(?:has no weights for .*experts|transformers cannot load .*packed)"):
         bitwright.load(packed)

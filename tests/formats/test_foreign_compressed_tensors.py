@@ -17,8 +17,10 @@ from bitwright.core.grid import Grid
 from bitwright.core.packing import unpack_apart
 from bitwright.core.quantized import Described
 from bitwright.formats import QuantizedFolder
-from bitwright.formats import compressed_tensors as format
+from bitwright.formats.compressed_tensors import FORMAT
 
+assert FORMAT.reader is not None
+READER = FORMAT.reader
 OUT, IN = 24, 64
 STRATEGIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "tensor": ({}, (1,)),
@@ -63,12 +65,12 @@ def test_the_library_makes_the_same_weights(layout: str, strategy: str, symmetri
     if layout == "pack-quantized" and strategy == "block":
         pytest.skip("the library packs no blocks")
     tensors, want = compressed(layout, bits, symmetric, strategy)
-    q = format.read(tensors, "x", Described(Grid.integers(bits, symmetric)))
+    q = READER.read(tensors, "x", Described(Grid.integers(bits, symmetric)))
     assert torch.equal(q.dequantize(), want)
     assert (q.grid, q.zero is None) == (Grid.integers(bits, symmetric), symmetric)
     assert q.codes.min() >= q.grid.qmin and q.codes.max() <= q.grid.qmax and want.unique().numel() > bits
-    assert {name.removeprefix("x.") for name in tensors} <= {*format.LEAVES}
-    assert format.shape(lambda leaf: _there(tensors, leaf).shape, lambda leaf: _there(tensors, leaf), q.grid) == (
+    assert {name.removeprefix("x.") for name in tensors} <= {*FORMAT.leaves}
+    assert READER.shape(lambda leaf: _there(tensors, leaf).shape, lambda leaf: _there(tensors, leaf), q.grid) == (
         OUT,
         IN,
     )
@@ -124,16 +126,16 @@ def test_zero_points_one_to_a_byte_beside_packed_codes() -> None:
     tensors, want = compressed("pack-quantized", 4, False, "group")
     plain, _ = compressed("int-quantized", 4, False, "group")
     tensors["x.weight_zero_point"] = plain["x.weight_zero_point"]
-    assert torch.equal(format.read(tensors, "x", Described(Grid.integers(4))).dequantize(), want)
+    assert torch.equal(READER.read(tensors, "x", Described(Grid.integers(4))).dequantize(), want)
 
 
 def test_zero_points_that_are_0_on_a_symmetric_grid_and_that_are_not() -> None:
     tensors, want = compressed("pack-quantized", 4, True, "group")
     tensors["x.weight_zero_point"] = torch.zeros(OUT, 4, dtype=torch.int8)
-    q = format.read(tensors, "x", Described(Grid.integers(4, True)))
+    q = READER.read(tensors, "x", Described(Grid.integers(4, True)))
     assert q.zero is None and torch.equal(q.dequantize(), want)
     tensors["x.weight_zero_point"] += 1
-    q = format.read(tensors, "x", Described(Grid.integers(4, True)))
+    q = READER.read(tensors, "x", Described(Grid.integers(4, True)))
     assert q.grid == Grid.integers(4)
     torch.testing.assert_close(q.dequantize(), want - q.scale.repeat_interleave(16, 1))
 
@@ -146,7 +148,7 @@ def test_words_in_which_no_code_is_cut() -> None:
     wide = torch.zeros(1, 7, dtype=torch.int32)
     wide[0, 0] = first
     tensors = {"x.weight_packed": wide, "x.weight_scale": torch.ones(1, 1), "x.weight_shape": torch.tensor([1, 64])}
-    q = format.read(tensors, "x", Described(Grid.integers(3, True)))
+    q = READER.read(tensors, "x", Described(Grid.integers(3, True)))
     assert q.codes[0, :11].tolist() == [-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -4], "64 codes: 7 words so, 6 densely"
 
 
@@ -154,10 +156,10 @@ def test_channels_out_of_order_are_refused_and_an_order_that_is_none_is_not() ->
     tensors, want = compressed("pack-quantized", 4, True, "group")
     for order in (torch.full((IN,), -1), torch.arange(IN) // 16):
         tensors["x.weight_g_idx"] = order.to(torch.int32)
-        assert torch.equal(format.read(tensors, "x", Described(Grid.integers(4, True))).dequantize(), want)
+        assert torch.equal(READER.read(tensors, "x", Described(Grid.integers(4, True))).dequantize(), want)
     tensors["x.weight_g_idx"] = tensors["x.weight_g_idx"].flip(0)
     with pytest.raises(CheckpointError, match="x: its input channels are sorted into groups out of order"):
-        format.read(tensors, "x", Described(Grid.integers(4, True)))
+        READER.read(tensors, "x", Described(Grid.integers(4, True)))
 
 
 @pytest.mark.parametrize(
@@ -173,9 +175,9 @@ def test_tensors_that_do_not_fit(change: dict[str, Tensor | None], says: str) ->
     tensors, _ = compressed("pack-quantized", 4, True, "group")
     changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
     with pytest.raises(ValueError, match=says):
-        format.read(changed, "x", Described(Grid.integers(4, True)))
+        READER.read(changed, "x", Described(Grid.integers(4, True)))
     with pytest.raises(ValueError, match="no weight_zero_point"):
-        format.read(tensors, "x", Described(Grid.integers(4)))
+        READER.read(tensors, "x", Described(Grid.integers(4)))
 
 
 def test_groups_of_linears_with_bits_of_their_own() -> None:
@@ -185,7 +187,7 @@ def test_groups_of_linears_with_bits_of_their_own() -> None:
         "down": {"targets": ["re:.*down_proj$"], "weights": weights(8, False), "format": "int-quantized"},
         "one": {"targets": ["model.layers.0.mlp.down_proj"], "weights": weights(3), "format": "pack-quantized"},
     }
-    said = format.described(config("mixed-precision", config_groups=groups))
+    said = READER.described(config("mixed-precision", config_groups=groups))
     names = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj")
     assert [said.grid_of(name) for name in names] == [Grid.integers(3, True), Grid.integers(8), Grid.integers(4, True)]
     assert said.kept == ("lm_head",)
@@ -194,7 +196,7 @@ def test_groups_of_linears_with_bits_of_their_own() -> None:
 def test_activations_are_read_where_they_are_quantized_as_the_model_runs() -> None:
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     groups = {"g": {"targets": ["Linear"], "weights": weights(8), "input_activations": inputs}}
-    said = format.described(config("int-quantized", config_groups=groups, kv_cache_scheme=inputs | {"num_bits": 4}))
+    said = READER.described(config("int-quantized", config_groups=groups, kv_cache_scheme=inputs | {"num_bits": 4}))
     assert (said.grid, said.activations, said.kv) == (
         Grid.integers(8, True),
         Grid.integers(8, True),
@@ -203,7 +205,7 @@ def test_activations_are_read_where_they_are_quantized_as_the_model_runs() -> No
     for change in ({"dynamic": False}, {"type": "float"}, {"dynamic": "local"}):
         groups["g"]["input_activations"] = inputs | change
         with pytest.raises(CheckpointError, match=r"activations of 8 bits.* Bitwright reads integer weights"):
-            format.described(config("int-quantized", config_groups=groups))
+            READER.described(config("int-quantized", config_groups=groups))
 
 
 @pytest.mark.parametrize(
@@ -230,5 +232,5 @@ def test_activations_are_read_where_they_are_quantized_as_the_model_runs() -> No
 )
 def test_what_cannot_be_read_is_refused_with_what_can(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(CheckpointError, match="Bitwright reads integer weights of 2 to 8 bits") as error:
-        format.described(config() | changes)
+        READER.described(config() | changes)
     assert re.search(says, str(error.value))

@@ -16,8 +16,8 @@ import bitwright
 from bitwright import Recipe
 from bitwright.core.engine_file import unlike
 from bitwright.core.errors import CheckpointError
-from bitwright.formats import QuantizedFolder, mlc
-from bitwright.formats.mlc.reading import MlcFolder
+from bitwright.formats import QuantizedFolder
+from bitwright.formats.mlc.reading import opened
 
 INDEX, CONFIG, SHARD = "tensor-cache.json", "mlc-chat-config.json", "params_shard_0.bin"
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
@@ -49,8 +49,8 @@ def folders(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Fold
 ])  # fmt: skip
 def test_everything_is_found_again(scheme: str, embeddings: str | None, folders: Folders) -> None:
     folder, out = folders(scheme, embeddings, tied=scheme == "W3A16")
-    model, file = QuantizedFolder.open(folder), mlc.opened(out)
-    assert isinstance(file, MlcFolder) and file.wanted is not None and file.misfiled is None
+    model, file = QuantizedFolder.open(folder), opened(out)
+    assert file.wanted is not None and file.misfiled is None
     assert {name: each.shape for name, each in file.tensors.items()} == dict(file.wanted.needed)
     assert file.checksums() == [] and file.unlike(model.config) == []
     assert not [name for name in file.tensors if file.numbers(name) or not file.is_read(name)]
@@ -66,7 +66,7 @@ def test_everything_is_found_again(scheme: str, embeddings: str | None, folders:
 @pytest.mark.parametrize("scheme", ["mlc:q3f16_1", "W4A16g128"])
 def test_values_are_those_of_a_reader_that_knows_the_page_alone(scheme: str, folders: Folders) -> None:
     _, out = folders(scheme)
-    file, stored, said = mlc.opened(out), mlc_page.tensors(out), json.loads((out / CONFIG).read_text())
+    file, stored, said = opened(out), mlc_page.tensors(out), json.loads((out / CONFIG).read_text())
     for name, row in ((GATE, 0), (GATE.replace("gate", "up"), said["model_config"]["intermediate_size"])):
         ((rows, values),) = file.values(f"{name}.weight")
         page = mlc_page.weight(stored, "model.layers.1.mlp.gate_up_proj", said["quantization"], values.shape[1])
@@ -76,7 +76,7 @@ def test_values_are_those_of_a_reader_that_knows_the_page_alone(scheme: str, fol
 
 def test_what_is_not_as_it_was_is_seen(folders: Folders) -> None:
     folder, out = folders("mlc:q4f16_1")
-    weight, ((rows, found),) = QuantizedFolder.open(folder).read(GATE), mlc.opened(out).levels(f"{GATE}.weight")
+    weight, ((rows, found),) = QuantizedFolder.open(folder).read(GATE), opened(out).levels(f"{GATE}.weight")
     weight.codes[5, 9] ^= 1
     assert unlike(weight, rows, found) == "codes"
     weight.scale[5, 0] *= 2
@@ -131,7 +131,7 @@ def test_one_clear_error(name: str, folders: Folders, tmp_path: Path) -> None:
     damage, says = DAMAGES[name]
     damage(copy := Path(shutil.copytree(folders("mlc:q4f16_1")[1], tmp_path / "copy")))
     with pytest.raises(CheckpointError, match=says):
-        mlc.opened(copy)
+        opened(copy)
 
 
 def test_shards_that_changed_and_files_too_many_or_missing(folders: Folders, tmp_path: Path) -> None:
@@ -139,27 +139,27 @@ def test_shards_that_changed_and_files_too_many_or_missing(folders: Folders, tmp
     raw = bytearray((copy / SHARD).read_bytes())
     raw[1000] ^= 16
     (copy / SHARD).write_bytes(raw)
-    assert mlc.opened(copy).checksums() == ["params_shard_0.bin is not what its checksum says"]
+    assert opened(copy).checksums() == ["params_shard_0.bin is not what its checksum says"]
     (copy / "tokenizer.json").unlink()
-    assert mlc.opened(copy).misfiled == "tokenizer.json is missing, which mlc-chat-config.json names"
+    assert opened(copy).misfiled == "tokenizer.json is missing, which mlc-chat-config.json names"
     (copy / "params_shard_7.bin").write_bytes(b"")
-    assert mlc.opened(copy).misfiled == "params_shard_7.bin is not in the index"
+    assert opened(copy).misfiled == "params_shard_7.bin is not in the index"
 
 
 def test_older_names_and_layouts_that_are_not_known(folders: Folders, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folders("mlc:q4f16_1")[1], tmp_path / "copy"))
     (copy / INDEX).rename(copy / "ndarray-cache.json")
-    assert mlc.opened(copy).wanted is not None
+    assert opened(copy).wanted is not None
     indexed(lambda said: said.update(quantization="q4f16_0"), CONFIG)(copy)
-    file = mlc.opened(copy)
+    file = opened(copy)
     assert file.unknown == "quantization q4f16_0 is not known here" and file.names == () and file.wanted is None
     assert file.is_read("model.norm.weight") and not file.is_read("lm_head.q_weight")
     indexed(lambda said: said.update(model_type="gemma3"), CONFIG)(copy)
-    assert mlc.opened(copy).unknown == "model type gemma3 is not known here"
+    assert opened(copy).unknown == "model type gemma3 is not known here"
 
 
 def test_settings_that_are_not_the_folders(folders: Folders) -> None:
     folder, out = folders("mlc:q4f16_1")
     config = dict(QuantizedFolder.open(folder).config) | {"rms_norm_eps": 0.5, "max_position_embeddings": 7}
-    assert mlc.opened(out).unlike(config) == ["rms_norm_eps is 1e-06, the folder's 0.5"]
-    assert mlc.opened(out).unlike(config | {"model_type": "mistral"}) == ["model_type is llama, the folder's mistral"]
+    assert opened(out).unlike(config) == ["rms_norm_eps is 1e-06, the folder's 0.5"]
+    assert opened(out).unlike(config | {"model_type": "mistral"}) == ["model_type is llama, the folder's mistral"]

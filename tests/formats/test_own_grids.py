@@ -16,7 +16,7 @@ from bitwright.core.quantized import Described
 from bitwright.core.scheme import NAMED, Scheme
 from bitwright.formats import bitwright as format
 from bitwright.formats import compressed_tensors
-from bitwright.formats.bitwright.config import schema
+from bitwright.formats.bitwright.config import Config, schema
 from bitwright.kernels.reference import PackedLinear
 
 SHAPES = [(5, 120), (6, 130), (3, 24)]
@@ -62,7 +62,7 @@ def test_slices_of_experts() -> None:
 def test_the_config_says_it_and_others_stay_as_they_were(scheme: str) -> None:
     config = json.loads(json.dumps(written(scheme, torch.float16)))
     jsonschema.Draft202012Validator(schema()).validate(config)
-    read, asked = format.Config.parse(config), Scheme.parse(scheme)
+    read, asked = Config.parse(config), Scheme.parse(scheme)
     assert (read.weights.grid, read.tile("x"), config["weights"]["signed_scale"]) == (asked.weight, asked.tile, True)
     assert format.described(config).grid == asked.weight
     assert set(written("W4A16g32sym")["weights"]) == {"bits", "symmetric", "tile", "dtype"}
@@ -73,7 +73,7 @@ def test_a_config_of_no_grid_is_refused(weights: dict[str, object]) -> None:
     config = written("mlc:q4f16_1", torch.float16)
     config["weights"] |= weights
     with pytest.raises(CheckpointError, match="a signed scale goes with a symmetric grid of less than 8 bits"):
-        format.Config.parse(config)
+        Config.parse(config)
 
 
 def test_compressed_tensors_has_no_place_for_them() -> None:

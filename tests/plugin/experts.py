@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from bitwright.core.decisions import LinearDecision
@@ -80,7 +80,7 @@ def save_original(model: str, folder: Path, dtype: torch.dtype = torch.float32) 
         for name, parameter in made.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * drawn if "norm" in name else drawn * (0.3 if "bias" in name else 0.12))
-    made.to(dtype).save_pretrained(folder)
+    nn.Module.to(made, dtype).save_pretrained(folder)
 
 
 def quantized(model: str, scheme: str, outliers: bool, tmp_path: Path, dtype: torch.dtype = torch.float32) -> Folders:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import loaded
 from tests.plugin.experts import MODELS, Folders, quantized
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 import bitwright
@@ -21,11 +22,6 @@ from bitwright.plugin.dense_loading import FromPacked
 from bitwright.plugin.quantizer import BitwrightQuantizer
 
 TOKENS = torch.arange(0, 250, 5)[None]
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval()
 
 
 @torch.inference_mode()
@@ -45,7 +41,7 @@ def packed(model: PreTrainedModel) -> list[str]:
 def test_it_computes_what_the_dense_model_does(model: str, scheme: str, outliers: bool, tmp_path: Path) -> None:
     folders = quantized(model, scheme, outliers, tmp_path)
     assert outliers == any("outlier" in name for name in folders.tensors)
-    found, plain = load(folders.packed), load(folders.dense)
+    found, plain = loaded(folders.packed), loaded(folders.dense)
     state, want = found.state_dict(), plain.state_dict()
     shared = state.keys() & want.keys()
     assert all(torch.equal(state[name], want[name]) for name in shared), "experts, norms, embeddings: bit for bit"
@@ -59,7 +55,7 @@ def test_it_computes_what_the_dense_model_does(model: str, scheme: str, outliers
 @pytest.mark.parametrize("model", ["Qwen3Moe", "GraniteMoe"])
 def test_weights_are_computed_in_the_dtype_of_the_folder(model: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folders = quantized(model, "W3A16g32", True, tmp_path, torch.bfloat16)
-    state, want = load(folders.packed, dtype).state_dict(), load(folders.dense, dtype).state_dict()
+    state, want = loaded(folders.packed, dtype).state_dict(), loaded(folders.dense, dtype).state_dict()
     experts = [name for name in state if "experts" in name]
     assert len(experts) == 4
     assert all(state[name].dtype == dtype and torch.equal(state[name], want[name]) for name in experts)
@@ -68,7 +64,7 @@ def test_weights_are_computed_in_the_dtype_of_the_folder(model: str, dtype: torc
 def test_experts_are_in_order_where_there_are_more_than_ten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "Qwen3Moe", MODELS["Qwen3Moe"] | {"num_experts": 12})
     folders = quantized("Qwen3Moe", "W2A16g32", True, tmp_path)
-    assert torch.equal(logits(bitwright.load(folders.packed, dtype="float32")), logits(load(folders.dense)))
+    assert torch.equal(logits(bitwright.load(folders.packed, dtype="float32")), logits(loaded(folders.dense)))
 
 
 W3 = "model.layers.1.block_sparse_moe.experts.2.w3"
@@ -89,7 +85,7 @@ def test_an_expert_that_was_not_quantized(tmp_path: Path) -> None:
         config["modules_to_not_convert"].append(W3)
 
     folders.change(leave)
-    assert torch.equal(logits(load(folders.packed)), logits(load(folders.dense)))
+    assert torch.equal(logits(loaded(folders.packed)), logits(loaded(folders.dense)))
 
 
 @pytest.mark.parametrize("model", ["Qwen3Moe", "GptOss"])
@@ -97,16 +93,16 @@ def test_experts_that_are_not_quantized_at_all(model: str, tmp_path: Path, monke
     monkeypatch.setattr("tests.plugin.experts.LINEAR", re.compile(r"self_attn.*_proj\.weight$"))
     folders = quantized(model, "W3A16g32", True, tmp_path)
     assert not any("experts" in name for name in folders.config["exceptions"])
-    found = load(folders.packed)
-    assert len(packed(found)) == 8 and torch.equal(logits(found), logits(load(folders.dense)))
+    found = loaded(folders.packed)
+    assert len(packed(found)) == 8 and torch.equal(logits(found), logits(loaded(folders.dense)))
 
 
 def test_a_linear_that_the_model_calls_otherwise_stays_packed(tmp_path: Path) -> None:
     folders = quantized("GPTNeoX", "W4A16g32", True, tmp_path)
     assert "embed_out.weight_packed" in folders.tensors
-    found = load(folders.packed)
+    found = loaded(folders.packed)
     assert "lm_head" in packed(found) and len(packed(found)) == 9
-    assert torch.equal(logits(found), logits(load(folders.dense)))
+    assert torch.equal(logits(found), logits(loaded(folders.dense)))
 
 
 def test_a_router_that_is_no_common_linear_is_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +110,9 @@ def test_a_router_that_is_no_common_linear_is_dense(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tests.plugin.experts.LINEAR", re.compile(r"(_proj|router)(\.weight)?$"))
     folders = quantized("Llama4", "W4A16g32", False, tmp_path)
     assert "model.layers.0.feed_forward.router.weight_packed" in folders.tensors
-    found = load(folders.packed)
+    found = loaded(folders.packed)
     assert not any("router" in name for name in packed(found))
-    assert torch.equal(logits(found), logits(load(folders.dense)))
+    assert torch.equal(logits(found), logits(loaded(folders.dense)))
 
 
 @pytest.mark.parametrize("model", ["Mixtral", "GptOss"])
@@ -132,7 +128,7 @@ def test_inspect_counts_all_that_is_stored(model: str, tmp_path: Path) -> None:
 
 
 def test_a_model_with_experts_is_not_saved_again(tmp_path: Path) -> None:
-    model = load(quantized("Mixtral", "W3A16g32", False, tmp_path).packed)
+    model = loaded(quantized("Mixtral", "W3A16g32", False, tmp_path).packed)
     with pytest.raises(ValueError, match="bitwright and is not serializable"):
         model.save_pretrained(tmp_path / "again")
 
@@ -143,15 +139,15 @@ def test_what_a_quantizer_did_not_get_to_see(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patched:
         patched.delattr(HfQuantizer, "update_weight_conversions")
         with pytest.raises(CheckpointError, match=r"does not load model\.layers\.0\.block_sparse_moe\.input_linear"):
-            load(folder)
+            loaded(folder)
     real = BitwrightQuantizer.update_weight_conversions
     with monkeypatch.context() as patched:
         patched.setattr(BitwrightQuantizer, "update_weight_conversions", lambda self, ours, model=None: ours)
         with pytest.raises(CheckpointError, match="does not load anything for the bitwright format; update"):
-            load(folder)
+            loaded(folder)
         patched.setattr(BitwrightQuantizer, "update_weight_conversions", lambda *given: real(*given)[1:])
         with pytest.raises(CheckpointError, match=r"does not load model\.layers\.0\..*down_proj for the"):
-            load(folder)
+            loaded(folder)
 
 
 def test_experts_that_come_in_parts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,13 +159,13 @@ def test_experts_that_come_in_parts_are_refused(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(FromPacked, "materialize_tensors", cut)
     with pytest.raises(CheckpointError, match=r"came as \[2, .*load the model without tensor or expert parallelism"):
-        load(folder)
+        loaded(folder)
 
 
 def test_without_the_hook_a_model_without_experts_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = quantized("Llama", "W4A16g32", True, tmp_path)
     monkeypatch.delattr(HfQuantizer, "update_weight_conversions")
-    assert torch.equal(logits(load(folders.packed)), logits(load(folders.dense)))
+    assert torch.equal(logits(loaded(folders.packed)), logits(loaded(folders.dense)))
 
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
@@ -254,4 +250,4 @@ def test_a_damaged_folder_is_one_clear_error(damage: str, whole: dict[str, Folde
     folders = replace(whole[model], packed=Path(shutil.copytree(whole[model].packed, tmp_path / "out")))
     folders.change(change)
     with pytest.raises(CheckpointError, match=says):
-        load(folders.packed)
+        loaded(folders.packed)

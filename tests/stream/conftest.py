@@ -1,12 +1,10 @@
 """The tiny model as the stream sees it, and as transformers does."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from tests.streamed import block, skeleton_of, streamed
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitwright.stream.skeleton import Skeleton
 
@@ -28,10 +26,3 @@ def skeleton() -> SkeletonOf:
 def tokens() -> torch.Tensor:
     """Token ids [N, T]."""
     return torch.randint(0, 256, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(11))
-
-
-def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model as transformers loads it."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model.eval()
-    return model

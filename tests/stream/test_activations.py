@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import Checkpoints
-from tests.stream.conftest import SkeletonOf, loaded
+from tests.conftest import Checkpoints, loaded
+from tests.stream.conftest import SkeletonOf
 from torch import Tensor
 
 from bitwright.core.block import Block

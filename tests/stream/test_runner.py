@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import Checkpoints
-from tests.stream.conftest import SkeletonOf, loaded
+from tests.conftest import Checkpoints, loaded
+from tests.stream.conftest import SkeletonOf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import Checkpoints
-from tests.stream.conftest import SkeletonOf, loaded
+from tests.conftest import Checkpoints, loaded
+from tests.stream.conftest import SkeletonOf
 from torch import nn
 
 from bitwright.core.errors import CheckpointError

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import bitwright
 
 Models = Callable[..., Path]
-KINDS = {
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "llama-bpe", {}),
     "tied": ("llama", "gpt-2", {"tie_word_embeddings": True}),
     "biased": ("llama", "gpt-2", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
@@ -20,7 +20,7 @@ KINDS = {
     "qwen2": ("qwen2", "qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", "qwen2", {"head_dim": 128}),
 }
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -79,7 +79,7 @@ def _save(folder: Path, name: str, changes: dict[str, Any]) -> None:
                 parameter.copy_(0.3 * drawn)
             else:
                 parameter.copy_(drawn * (0.5 if "embed" in parameter_name else 1.4 / parameter.shape[1] ** 0.5))
-    made.to(torch.bfloat16).save_pretrained(folder)
+    made.bfloat16().save_pretrained(folder)
     if tokenizer == "spm":
         trained.byte_fallback(folder)
     else:

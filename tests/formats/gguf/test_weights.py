@@ -10,7 +10,7 @@ from gguf.quants import dequantize
 
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.grid import FULL, Grid, Tile
+from bitwright.core.grid import FULL, Grid, Levels, Tile, Zero
 from bitwright.core.qtensor import QTensor
 from bitwright.core.scheme import Scheme
 from bitwright.formats import gguf
@@ -120,17 +120,11 @@ def test_blocks_without_outliers_keep_their_codes() -> None:
     assert ((values != exact).any(-1) == changed).all()
 
 
-class Upward(Grid):
-    """Symmetric levels of which one more is above zero than below, the scale of either sign."""
-
-    @property
-    def qmin(self) -> int:
-        return 1 - 2 ** (self.bits - 1)
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_further_level_above_is_held_with_the_signs_turned(bits: int) -> None:
-    grid, generator = Upward(bits, True), torch.Generator().manual_seed(8)
+    """Symmetric levels of which one more is above zero than below, the scale of either sign."""
+    generator = torch.Generator().manual_seed(8)
+    grid = Grid(Levels(1 - 2 ** (bits - 1), 2 ** (bits - 1)), zero=Zero.NONE)
     codes = torch.randint(grid.qmin, grid.qmax + 1, (ROWS, COLUMNS), generator=generator).to(torch.int16)
     q = QTensor(codes, torch.randn(ROWS, COLUMNS // 32, generator=generator).half(), None, grid, Tile(1, 32))
     kind = kind_of(grid, COLUMNS)

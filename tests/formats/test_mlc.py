@@ -106,9 +106,10 @@ def test_a_group_with_minus_eight_is_turned_round() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "says"), [
-    ("W4A16g32", "4-bit asymmetric weights in these groups"), ("W5A16g32sym", "5-bit symmetric weights in these groups"),
-    ("W4A16g40sym", "4-bit symmetric weights in these groups"), ("W8A16", "8-bit asymmetric weights in these groups"),
-    ("W4A16g16sym", "4-bit symmetric weights in these groups"), ("W4A16g128icsym", "groups along the output"),
+    ("W4A16g32", "4-bit asymmetric weights in these groups"), ("W8A16", "8-bit asymmetric weights in these groups"),
+    ("W4A16g40sym", "4-bit symmetric weights in these groups"), ("W4A16g128icsym", "groups along the output"),
+    ("W4A16g16sym", "4-bit symmetric weights in these groups"),
+    ("W5A16g32sym", "5-bit symmetric weights in these groups"),
 ])  # fmt: skip
 def test_what_no_preset_holds(scheme: str, says: str, tiny: Checkpoints) -> None:
     asked = Scheme.parse(scheme)

@@ -90,6 +90,7 @@ def test_the_account_says_what_the_calibration_was(tiny: Checkpoints, text: Path
     account = json.loads((tmp_path / "out" / "bitwright.json").read_text())
     said = account["calibration"]
     assert (said["segments"], said["seqlen"], len(said["tokens_sha256"]), account["seed"]) == (4, 32, 64, 3)
+    assert len(account["blocks"]) == LAYERS
     assert all(0 < block["output_error"] < 1 for block in account["blocks"])
 
 

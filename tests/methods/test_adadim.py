@@ -61,6 +61,7 @@ def test_the_choice_is_never_worse_than_either_axis_for_all(streamed: Streamed, 
         add_outliers(block)
     chosen, context = decided(block, streamed[1])
     mixed, oc, ic = (errors(block, context, d) for d in (chosen, all_with(block, OC), all_with(block, IC)))
+    assert mixed.keys() == {group.enclosing for group in block.topology.groups}
     for module, error in mixed.items():
         assert error <= min(oc[module], ic[module]) * (1 + 1e-6), module
 

@@ -459,6 +459,7 @@ def test_more_outliers_than_usual_are_said(tiny: Checkpoints, tmp_path: Path) ->
     result = bitwright.quantize(recipe, tmp_path / "out")
     assert any("more outliers than the 1% that are usual" in note for note in result.notes)
     rows = [row for b in json.loads((tmp_path / "out/bitwright.json").read_text())["blocks"] for row in b["linears"]]
+    assert len(rows) == 14
     assert all(row["outlier_share"] == row["outliers"] / (row["shape"][0] * row["shape"][1]) for row in rows)
 
 

@@ -156,6 +156,7 @@ def test_reports_are_true(tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tenso
         )
     original(tokens)
     quantized(tokens)
+    assert sink.order == ["model.layers.0", "model.layers.1", "lm_head"]
     for unit, result in sink.units.items():
         reference, mine = outputs[unit]
         assert result.report.name == unit

@@ -74,6 +74,7 @@ def test_codes_scales_and_values_are_those_of_the_folder(
 ) -> None:
     folder = quantized(name, scheme)
     file, model = written(folder, tmp_path / "m.gguf"), QuantizedFolder.open(folder)
+    assert len(model.linears) == 14
     for linear in model.linears:
         weight = model.read(linear)
         assert [unlike(weight, rows, found) for rows, found in file.levels(f"{linear}.weight")] == [None]

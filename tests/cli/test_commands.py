@@ -220,7 +220,8 @@ class TestInspect:
 
     @pytest.mark.parametrize(("place", "says"), [
         ("", "is no model folder: it has no config.json"), ("/", "is no model folder: it has no config.json"),
-        ("text.txt", "is a file, no model folder"), ("model/model.safetensors", "is a file, no model folder"),
+        ("text.txt", "text.txt: a file, no model folder"),
+        ("model/model.safetensors", "model.safetensors: a file, no model folder"),
         ("nothing", "there is no such folder"),
     ])  # fmt: skip
     def test_no_model(self, refused: Refused, model: Path, text: Path, place: str, says: str) -> None:

@@ -54,7 +54,7 @@ def out(sides: tuple[Side, Side]) -> Path:
 
 
 def changed(change: Change) -> dict[str, Any]:
-    account = json.loads(json.dumps(ACCOUNT))
+    account: dict[str, Any] = json.loads(json.dumps(ACCOUNT))
     change(account)
     return account
 
@@ -103,10 +103,11 @@ def test_a_file_that_is_missing_and_one_too_many(sides: tuple[Side, Side]) -> No
 def test_the_account_in_a_folder_and_in_a_gguf_file(
     change: Change, word: str, says: str, sides: tuple[Side, Side]
 ) -> None:
-    for name, write in {
+    writers: dict[str, Callable[[], object]] = {
         "out/bitwright.json": lambda: (out(sides) / "bitwright.json").write_text(json.dumps(changed(change))),
         "out/model.gguf/bitwright.json": lambda: write_gguf(out(sides) / "model.gguf", changed(change)),
-    }.items():
+    }
+    for name, write in writers.items():
         write()
         found, said = verdict(CASE, sides)
         assert (found, said[0 if word == "listed" else -1]) == (word, says if word == "listed" else f"{name}: {says}")

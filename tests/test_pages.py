@@ -57,9 +57,11 @@ def test_each_has_one_page(room: str, heading: str, known: tuple[str, ...], also
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engines_are_in_the_table_of_their_page(engine: str) -> None:
-    rows = [cell for cell in first_cells(DOCS / "engines.md") if engine in cell.lower()]
-    assert len(rows) == 2, "what it runs, and what that was checked with"
+def test_engines_are_in_every_table_of_their_page(engine: str) -> None:
+    """What each runs, what that was checked with, and what else is said of each of them."""
+    cells = first_cells(DOCS / "engines.md")
+    assert cells.count("engine") >= 2
+    assert len([cell for cell in cells if engine in cell.lower()]) == cells.count("engine")
 
 
 @pytest.mark.parametrize("name", [*METHODS, *PRESETS, *FORMATS, *ENGINES])

@@ -1,1 +1,1 @@
-"""What was given: a folder opened and checked, its tokenizer, the device, and which of its tensors are linears."""
+"""The model that was given: its folder opened and checked, its tokenizer, the device, and which tensors are linears."""

@@ -1,4 +1,4 @@
-"""What a user's patterns, and transformers' view of the model, make of a division into weights and kept tensors."""
+"""The division into weights and kept tensors after a user's patterns and transformers' view of the model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,24 +17,27 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Patterns:
-    """Names with ``*`` and ``?``, as ``--include`` and ``--exclude`` take them."""
+    """Patterns of names with ``*`` and ``?``, as ``--include`` and ``--exclude`` take them."""
 
     include: tuple[str, ...]
     exclude: tuple[str, ...]
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Patterns":
-        """Those of a recipe."""
+        """The patterns of a recipe."""
         return cls(recipe.patterns("include"), recipe.patterns("exclude"))
 
 
-def chosen(found: Division, patterns: Patterns, checkpoint: Checkpoint, view: ModelView | None) -> Division:
-    """The division after the patterns; what is excluded wins. Raises RecipeError for a pattern that fits nothing, or
-    fits what cannot be quantized."""
-    weights = {w.name: w for w in found.weights}
-    kept = {k.tensor: k for k in found.kept}
+def chosen(division: Division, patterns: Patterns, checkpoint: Checkpoint, view: ModelView | None) -> Division:
+    """Apply patterns to a division; what is excluded wins over what is included.
+
+    Tensors that are no linears in transformers' view are kept. Raises RecipeError for a pattern that fits nothing, or
+    fits what cannot be quantized.
+    """
+    weights = {w.name: w for w in division.weights}
+    kept = {k.tensor: k for k in division.kept}
     if view is not None:
-        _keep(weights, kept, _no_linears(found.weights, view), "no linear in the model that transformers makes")
+        _keep(weights, kept, _no_linears(division.weights, view), "no linear in the model that transformers makes")
     shapes = {name: checkpoint.entry(name).shape for name in checkpoint.names}
     for pattern in patterns.include:
         fitting = _fitting(pattern, checkpoint.names, "--include")
@@ -48,28 +51,28 @@ def chosen(found: Division, patterns: Patterns, checkpoint: Checkpoint, view: Mo
         names = set(_fitting(pattern, checkpoint.names, "--exclude"))
         _keep(weights, kept, [w for w in weights.values() if w.tensor in names], f"excluded by {pattern}")
     order = {name: at for at, name in enumerate(in_order(checkpoint.names))}
-    before = set(found.weights)
+    before = set(division.weights)
     added = [w for w in weights.values() if w not in before]
-    in_place = [w for w in found.weights if w.name in weights]
+    in_place = [w for w in division.weights if w.name in weights]
     ordered = sorted([*in_place, *added], key=lambda w: order[w.tensor]) if added else in_place
     return Division(tuple(ordered), tuple(sorted(kept.values(), key=lambda k: order[k.tensor])))
 
 
 def _no_linears(weights: Iterable[Weight], view: ModelView) -> list[Weight]:
-    """Single matrices that stay under their own name and are no linear's weight there: Conv1D, layers left out."""
+    """Single matrices that keep their names in the model and are no linear's weight there: Conv1D, layers left out."""
     alone = [w for w in weights if not w.stacked and view.places.get(w.tensor) == w.tensor and w.name != "lm_head"]
     return [w for w in alone if view.linear(w.tensor) is None]
 
 
 def _keep(weights: dict[str, Weight], kept: dict[str, Kept], gone: list[Weight], why: str) -> None:
-    for one in gone:
-        del weights[one.name]
-        kept[one.tensor] = Kept(one.tensor, why)
+    for left_out in gone:
+        del weights[left_out.name]
+        kept[left_out.tensor] = Kept(left_out.tensor, why)
 
 
 def _fitting(pattern: str, names: Iterable[str], flag: str) -> list[str]:
-    found = [name for name in names if _fits(name, pattern)]
-    if not found:
+    fitting = [name for name in names if _fits(name, pattern)]
+    if not fitting:
         if flag == "--include" and head(names) is None and any(_fits(f"{name}.weight", pattern) for name in HEADS):
             raise RecipeError(
                 f"--include {pattern}: the checkpoint has no tensor for its output layer, which is the embedding too; "
@@ -78,7 +81,7 @@ def _fitting(pattern: str, names: Iterable[str], flag: str) -> list[str]:
         close = get_close_matches(pattern, list(names), n=SHOWN, cutoff=0.3)
         hint = f"; near it: {', '.join(close)}" if close else ""
         raise RecipeError(f"{flag} {pattern} fits no tensor of the checkpoint{hint}; * stands for any text, dots too")
-    return found
+    return fitting
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -87,18 +90,18 @@ def _fits(name: str, pattern: str) -> bool:
 
 def _require_matrix(name: str, pattern: str, checkpoint: Checkpoint, view: ModelView | None) -> None:
     entry = checkpoint.entry(name)
-    found = None
+    why = None
     if not entry.dtype.is_floating_point:
-        found = f"holds {str(entry.dtype).removeprefix('torch.')}"
+        why = f"holds {str(entry.dtype).removeprefix('torch.')}"
     elif len(entry.shape) not in (2, 3):
-        found = f"has shape {list(entry.shape)}: a linear has two dimensions, a stack of experts three"
+        why = f"has shape {list(entry.shape)}: a linear has two dimensions, a stack of experts three"
     elif 0 in entry.shape:
-        found = f"is empty: its shape is {list(entry.shape)}"
+        why = f"is empty: its shape is {list(entry.shape)}"
     elif len(entry.shape) == 3 and 1 in entry.shape[1:]:
-        found = f"has shape {list(entry.shape)}: no stack of experts, each would be a vector"
+        why = f"has shape {list(entry.shape)}: no stack of experts, each would be a vector"
     elif len(entry.shape) == 2 and not name.endswith(".weight"):
-        found = "is no linear's weight, or its name would end in .weight: nothing could load it packed"
+        why = "is no linear's weight, or its name would end in .weight: nothing could load it packed"
     elif view is not None and view.linear(name) is None and view.places.get(name) == name and len(entry.shape) == 2:
-        found = "is no linear in the model that transformers makes, which could not load it packed"
-    if found:
-        raise RecipeError(f"--include {pattern} fits {name}, which {found}; name the tensors more exactly")
+        why = "is no linear in the model that transformers makes, which could not load it packed"
+    if why:
+        raise RecipeError(f"--include {pattern} fits {name}, which {why}; name the tensors more exactly")

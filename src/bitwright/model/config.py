@@ -1,4 +1,4 @@
-"""config.json: read by transformers, and compared with that of another model."""
+"""The config.json of a model: read by transformers, and compared with that of another model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,17 +24,17 @@ DIMENSIONS = (
     "num_key_value_heads",
     "head_dim",
 )
-"""What of config.json tells one model from another."""
+"""Keys of config.json that tell one model from another."""
 
 
 def architecture(config: Mapping[str, Any]) -> str:
-    """The class that config.json names, ``?`` where it names none."""
+    """The class that config.json names, ``?`` if it names none."""
     named = config.get("architectures")
     return str(named[0]) if isinstance(named, list) and named else "?"
 
 
 def model_config(folder: Path) -> "PretrainedConfig":
-    """The configuration as transformers reads it, offline and without remote code."""
+    """The config as transformers reads it, offline and without remote code. Raises CheckpointError."""
     from transformers import AutoConfig
 
     try:
@@ -47,8 +47,10 @@ def model_config(folder: Path) -> "PretrainedConfig":
 
 
 def apart(here: Mapping[str, Any], there: Mapping[str, Any], keys: Sequence[str] = DIMENSIONS) -> str:
-    """In which of these two configurations differ, where both say them, dimensions and architecture if nothing else is
-    said; "" for none."""
+    """The keys in which two configs differ, with both values, in words; "" if there are none.
+
+    Only keys that both have are compared; by default dimensions and architecture.
+    """
     return ", ".join(
         f"{key} {there[key]} there and {here[key]} here"
         for key in keys

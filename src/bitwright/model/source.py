@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FAMILIES = tuple(name for name in names("families") if name != "discover")
-"""Architectures that somebody has described."""
+"""The architectures that a file in ``families/`` describes."""
 DEFAULT_SEQLEN = 2048
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,10 +32,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Source:
-    """A full-precision model on disk. ``config`` and ``family`` are None for an architecture that no file in
-    ``families/`` describes.
+    """A full-precision model on disk.
 
-    ``config`` is transformers', or, where there is an ``outline``, what config.json says, by the same names.
+    ``config`` and ``family`` are None for an architecture that no file in ``families/`` describes. ``config`` is
+    transformers' own; if there is an ``outline``, it is the content of config.json under the same names.
     """
 
     checkpoint: Checkpoint
@@ -46,15 +46,16 @@ class Source:
 
     @classmethod
     def open(cls, folder: Path, *, to_build: bool = True, tokenizer: bool = True) -> "Source":
-        """Raises CheckpointError or RecipeError for what cannot be quantized.
+        """Open a model. Raises CheckpointError or RecipeError for what cannot be quantized.
 
-        Where no model is going to be built of it, transformers is not asked about a configuration that says nothing
-        out of the ordinary. Without ``tokenizer`` there need not be one.
+        If no model is going to be built (``to_build``), transformers is not asked about a config with nothing unusual
+        in it. Without ``tokenizer`` the folder need not have one.
         """
         checkpoint = open_checkpoint(folder)
-        how = checkpoint.config.get("quantization_config")
-        if how is not None:
-            method = how.get("quant_method", "an unknown method") if isinstance(how, dict) else "an unknown method"
+        quantized = checkpoint.config.get("quantization_config")
+        if quantized is not None:
+            unknown = "an unknown method"
+            method = quantized.get("quant_method", unknown) if isinstance(quantized, dict) else unknown
             raise CheckpointError(f"{folder} is quantized already ({method}); start from the full-precision model")
         model_type = _model_type(checkpoint)
         if tokenizer:
@@ -70,7 +71,7 @@ class Source:
         return cls(checkpoint, model_type, config, family, module.outline(config) if plain else None)
 
     def described(self) -> "tuple[Family, PretrainedConfig]":
-        """Family and configuration of an architecture that is described; RecipeError for another."""
+        """Family and config of an architecture that is described. Raises RecipeError for another."""
         if self.family is None or self.config is None:
             raise RecipeError(
                 f"{self.checkpoint.folder}: nobody has described the architecture '{self.model_type}' to Bitwright "
@@ -81,12 +82,12 @@ class Source:
 
     @property
     def head_dim(self) -> int:
-        """Features of an attention head; 0 where that is not known."""
+        """The number of features of an attention head; 0 if that is not known."""
         return 0 if self.config is None else _head_dim(self.config)
 
 
 def family_of(folder: Path) -> tuple[Family | None, int]:
-    """What is known of the architecture in a folder, and the features of an attention head; None and 0 of another."""
+    """The family of the model in a folder, and the features of an attention head; None and 0 if it is not described."""
     model_type = _model_type(open_checkpoint(folder))
     if model_type not in FAMILIES:
         return None, 0
@@ -102,7 +103,7 @@ def _head_dim(config: Any) -> int:
 
 @contextmanager
 def blaming_the_config(folder: Path) -> Iterator[None]:
-    """Turns what transformers makes of numbers that cannot be, in many kinds of exceptions, into CheckpointError."""
+    """Raise CheckpointError for whatever transformers raises about a config with impossible numbers."""
     try:
         yield
     except UserError:
@@ -115,17 +116,17 @@ def blaming_the_config(folder: Path) -> Iterator[None]:
 
 
 def _model_type(checkpoint: Checkpoint) -> str:
-    found = checkpoint.config.get("model_type")
-    if not isinstance(found, str) or not found:
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json does not say which architecture this is: its model_type is {found!r}; "
-            "is it the config.json of a transformers model?"
+            f"{checkpoint.folder}/config.json does not say which architecture this is: its model_type is "
+            f"{model_type!r}; is it the config.json of a transformers model?"
         )
-    return found
+    return model_type
 
 
 def _check_blocks(checkpoint: Checkpoint, config: Any) -> None:
-    """Refuses a number of blocks that cannot be before transformers builds them all."""
+    """Raise CheckpointError for an impossible number of blocks, before transformers builds them all."""
     asked, tensors = getattr(config, "num_hidden_layers", 1), len(checkpoint.names)
     if not 1 <= asked <= tensors:
         raise CheckpointError(
@@ -135,14 +136,16 @@ def _check_blocks(checkpoint: Checkpoint, config: Any) -> None:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a local folder, its headers checked. Raises CheckpointError."""
+    """Open the checkpoint in a local folder, its headers checked. Raises CheckpointError."""
     require_folder(folder)
     return Checkpoint.open(folder)
 
 
 def require_folder(folder: Path) -> None:
-    """Raises CheckpointError for a path that cannot be, and for what an engine reads in its place; a name of the hub is
-    told how to become a folder."""
+    """Raise CheckpointError for a path that cannot be a folder, and for a file or folder that only an engine reads.
+
+    The message for a name on the hub says how it becomes a folder.
+    """
     try:
         missing = not folder.exists()
         folder.resolve()
@@ -157,7 +160,7 @@ def require_folder(folder: Path) -> None:
 
 
 def require_tokenizer(folder: Path) -> None:
-    """Raises CheckpointError where no tokenizer file is in the folder."""
+    """Raise CheckpointError if no tokenizer file is in the folder, or if one is broken at a glance."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the tokenizer's files "
@@ -169,20 +172,20 @@ def require_tokenizer(folder: Path) -> None:
 
 
 def _check_tokenizer_file(path: Path) -> None:
-    """Refuses what is no tokenizer at a glance: copied along, it would fail the users of the result."""
+    """Raise CheckpointError for what is clearly no tokenizer: copied into the result, it would fail its users."""
     again = "copy it from the original repository again"
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}; {again}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: a JSON object was expected, found a {type(found).__name__}; {again}")
-    if path.name == "tokenizer.json" and "model" not in found:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: a JSON object was expected, found a {type(content).__name__}; {again}")
+    if path.name == "tokenizer.json" and "model" not in content:
         raise CheckpointError(f"{path}: no tokenizer of the tokenizers library: it has no key 'model'; {again}")
 
 
 def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
-    """The whole text as one sequence, without special tokens of a sentence's ends beyond the tokenizer's own."""
+    """Tokenize a whole text as one sequence, without special tokens beyond those that the tokenizer adds by itself."""
     from transformers import AutoTokenizer
 
     require_tokenizer(folder)
@@ -197,7 +200,7 @@ def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
 
 
 def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> None:
-    """Raises UserError for tokens that the model's embedding has no row for."""
+    """Raise UserError for tokens that the model's embedding has no row for."""
     size, largest = config.vocab_size, int(tokens.max()) if len(tokens) else 0
     if largest >= size:
         raise UserError(
@@ -207,7 +210,7 @@ def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> No
 
 
 def sequence_length(asked: int | None, config: Any, default: int = DEFAULT_SEQLEN) -> int:
-    """The length asked for, or the default where the model allows it. Raises RecipeError past the model's maximum."""
+    """The length asked for, or the default if the model allows it. Raises RecipeError past the model's maximum."""
     named = getattr(config, "max_position_embeddings", None)
     longest = named if named is not None and named > 0 else None  # 0 and -1 stand for "no maximum" in some configs
     if asked is None:
@@ -218,7 +221,7 @@ def sequence_length(asked: int | None, config: Any, default: int = DEFAULT_SEQLE
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU where there is one. Raises UserError for a device that is not there."""
+    """The device of a name; ``auto`` is the first GPU if there is one. Raises UserError if the device is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -226,7 +229,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"there is no device '{name}'; {nearest(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}") from None
     try:
-        float(torch.zeros(1, device=device))  # made and read: meta lets itself be made alone
+        float(torch.zeros(1, device=device))  # read too, because a tensor can be made on meta, but not read
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition(". ")[0]  # the rest is advice to torch's own developers
         raise UserError(f"device '{name}' cannot be used here ({reason}); use auto, cpu, or cuda:0") from None
@@ -234,7 +237,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """``auto`` computes in float32 on a CPU and in the checkpoint's dtype elsewhere."""
+    """The dtype of a name; ``auto`` is float32 on a CPU, and the checkpoint's dtype elsewhere. Raises UserError."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else stored
     if name not in DTYPES:

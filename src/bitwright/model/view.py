@@ -1,4 +1,4 @@
-"""How transformers sees a checkpoint: which of its tensors become linears, under which names. No weight is read."""
+"""The view that transformers has of a checkpoint: which tensors become linears, under which names. Reads no weight."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelView:
-    """``linears`` are the model's, by their names in it, and ``ordinary`` those of no class of their own; ``places`` is
-    the parameter that each tensor of the checkpoint becomes, or a part of which it becomes; ``tied``: the output layer
-    may be the embedding.
+    """A model as transformers would build it, and where the tensors of a checkpoint go in it.
 
-    ``shapes`` are those of all that the model stores, ``needed`` the parameters that no other is tied to;
-    ``converted`` are tensors that become part of a parameter, or one of another shape. Tensors that fit a pattern in
-    ``ignored`` are not loaded, and nobody minds.
+    ``linears`` are the names of the model's linears, ``ordinary`` those of plain ``nn.Linear`` modules. ``places`` maps
+    a checkpoint's tensor to the parameter that it becomes, or becomes a part of. If ``tied``, the output layer may be
+    the embedding. ``shapes`` are those of everything the model stores, ``needed`` the parameters that no other is tied
+    to. ``converted`` are tensors that become part of a parameter, or one of another shape. Tensors that fit a pattern
+    in ``ignored`` are not loaded, and are not missed.
     """
 
     linears: frozenset[str]
@@ -35,7 +35,7 @@ class ModelView:
     ignored: tuple[str, ...] = ()
 
     def linear(self, tensor: str) -> str | None:
-        """The linear whose weight a tensor becomes; None where it becomes something else, as merged experts do."""
+        """The linear whose weight a tensor becomes; None if it becomes something else, as merged experts do."""
         module = self.places.get(tensor, tensor).removesuffix(".weight")
         return module if module in self.linears else None
 
@@ -46,22 +46,22 @@ class ModelView:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> "ModelView | None":
-        """The view of an architecture that transformers knows, without remote code; None of any other.
+        """The view of an architecture that transformers knows, without remote code; None for any other.
 
-        ``names`` are what the tensors would be called where they are not called as in a checkpoint.
+        ``names`` are the names the tensors would have, if they differ from those in the checkpoint.
         """
-        from transformers import AutoConfig  # takes seconds: what is described does without
+        from transformers import AutoConfig  # takes seconds, so not for architectures that are described
 
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
                 return cls.of_model(_class(config)._from_config(config), checkpoint.names if names is None else names)
-        except Exception:  # whatever a configuration that it does not know makes transformers raise
+        except Exception:  # transformers raises anything for a config that it does not know
             return None
 
     @classmethod
     def of_outline(cls, outline: Outline, checkpoint: Checkpoint) -> "ModelView":
-        """The view of an architecture that is described: its linears are ordinary, its parameters called as on disk."""
+        """The view of an architecture that is described: its linears are ordinary, its parameters named as on disk."""
         linears = frozenset((*outline.linears, outline.family.head))
         needed = frozenset(name for name in outline.shapes if outline.source(name) == name)
         places = {name: name for name in checkpoint.names}
@@ -74,22 +74,22 @@ class ModelView:
         special = getattr(model.config, "is_encoder_decoder", False)  # T5 looks at a linear's weight before it uses it
         ordinary = frozenset(name for name, module in linears.items() if type(module) is nn.Linear and not special)
         rename = _renaming(model)
-        found = {name: rename(name) for name in names}
-        again = frozenset(getattr(model, "all_tied_weights_keys", None) or ())
+        renamed = {name: rename(name) for name in names}
+        tied = frozenset(getattr(model, "all_tied_weights_keys", None) or ())
         return cls(
             linears=frozenset(linears),
             ordinary=ordinary,
-            places={name: place for name, (place, _) in found.items()},
+            places={name: place for name, (place, _) in renamed.items()},
             tied=bool(getattr(model.config, "tie_word_embeddings", False)),
             shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-            needed=frozenset(name for name, _ in model.named_parameters()) - again,
-            converted=frozenset(name for name, (_, pattern) in found.items() if pattern is not None),
+            needed=frozenset(name for name, _ in model.named_parameters()) - tied,
+            converted=frozenset(name for name, (_, pattern) in renamed.items() if pattern is not None),
             ignored=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         )
 
 
 def _class(config: Any) -> Any:
-    """The class that the configuration names, else the one for causal language models."""
+    """The class that the config names, else the one for causal language models."""
     import transformers
     from transformers import AutoModelForCausalLM
 
@@ -98,15 +98,18 @@ def _class(config: Any) -> Any:
 
 
 def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, str | None]]:
-    """What loading makes of a tensor's name, and the pattern of what converts its values, if anything does; the name
-    itself where this transformers does not say."""
+    """The function by which transformers renames tensors as it loads them.
+
+    It returns the new name, and the pattern of the converter that changes the values, if any. A transformers that does
+    not tell gives the names unchanged.
+    """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
         return lambda name: (name, None)
-    found = get_model_conversion_mapping(model)
-    renamings = [one for one in found if isinstance(one, WeightRenaming)]
-    converters = [one for one in found if isinstance(one, WeightConverter)]
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     state = dict(model.state_dict())
     return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)

@@ -1,1 +1,1 @@
-"""One block in memory at a time."""
+"""The stream: one decoder block, or one tensor, in memory at a time, in one process or many."""

@@ -1,4 +1,4 @@
-"""One block's forward pass: the real transformers module with other parameters put in."""
+"""The forward pass of one block: the real transformers module with other parameters put in."""
 
 from collections.abc import Iterator, Mapping
 from inspect import signature
@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from bitwright.core.block import Block
 
-TOKENS_PER_PASS = 2048
+TOKENS_PER_PASS = 2048  # bounds the activations of one pass
 
 
 def forward(
@@ -24,7 +24,7 @@ def forward(
 
 
 class _Reached(Exception):
-    """The module was reached; what comes after its call is not wanted."""
+    """The signal that a module was reached; what comes after it in the block is not computed."""
 
 
 @torch.no_grad()
@@ -35,13 +35,13 @@ def call_of(
     inputs: Float[Tensor, "N T D"],
     kwargs: Mapping[str, Any],
 ) -> tuple[Float[Tensor, "N T I"], dict[str, Any]]:
-    """What one module of the block reads, and what it is called with besides; the block runs no further than that."""
+    """The input of one module of the block, and the other arguments of its call; the block runs no further."""
     called = block.module.get_submodule(module)
-    seen: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def stop(_: nn.Module, args: tuple[Any, ...], others: dict[str, Any]) -> None:
-        seen.update(signature(called.forward).bind(*args, **others).arguments)
-        seen.update(seen.pop("kwargs", {}))  # what a forward's own **kwargs took in
+        arguments.update(signature(called.forward).bind(*args, **others).arguments)
+        arguments.update(arguments.pop("kwargs", {}))  # those that a forward's own **kwargs took
         raise _Reached
 
     hook = called.register_forward_pre_hook(stop, with_kwargs=True, prepend=False)
@@ -49,7 +49,7 @@ def call_of(
         forward(block, parameters, inputs, kwargs)
     except _Reached:
         first = next(iter(signature(called.forward).parameters))
-        return seen.pop(first), seen
+        return arguments.pop(first), arguments
     finally:
         hook.remove()
     raise AssertionError(f"{module} was not reached")
@@ -59,13 +59,13 @@ def call_of(
 def forward_batches(
     block: Block, parameters: Mapping[str, Tensor], inputs: Float[Tensor, "N T D"], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[slice, Float[Tensor, "B T D"]]]:
-    """The block's outputs for many segments, a few at a time, each batch on the CPU with where it belongs."""
+    """The block's outputs for many segments, a few at a time: the rows of each batch, and the batch on the CPU."""
     place = next(block.module.parameters())
-    given = {name: p.to(place) for name, p in parameters.items()}
+    placed = {name: p.to(place) for name, p in parameters.items()}
     rows = max(1, TOKENS_PER_PASS // inputs.shape[1])
     for start in range(0, len(inputs), rows):
         here = slice(start, start + rows)
-        yield here, forward(block, given, inputs[here].to(place.device), kwargs).cpu()
+        yield here, forward(block, placed, inputs[here].to(place.device), kwargs).cpu()
 
 
 @torch.no_grad()
@@ -77,11 +77,14 @@ def forward_all(
     *,
     in_place: bool = False,
 ) -> Float[Tensor, "N T D"]:
-    """The block's outputs for many segments, kept on the CPU; in the inputs' own memory where they may go."""
+    """The block's outputs for many segments, kept on the CPU.
+
+    ``in_place`` writes them over the inputs if shape and dtype allow it.
+    """
     outputs = inputs if in_place else torch.empty(0)
     for here, batch in forward_batches(block, parameters, inputs, kwargs):
         if here.start == 0 and (outputs.shape[1:], outputs.dtype) != (batch.shape[1:], batch.dtype):
-            # Filled in place: a list of batches would be a second copy of the stream when it is joined.
+            # One tensor that is filled: joining a list of batches would need a second copy of the stream.
             outputs = torch.empty((len(inputs), *batch.shape[1:]), dtype=batch.dtype)
         outputs[here] = batch
     return outputs

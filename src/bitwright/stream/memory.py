@@ -16,17 +16,17 @@ from bitwright.stream.units import Unit
 ARRAYS_PER_PASS = 8
 TRAINED_BYTES = 4 + 4 + 4 + 4  # master, fake-quantized, kept for its backward pass, gradient; less in a short dtype
 PANEL_BYTES = 96
-"""Of temporaries per weight of a panel, while its ranges are searched."""
+"""The temporaries per weight of a panel, in bytes, while its ranges are searched."""
 RUNTIME_BYTES = 560 * 2**20
-"""Python, torch and transformers themselves, before any weight (measured on Linux with a CPU build)."""
+"""The size of Python, torch and transformers themselves, before any weight (measured on Linux with a CPU build)."""
 WORKER_BYTES = 260 * 2**20
-"""What a worker process takes before any weight: it needs no transformers."""
+"""The size of a worker process before any weight: it needs no transformers."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of memory that a run needs at its largest moment, by what they are for."""
+    """The bytes of memory that a run needs at its largest moment, by their use."""
 
     block: int
     activations: int
@@ -34,17 +34,17 @@ class Budget:
 
     @property
     def total(self) -> int:
-        """All of it, with the runtime."""
+        """All bytes, the runtime's too."""
         return RUNTIME_BYTES + self.block + self.activations + self.outside
 
 
 def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bool = False) -> Budget:
-    """The memory that a run over so many calibration tokens (0: no forward passes) needs.
+    """The memory that a run over ``tokens`` calibration tokens needs; 0 stands for no forward passes.
 
-    A block is there as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its
-    largest linear; there are the two streams and the outputs of one pass (in the first block both streams are one, and
-    their outputs two), and a pass has activations of its own. Training, on ``step_tokens`` at a time, adds the block's
-    float32 masters, their fake-quantized values, what those keep for their backward pass and their gradients, and the
+    A block is there as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its largest
+    linear. There are the two streams and the outputs of one pass (in the first block both streams are one, and their
+    outputs two), and a pass has activations of its own. Training, on ``step_tokens`` at a time, adds the block's
+    float32 masters, their fake-quantized values, what those keep for their backward pass, their gradients, and the
     activations of a step with their gradients. The outputs are its targets; the augmented loss has a second target.
     """
     numel = [
@@ -66,10 +66,10 @@ def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bo
 
 
 def estimate_tensors(units: Iterable[Unit], checkpoint: Checkpoint) -> Budget:
-    """The memory of one process that goes through tensors.
+    """The memory that one process needs to go through tensors.
 
-    The largest slice as stored, with the next one read ahead, and its codes, joined from panels; a panel's temporaries;
-    the parts of two units, one being made and one being written, in at most the dtype they came in.
+    It holds the largest slice as stored, with the next one read ahead, and its codes, joined from panels; a panel's
+    temporaries; and the parts of two units, one being made and one being written, in at most the dtype they came in.
     """
     largest = parts = 0
     for unit in units:

@@ -1,4 +1,4 @@
-"""Units shared out to worker processes, which take the next when they are done with one.
+"""Units shared out to worker processes; each takes the next unit when it is done with one.
 
 Plain processes with pipes: they start the same way everywhere, and a script that quantizes needs no guard around it.
 """
@@ -15,41 +15,41 @@ from typing import Any
 from bitwright.core.errors import UserError
 from bitwright.stream.tensors import Finished, Started, TensorPlan
 from bitwright.stream.units import Unit
-from bitwright.stream.worker import At, Done, Ended, Failed
+from bitwright.stream.worker import Began, Done, Ended, Failed
 from bitwright.stream.worker_pool import WorkerPool
 
-IN_HAND = 2
-"""Units that a worker has at a time: one it works on, and one whose first tensor it reads meanwhile."""
+UNITS_PER_WORKER = 2
+"""The units that a worker has at a time: one it works on, and one whose first tensor it reads meanwhile."""
 
 
 class WorkerError(UserError):
-    """A worker process that came to an end nobody told it to come to."""
+    """A worker process that ended too early."""
 
 
 class _Worker:
-    """One process. What it says, and that it is gone, arrives in ``inbox`` with the worker itself."""
+    """One process. Its messages, and the news that it is gone, arrive in ``inbox`` with the worker itself."""
 
     def __init__(
         self, process: "subprocess.Popen[bytes]", plan: TensorPlan, inbox: "queue.Queue[tuple[_Worker, Any]]"
     ) -> None:
         self.process = process
-        self.inbox, self.at, self.peak, self.ended = inbox, "", 0, False
+        self.inbox, self.tensor, self.peak, self.ended = inbox, "", 0, False
         self.send(plan)
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
 
     def send(self, message: TensorPlan | Unit | None) -> None:
-        """Hands over a plan, a unit, or None for the end; a worker that is gone is noticed where it is listened to."""
+        """Send a plan, a unit, or None for the end. A worker that is gone is noticed by the listener."""
         assert self.process.stdin is not None
         with suppress(OSError):
             pickle.dump(message, self.process.stdin)
             self.process.stdin.flush()
 
     def close(self) -> None:
-        """Closes the pipes of a process that has ended."""
+        """Close the pipes of a process that has ended."""
         self.listener.join()
         for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):  # what was on its way to a worker that died
+            with suppress(OSError):  # data was on its way to a worker that died
                 pipe.close() if pipe else None
 
     def _listen(self) -> None:
@@ -57,12 +57,12 @@ class _Worker:
         try:
             while True:
                 self.inbox.put((self, pickle.load(self.process.stdout)))
-        except Exception:  # the end of the pipe, in the middle of a message or not
+        except Exception:  # the pipe ends, perhaps in the middle of a message
             self.inbox.put((self, None))
 
 
 def work_in_processes(
-    units: Sequence[Unit], plan: TensorPlan, workers: int, pool: WorkerPool, started: Started, finished: Finished
+    units: Sequence[Unit], plan: TensorPlan, count: int, pool: WorkerPool, started: Started, finished: Finished
 ) -> int:
     """Make the part of every unit, as ``tensors.work`` does; return the peak bytes of all workers together.
 
@@ -70,32 +70,34 @@ def work_in_processes(
     """
     waiting, left = iter(units), len(units)
     inbox: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
-    with _started(pool, plan, min(workers, len(units)), inbox) as crew:
-        for worker in crew * IN_HAND:
-            _hand_over(worker, waiting)
+    with _started(pool, plan, min(count, len(units)), inbox) as workers:
+        for worker in workers * UNITS_PER_WORKER:
+            _send_next(worker, waiting)
         while left:
             worker, message = inbox.get()
             match message:
-                case At(tensor):
-                    worker.at = tensor
+                case Began(tensor):
+                    worker.tensor = tensor
                     started(tensor)
                 case Done(unit, report, peak):
                     worker.peak, left = peak, left - 1
                     finished(unit, report)
                     if unit.weights:
-                        _hand_over(worker, waiting)
+                        _send_next(worker, waiting)
                 case Failed(error, text):
-                    raise error or RuntimeError(f"a worker failed at {worker.at}:\n{text}")
+                    raise error or RuntimeError(f"a worker failed at {worker.tensor}:\n{text}")
                 case Ended():
                     worker.ended = True
                 case _ if not worker.ended:
                     raise _died(worker, plan)
-        return sum(worker.peak for worker in crew)
+        return sum(worker.peak for worker in workers)
 
 
-def _hand_over(worker: _Worker, waiting: Iterator[Unit]) -> None:
-    """The next unit, or that there is none: a worker knows that a unit is whole when it has what comes after it. What
-    is only copied comes on top."""
+def _send_next(worker: _Worker, waiting: Iterator[Unit]) -> None:
+    """Send the next unit with weights, and the copied ones before it; or None if no unit is left.
+
+    A worker finishes a unit only once it has seen what comes after it.
+    """
     while (unit := next(waiting, None)) is not None and not unit.weights:
         worker.send(unit)
     worker.send(unit)
@@ -105,18 +107,18 @@ def _hand_over(worker: _Worker, waiting: Iterator[Unit]) -> None:
 def _started(
     pool: WorkerPool, plan: TensorPlan, count: int, inbox: "queue.Queue[tuple[_Worker, Any]]"
 ) -> Iterator[list[_Worker]]:
-    """Workers, none of which is there any more afterwards."""
-    crew: list[_Worker] = []
+    """Start workers; none of them runs any more when the context is left."""
+    workers: list[_Worker] = []
     try:
         for _ in range(count):
-            crew.append(_Worker(pool.take(), plan, inbox))
-        yield crew
+            workers.append(_Worker(pool.take(), plan, inbox))
+        yield workers
     except BaseException:
-        for worker in crew:
+        for worker in workers:
             worker.process.kill()
         raise
     finally:
-        for worker in crew:
+        for worker in workers:
             worker.process.wait()
             worker.close()
 
@@ -127,9 +129,9 @@ def _died(worker: _Worker, plan: TensorPlan) -> WorkerError:
     if code < 0:
         with suppress(ValueError):
             how = f"was killed ({signal.Signals(-code).name})"
-    where = f"while it was at {worker.at}" if worker.at else "before its first tensor"
-    if worker.at in plan.checkpoint:
-        where += f" {list(plan.checkpoint.entry(worker.at).shape)}"
+    where = f"while it was at {worker.tensor}" if worker.tensor else "before its first tensor"
+    if worker.tensor in plan.checkpoint:
+        where += f" {list(plan.checkpoint.entry(worker.tensor).shape)}"
     return WorkerError(
         f"a worker process {how} {where}; out of memory? What is finished is kept: repeat the command to go on, with "
         "fewer --workers or a --max-memory below what is free if memory was the cause"

@@ -1,9 +1,9 @@
 """The arithmetic of training steps: matrix products in a short dtype, everything else in float32.
 
-Masters, fake quantization, norms, the residual path and the loss stay in float32; what goes into a linear or into
-attention is rounded to the short dtype. That is torch's autocast, with two things done for it: weights arrive in the
-short dtype already (``core/fake_quant.py`` writes them so), and attention over few tokens is written out, since torch's
-fused one for CPUs takes twice as long there.
+Masters, fake quantization, norms, the residual path and the loss stay in float32; the inputs of linears and attention
+are rounded to the short dtype. That is torch's autocast, with two additions: weights arrive in the short dtype already
+(``core/fake_quant.py`` writes them so), and attention over few tokens is written out, because torch's fused attention
+for CPUs takes twice as long there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,16 +19,16 @@ from bitwright.core.block import Block
 
 WRITTEN_OUT = "bitwright_written_out"
 MOST_SCORES = 2**22
-"""Attention scores of one step above which the fused attention, which never holds them all, is left in place."""
+"""The number of attention scores of one step above which the fused attention, which never holds them all, is kept."""
 
 
 def running_dtype(block: torch.dtype, arithmetic: torch.dtype) -> torch.dtype:
-    """What a block that is held in one dtype runs in, where its products are to be computed in another."""
+    """The dtype that a block held in ``block`` runs in, if its products are computed in ``arithmetic``."""
     return block if block == arithmetic else torch.float32
 
 
 def rounding_inputs(device: torch.device, arithmetic: torch.dtype) -> Any:
-    """A context in which matrix products round what they read to the dtype; none for float32."""
+    """A context in which matrix products round their inputs to the dtype; it does nothing for float32."""
     return nullcontext() if arithmetic == torch.float32 else torch.autocast(device.type, arithmetic)
 
 
@@ -45,13 +45,13 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[None]:
-    """While it lasts, attention over few tokens is two products and a softmax, where a CPU uses a short dtype."""
+    """Write attention over few tokens out as two products and a softmax, if a CPU computes in a short dtype."""
     attention = [m for m in block.module.modules() if hasattr(m, "config") and hasattr(m, "scaling")]
     place = next(block.module.parameters()).device
     if arithmetic == torch.float32 or place.type != "cpu" or not attention:
         yield
         return
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # seconds, for those who train
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # takes seconds, so only if it is needed
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     config: Any = attention[0].config
@@ -76,7 +76,7 @@ def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[Non
 def causal_attention(
     q: Float[Tensor, "N H T D"], k: Float[Tensor, "N K T D"], v: Float[Tensor, "N K T D"], scaling: float
 ) -> Float[Tensor, "N T H D"]:
-    """softmax(q k^T scaling) v, no token reading a later one; H / K queries share a key."""
+    """Compute softmax(q k^T scaling) v, in which no token reads a later one; H / K queries share a key."""
     (batch, heads, tokens, features), keys = q.shape, k.shape[1]
     later = _later(tokens, heads // keys, q.dtype)
     grouped = q.reshape(batch * keys, -1, features)
@@ -87,5 +87,5 @@ def causal_attention(
 
 @lru_cache(maxsize=1)
 def _later(tokens: int, sharing: int, dtype: torch.dtype) -> Float[Tensor, "S T"]:
-    """Minus infinity where a token would read a later one, for so many queries that share a key."""
+    """A mask with minus infinity where a token would read a later one, once for each query that shares a key."""
     return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1).repeat(sharing, 1)

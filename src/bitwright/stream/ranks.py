@@ -1,7 +1,7 @@
-"""Several processes, on one machine or many, that make one result in one folder: started by torchrun.
+"""Ranks: several processes, on one machine or many, that make one result in one folder; torchrun starts them.
 
-Each takes a share of the units and keeps a journal of its own; the first takes everything together. They talk through
-torch.distributed (gloo), and they all have to see the folder. Where one of them fails, torchrun stops the others.
+Each takes a share of the units and keeps a journal of its own; the first rank assembles the result. They communicate
+through torch.distributed (gloo), and they must all see the folder. If one of them fails, torchrun stops the others.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from bitwright.stream.units import Unit
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
-"""How long one waits for another to finish its share."""
+"""The time that a rank waits for another to finish its share."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,27 @@ class Ranks:
 
     @classmethod
     def here(cls) -> "Ranks":
-        """As torchrun says; one alone where it did not start us."""
+        """The rank of this process as torchrun gives it; one alone if torchrun did not start it."""
         count = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
         if count == 1:
             return cls()
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-            atexit.register(_leave)  # threads of it that outlive the interpreter end the process with an abort
+            atexit.register(_leave)  # its threads would abort the process if they outlived the interpreter
         return cls(torch.distributed.get_rank(), count)
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that takes everything together."""
+        """Whether this is the rank that assembles the result."""
         return self.index == 0
 
     @property
     def beside(self) -> int:
-        """How many of them share this machine's cores."""
+        """The number of ranks that share this machine's cores."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.count > 1 else 1
 
     def from_first(self, value: T | None) -> T:
-        """What the first has given, for all of them."""
+        """Broadcast the first rank's value to all of them."""
         values = [value]
         if self.count > 1:
             torch.distributed.broadcast_object_list(values, src=0)
@@ -59,7 +59,7 @@ class Ranks:
         return values[0]
 
     def wait_for_all(self) -> None:
-        """Comes back once every one of them has called it."""
+        """Wait until every rank has called this."""
         if self.count > 1:
             torch.distributed.barrier()
 
@@ -73,17 +73,17 @@ class Ranks:
         try:
             yield
         except UserError as error:
-            if self._of_first(str(error)) == str(error) and not self.first:
+            if self._text_from_first(str(error)) == str(error) and not self.first:
                 raise ReportedError(str(error)) from error
             raise
-        if said := self._of_first(""):
-            raise ReportedError(said)
+        if reported := self._text_from_first(""):
+            raise ReportedError(reported)
 
-    def _of_first(self, text: str) -> str:
+    def _text_from_first(self, text: str) -> str:
         return text if self.count == 1 else self.from_first(text)
 
     def share(self, units: Sequence[Unit]) -> list[Unit]:
-        """Those of the units that are ours: each goes to the one with the fewest bytes so far, the largest first."""
+        """The units that are this rank's: each goes to the rank with the fewest bytes so far, the largest first."""
         loads, mine = [0] * self.count, set()
         for unit in sorted(units, key=lambda unit: -unit.nbytes):
             least = loads.index(min(loads))

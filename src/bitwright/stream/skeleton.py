@@ -1,4 +1,4 @@
-"""The model without its weights: built on the meta device, one block at a time given its tensors and stripped again."""
+"""The skeleton of a model: built without weights on the meta device, one block at a time filled and emptied again."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Skeleton:
     """A transformers model on the meta device, filled part by part from a checkpoint.
 
-    ``dtype`` is what the forward passes run in; ``device`` where they run.
+    ``dtype`` is what the forward passes run in, ``device`` where they run.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Skeleton:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        from transformers import AutoModelForCausalLM  # takes seconds: what builds no model does without
+        from transformers import AutoModelForCausalLM  # takes seconds, so only if a model is built
 
         self.checkpoint, self.family, self.dtype, self.device = checkpoint, family, dtype, device
         with torch.device("meta"):
@@ -77,7 +77,7 @@ class Skeleton:
 
     @contextmanager
     def materialised(self, name: str) -> Iterator[nn.Module]:
-        """A part of the model with its weights (in the compute dtype), which are freed at the end."""
+        """A part of the model with its weights in the compute dtype, which are freed at the end."""
         module = self.model.get_submodule(name)
         self.fill(module, {key: self._read(f"{name}.{key}") for key, _ in module.named_parameters()})
         try:
@@ -86,7 +86,7 @@ class Skeleton:
             module.to("meta")
 
     def fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Gives a module these tensors, in the compute dtype, and its computed buffers."""
+        """Give a module these tensors, in the compute dtype, and its computed buffers."""
         for key, tensor in tensors.items():
             owner, _, leaf = key.rpartition(".")
             parameter = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
@@ -97,7 +97,7 @@ class Skeleton:
         return self.checkpoint.read(self.outline.source(name))
 
     def _compute_buffers(self, part: nn.Module) -> None:
-        """Buffers that are in no checkpoint (rotary frequencies) are computed by transformers itself."""
+        """Let transformers compute the buffers that are in no checkpoint (rotary frequencies)."""
         for module in part.modules():
             missing = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
             for name, buffer in missing.items():
@@ -107,7 +107,7 @@ class Skeleton:
 
 
 class Recorder(nn.Module):
-    """Stands in for a block: notes what it is called with, and returns its input unchanged."""
+    """A stand-in for a block that records its arguments, and returns its input unchanged."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Recorder(nn.Module):
             self.attention_type = block.attention_type
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        """The hidden states, as they came."""
+        """Record the hidden states and the other arguments."""
         self.hidden, self.kwargs = hidden, kwargs
         return hidden
 
@@ -133,6 +133,6 @@ class Head(nn.Module):
         self.add_module(head_name, head)
 
     def forward(self, hidden: Tensor, **_: Any) -> Tensor:
-        """Logits [N, T, V] of hidden states [N, T, D]."""
+        """The logits [N, T, V] of hidden states [N, T, D]."""
         logits: Tensor = self.get_submodule(self.head_name)(self.norm(hidden))
         return logits

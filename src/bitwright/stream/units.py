@@ -1,4 +1,4 @@
-"""A checkpoint in units: what is journaled, and handed to a worker, at once."""
+"""The units of a checkpoint: what is journaled, and sent to a worker, at once."""
 
 import re
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.weight import Division, Weight
 
 UNIT_BYTES = 64 * 2**20
-"""A block with more is made of several; a single tensor may have more."""
+"""The size up to which tensors of a block are joined to one unit; a single tensor may be larger."""
 _BLOCK = re.compile(r"^(.*?(?:^|\.)\d+)\.")
 
 
@@ -15,7 +15,8 @@ _BLOCK = re.compile(r"^(.*?(?:^|\.)\d+)\.")
 class Unit:
     """Tensors of one block, or one tensor outside of the blocks, that become one part: some quantized, some copied.
 
-    ``name`` tells it apart, ``block`` is whose account it goes into; ``file`` is the part, ``nbytes`` what is read.
+    ``name`` identifies the unit, ``block`` is the block whose report it goes into. ``file`` is the part, ``nbytes`` the
+    number of bytes that are read.
     """
 
     name: str
@@ -27,30 +28,30 @@ class Unit:
 
 
 def units(division: Division, checkpoint: Checkpoint) -> list[Unit]:
-    """All tensors of a checkpoint in units: what is copied outside of the blocks, the blocks, an output layer."""
+    """Divide all tensors of a checkpoint into units: copied ones outside of the blocks, the blocks, an output layer."""
     whole = [Unit(k.tensor, k.tensor, (), (k.tensor,), checkpoint.nbytes(k.tensor)) for k in division.kept]
     outside = [unit for unit in whole if block_of(unit.name) is None]
     blocks: dict[str, list[Unit]] = {}
     for weight in division.weights:
         block = block_of(weight.name) or weight.name
-        one = Unit(weight.name, block, (weight,), (), checkpoint.nbytes(weight.tensor))
-        blocks.setdefault(block, []).append(one)
+        single = Unit(weight.name, block, (weight,), (), checkpoint.nbytes(weight.tensor))
+        blocks.setdefault(block, []).append(single)
     for unit in whole:
-        around = block_of(unit.name)
-        if around is not None:
-            blocks.setdefault(around, []).append(replace(unit, block=around))
+        block_of_kept = block_of(unit.name)
+        if block_of_kept is not None:
+            blocks.setdefault(block_of_kept, []).append(replace(unit, block=block_of_kept))
     inside = sorted(blocks, key=lambda block: block_of(f"{block}.") is None)  # stable: an output layer comes last
     return outside + [unit for block in inside for unit in _joined(block, blocks[block])]
 
 
 def block_of(name: str) -> str | None:
-    """The block that a tensor belongs to: its name up to the first number."""
+    """The block that a tensor belongs to: its name up to the first number; None outside of the blocks."""
     match = _BLOCK.match(name)
     return None if match is None else match[1]
 
 
 def _joined(block: str, singles: list[Unit]) -> list[Unit]:
-    """Units of single tensors joined up to UNIT_BYTES each."""
+    """Join units of single tensors up to UNIT_BYTES each."""
     groups: list[list[Unit]] = [[]]
     for single in singles:
         if groups[-1] and sum(unit.nbytes for unit in groups[-1]) + single.nbytes > UNIT_BYTES:

@@ -1,8 +1,8 @@
-"""A worker process: takes units from the process that started it, and tells it what becomes of them.
+"""A worker process: it takes units from the process that started it, and reports what becomes of them.
 
-A plan and then units come in on standard input, messages go out on standard output, pickled by our own two ends of the
-pipe. When the input ends before it was said to, the one who started us is gone, and so are we: nobody must go on
-writing into a folder that another run may have taken over.
+A plan and then units come in on standard input, messages go out on standard output, both pickled: either end of the
+pipe is our own. If the input ends before it was announced, the parent is gone, and the worker ends too: it must not go
+on writing into a folder that another run may have taken over.
 """
 
 import os
@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
@@ -25,7 +25,7 @@ from bitwright.stream.units import Unit
 
 
 @dataclass(frozen=True)
-class At:
+class Began:
     """The worker has begun with this tensor."""
 
     tensor: str
@@ -42,7 +42,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The worker stops: a user's error, or the text of one that is ours."""
+    """The worker stops: with a user's error, or with the traceback of one that is ours."""
 
     error: UserError | None
     text: str
@@ -54,31 +54,31 @@ class Ended:
 
 
 class _Channel:
-    """Messages to the parent, from several threads."""
+    """The messages to the parent, from several threads."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.lock = stream, threading.Lock()
 
-    def send(self, message: At | Done | Failed | Ended) -> None:
-        """Writes one message whole."""
+    def send(self, message: Began | Done | Failed | Ended) -> None:
+        """Write one message whole."""
         with self.lock:
             pickle.dump(message, self.stream)
             self.stream.flush()
 
 
 def main() -> None:
-    """Works until the parent says that there is no more."""
+    """Work until the parent sends no more."""
     channel = _Channel(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # whatever a library prints must not come between the messages
     torch.set_num_threads(1)
     plan = _plan(sys.stdin.buffer)
-    coming: queue.Queue[Unit | None] = queue.Queue()
-    threading.Thread(target=_listen, args=(sys.stdin.buffer, coming), daemon=True).start()
+    units: queue.Queue[Unit | None] = queue.Queue()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer, units), daemon=True).start()
     try:
         work(
-            _until_none(coming),
+            _until_none(units),
             plan,
-            lambda tensor: channel.send(At(tensor)),
+            lambda tensor: channel.send(Began(tensor)),
             lambda unit, report: channel.send(Done(unit, report, peak_memory())),
         )
         channel.send(Ended())
@@ -86,26 +86,25 @@ def main() -> None:
         channel.send(Failed(error, str(error)))
     except BaseException:
         channel.send(Failed(None, traceback.format_exc()))
-    os._exit(0)  # the listening thread holds on to standard input, which an ordinary exit would wait for
+    os._exit(0)  # an ordinary exit would wait for standard input, which the listening thread holds
 
 
 def _plan(stream: BinaryIO) -> TensorPlan:
     try:
         plan: TensorPlan = pickle.load(stream)
-    except EOFError:  # there was nothing to do, or no one is left who would say it
+    except EOFError:  # there is nothing to do, or the parent is gone
         os._exit(0)
     return plan
 
 
-def _listen(stream: BinaryIO, coming: "queue.Queue[Unit | None]") -> None:
+def _listen(stream: BinaryIO, units: "queue.Queue[Unit | None]") -> None:
     try:
         while True:
-            found: Any = pickle.load(stream)
-            coming.put(found)
+            units.put(pickle.load(stream))
     except (EOFError, OSError, pickle.UnpicklingError):
         os._exit(1)
 
 
-def _until_none(coming: "queue.Queue[Unit | None]") -> Iterator[Unit]:
-    while (unit := coming.get()) is not None:
+def _until_none(units: "queue.Queue[Unit | None]") -> Iterator[Unit]:
+    while (unit := units.get()) is not None:
         yield unit

@@ -13,7 +13,7 @@ from bitwright.core.recipe import Recipe
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Makes glibc ask for huge pages: otherwise a worker spends a few percent of its time on page faults."""
+"""The setting that makes glibc ask for huge pages: page faults would take a few percent of a worker's time."""
 
 
 def start_workers(recipe: Recipe, workers: int | None) -> "WorkerPool":

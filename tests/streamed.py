@@ -1,25 +1,28 @@
 """The tiny model as methods and the stream see it: a skeleton, and calibration data in front of its first block."""
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 from tests.conftest import Checkpoints
 
 from bitwright.core.block import Block
-from bitwright.core.decisions import BlockDecisions
-from bitwright.core.method import Context, Moments
+from bitwright.core.configuration import Configured
+from bitwright.core.decisions import LinearDecision
+from bitwright.core.method import Context, DataFree, WeightContext
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
+from bitwright.methods import compose
 from bitwright.model.source import Source
-from bitwright.steps.apply import fold, parameters_of
-from bitwright.stream.activations import Stream, enter, statistics
-from bitwright.stream.inspection import ModuleInspection
-from bitwright.stream.moments import moments
+from bitwright.steps.outliers import bounds_of
+from bitwright.stream.activations import Stream, enter
+from bitwright.stream.block_data import StreamedBlock
 from bitwright.stream.skeleton import Skeleton
 
+S = TypeVar("S", bound=Settings)
 Streamed = tuple[Skeleton, Stream]
 
 
@@ -45,21 +48,23 @@ def block(streamed: Streamed) -> Iterator[Block]:
         yield first
 
 
-def context_of(block: Block, stream: Stream, scheme: str, settings: Settings) -> Context:
-    """What a run shows to methods, scales in float32; moments are without drift."""
+def context_of(block: Block, stream: Stream, scheme: str, settings: S) -> Context[S]:
+    """What a run shows to methods, scales in float32."""
     parsed = Scheme.parse(scheme)
-    measure, inspect = partial(_moments, block, stream, parsed), partial(_inspect, block, stream, parsed)
-    stats, _ = statistics(block, stream)
-    return Context(parsed, torch.float32, stream.activations, stats, settings, measure, inspect)
+    return Context(settings, parsed, torch.float32, 0, StreamedBlock(block, stream, parsed, torch.float32))
 
 
-def _moments(block: Block, stream: Stream, scheme: Scheme, linear: str, decisions: BlockDecisions) -> Moments:
-    folded = fold(dict(block.module.named_parameters()), block.topology, decisions, scheme, torch.float32)
-    return moments(block, linear, folded, scheme, stream.activations, stream.kwargs_of(block), with_drift=False)
+def configured(methods: str, preset: str = "bitwright", **asked: object) -> list[Configured]:
+    """Methods with the settings of a preset, but for these."""
+    return [Configured(name, method, preset, asked) for name, method in compose(methods).methods.items()]
 
 
-def _inspect(
-    block: Block, stream: Stream, scheme: Scheme, module: str, decisions: BlockDecisions, tokens: int
-) -> ModuleInspection:
-    inputs, kwargs = stream.activations.quantized, stream.kwargs_of(block)
-    return ModuleInspection(block, module, parameters_of(block, decisions), scheme, inputs, kwargs, tokens)
+def decided_alone(method: str, weight: torch.Tensor, scheme: str | Scheme, **asked: object) -> LinearDecision:
+    """What a data-free method decides about a weight with scales in float32."""
+    parsed = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    one = replace(configured(method)[0], asked=asked)
+    assert isinstance(one.method, DataFree)
+    freedom = one.freedom(parsed)
+    outliers = bounds_of(weight, parsed.tile, freedom.outliers)
+    context = WeightContext(one.settings(parsed), parsed, torch.float32, freedom.tiles, outliers)
+    return one.method.decide(weight, context, LinearDecision())

@@ -1,4 +1,7 @@
-from dataclasses import fields, replace
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,9 +10,16 @@ from hypothesis import strategies as st
 
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
-from bitwright.core.settings import Settings
+from bitwright.core.settings import known_settings
 
 LEAST: dict[str, Any] = {"model": "m", "scheme": "W4A16"}
+KEYS = (
+    *("model", "scheme", "method", "format", "calibration", "samples", "seqlen", "seed", "quantize_lm_head"),
+    *("shard_size", "training", "epochs", "batch_size", "lwc_lr", "let_lr", "aug_loss", "alpha", "schedule"),
+    *("precision", "sites", "refine", "drift", "axis", "damping", "act_order", "outliers", "range", "norm"),
+    *("alignment", "include", "exclude", "load_parameters", "engines", "embeddings", "base"),
+)
+"""What bitwright.json has said of a recipe since version 0.1, in this order."""
 
 
 def test_the_least_a_recipe_says() -> None:
@@ -18,27 +28,11 @@ def test_the_least_a_recipe_says() -> None:
     assert (recipe.method, recipe.format, recipe.calibration) == (None, None, None)
     assert (recipe.samples, recipe.seqlen, recipe.seed, recipe.quantize_lm_head) == (128, None, 0, False)
     assert (recipe.training, recipe.load_parameters) == ("bitwright", None)
-    assert set(recipe.settings.values()) == {None}
-
-
-@pytest.mark.parametrize(
-    ("method", "calibration", "settled"),
-    [
-        (None, None, "rtn"),
-        (None, "t.txt", "omniquant"),
-        ("rtn", "t.txt", "rtn"),
-        ("let+lwc", "t.txt", "let+lwc"),
-        ("omniquant", None, "omniquant"),
-    ],
-)
-def test_the_method_is_the_one_named_or_follows_from_the_text(
-    method: str | None, calibration: str | None, settled: str
-) -> None:
-    assert Recipe.from_mapping(LEAST | {"method": method, "calibration": calibration}).settled_method == settled
+    assert recipe.settings == {} and recipe.epochs is None
 
 
 def test_settings_are_those_that_were_asked_for() -> None:
-    """By the names that ``Training`` has for them; its seed is the recipe's own."""
+    """By the names that methods have for them; ``seed`` is the recipe's own."""
     asked = {
         "epochs": 3,
         "batch-size": 2,
@@ -77,8 +71,8 @@ def test_settings_are_those_that_were_asked_for() -> None:
         "norm": 1.5,
         "alignment": 4,
     }
-    assert set(recipe.settings) == {field.name for field in fields(Settings)} - {"seed"}
-    assert replace(Settings(), **recipe.settings).epochs == 3
+    assert set(recipe.settings) == set(known_settings())
+    assert (recipe.epochs, recipe.outliers) == (3, "3")
 
 
 def test_a_number_may_be_written_as_yaml_reads_no_number() -> None:
@@ -93,23 +87,41 @@ def test_keys_may_be_written_with_hyphens() -> None:
 
 
 def test_a_recipe_survives_as_plain_values() -> None:
-    recipe = Recipe("m", "W2A16g64", "rtn", "dense", "t.txt", 3, 64, 7, True, "12MB", "paper", 5, 2, 0.1, 0.2, True)
-    recipe = replace(
-        recipe,
-        alpha=0.75,
-        schedule="cosine",
-        precision="bfloat16",
-        sites="all",
-        refine=False,
-        drift=False,
-        load_parameters="p.safetensors",
-    )
-    recipe = replace(recipe, axis="oc", damping=0.1, act_order=False)
-    recipe = replace(recipe, outliers="0.5%", range="fitted", norm=3.0, alignment=2.0, include="a", exclude="b")
+    settings: dict[str, Any] = {
+        "epochs": 5,
+        "batch_size": 2,
+        "lwc_lr": 0.1,
+        "let_lr": 0.2,
+        "aug_loss": True,
+        "alpha": 0.75,
+    }
+    settings |= {"schedule": "cosine", "precision": "bfloat16", "sites": "all", "refine": False, "drift": False}
+    settings |= {"axis": "oc", "damping": 0.1, "act_order": False, "outliers": "0.5%", "range": "fitted"}
+    settings |= {"norm": 3.0, "alignment": 2.0}
+    recipe = Recipe("m", "W2A16g64", "rtn", "dense", "t.txt", 3, 64, 7, True, "12MB", "paper", **settings)
+    recipe = replace(recipe, include="a", exclude="b", load_parameters="p.safetensors")
     recipe = replace(recipe, engines="vllm", embeddings="f16", base="b.gguf")
-    assert all(getattr(recipe, field.name) != field.default for field in fields(Recipe))
+    plain, least = Recipe("", "").as_dict(), recipe.as_dict()
+    assert all(plain[key] != least[key] for key in Recipe.keys())  # noqa: SIM118
     assert Recipe.from_mapping(recipe.as_dict()) == recipe
-    assert set(recipe.as_dict()) == {field.name for field in fields(Recipe)}
+    assert hash(Recipe.from_mapping(recipe.as_dict())) == hash(recipe)
+    assert pickle.loads(pickle.dumps(recipe)) == copy.deepcopy(recipe) == recipe
+    assert tuple(recipe.as_dict()) == Recipe.keys() == KEYS
+
+
+def test_one_setting_is_replaced() -> None:
+    recipe = Recipe("m", "W4A16", epochs=3, alpha=0.25)
+    other = recipe.changed(epochs=None, scheme="W3A16")
+    assert (recipe.epochs, other.epochs, other.alpha, other.scheme) == (3, None, 0.25, "W3A16")
+    assert other == Recipe("m", "W3A16", alpha=0.25) != recipe
+
+
+@pytest.mark.parametrize("make", [Recipe, lambda **keys: replace(Recipe("m", "W4A16"), **keys)])
+def test_python_refuses_an_unknown_key_as_yaml_does(make: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match="a recipe has no key 'epoch'; did you mean epochs"):
+        make(**(LEAST | {"epoch": 1}))
+    with pytest.raises(AttributeError, match="a recipe has no key 'epoch'; did you mean epochs"):
+        _ = Recipe("m", "W4A16").epoch
 
 
 @pytest.mark.parametrize(
@@ -130,7 +142,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(key: str, nearest: str | Non
     assert f"a recipe has no key '{key.replace('-', '_')}'; " in str(error.value)
     assert nearest is None or f"did you mean {nearest}?" in str(error.value)
     known = str(error.value).partition("Known: ")[2].split(", ")
-    assert known == sorted(field.name for field in fields(Recipe))
+    assert known == sorted(KEYS)
 
 
 @pytest.mark.parametrize("key", ["model", "scheme"])
@@ -212,9 +224,7 @@ def test_any_size_is_read_or_refused(text: str) -> None:
         assert "is no size" in str(error)
 
 
-@given(
-    st.dictionaries(st.text() | st.sampled_from([field.name for field in fields(Recipe)]), st.none() | st.integers())
-)
+@given(st.dictionaries(st.text() | st.sampled_from(KEYS), st.none() | st.integers()))
 def test_any_mapping_is_read_or_refused(mapping: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):  # no integer is a model
         Recipe.from_mapping(mapping)

@@ -7,9 +7,10 @@ from tests.golden import affine
 
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.grid import FULL, Grid, Tile
-from bitwright.core.method import Context
+from bitwright.core.method import WeightContext
 from bitwright.core.qtensor import QTensor
 from bitwright.core.scheme import Scheme
+from bitwright.core.settings import Settings
 from bitwright.methods import rtn
 from bitwright.steps.apply import quantize_linear
 
@@ -20,7 +21,7 @@ ULPS_OF_FLOAT32 = 2.0**-22  # relative: two units in the last place, for the ord
 
 
 def through_bitwright(weight: torch.Tensor, scheme: Scheme) -> QTensor:
-    decided = rtn.METHOD.decide(weight.float(), Context(scheme, weight.dtype), LinearDecision())
+    decided = rtn.METHOD.decide(weight.float(), WeightContext(Settings(), scheme, weight.dtype), LinearDecision())
     return quantize_linear(weight, decided, scheme, weight.dtype)
 
 

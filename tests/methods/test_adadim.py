@@ -16,8 +16,8 @@ from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.errors import RecipeError, SchemeError
 from bitwright.core.grid import Tile
 from bitwright.core.method import Context
-from bitwright.core.settings import Settings
 from bitwright.methods import adadim
+from bitwright.methods.adadim import AdaDimSettings
 from bitwright.steps.apply import parameters_of
 from bitwright.steps.trial import rounded
 from bitwright.stream.activations import Stream
@@ -36,18 +36,18 @@ def add_outliers(block: Block) -> None:
             block.linear(f"self_attn.{name}_proj").weight[:, [3, 40]] /= 64
 
 
-def decided(block: Block, stream: Stream, axis: str = "auto") -> tuple[BlockDecisions, Context]:
-    context = context_of(block, stream, SCHEME, Settings(axis=axis))
+def decided(block: Block, stream: Stream, axis: str = "auto") -> tuple[BlockDecisions, Context[AdaDimSettings]]:
+    context = context_of(block, stream, SCHEME, AdaDimSettings(axis=axis))
     return adadim.METHOD.decide(block, context, BlockDecisions()), context
 
 
-def errors(block: Block, context: Context, decisions: BlockDecisions) -> dict[str, float]:
+def errors(block: Block, context: Context[AdaDimSettings], decisions: BlockDecisions) -> dict[str, float]:
     """Of every group, the error of its enclosing module."""
-    assert context.inspect is not None
+    assert context.data is not None
     found, parameters = {}, parameters_of(block, BlockDecisions())
     for group in block.topology.groups:
         weights = rounded(parameters, group.linears, context, decisions)
-        found[group.enclosing] = context.inspect(group.enclosing, BlockDecisions(), 2**15).error(weights)
+        found[group.enclosing] = context.data.inspect(group.enclosing, BlockDecisions(), 2**15).error(weights)
     return found
 
 
@@ -82,7 +82,7 @@ def test_one_axis_for_all_where_it_is_asked_for(streamed: Streamed, block: Block
 
 
 def test_what_does_not_divide_stays_and_says_so(streamed: Streamed, block: Block) -> None:
-    context = context_of(block, streamed[1], "W3A16g64", Settings())  # k and v have 32 outputs
+    context = context_of(block, streamed[1], "W3A16g64", AdaDimSettings())  # k and v have 32 outputs
     found = adadim.METHOD.decide(block, context, BlockDecisions())
     assert [text.partition(":")[0] for text in found.fallbacks] == ["self_attn.k_proj", "self_attn.v_proj"]
     assert found.linear("self_attn.k_proj").tile is None
@@ -108,7 +108,7 @@ def test_with_gptq_it_is_written_mixed_and_better_than_rounding(recipe: bitwrigh
 
 
 def test_learned_ranges_on_per_ic_tiles(recipe: bitwright.Recipe, tmp_path: Path) -> None:
-    fixed = replace(recipe, axis="ic", method="adadim+lwc")
+    fixed = recipe.changed(axis="ic", method="adadim+lwc")
     learned = divergence(fixed, tmp_path / "lwc")
     assert learned < 0.8 * divergence(replace(fixed, method="adadim"), tmp_path / "adadim")
 
@@ -116,14 +116,14 @@ def test_learned_ranges_on_per_ic_tiles(recipe: bitwright.Recipe, tmp_path: Path
 def test_what_cannot_be_is_said_at_the_start(recipe: bitwright.Recipe) -> None:
     with pytest.raises(RecipeError, match="cannot hold groups along the output"):
         bitwright.plan(replace(recipe, format="compressed-tensors"))
-    assert bitwright.plan(replace(recipe, format="compressed-tensors", axis="oc")).format == "compressed-tensors"
+    assert bitwright.plan(recipe.changed(format="compressed-tensors", axis="oc")).format == "compressed-tensors"
     with pytest.raises(SchemeError, match="fixes the axis"):
         bitwright.plan(replace(recipe, scheme="W2A16g16ic"))
     with pytest.raises(SchemeError, match="32 output features do not divide into groups of 64"):
-        bitwright.plan(replace(recipe, scheme="W2A16g64", axis="ic"))
+        bitwright.plan(recipe.changed(scheme="W2A16g64", axis="ic"))
     with pytest.raises(RecipeError, match="there is no axis 'co'; did you mean oc"):
-        bitwright.plan(replace(recipe, axis="co"))
+        bitwright.plan(recipe.changed(axis="co"))
     with pytest.raises(RecipeError, match="adadim learns from text"):
         bitwright.plan(replace(recipe, method="adadim", calibration=None))
     with pytest.raises(RecipeError, match="gptq has no use for axis"):
-        bitwright.plan(replace(recipe, method="gptq", axis="ic"))
+        bitwright.plan(recipe.changed(method="gptq", axis="ic"))

@@ -7,15 +7,17 @@ from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.errors import RecipeError
 from bitwright.core.method import Closed, Context, Learnable, Learned, Method
+from bitwright.core.recipe import Recipe
 from bitwright.core.registry import names
+from bitwright.core.settings import Settings
 from bitwright.methods import let, lwc, rtn
 
 
-def unchanged(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+def unchanged(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
     return decisions
 
 
-def nothing(block: Block, context: Context, decisions: BlockDecisions) -> Learnable:
+def nothing(block: Block, context: Context[Settings], decisions: BlockDecisions) -> Learnable:
     return Learnable({})
 
 
@@ -23,9 +25,14 @@ def nothing(block: Block, context: Context, decisions: BlockDecisions) -> Learna
 def three(monkeypatch: pytest.MonkeyPatch) -> dict[str, Method]:
     """Methods of which one transforms, one chooses an axis, and one chooses ranges and rounds."""
     known: dict[str, Method] = {
-        "turn": Learned(decides=frozenset({Decision.TRANSFORM}), learn=nothing),
-        "axis": Closed(decides=frozenset({Decision.AXIS}), decide=unchanged, needs_text=True),
-        "round": Closed(decides=frozenset({Decision.RANGE, Decision.ROUNDING}), decide=unchanged),
+        "turn": Learned(summary="", settings=Settings, decides=frozenset({Decision.TRANSFORM}), learn=nothing),
+        "axis": Closed(summary="", settings=Settings, decides=frozenset({Decision.AXIS}), decide=unchanged),
+        "round": Closed(
+            summary="",
+            settings=Settings,
+            decides=frozenset({Decision.RANGE, Decision.ROUNDING}),
+            decide=unchanged,
+        ),
     }
 
     def found(room: str, name: str) -> ModuleType:
@@ -44,27 +51,27 @@ def three(monkeypatch: pytest.MonkeyPatch) -> dict[str, Method]:
 
 
 def test_one_method() -> None:
-    assert methods.compose("rtn") == (rtn.METHOD,)
+    found = methods.compose("rtn")
+    assert found.methods == {"rtn": rtn.METHOD}
     assert rtn.METHOD.decides == {Decision.ROUNDING}
-    assert not rtn.METHOD.needs_text
-    assert not methods.learned(methods.compose("rtn"))
+    assert found.data_free and not found.needs_text and not found.learns
 
 
 def test_a_preset_is_the_methods_it_stands_for() -> None:
-    assert methods.compose("omniquant") == methods.compose("let+lwc") == (let.METHOD, lwc.METHOD)
-    assert [method.decides for method in methods.compose("omniquant")] == [{Decision.TRANSFORM}, {Decision.RANGE}]
-    assert all(method.needs_text for method in methods.compose("omniquant"))
-    assert methods.learned(methods.compose("omniquant"))
+    found = methods.compose("omniquant")
+    assert found.methods == methods.compose("let+lwc").methods == {"let": let.METHOD, "lwc": lwc.METHOD}
+    assert [method.decides for method in found.methods.values()] == [{Decision.TRANSFORM}, {Decision.RANGE}]
+    assert found.named == "omniquant" and found.needs_text and found.learns and not found.data_free
 
 
 @pytest.mark.parametrize("preset", methods.PRESETS)
 def test_every_preset_can_be_composed_and_hides_no_method(preset: str) -> None:
-    assert len(methods.compose(preset)) == len(methods.PRESETS[preset].split("+"))
+    assert len(methods.compose(preset).methods) == len(methods.PRESETS[preset].split("+"))
     assert preset not in names("methods")
 
 
 def test_methods_in_the_order_they_are_written(three: dict[str, Method]) -> None:
-    assert methods.compose("turn + axis+round") == (three["turn"], three["axis"], three["round"])
+    assert list(methods.compose("turn + axis+round").methods.items()) == [*three.items()]
 
 
 def test_two_writers_of_one_decision_are_refused(three: dict[str, Method]) -> None:
@@ -103,7 +110,7 @@ def test_methods_that_go_together_in_no_order_are_not_told_to_change_places() ->
     ],
 )
 def test_what_goes_together(text: str) -> None:
-    assert len(methods.compose(text)) == len(text.split("+"))
+    assert len(methods.compose(text).methods) == len(text.split("+"))
 
 
 @pytest.mark.parametrize(
@@ -140,3 +147,20 @@ def test_an_unknown_method_is_refused_with_the_nearest_and_all_that_are_known(te
 def test_round_to_nearest_twice_is_refused() -> None:
     with pytest.raises(RecipeError, match="rtn and rtn both decide"):
         methods.compose("rtn+rtn")
+
+
+@pytest.mark.parametrize(
+    ("method", "calibration", "composed"),
+    [
+        (None, None, "rtn"),
+        (None, "t.txt", "omniquant"),
+        ("rtn", "t.txt", "rtn"),
+        ("let+lwc", "t.txt", "let+lwc"),
+        ("omniquant", None, "omniquant"),
+    ],
+)
+def test_the_method_is_the_one_named_or_follows_from_the_text(
+    method: str | None, calibration: str | None, composed: str
+) -> None:
+    recipe = Recipe("m", "W4A16", method, calibration=calibration)
+    assert methods.composed_for(recipe).named == composed

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tests.conftest import Checkpoints, changed
-from tests.streamed import Streamed, context_of
+from tests.streamed import Streamed, context_of, decided_alone
 
 import bitwright
 from bitwright.checkpoint.reader import Checkpoint
@@ -18,14 +18,14 @@ from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.errors import RecipeError, UserError
 from bitwright.core.grid import Tile
-from bitwright.core.method import Context
 from bitwright.core.outlier_rule import OutlierRule
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings
 from bitwright.formats.bitwright import read
-from bitwright.methods import easyquant, easyquant_outliers, gptq, lwc
+from bitwright.methods import gptq, lwc
+from bitwright.methods.gptq import GPTQSettings
+from bitwright.methods.lwc import LWCSettings
 from bitwright.steps.apply import quantize_linear, weights_of
 from bitwright.steps.outliers import bounds, outliers
 from bitwright.steps.range_fit import fitted
@@ -38,10 +38,8 @@ def rows_of(output: str) -> list[dict[str, Any]]:
 
 
 def decided(weight: torch.Tensor, scheme: str, axis: str) -> tuple[LinearDecision, QTensor]:
-    settings = Settings(axis=axis, outliers="0", range="fitted")
-    context = Context(Scheme.parse(scheme), torch.float32, settings=settings)
-    found = easyquant.decide(weight, context, LinearDecision())
-    return found, quantize_linear(weight, found, context.scheme, torch.float32)
+    found = decided_alone("easyquant", weight, scheme, axis=axis, outliers="0", alignment=0.0)
+    return found, quantize_linear(weight, found, Scheme.parse(scheme), torch.float32)
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W3A16g32", "W4A16sym", "W2A16g32ic"])
@@ -117,7 +115,7 @@ def test_every_linear_loses_less_than_rounded_to_nearest(
     tiny: Checkpoints, tmp_path: Path, scheme: str, kept: str
 ) -> None:
     plain = bitwright.Recipe(str(tiny("bfloat16")), scheme, "rtn")
-    ours = replace(plain, method="easyquant", outliers=kept, alignment=0.0)
+    ours = plain.changed(method="easyquant", outliers=kept, alignment=0.0)
     errors = []
     for name, recipe in (("rtn", plain), ("easyquant", ours)):
         rows = rows_of(bitwright.quantize(recipe, tmp_path / name).output)
@@ -139,19 +137,17 @@ def test_the_axis_is_the_one_that_loses_less() -> None:
 def test_gptq_rounds_around_outliers(streamed: Streamed, block: Block) -> None:
     """Against GPTQ in its plainest form, a column at a time and every later column updated at once."""
     _, stream = streamed
-    context = context_of(block, stream, "W3A16g32", Settings(act_order=False))
+    context = context_of(block, stream, "W3A16g32", GPTQSettings(act_order=False, drift=False))
+    weights = weights_of(block, BlockDecisions())
     decisions = BlockDecisions(
-        linears={
-            n: easyquant_outliers.decide(w, context, LinearDecision())
-            for n, w in weights_of(block, BlockDecisions()).items()
-        }
+        linears={n: decided_alone("easyquant-outliers", w, context.scheme) for n, w in weights.items()}
     )
     after = gptq.decide(block, context, decisions)
     name = block.topology.groups[0].linears[0]
     weight, kept, one = block.weight(name).float(), decisions.linear(name).outliers, after.linear(name)
     assert kept is not None and one.low is not None and one.high is not None
-    assert context.moments is not None
-    found = curvature(context.moments(name, decisions).inputs, damping=0.01, act_order=False)
+    assert context.data is not None
+    found = curvature(context.data.moments(name, decisions, drift=False).inputs, damping=0.01, act_order=False)
     left, expected = weight.clone(), torch.zeros_like(weight)
     for j in range(weight.shape[1]):
         codes = quantize_linear(
@@ -167,11 +163,12 @@ def test_gptq_rounds_around_outliers(streamed: Streamed, block: Block) -> None:
 
 def test_moving_errors_on_past_outliers_pays(streamed: Streamed, block: Block) -> None:
     _, stream = streamed
-    context = context_of(block, stream, "W2A16g32", Settings())
-    assert context.moments is not None
+    context = context_of(block, stream, "W2A16g32", GPTQSettings())
+    assert context.data is not None
     name = block.topology.groups[0].linears[0]
-    weight, hessian = block.weight(name).float(), context.moments(name, BlockDecisions()).inputs
-    one = easyquant_outliers.decide(weight, context, LinearDecision())
+    weight = block.weight(name).float()
+    hessian = context.data.moments(name, BlockDecisions(), drift=False).inputs
+    one = decided_alone("easyquant-outliers", weight, context.scheme)
     ranges = Ranges(one.inside(weight), None, context.scheme.weight, context.scheme.tile, torch.float32)
     assert one.outliers is not None
     codes = compensated(weight, ranges, curvature(hessian), (one.outliers, weight))
@@ -184,9 +181,9 @@ def test_moving_errors_on_past_outliers_pays(streamed: Streamed, block: Block) -
 
 def test_lwc_starts_from_the_ranges_found(streamed: Streamed, block: Block) -> None:
     _, stream = streamed
-    context = context_of(block, stream, "W2A16g32", Settings(range="fitted", alignment=16.0))
+    context = context_of(block, stream, "W2A16g32", LWCSettings())
     weights = weights_of(block, BlockDecisions())
-    start = BlockDecisions(linears={n: easyquant.decide(w, context, LinearDecision()) for n, w in weights.items()})
+    start = BlockDecisions(linears={n: decided_alone("easyquant", w, context.scheme) for n, w in weights.items()})
     learnable = lwc.Clipping(block, context, start)
     after = learnable.decide({f"{n}.weight": w for n, w in weights.items()}, start)
     assert len(weights) == 7
@@ -245,4 +242,4 @@ def test_the_plan_says_that_outliers_are_not_in_it(tiny: Checkpoints, tmp_path: 
     result = bitwright.quantize(recipe, tmp_path / "out")
     assert not any("on top" in note for note in result.notes)
     assert result.outliers == sum(row["outliers"] for row in rows_of(result.output)) > 0
-    assert not any("on top" in note for note in bitwright.plan(replace(recipe, outliers="0")).notes)
+    assert not any("on top" in note for note in bitwright.plan(recipe.changed(outliers="0")).notes)

@@ -13,11 +13,12 @@ from bitwright.core.decisions import BlockDecisions
 from bitwright.core.errors import RecipeError
 from bitwright.core.method import Context
 from bitwright.core.scheme import Scheme
+from bitwright.core.settings import Settings
 from bitwright.methods import equalize
 from bitwright.steps.apply import fold
 from bitwright.stream.forward import forward_all
 
-CONTEXT = Context(Scheme.parse("W4A16"), torch.float32)
+CONTEXT = Context(Settings(), Scheme.parse("W4A16"), torch.float32)
 
 
 def plant(tensors: dict[str, torch.Tensor], prefix: str = "") -> None:

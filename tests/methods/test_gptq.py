@@ -28,7 +28,7 @@ def test_better_than_rounding_to_nearest(scheme: str, recipe: bitwright.Recipe, 
 
 @pytest.mark.parametrize("method", ["lwc+gptq", "let+gptq", "let+lwc+gptq"])
 def test_composed_it_is_better_than_without(method: str, recipe: bitwright.Recipe, tmp_path: Path) -> None:
-    asked = replace(recipe, scheme="W2A16g32", sites="all" if "let" in method else None, epochs=1)
+    asked = recipe.changed(scheme="W2A16g32", sites="all" if "let" in method else None, epochs=1)
     alone = divergence(replace(asked, method=method.removesuffix("+gptq")), tmp_path / "alone")
     assert divergence(replace(asked, method=method), tmp_path / "composed") < alone
 

@@ -2,23 +2,23 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import Checkpoints
 from tests.methods.conftest import divergence
-from tests.streamed import Streamed, context_of
+from tests.streamed import Streamed, configured, context_of
 from torch import Tensor
 
 import bitwright
-from bitwright.core.block import Block
+from bitwright.core.block import Block, Topology
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.errors import OutputError, RecipeError
-from bitwright.core.method import Learned
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings, ours, paper, settle
-from bitwright.methods import compose, fit
+from bitwright.core.training import Training
+from bitwright.methods import compose
 from bitwright.model.source import Source
 from bitwright.prepare import block_work
 from bitwright.steps.activations import quantized_activations
@@ -29,13 +29,13 @@ from bitwright.stream.train import Objective, Trainer, learnables_of
 from bitwright.written import finishing
 
 UNTRAINED = ("rtn", "gptq", "smoothquant", "osplus", "awq")
-QUICK = Settings(epochs=4, schedule="cosine")
+QUICK = Training(epochs=4, schedule="cosine")
 
 
-def trainer(block: Block, stream: Stream, scheme: str, methods: str, training: Settings) -> Trainer:
+def trainer(block: Block, stream: Stream, scheme: str, methods: str, training: Training, **asked: object) -> Trainer:
+    """Of methods with the paper's settings, but for those asked for."""
     context = context_of(block, stream, scheme, training)
-    found = [m for m in compose(methods) if isinstance(m, Learned)]
-    learnables = learnables_of(found, block, context, BlockDecisions())
+    learnables = learnables_of(configured(methods, "paper", **asked), block, context, BlockDecisions())
     target = forward_all(block, {}, stream.activations.reference, stream.kwargs_of(block))
     objective = Objective(stream.activations, target, None, stream.kwargs_of(block))
     return Trainer(block, learnables, context, BlockDecisions(), objective)
@@ -58,7 +58,7 @@ def test_training_improves_on_min_max(streamed: Streamed, methods: str, scheme: 
 def test_never_worse_than_min_max_whatever_the_rate(streamed: Streamed, rate: float) -> None:
     skeleton, stream = streamed
     with skeleton.block(1) as block:
-        training = trainer(block, stream, "W2A16", "let+lwc", replace(QUICK, lwc_lr=rate, let_lr=rate))
+        training = trainer(block, stream, "W2A16", "let+lwc", QUICK, lwc_lr=rate, let_lr=rate)
         zero = training.measure(BlockDecisions())
         decided = training.run()
         assert training.measure(decided) <= zero
@@ -107,7 +107,7 @@ def test_training_output_is_the_folded_output(streamed: Streamed, methods: str, 
 def test_scales_alone_leave_the_full_precision_block_alone(streamed: Streamed) -> None:
     skeleton, stream = streamed
     with skeleton.block(0) as block:
-        training = trainer(block, stream, "W4A4", "let", replace(QUICK, sites="all"))
+        training = trainer(block, stream, "W4A4", "let", QUICK, sites="all")
         training.run()
         decided = training.decisions()
         full = fold(training.base, block.topology, decided, Scheme.parse("W4A4"), torch.float32).full
@@ -118,23 +118,25 @@ def test_scales_alone_leave_the_full_precision_block_alone(streamed: Streamed) -
     torch.testing.assert_close(after, before, rtol=2e-4, atol=2e-4)
 
 
+def settled(preset: str, scheme: str, methods: str = "let+lwc", **asked: object) -> dict[str, Any]:
+    return compose(methods).settled(preset, Scheme.parse(scheme), asked).values()
+
+
 def test_the_preset_is_the_papers() -> None:
-    plain = paper(Scheme.parse("W2A16g64"))
-    assert (plain.epochs, plain.aug_loss, plain.lwc_lr, plain.let_lr) == (40, True, 1e-2, 5e-3)
-    assert paper(Scheme.parse("W3A16sym")) == Settings(epochs=20)
-    assert settle("paper", Scheme.parse("W3A16"), 7, {"epochs": 2, "alpha": None}) == Settings(
-        epochs=2, range="fitted", seed=7
-    )
-    assert not paper(Scheme.parse("W4A4")).refine
+    plain = settled("paper", "W2A16g64")
+    assert (plain["epochs"], plain["aug_loss"], plain["lwc_lr"], plain["let_lr"]) == (40, True, 1e-2, 5e-3)
+    wide = settled("paper", "W3A16sym")
+    assert (wide["epochs"], wide["aug_loss"], wide["schedule"]) == (20, False, "constant")
+    assert not wide["refine"] and not wide["drift"]
+    assert settled("paper", "W3A16", epochs=2)["epochs"] == 2
 
 
 def test_ours_trains_what_has_no_closed_form() -> None:
-    scheme = Scheme.parse("W3A16")
-    assert settle("bitwright", scheme, 0, {}) == ours(scheme)
-    assert (ours(scheme).epochs, ours(scheme).refine) == (5, True)
-    assert settle("bitwright", scheme, 0, {}, closed=True).epochs == 0
-    assert settle("bitwright", scheme, 0, {"epochs": 3}, closed=True).epochs == 3
-    assert settle("bitwright", scheme, 0, {"refine": False}, closed=True).epochs == 5
+    both = settled("bitwright", "W3A16")
+    assert (both["epochs"], both["refine"], both["schedule"]) == (5, True, "cosine")
+    for asked, epochs in (({}, 0), ({"epochs": 3}, 3), ({"refine": False}, 5)):
+        found = compose("lwc").settled("bitwright", Scheme.parse("W3A16"), asked).values()
+        assert found["epochs"] == epochs
 
 
 @pytest.mark.parametrize(
@@ -150,25 +152,33 @@ def test_ours_trains_what_has_no_closed_form() -> None:
 )
 def test_settings_that_cannot_be_meant_are_refused(key: str, value: object, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
-        settle("bitwright", Scheme.parse("W3A16"), 0, {key: value})
+        compose("let+lwc").settled("bitwright", Scheme.parse("W3A16"), {key: value})
 
 
 def test_what_has_no_closed_form_cannot_be_refined(recipe: bitwright.Recipe) -> None:
     with pytest.raises(RecipeError, match="pact has no use for refine"):
-        bitwright.plan(replace(recipe, method="pact", refine=True))
+        bitwright.plan(recipe.changed(method="pact", refine=True))
 
 
 def test_let_is_left_out_where_it_cannot_help(tiny: Checkpoints) -> None:
     topology = Source.open(tiny()).described()[0].topology
-    method, note = fit("omniquant", Scheme.parse("W3A16g32"), topology)
-    assert method == "lwc" and note is not None and "let is left out" in note
-    assert fit("omniquant", Scheme.parse("W3A16g32"), topology, "all") == ("let+lwc", None)
-    assert fit("omniquant", Scheme.parse("W4A4"), topology) == ("let+lwc", None)
-    assert fit("omniquant", Scheme.parse("W4A16KV4"), topology) == ("let+lwc", None)
-    assert fit("lwc", Scheme.parse("W3A16"), topology) == ("lwc", None)
-    assert fit("let", Scheme.parse("W3A16"), topology)[0] == "lwc"
+
+    def fitted(methods: str, scheme: str, topology: Topology | None = topology, **asked: str) -> tuple[str, str | None]:
+        found, note = compose(methods).fitted(Scheme.parse(scheme), topology, asked)
+        return "+".join(found.methods), note
+
+    assert fitted("omniquant", "W3A16g32") == (
+        "lwc",
+        "let is left out: 16-bit activations do not need it, and no site of this architecture can absorb a shift. "
+        "Going on with lwc; name --sites to keep it, which pays where channels are outliers",
+    )
+    assert fitted("let", "W3A16")[0] == "lwc"
+    assert fitted("omniquant", "W3A16g32", sites="all") == ("let+lwc", None)
+    assert fitted("omniquant", "W4A4") == fitted("omniquant", "W4A16KV4") == ("let+lwc", None)
+    assert fitted("lwc", "W3A16") == ("lwc", None)
+    assert fitted("omniquant", "W3A16g32", None) == ("let+lwc", None)
     shifts = Source.open(tiny(attention_bias=True)).described()[0].topology
-    assert fit("omniquant", Scheme.parse("W3A16g32"), shifts) == ("let+lwc", None)
+    assert fitted("omniquant", "W3A16g32", shifts) == ("let+lwc", None)
 
 
 @pytest.mark.parametrize("after_let", ["pact", "lsq"])
@@ -199,11 +209,11 @@ def test_parameters_are_saved_and_loaded(recipe: bitwright.Recipe, tmp_path: Pat
     bitwright.quantize(again, tmp_path / "loaded")
     first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("trained", "loaded"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    for other in (replace(again, scheme="W6A6"), replace(again, method="lwc"), replace(again, sites="all")):
+    for other in (again.changed(scheme="W6A6"), again.changed(method="lwc"), again.changed(sites="all")):
         with pytest.raises(RecipeError, match="was saved for"):
             bitwright.quantize(other, tmp_path / "other")
     with pytest.raises(RecipeError, match="rtn learns nothing"):
-        bitwright.quantize(replace(again, method="rtn", epochs=None), tmp_path / "other")
+        bitwright.quantize(again.changed(method="rtn", epochs=None), tmp_path / "other")
     for saving in (saved, tmp_path / "no" / "folder"):
         with pytest.raises(OutputError, match="name a new file"):
             bitwright.quantize(recipe, tmp_path / "other", save_parameters=saving)
@@ -211,7 +221,7 @@ def test_parameters_are_saved_and_loaded(recipe: bitwright.Recipe, tmp_path: Pat
         bitwright.quantize(recipe, tmp_path / "other", save_parameters=Path(recipe.model) / "learned.safetensors")
     with pytest.raises(RecipeError, match="learns nothing"):
         bitwright.quantize(
-            replace(recipe, method="rtn", epochs=None), tmp_path / "other", save_parameters=tmp_path / "new"
+            recipe.changed(method="rtn", epochs=None), tmp_path / "other", save_parameters=tmp_path / "new"
         )
     (tmp_path / "broken").write_bytes(b"none")
     with pytest.raises(RecipeError, match="cannot be read as learned parameters"):
@@ -220,8 +230,8 @@ def test_parameters_are_saved_and_loaded(recipe: bitwright.Recipe, tmp_path: Pat
 
 
 def test_the_written_folder_is_better_than_rtn(recipe: bitwright.Recipe, tmp_path: Path) -> None:
-    asked = replace(recipe, scheme="W2A16g32", epochs=6)
-    rtn = divergence(replace(asked, method="rtn", epochs=None), tmp_path / "rtn")
+    asked = recipe.changed(scheme="W2A16g32", epochs=6)
+    rtn = divergence(asked.changed(method="rtn", epochs=None), tmp_path / "rtn")
     assert divergence(asked, tmp_path / "omniquant") < rtn
 
 
@@ -252,5 +262,5 @@ def test_arithmetic_in_the_checkpoints_dtype(
     """As on a GPU: the block computes in bfloat16, what is learned stays in float32."""
     monkeypatch.setattr(block_work, "pick_dtype", lambda name, device, stored: stored)
     epochs = None if method in UNTRAINED else 2
-    result = bitwright.quantize(replace(recipe, method=method, scheme=scheme, epochs=epochs), tmp_path / "out")
+    result = bitwright.quantize(recipe.changed(method=method, scheme=scheme, epochs=epochs), tmp_path / "out")
     assert result.output_error is not None and 0 < result.output_error < 0.5

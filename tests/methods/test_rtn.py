@@ -6,14 +6,15 @@ from torch import nn
 from bitwright.core.block import Block, LinearGroup, Topology
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.grid import Grid, Tile
-from bitwright.core.method import Context
+from bitwright.core.method import WeightContext
 from bitwright.core.scheme import Scheme
+from bitwright.core.settings import Settings
 from bitwright.methods.rtn import METHOD
 from bitwright.steps.apply import fold, quantize_linear
 
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0, 4.0], [-5.0, -6.0, 0.0, 8.0]])
 DTYPE = torch.float32
-CONTEXT = Context(Scheme(Grid.integers(4), Tile(1, 2)), DTYPE)
+CONTEXT = WeightContext(Settings(), Scheme(Grid.integers(4), Tile(1, 2)), DTYPE)
 
 
 def block() -> Block:

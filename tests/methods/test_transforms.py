@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from bitwright.core.decisions import BlockDecisions
 from bitwright.core.method import Closed
 from bitwright.core.settings import Settings
 from bitwright.methods import awq, osplus, smoothquant
+from bitwright.methods.osplus import OSPlusSettings
+from bitwright.methods.smoothquant import SmoothQuantSettings
 from bitwright.steps.apply import fold, parameters_of
 from bitwright.steps.trial import Trial
 from bitwright.stream.activations import Stream
@@ -40,19 +43,19 @@ def inputs_of(block: Block, stream: Stream, linear: str) -> torch.Tensor:
 
 def test_smoothquants_scale_is_the_papers(streamed: Streamed, block: Block) -> None:
     found = smoothquant.METHOD.decide(
-        block, context_of(block, streamed[1], "W8A8", Settings(alpha=0.7)), BlockDecisions()
+        block, context_of(block, streamed[1], "W8A8", SmoothQuantSettings(alpha=0.7)), BlockDecisions()
     )
     assert set(found.sites) == {"norm->qkv", "norm->gate,up"}
     x = inputs_of(block, streamed[1], "self_attn.q_proj").abs().amax(0)
     w = torch.stack([block.weight(f"self_attn.{n}_proj").abs().amax(0) for n in "qkv"]).amax(0)
     torch.testing.assert_close(found.sites["norm->qkv"].scale, x**0.7 / w**0.3)
-    everywhere = context_of(block, streamed[1], "W8A8", Settings(sites="all"))
+    everywhere = context_of(block, streamed[1], "W8A8", SmoothQuantSettings(sites="all"))
     assert set(smoothquant.METHOD.decide(block, everywhere, BlockDecisions()).sites) == ALL
 
 
 def test_heads_that_share_a_value_head_share_the_largest_scale(streamed: Streamed, block: Block) -> None:
     """4 query heads of 16 channels over 2 value heads."""
-    everywhere = context_of(block, streamed[1], "W8A8", Settings(sites="all"))
+    everywhere = context_of(block, streamed[1], "W8A8", SmoothQuantSettings(sites="all"))
     found = smoothquant.METHOD.decide(block, everywhere, BlockDecisions()).sites["v->o"].scale
     x = inputs_of(block, streamed[1], "self_attn.o_proj").abs().amax(0).view(2, 2, 16).amax(1).flatten()
     w = block.weight("self_attn.o_proj").abs().amax(0).view(2, 2, 16).amax(1).flatten()
@@ -62,8 +65,9 @@ def test_heads_that_share_a_value_head_share_the_largest_scale(streamed: Streame
 @pytest.mark.parametrize(
     "method", [smoothquant.METHOD, osplus.METHOD, awq.METHOD], ids=["smoothquant", "osplus", "awq"]
 )
-def test_the_full_precision_block_stays_what_it_was(method: Closed, streamed: Streamed, block: Block) -> None:
-    context = context_of(block, streamed[1], "W4A4", Settings(sites="all"))
+def test_the_full_precision_block_stays_what_it_was(method: Closed[Any], streamed: Streamed, block: Block) -> None:
+    settings = method.settings(**({"sites": "all"} if "sites" in method.declared() else {}))
+    context = context_of(block, streamed[1], "W4A4", settings)
     found = method.decide(block, context, BlockDecisions())
     assert any((site.scale - 1).abs().max() > 0.1 for site in found.sites.values())
     folded = fold(dict(block.module.named_parameters()), block.topology, found, context.scheme, torch.float32)
@@ -74,7 +78,7 @@ def test_the_full_precision_block_stays_what_it_was(method: Closed, streamed: St
 
 def test_only_channels_past_the_threshold_are_scaled(streamed: Streamed, block: Block) -> None:
     """Outlier Suppression+: the outlier channel is scaled, most others are not, and the error falls."""
-    context = context_of(block, streamed[1], "W4A4", Settings())
+    context = context_of(block, streamed[1], "W4A4", OSPlusSettings())
     found = osplus.METHOD.decide(block, context, BlockDecisions())
     assert set(found.sites) == {"norm->qkv", "norm->gate,up"}
     scale = found.sites["norm->qkv"].scale
@@ -83,7 +87,8 @@ def test_only_channels_past_the_threshold_are_scaled(streamed: Streamed, block: 
     threshold = float(reach[7] / scale[7])
     torch.testing.assert_close(scale, (reach / threshold).clamp(min=1), rtol=1e-4, atol=1e-4)
     site = block.topology.sites[0]
-    trial = Trial(block, site, context, BlockDecisions())
+    assert context.data is not None
+    trial = Trial(block, site, context, context.data, BlockDecisions())
     assert trial.error(scale) < 0.7 * trial.error(torch.ones_like(scale))
 
 
@@ -94,7 +99,8 @@ def test_awqs_scale_is_the_best_power_of_the_mean_magnitudes(streamed: Streamed,
     means = inputs_of(block, streamed[1], "self_attn.q_proj").abs().mean(0)
     candidates = [means ** (n / 20) for n in range(20)]
     candidates = [scale / (scale.max() * scale.min()).sqrt() for scale in candidates]
-    trial = Trial(block, block.topology.sites[0], context, BlockDecisions())
+    assert context.data is not None
+    trial = Trial(block, block.topology.sites[0], context, context.data, BlockDecisions())
     errors = [trial.error(scale) for scale in candidates]
     torch.testing.assert_close(found.sites["norm->qkv"].scale, candidates[errors.index(min(errors))])
     assert min(errors) < errors[0]

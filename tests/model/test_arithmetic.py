@@ -1,7 +1,6 @@
 """Which dtype a training multiplies in, who says so, and that a run is not continued in another."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,12 +82,12 @@ def test_a_run_is_not_continued_in_another_arithmetic(
 def test_what_is_not_trained_is_the_same_everywhere(recipe: bitwright.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda: True)
     assert job.prepare(recipe).arithmetic == torch.bfloat16
-    assert job.prepare(replace(recipe, scheme="W3A16", method="lwc", epochs=None)).arithmetic is None
-    assert job.prepare(replace(recipe, method="rtn", epochs=None)).arithmetic is None
+    assert job.prepare(recipe.changed(scheme="W3A16", method="lwc", epochs=None)).arithmetic is None
+    assert job.prepare(recipe.changed(method="rtn", epochs=None)).arithmetic is None
 
 
 def test_a_precision_that_cannot_be_meant_is_refused(recipe: bitwright.Recipe) -> None:
     with pytest.raises(RecipeError, match="there is no precision 'bfloat32'; did you mean"):
-        bitwright.plan(replace(recipe, precision="bfloat32"))
+        bitwright.plan(recipe.changed(precision="bfloat32"))
     with pytest.raises(RecipeError, match="rtn has no use for precision"):
-        bitwright.plan(replace(recipe, method="rtn", epochs=None, precision="bfloat16"))
+        bitwright.plan(recipe.changed(method="rtn", epochs=None, precision="bfloat16"))

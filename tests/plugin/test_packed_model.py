@@ -23,10 +23,13 @@ from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.grid import Tile
-from bitwright.core.method import Closed, Context
+from bitwright.core.method import Closed, Context, Freedom
+from bitwright.core.outlier_rule import OutlierRule
 from bitwright.core.progress import Progress
 from bitwright.core.quantized import Described
 from bitwright.core.recipe import Recipe
+from bitwright.core.scheme import Scheme
+from bitwright.core.settings import Settings
 from bitwright.formats import bitwright as format
 from bitwright.kernels.reference import PackedLinear
 from bitwright.methods import rtn
@@ -34,7 +37,7 @@ from bitwright.methods import rtn
 TOKENS = torch.arange(0, 250, 7)[None]
 
 
-def mixed(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+def mixed(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
     """Groups along the output for some, one scale for a whole tensor, outliers; the others as the scheme says."""
     decided = {}
     for name in block.topology.linears:
@@ -48,7 +51,17 @@ def mixed(block: Block, context: Context, decisions: BlockDecisions) -> BlockDec
     return decisions.with_linears(decided)
 
 
-MIXED = Closed(decides=frozenset({Decision.AXIS, Decision.OUTLIERS, Decision.RANGE, Decision.ROUNDING}), decide=mixed)
+def some_outliers(scheme: Scheme, settings: Settings) -> Freedom:
+    return Freedom(outliers=OutlierRule(3.0))
+
+
+MIXED = Closed(
+    summary="",
+    settings=Settings,
+    decides=frozenset({Decision.AXIS, Decision.OUTLIERS, Decision.RANGE, Decision.ROUNDING}),
+    decide=mixed,
+    freedom=some_outliers,
+)
 
 
 @pytest.fixture

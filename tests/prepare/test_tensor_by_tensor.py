@@ -24,9 +24,10 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core import panels
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError, SchemeError, UserError
-from bitwright.core.method import Context
+from bitwright.core.method import WeightContext
 from bitwright.core.progress import Progress
 from bitwright.core.recipe import Recipe
+from bitwright.core.settings import Settings
 from bitwright.methods import rtn
 from bitwright.stream import units
 
@@ -483,7 +484,7 @@ def test_memory_does_not_grow_with_a_weight(tiny: Checkpoints, tmp_path: Path, m
     """A weight is widened to float32, and shown to a method, a panel at a time."""
     sizes: list[int] = []
 
-    def watching(weight: torch.Tensor, context: Context, decided: LinearDecision) -> LinearDecision:
+    def watching(weight: torch.Tensor, context: WeightContext[Settings], decided: LinearDecision) -> LinearDecision:
         assert weight.dtype == torch.float32
         sizes.append(weight.numel())
         return decided

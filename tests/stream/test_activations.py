@@ -13,12 +13,11 @@ from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, SiteDecision
-from bitwright.core.method import Activations
 from bitwright.core.scheme import Scheme
 from bitwright.steps.activations import GRIDS
 from bitwright.steps.apply import Folded, fold
 from bitwright.stream import forward
-from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
+from bitwright.stream.activations import Activations, Stream, StreamErrors, advance, enter, replay, statistics
 from bitwright.stream.forward import forward_all
 
 SCHEME = Scheme.parse("W3A16g32")

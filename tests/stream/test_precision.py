@@ -3,15 +3,13 @@
 import pytest
 import torch
 from tests.conftest import Checkpoints
-from tests.streamed import Streamed, context_of, skeleton_of
+from tests.streamed import Streamed, configured, context_of, skeleton_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
-from bitwright.core.method import Learned
-from bitwright.core.settings import Settings
-from bitwright.methods import compose
+from bitwright.core.training import Training
 from bitwright.stream import precision
 from bitwright.stream.activations import enter
 from bitwright.stream.forward import forward, forward_all
@@ -23,10 +21,8 @@ SHORT = torch.bfloat16
 
 def trainer(block: Block, streamed: Streamed, scheme: str, methods: str, arithmetic: torch.dtype | None) -> Trainer:
     stream = streamed[1]
-    context = context_of(block, stream, scheme, Settings(epochs=4, schedule="cosine"))
-    learnables = learnables_of(
-        [m for m in compose(methods) if isinstance(m, Learned)], block, context, BlockDecisions()
-    )
+    context = context_of(block, stream, scheme, Training(epochs=4, schedule="cosine"))
+    learnables = learnables_of(configured(methods, "paper"), block, context, BlockDecisions())
     kwargs = stream.kwargs_of(block)
     objective = Objective(
         stream.activations, forward_all(block, {}, stream.activations.reference, kwargs), None, kwargs

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitwright.core.block import Block
+from bitwright.core.configuration import Configured
 from bitwright.core.decisions import BlockDecisions, Decision
-from bitwright.core.method import Closed, Context, Method
+from bitwright.core.method import Closed, Context
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.quantized import QuantizedBlock
 from bitwright.core.scheme import Scheme
@@ -25,6 +26,7 @@ from bitwright.stream.runner import RunPlan, run
 from bitwright.stream.skeleton import Skeleton
 
 SCHEME = Scheme.parse("W3A16g32")
+RTN = Configured("rtn", rtn.METHOD)
 
 
 class Memory:
@@ -51,13 +53,13 @@ def go(
     skeleton: Skeleton,
     sink: Memory,
     tokens: Tensor | None,
-    methods: Sequence[Method] = (rtn.METHOD,),
+    methods: Sequence[Configured] = (RTN,),
     with_head: bool = False,
     listener: Listener = silent,
 ) -> Memory:
     run(
         skeleton,
-        RunPlan(SCHEME, methods, Settings(), skeleton.checkpoint.dtype_of_weights, with_head),
+        RunPlan(SCHEME, methods, skeleton.checkpoint.dtype_of_weights, with_head),
         sink,
         tokens=tokens,
         listener=listener,
@@ -73,18 +75,13 @@ def in_memory(skeleton: Skeleton) -> set[str]:
 def test_one_block_is_in_memory_at_a_time(text: bool, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor) -> None:
     made, seen = skeleton(tiny()), []
 
-    def spy(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+    def spy(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
         parts = {".".join(name.split(".")[:3]) for name in in_memory(made)}
-        seen.append((block.name, parts, context.activations is not None))
+        seen.append((block.name, parts, context.data is not None))
         return decisions
 
-    go(
-        made,
-        Memory(),
-        tokens if text else None,
-        [Closed(decides=frozenset({Decision.AXIS}), decide=spy), rtn.METHOD],
-        with_head=True,
-    )
+    spying = Closed(summary="", settings=Settings, decides=frozenset({Decision.AXIS}), decide=spy)
+    go(made, Memory(), tokens if text else None, [Configured("spy", spying), RTN], with_head=True)
     assert seen == [
         ("model.layers.0", {"model.layers.0"}, text),
         ("model.layers.1", {"model.layers.1"}, text),
@@ -208,10 +205,11 @@ def test_finished_units_are_not_even_read_without_text(
 
 
 def test_fallbacks_reach_the_report(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
-    def falls_back(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+    def falls_back(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
         return BlockDecisions(fallbacks=(f"{block.name}: something else was done",))
 
-    sink = go(skeleton(tiny()), Memory(), None, [Closed(decides=frozenset({Decision.RANGE}), decide=falls_back)])
+    method = Closed(summary="", settings=Settings, decides=frozenset({Decision.RANGE}), decide=falls_back)
+    sink = go(skeleton(tiny()), Memory(), None, [Configured("falling back", method)])
     assert sink.units["model.layers.1"].report.fallbacks == ("model.layers.1: something else was done",)
 
 
@@ -278,12 +276,15 @@ def test_the_budget_holds_the_activations(
     tokens = torch.randint(0, 256, (128, 128), generator=torch.Generator().manual_seed(0))
     for place in (forward, moments, memory):
         monkeypatch.setattr(place, "TOKENS_PER_PASS", 256)
-    made, settings = skeleton(tiny()), Settings(epochs=1, refine=True, drift=True, aug_loss=aug_loss)
+    made = skeleton(tiny())
+    learned = {"epochs": 1, "aug_loss": aug_loss} if methods != "rtn" else {}
+    configuration = compose(methods).settled("bitwright", SCHEME, learned)
+    scales = made.checkpoint.dtype_of_weights
     weights = sum(parameter.numel() * 4 for parameter in made.model.parameters())
     with Live() as live:  # type: ignore[no-untyped-call] # torch's constructor has no types
         run(
             made,
-            RunPlan(SCHEME, compose(methods), settings, made.checkpoint.dtype_of_weights, False),
+            RunPlan(SCHEME, configuration.methods, scales, False, configuration.training),
             Memory(),
             tokens=tokens,
             listener=silent,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bitwright.api.verifying import verify
     from bitwright.core.engine import Engine, engines
     from bitwright.evaluation.loading import load
+    from bitwright.methods import describe_methods
     from bitwright.prepare.plan import Plan
     from bitwright.stream.worker_pool import start_workers
     from bitwright.verification.findings import Verification
@@ -32,6 +33,7 @@ _HOMES = {
     "bitwright.api.verifying": ("verify",),
     "bitwright.core.engine": ("Engine", "engines"),
     "bitwright.evaluation.loading": ("load",),
+    "bitwright.methods": ("describe_methods",),
     "bitwright.stream.worker_pool": ("start_workers",),
     "bitwright.prepare.plan": ("Plan",),
     "bitwright.verification.findings": ("Verification",),
@@ -49,6 +51,7 @@ __all__ = [
     "Verification",
     "bench",
     "demo",
+    "describe_methods",
     "engines",
     "evaluate",
     "export",

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from bitwright.core.decisions import Decision
 from bitwright.core.recipe import Recipe
 from bitwright.prepare.crew import crew_of
 from bitwright.prepare.engine_choice import for_engines
@@ -17,7 +16,8 @@ def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_m
         job = prepare(for_engines(recipe, device), device)
         crew = crew_of(job, workers, max_memory)
     found = replace(plan_of(job), workers=crew.workers, memory_bytes=crew.memory_bytes)
-    if job.settings.outlier_rule is None or not any(Decision.OUTLIERS in method.decides for method in job.methods):
+    rule = next((freedom.outliers for freedom in job.configuration.freedoms() if freedom.outliers is not None), None)
+    if rule is None:
         return found
-    note = f"outliers ({job.settings.outliers}) come on top of these bits and bytes, some 48 bits each"
+    note = f"outliers ({rule}) come on top of these bits and bytes, some 48 bits each"
     return replace(found, notes=(*found.notes, note))

@@ -213,7 +213,15 @@ def _write_tensors(job: Job, sink: FolderSink, crew: Crew, ranks: Ranks, listene
     if isinstance(job.work, TensorWork):
         return run_tensors(job, sink, crew, ranks, listener)
     assert isinstance(job.work, BlockWork)
-    head, trained = job.recipe.quantize_lm_head, job.arithmetic
-    plan = RunPlan(job.scheme, job.methods, job.settings, job.scales, head, job.learned, trained)
+    plan = RunPlan(
+        job.scheme,
+        job.configuration.methods,
+        job.scales,
+        job.recipe.quantize_lm_head,
+        job.configuration.training,
+        job.recipe.seed,
+        job.learned,
+        job.arithmetic,
+    )
     run(job.work.skeleton, plan, sink, tokens=job.tokens, listener=listener)
     return 0

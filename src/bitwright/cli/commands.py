@@ -12,6 +12,7 @@ import typer
 from bitwright.cli.console import err, out, show
 from bitwright.cli.options import FORMATS, MEASURED_ENGINES, SHARDS, Base, Device, Embeddings, Json
 from bitwright.cli.quantize import quantize
+from bitwright.cli.settings import WithSettings
 from bitwright.report import engines_screen, screens
 from bitwright.report.progress import ProgressReport
 
@@ -35,7 +36,7 @@ def _root(
         print(context.get_help())
 
 
-app.command()(quantize)
+app.command(cls=WithSettings)(quantize)
 
 
 @app.command()

@@ -1,7 +1,6 @@
-"""A recipe written down as YAML: the keys of ``quantize``'s flags, and where the result goes."""
+"""A recipe as a YAML file: the keys of ``quantize``'s flags, and where the result goes."""
 
 from collections.abc import Hashable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,15 @@ from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.recipe import Recipe
 
 OUTPUT = "output"
-KNOWN = {field.name for field in fields(Recipe)} | {OUTPUT, "save_parameters", "workers", "max_memory"}
+BESIDE = (OUTPUT, "save_parameters", "workers", "max_memory")
+"""Keys that are no part of the recipe: where the result goes, and how the run goes about it."""
 
 
 class OnceEach(yaml.SafeLoader):
-    """YAML as everybody writes it, except that a key which stands twice is refused: which one holds is a guess."""
+    """Plain YAML, except that a key which stands twice is refused: which of the two holds would be a guess."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping of this node; ConstructorError for a key that stands twice."""
+        """Build the mapping of a node. Raises ConstructorError for a key that stands twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             name = str(key.value).replace("-", "_")
@@ -29,22 +29,27 @@ class OnceEach(yaml.SafeLoader):
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a YAML recipe, hyphens made underscores. Raises RecipeError, with the nearest known key."""
+    """The keys of a YAML recipe, with underscores for hyphens. Raises RecipeError, with the nearest known key."""
+    written, known = parsed(path), (*Recipe.keys(), *BESIDE)
+    for key in written:
+        if key not in known:
+            raise RecipeError(f"recipe {path}: there is no key '{key}'; {nearest(key, known)}")
+    output = written.get(OUTPUT)
+    if output is not None and not isinstance(output, str):
+        raise RecipeError(f"recipe {path}: key '{OUTPUT}' is {output!r}; it takes the path of a folder")
+    return written
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """What a YAML file says, with underscores for hyphens in its keys. Raises RecipeError for what is no mapping."""
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), OnceEach)
+        content = yaml.load(path.read_text(encoding="utf-8"), OnceEach)
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; --recipe takes a YAML file") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a number or a date that is none
         raise RecipeError(f"recipe {path} cannot be read as YAML: {error}") from None
     except RecursionError:
         raise RecipeError(f"recipe {path} is nested too deeply to be a recipe") from None
-    if not isinstance(found, dict) or not found:
+    if not isinstance(content, dict) or not content:
         raise RecipeError(f"recipe {path} holds no keys; it reads like: 'scheme: W4A16g128'")
-    written = {str(key).replace("-", "_"): value for key, value in found.items()}
-    for key in written:
-        if key not in KNOWN:
-            raise RecipeError(f"recipe {path}: there is no key '{key}'; {nearest(key, KNOWN)}")
-    output = written.get(OUTPUT)
-    if output is not None and not isinstance(output, str):
-        raise RecipeError(f"recipe {path}: key '{OUTPUT}' is {output!r}; it takes the path of a folder")
-    return written
+    return {str(key).replace("-", "_"): value for key, value in content.items()}

@@ -13,9 +13,8 @@ from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import alignment_at
 from bitwright.steps.apply import quantize_linear
-from bitwright.steps.range_fit import fitted
+from bitwright.steps.range_fit import alignment_at, fitted
 
 GROUPS = (128, 64, 32)
 

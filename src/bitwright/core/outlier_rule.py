@@ -53,3 +53,6 @@ class OutlierRule:
                 f"outliers make no sense at 48 bits each; {_USAGE}"
             )
         return cls(None, number / 100) if match[2] else cls(number)
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:g}%" if self.deviations is None else f"{self.deviations:g}"

@@ -2,98 +2,109 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from bitwright.core.errors import RecipeError, nearest
-from bitwright.core.settings import ASKED
+from bitwright.core.settings import known_settings
 
 PATTERNS = ("include", "exclude", "engines")
+SETTINGS = "settings"
+"""The attribute that holds settings; in files and on the command line each is a key of its own."""
 SHARD_SIZE = "5GB"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Recipe:
-    """Everything that decides the bytes of the result. Keys that are not known are refused.
+    """Everything that decides the bytes of the result. Unknown keys are refused.
 
-    ``seqlen`` None is 2048 tokens, or the model's own maximum where that is shorter. ``method`` None is ``omniquant``
-    where calibration text is named and ``rtn`` where none is. ``format`` None is ``compressed-tensors`` where every
-    linear fits into it and ``bitwright`` where one does not. ``include`` and ``exclude`` are patterns of names, in a
-    list or with commas between them, for methods that need no text. ``embeddings`` and ``base`` are for formats made of
-    a finished folder, ``engines``, written in the same way, what the result shall run on. ``training`` names the
-    preset of the methods' settings; the keys after it are single settings (``core/settings.py``), None is what the
-    preset says for the scheme.
+    ``method`` None is ``omniquant`` if calibration data is named, else ``rtn``. ``format`` None is
+    ``compressed-tensors`` if every linear fits into it, else ``bitwright``. ``seqlen`` None is 2048 tokens, or the
+    model's own maximum if that is shorter. ``include`` and ``exclude`` are patterns of names, in a list or with commas
+    between them, for methods that need no calibration data; ``engines``, written in the same way, is what the result
+    shall run on. ``embeddings`` and ``base`` are for formats made of a finished folder. ``training`` names the preset
+    of the methods' settings.
+
+    Any other keyword is a setting of some method, such as ``epochs=5``: it is kept in ``settings``, and read as an
+    attribute. None leaves it to the preset.
     """
 
     model: str
     scheme: str
-    method: str | None = None
-    format: str | None = None
-    calibration: str | None = None
-    samples: int = 128
-    seqlen: int | None = None
-    seed: int = 0
-    quantize_lm_head: bool = False
-    shard_size: str = SHARD_SIZE
-    training: str = "bitwright"
-    epochs: int | None = None
-    batch_size: int | None = None
-    lwc_lr: float | None = None
-    let_lr: float | None = None
-    aug_loss: bool | None = None
-    alpha: float | None = None
-    schedule: str | None = None
-    precision: str | None = None
-    sites: str | None = None
-    refine: bool | None = None
-    drift: bool | None = None
-    axis: str | None = None
-    damping: float | None = None
-    act_order: bool | None = None
-    outliers: str | None = None
-    range: str | None = None
-    norm: float | None = None
-    alignment: float | None = None
-    include: str | list[str] | tuple[str, ...] | None = None
-    exclude: str | list[str] | tuple[str, ...] | None = None
-    load_parameters: str | None = None
-    engines: str | list[str] | tuple[str, ...] | None = None
-    embeddings: str | None = None
-    base: str | None = None
+    method: str | None
+    format: str | None
+    calibration: str | None
+    samples: int
+    seqlen: int | None
+    seed: int
+    quantize_lm_head: bool
+    shard_size: str
+    training: str
+    settings: Mapping[str, Any] = field(hash=False)
+    include: str | list[str] | tuple[str, ...] | None
+    exclude: str | list[str] | tuple[str, ...] | None
+    load_parameters: str | None
+    engines: str | list[str] | tuple[str, ...] | None
+    embeddings: str | None
+    base: str | None
 
-    def __post_init__(self) -> None:
-        for key, hint in get_type_hints(type(self)).items():
-            value, kinds = getattr(self, key), tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
-            fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
-            if not fits or (isinstance(value, bool) and bool not in kinds):
-                wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
-                raise RecipeError(f"recipe key '{key}' is {value!r}; it takes {wanted}")
-        for key in PATTERNS:
-            if isinstance(patterns := getattr(self, key), (list, tuple)):
-                object.__setattr__(self, key, ",".join(map(str, patterns)) or None)
+    def __init__(
+        self,
+        model: str,
+        scheme: str,
+        method: str | None = None,
+        format: str | None = None,
+        calibration: str | None = None,
+        samples: int = 128,
+        seqlen: int | None = None,
+        seed: int = 0,
+        quantize_lm_head: bool = False,
+        shard_size: str = SHARD_SIZE,
+        training: str = "bitwright",
+        *,
+        include: str | list[str] | tuple[str, ...] | None = None,
+        exclude: str | list[str] | tuple[str, ...] | None = None,
+        load_parameters: str | None = None,
+        engines: str | list[str] | tuple[str, ...] | None = None,
+        embeddings: str | None = None,
+        base: str | None = None,
+        **settings: Any,
+    ) -> None:
+        """Raises RecipeError for an unknown key, and for a value of the wrong type or out of bounds."""
+        given = {key: value for key, value in locals().items() if key not in ("self", SETTINGS)}
+        for key, value in given.items():
+            _require_kind(key, value, _KINDS[key])
+            joined = ",".join(map(str, value)) or None if isinstance(value, (list, tuple)) else value
+            object.__setattr__(self, key, joined)
+        object.__setattr__(self, SETTINGS, _asked(settings.pop(SETTINGS, {}) | settings))
         _ = self.shard_bytes
-        if self.calibration == "":
+        if calibration == "":
             raise RecipeError("calibration is empty; name a text file or folder, builtin, or leave it out")
-        for key, least in (("samples", 1), ("seqlen", 1), ("seed", 0)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise RecipeError(f"{key} is {value}; it must be at least {least}")
+        for key, number, least in (("samples", samples, 1), ("seqlen", seqlen, 1), ("seed", seed, 0)):
+            if number is not None and number < least:
+                raise RecipeError(f"{key} is {number}; it must be at least {least}")
 
-    @property
-    def settled_method(self) -> str:
-        """The method named, or the default."""
-        if self.method is not None:
-            return self.method
-        return "rtn" if self.calibration is None else "omniquant"
+    def __getattr__(self, key: str) -> Any:
+        """A method's setting as it was asked for; None if it was not."""
+        if key.startswith("_") or key == SETTINGS:  # looked up by copy and pickle before there are settings
+            raise AttributeError(key)
+        if key not in self.settings and key not in known_settings():
+            raise AttributeError(f"a recipe has no key '{key}'; {nearest(key, self.keys())}")
+        return self.settings.get(key)
+
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """All keys in the order in which they are written, settings in the place of ``settings``."""
+        names = [[*known_settings()] if each.name == SETTINGS else [each.name] for each in fields(cls)]
+        return tuple(name for several in names for name in several)
+
+    def changed(self, **changes: Any) -> "Recipe":
+        """This recipe with some keys changed, settings included: ``recipe.changed(scheme="W3A16", epochs=5)``."""
+        return replace(self, **changes)
 
     def patterns(self, key: str) -> tuple[str, ...]:
-        """Those of ``include``, ``exclude`` or ``engines``, one by one."""
+        """The patterns of ``include`` or ``exclude``, or the names of ``engines``, one by one."""
         return tuple(part.strip() for part in (getattr(self, key) or "").split(",") if part.strip())
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The methods' settings that were asked for; None where the preset decides."""
-        return {key: getattr(self, key) for key in ASKED}
 
     @property
     def shard_bytes(self) -> int:
@@ -103,19 +114,59 @@ class Recipe:
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Recipe":
         """A recipe from parsed YAML or JSON. Raises RecipeError for a key that is unknown or missing."""
-        keys, hints = {field.name for field in fields(cls)}, get_type_hints(cls)
-        written = {str(key).replace("-", "_"): value for key, value in mapping.items()}
+        written, known = {str(key).replace("-", "_"): value for key, value in mapping.items()}, cls.keys()
         for key in written:
-            if key not in keys:
-                raise RecipeError(f"a recipe has no key '{key}'; {nearest(key, keys)}")
+            if key not in known:
+                raise RecipeError(f"a recipe has no key '{key}'; {nearest(key, known)}")
         for key in ("model", "scheme"):
             if written.get(key) is None:
                 raise RecipeError(f"the recipe does not say which {key}: give --{key} or the key '{key}' in the recipe")
-        return cls(**{key: _as_wanted(key, value, hints) for key, value in written.items()})
+        return cls(**written)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as written into bitwright.json."""
-        return asdict(self)
+        """Plain values by ``keys()``, as written into bitwright.json; None for a setting that was not asked for."""
+        values = {key: getattr(self, key) for key in _KINDS if key != SETTINGS} | dict(self.settings)
+        return {key: values.get(key) for key in self.keys()}
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    return tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
+
+
+_KINDS = {key: _kinds(hint) for key, hint in get_type_hints(Recipe).items()}
+
+
+def _asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not None. Raises RecipeError for a key that no method has, or a value of another type."""
+    known, asked = known_settings(), {}
+    for key, value in settings.items():
+        if key not in known:
+            raise RecipeError(f"a recipe has no key '{key}'; {nearest(key, Recipe.keys())}")
+        setting = known[key].setting
+        if setting.number_as_text and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        if float in setting.kinds and isinstance(value, str):
+            value = _number(value)
+        _require_kind(key, value, (*(kind for kind in setting.kinds if kind is not type(None)), type(None)))
+        if value is not None:
+            asked[key] = value
+    return asked
+
+
+def _require_kind(key: str, value: Any, kinds: tuple[type, ...]) -> None:
+    """Raise RecipeError for a value of another type. A whole number is a float; True is no number."""
+    fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise RecipeError(f"recipe key '{key}' is {value!r}; it takes {wanted}")
+
+
+def _number(text: str) -> float | str:
+    """``1e-2``, which YAML reads as text, as a number; other text unchanged."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) *(KB|MB|GB|TB)", re.IGNORECASE)
@@ -123,20 +174,8 @@ _FACTORS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def size_in_bytes(text: object, what: str) -> int:
-    """Bytes of ``500MB`` or ``5GB``. Raises RecipeError for what is no such text; ``what`` is what it was to be."""
+    """The bytes of a size such as ``500MB``. Raises RecipeError for other text; ``what`` begins the message."""
     match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None or not float(match[1]):
         raise RecipeError(f"{what} '{text}' is no size; write a number and a unit: 500MB, 5GB")
     return int(float(match[1]) * _FACTORS[match[2].upper()])
-
-
-def _as_wanted(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
-    """``1e-2`` as a number where one is wanted, ``outliers: 3`` as text."""
-    if key == "outliers" and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or float not in get_args(hints[key]):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value

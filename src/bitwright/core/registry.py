@@ -21,6 +21,11 @@ def names(room: str) -> tuple[str, ...]:
     return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"))
 
 
+def modules(room: str) -> dict[str, ModuleType]:
+    """Every registered module of a room by its name."""
+    return {name: _module(room, name) for name in names(room)}
+
+
 def format_of(name: str) -> "Format":
     """The format of this name. Raises RecipeError with the nearest known name."""
     format: Format = find("formats", name).FORMAT
@@ -36,4 +41,8 @@ def find(room: str, name: str) -> ModuleType:
     """The module registered under a name. Raises RecipeError with the nearest known name."""
     if name not in names(room):
         raise RecipeError(f"there is no {room.rstrip('s')} '{name}'; {nearest(name, names(room))}")
+    return _module(room, name)
+
+
+def _module(room: str, name: str) -> ModuleType:
     return import_module(f"bitwright.{room}.{name.replace('-', '_')}")

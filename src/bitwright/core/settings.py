@@ -1,151 +1,202 @@
-"""What methods can be told, and what it is where a recipe leaves it open."""
+"""Settings of methods. Each is declared once, as a field of the settings dataclass in its method's file:
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+    damping: float = setting(0.01, "share of the mean diagonal that is added to the Hessian's", above=0, most=1)
+
+Recipe keys, command-line options and their help are derived from these fields.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from math import inf, isfinite
+from typing import Any, Generic, Self, TypeVar, get_args, get_type_hints
 
 from bitwright.core.errors import RecipeError, nearest
-from bitwright.core.outlier_rule import OutlierRule
+from bitwright.core.registry import modules
 from bitwright.core.scheme import Scheme
 
-SCHEDULES = ("cosine", "constant")
-PRECISIONS = ("auto", "float32", "bfloat16")
-SITES = ("paper", "all")
-AXES = ("auto", "oc", "ic")
-RANGES = ("fitted", "paper")
-FEW_BITS = 2
-ALIGNED_BITS = 4
-SMALLEST_NORM, LARGEST_NORM = 0.5, 4.0
+T = TypeVar("T")
+
+PRESETS = ("bitwright", "paper")
+"""``bitwright`` is what we found to work best; ``paper`` the plain settings of the papers."""
+
+ESTABLISHED = (
+    *("epochs", "batch_size", "lwc_lr", "let_lr", "aug_loss", "alpha", "schedule", "precision", "sites", "refine"),
+    *("drift", "axis", "damping", "act_order", "outliers", "range", "norm", "alignment"),
+)
+"""The order of settings in files and help. A setting that is not listed comes after these, by its name."""
+
+DECLARED = "declared"
+"""The key of a field's metadata under which its declaration stands."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the value of a preset may depend on.
+
+    ``closed``: everything that is trained is also searched in closed form afterwards, so that training may be left out.
+    """
+
+    scheme: Scheme
+    closed: bool = False
+
+
+@dataclass(frozen=True)
+class Depends(Generic[T]):
+    """A preset's value that depends on the scheme, and how help texts describe it."""
+
+    shown: str
+    value: Callable[[Basis], T]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The declaration of one setting.
+
+    ``kinds`` are the types of its values, ``presets`` its value in each preset. ``wants`` ends the message about a
+    number out of bounds. ``parse`` raises RecipeError for text that means nothing. ``number_as_text`` accepts a number
+    in a recipe and keeps its text.
+    """
+
+    kinds: tuple[type, ...]
+    help: str
+    presets: Mapping[str, Any]
+    choices: tuple[str, ...] = ()
+    above: float = -inf
+    least: float = -inf
+    most: float = inf
+    wants: str = ""
+    parse: Callable[[str], object] | None = None
+    number_as_text: bool = False
+
+    def of(self, preset: str, basis: Basis) -> Any:
+        """The value that a preset has under a scheme."""
+        value = self.presets[preset]
+        return value.value(basis) if isinstance(value, Depends) else value
+
+    def check(self, key: str, value: Any) -> None:
+        """Raise RecipeError for a value of the right type that is not allowed."""
+        if self.choices and value is not None and value not in self.choices:
+            raise RecipeError(f"there is no {key} '{value}'; {nearest(str(value), self.choices)}")
+        if self.parse is not None:
+            self.parse(value)
+        if isinstance(value, (int, float)):
+            inside = isfinite(value) and self.least <= value <= self.most and value > self.above
+            if not inside:
+                raise RecipeError(f"{key} is {value}; {self.wants or self._bounds()}")
+
+    def shown_default(self) -> str:
+        """Its value in each preset, for help texts: ``cosine; paper: constant``. Empty if it has none."""
+        ours, *others = (_shown(self.presets[preset]) for preset in PRESETS)
+        differing = (f"{preset}: {text}" for preset, text in zip(PRESETS[1:], others, strict=True) if text != ours)
+        return "; ".join([ours, *differing]) if ours else ""
+
+    def _bounds(self) -> str:
+        if self.most == inf:
+            return f"it must be more than {self.above}" if self.least == -inf else f"it must be at least {self.least}"
+        return f"it is between {max(self.least, self.above)} and {self.most}"
+
+
+def setting(
+    default: T,
+    help: str,
+    *,
+    bitwright: T | Depends[T] | None = None,
+    paper: T | Depends[T] | None = None,
+    choices: tuple[str, ...] = (),
+    above: float = -inf,
+    least: float = -inf,
+    most: float = inf,
+    wants: str = "",
+    parse: Callable[[str], object] | None = None,
+    number_as_text: bool = False,
+) -> T:
+    """A field of a settings dataclass. The presets have the default, unless ``bitwright`` or ``paper`` says otherwise.
+
+    A number must be more than ``above``, and between ``least`` and ``most``. For the rest see ``Setting``.
+    """
+    presets = {"bitwright": default if bitwright is None else bitwright, "paper": default if paper is None else paper}
+    declared = Setting((), help, presets, choices, above, least, most, wants, parse, number_as_text)
+    made: T = field(default=default, metadata={DECLARED: declared})
+    return made
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of every method; each method says which it ``uses``.
+    """What one method can be told. This base class is that of a method without settings.
 
-    Of what is trained, by AdamW without weight decay: ``epochs``; ``batch_size`` segments per step; learning rates
-    per step; ``schedule`` "cosine" (to zero at the last step) or "constant"; ``aug_loss`` adds the loss against the
-    full-precision block on the quantized stream; ``precision`` is what a step's matrix products are computed in, "auto"
-    the short dtype where the hardware is fast with it (masters, losses and what is decided by them stay in float32).
-
-    Of transforms: ``alpha`` is SmoothQuant's migration strength, at which LET starts too; ``sites`` are those of the
-    method's own "paper", or "all". Of the range: ``refine`` searches what was learned once more in closed form, where
-    a method can (``lwc``); 0 epochs leave it at that. ``drift`` has closed forms (there, and ``gptq``) make good what
-    the quantized blocks before have changed in a linear's input. Of AdaDim and EasyQuant: the ``axis``, "auto", "oc" or
-    "ic"; None is auto for the first, the scheme's own for the second. Of GPTQ: ``damping``, the share of the mean
-    diagonal that is added to the Hessian's; ``act_order``, columns by falling diagonal.
-
-    Of EasyQuant: which weights are ``outliers`` (``core/outlier_rule.py``); ``range`` "fitted" by least squares, in
-    which errors along the weights count ``alignment`` times more, or by the "paper"'s gradient descent; ``norm`` p,
-    where other than 2, has it searched for the least sum of |error|^p.
+    Raises RecipeError for a value that is not allowed.
     """
-
-    epochs: int = 20
-    batch_size: int = 1
-    lwc_lr: float = 1e-2
-    let_lr: float = 5e-3
-    aug_loss: bool = False
-    alpha: float = 0.5
-    schedule: str = "constant"
-    precision: str = "auto"
-    sites: str = "paper"
-    refine: bool = False
-    drift: bool = False
-    axis: str | None = None
-    damping: float = 0.01
-    act_order: bool = True
-    outliers: str = "3"
-    range: str = "paper"
-    norm: float = 2.0
-    alignment: float = 0.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("lwc_lr", "let_lr"):
-            if not 0 < getattr(self, key) < float("inf"):
-                raise RecipeError(f"{key} is {getattr(self, key)}; a learning rate must be positive, such as 0.01")
-        for key, least in (("epochs", 0), ("batch_size", 1)):
-            if getattr(self, key) < least:
-                raise RecipeError(f"{key} is {getattr(self, key)}; it must be at least {least}")
-        if not 0 <= self.alpha <= 1:
-            raise RecipeError(f"alpha is {self.alpha}; the migration strength is between 0 and 1")
-        if not 0 < self.damping <= 1:
-            raise RecipeError(f"damping is {self.damping}; it is a share of the mean diagonal, such as 0.01")
-        if not 0 <= self.alignment < float("inf"):
-            raise RecipeError(f"alignment is {self.alignment}; it is 0 or more, such as 16")
-        if not SMALLEST_NORM <= self.norm <= LARGEST_NORM:
-            raise RecipeError(f"norm is {self.norm}; it is between {SMALLEST_NORM} and {LARGEST_NORM}")
-        _ = self.outlier_rule
-        named = {"schedule": SCHEDULES, "precision": PRECISIONS, "sites": SITES, "axis": AXES, "range": RANGES}
-        for key, known in named.items():
-            if getattr(self, key) not in (known if getattr(type(self), key) else (None, *known)):
-                raise RecipeError(f"there is no {key} '{getattr(self, key)}'; {nearest(getattr(self, key), known)}")
+        for key, declared in self.declared().items():
+            declared.check(key, getattr(self, key))
 
-    @property
-    def outlier_rule(self) -> OutlierRule | None:
-        """The outliers that are asked for; None where there are to be none. Raises RecipeError."""
-        return OutlierRule.parse(self.outliers)
+    @classmethod
+    def declared(cls) -> Mapping[str, Setting]:
+        """The declarations by key, inherited ones included."""
+        declared: Mapping[str, Setting] = _declared(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
+        return declared
 
+    @classmethod
+    def settled(cls, preset: str, basis: Basis, asked: Mapping[str, Any]) -> Self:
+        """A preset's values, replaced by what a recipe asks for. Keys of other methods are skipped.
 
-ASKED = tuple(field.name for field in fields(Settings) if field.name != "seed")
-"""The settings that are keys of a recipe under their own name."""
+        Raises RecipeError for an unknown preset, and for values that are not allowed.
+        """
+        if preset not in PRESETS:
+            raise RecipeError(f"there are no training settings '{preset}'; {nearest(preset, PRESETS)}")
+        declared = cls.declared()
+        own = {key: value for key, value in asked.items() if key in declared}
+        settled = cls(**({key: each.of(preset, basis) for key, each in declared.items()} | own))
+        settled.refuse(basis.scheme, own.keys())
+        return settled
+
+    def refuse(self, scheme: Scheme, asked: Collection[str]) -> None:
+        """Raise RecipeError if these values contradict the scheme or one another. ``asked`` are a recipe's own keys."""
 
 
-def paper(scheme: Scheme, closed: bool = False) -> Settings:
-    """The plain settings of the methods' papers.
+@dataclass(frozen=True)
+class Known:
+    """A setting, and the names of the methods that have it."""
 
-    OmniQuant (arXiv 2308.13137, section 4.1 and the authors' scripts): 20 epochs, batch 1, learning rates 1e-2 (LWC)
-    and 5e-3 (LET), constant; 40 epochs and the augmented loss at 2 bits. Nothing in closed form, no drift made good.
-    EasyQuant (arXiv 2403.02775): its gradient descent where the scheme is symmetric, as it must be for that.
+    setting: Setting
+    methods: tuple[str, ...]
+
+
+def known_settings() -> dict[str, Known]:
+    """Every setting of every method by its key, in the order of files and help. Imports all methods.
+
+    Raises TypeError if two methods declare one key differently.
     """
-    few = scheme.weight.bits <= FEW_BITS
-    return Settings(epochs=40 if few else 20, aug_loss=few, range="paper" if scheme.weight.symmetric else "fitted")
+    found: dict[str, Known] = {}
+    for name, module in modules("methods").items():
+        for key, declared in module.METHOD.declared().items():
+            before = found.get(key, Known(declared, ()))
+            if before.setting != declared:
+                raise TypeError(f"setting {key}: {name} and {before.methods[0]} declare it differently; share one")
+            found[key] = Known(declared, (*before.methods, name))
+    return in_order(found)
 
 
-def ours(scheme: Scheme, closed: bool = False) -> Settings:
-    """Our settings: the papers' learning rates, falling to zero along a cosine over 5 epochs, without augmented loss;
-    ranges refined afterwards, drift made good. What can be found in closed form alone (``closed``) is not trained.
-
-    Measured in docs/methods/omniquant.md.
-    """
-    return Settings(
-        epochs=0 if closed else 5,
-        schedule="cosine",
-        refine=True,
-        drift=True,
-        range="fitted",
-        alignment=alignment_at(scheme.weight.bits),
-    )
+def in_order(values: Mapping[str, T]) -> dict[str, T]:
+    """Values by setting, in the order of files and help."""
+    last = len(ESTABLISHED)
+    places = {key: place for place, key in enumerate(ESTABLISHED)}
+    return {key: values[key] for key in sorted(values, key=lambda key: (places.get(key, last), key))}
 
 
-def alignment_at(bits: int) -> float:
-    """How many times more errors along a tile's own weights count by default; measured, docs/methods/easyquant.md."""
-    return 16.0 if bits < ALIGNED_BITS else 64.0
+@cache
+def _declared(settings: type[Settings]) -> Mapping[str, Setting]:
+    hints = get_type_hints(settings)
+    kinds = {key: get_args(hint) or (hint,) for key, hint in hints.items()}
+    return {each.name: replace(each.metadata[DECLARED], kinds=kinds[each.name]) for each in fields(settings)}
 
 
-PRESETS = {"bitwright": ours, "paper": paper}
-
-
-def settle(preset: str, scheme: Scheme, seed: int, asked: Mapping[str, Any], closed: bool = False) -> Settings:
-    """The preset's settings, with what a recipe asks for put in their place (None asks for nothing)."""
-    if preset not in PRESETS:
-        raise RecipeError(f"there are no training settings '{preset}'; {nearest(preset, PRESETS)}")
-    wanted = {key: value for key, value in asked.items() if value is not None}
-    if wanted.get("range") == "paper" and not scheme.weight.symmetric:
-        raise RecipeError(
-            f"range paper is symmetric and scheme {scheme} is not; add sym to its weights, or leave it out"
-        )
-    closed = closed and wanted.get("refine", True)
-    settled = replace(PRESETS[preset](scheme, closed), seed=seed, **wanted)
-    _refuse_idle(settled, wanted)
-    return settled
-
-
-def _refuse_idle(settled: Settings, wanted: Mapping[str, Any]) -> None:
-    """Refuses what was asked for and what another setting leaves without effect."""
-    idle = {"range paper": ["norm", "alignment"]} if settled.range == "paper" else {}
-    if settled.norm != 2:
-        idle |= {f"norm {settled.norm:g}": ["alignment"]}
-    for other, keys in idle.items():
-        for key in keys:
-            if key in wanted:
-                raise RecipeError(f"{key} changes nothing beside {other}; leave one of them out")
+def _shown(value: object) -> str:
+    """A preset's value in a help text."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else value.shown if isinstance(value, Depends) else str(value)

@@ -37,13 +37,12 @@ class Weight:
         """Whether the tensor is a stack of experts."""
         return len(self.shape) > 2
 
-    def takes_axis(self, axis: str | None) -> bool:
-        """Whether the groups may go along ``axis`` ("ic", "oc", "auto" or None).
+    def takes_tiles(self, compared: bool) -> bool:
+        """Whether a method may choose its tiles; ``compared`` if it takes the better one for each linear.
 
-        A transposed weight has its groups along the output already. Experts in one tensor share their groups'
-        direction, so "auto" cannot choose one for each.
+        A transposed weight has its groups along the output already. Experts in one tensor share their tile.
         """
-        return not (self.transposed or (self.stacked and axis == "auto"))
+        return not (self.transposed or (self.stacked and compared))
 
     def tile(self, tile: Tile) -> Tile:
         """The scheme's tile, laid on a matrix as it is stored."""

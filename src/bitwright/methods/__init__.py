@@ -4,66 +4,131 @@ A recipe is an ordered list of methods joined by ``+``, or the name of a preset.
 before any weight is read.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from bitwright.core.block import Topology
+from bitwright.core.configuration import Configuration, Configured
 from bitwright.core.decisions import Decision
 from bitwright.core.errors import RecipeError, nearest
-from bitwright.core.method import Learned, Method
-from bitwright.core.registry import find, names
+from bitwright.core.method import DataFree, Learned, Method
+from bitwright.core.recipe import Recipe
+from bitwright.core.registry import find, modules, names
 from bitwright.core.scheme import Scheme
+from bitwright.core.settings import PRESETS as SETTINGS_PRESETS
+from bitwright.core.settings import Basis, known_settings
+from bitwright.core.training import Training
 
 OMNIQUANT = "omniquant"
 PRESETS = {OMNIQUANT: "let+lwc"}
-TRANSFORM, CLIPPING = "let", "lwc"
-TRAINED = frozenset({"epochs", "batch_size", "aug_loss", "schedule", "precision"})
+WITH_TEXT, WITHOUT_TEXT = OMNIQUANT, "rtn"
+"""The methods of a recipe that names none, with and without calibration data."""
 
 
-def compose(text: str) -> tuple[Method, ...]:
-    """The methods a recipe names, in order.
+@dataclass(frozen=True)
+class Composition:
+    """Methods by their names, in the order in which they work. ``named`` is how the recipe wrote them."""
 
-    Raises RecipeError for an unknown name, for two writers of one decision, and for an order in which a
-    method would decide something that comes before what is already decided.
+    named: str
+    methods: Mapping[str, Method]
+
+    @property
+    def learns(self) -> bool:
+        """Whether any method is trained."""
+        return any(isinstance(method, Learned) for method in self.methods.values())
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether any method needs calibration data."""
+        return any(method.needs_text for method in self.methods.values())
+
+    @property
+    def data_free(self) -> bool:
+        """Whether every method needs one weight alone."""
+        return all(isinstance(method, DataFree) for method in self.methods.values())
+
+    def fitted(
+        self, scheme: Scheme, topology: Topology | None, asked: Mapping[str, Any]
+    ) -> tuple["Composition", str | None]:
+        """The methods that are really run on an architecture, and a note on those that are left out.
+
+        ``topology`` is None if there are no blocks to transform. ``asked`` are the recipe's settings.
+        """
+        reasons = {}
+        for name, method in self.methods.items():
+            if topology is not None and (unneeded := method.unneeded(scheme, topology, asked)) is not None:
+                reasons[name] = unneeded
+        if not reasons:
+            return Composition("+".join(self.methods), self.methods), None
+        left = [name for name in self.methods if name not in reasons] or [next(iter(reasons.values())).instead]
+        going_on = "+".join(left)
+        notes = [
+            f"{name} is left out: {each.why}. Going on with {going_on}; {each.to_keep}"
+            for name, each in reasons.items()
+        ]
+        return compose(going_on), "; ".join(notes)
+
+    def settled(self, preset: str, scheme: Scheme, asked: Mapping[str, Any]) -> Configuration:
+        """The methods with their settings: a preset's, replaced by what a recipe asks for.
+
+        Raises RecipeError for an unknown preset, for values that are not allowed, and for a setting that no method has.
+        """
+        if preset not in SETTINGS_PRESETS:
+            raise RecipeError(f"there are no training settings '{preset}'; {nearest(preset, SETTINGS_PRESETS)}")
+        self._refuse_unused(asked)
+        methods = tuple(Configured(name, method, preset, asked) for name, method in self.methods.items())
+        settled = {each.name: each.settings(scheme) for each in methods}
+        training = None
+        if self.learns:
+            learned = {name: each for name, each in self.methods.items() if isinstance(each, Learned)}
+            closed = all(method.closed(settled[name]) for name, method in learned.items())
+            training = Training.settled(preset, Basis(scheme, closed), asked)
+        return Configuration(methods, scheme, training)
+
+    def _refuse_unused(self, asked: Mapping[str, Any]) -> None:
+        """Raise RecipeError for a setting that would change nothing."""
+        own = {key for method in self.methods.values() for key in method.declared()}
+        known = known_settings()
+        unused = next((key for key in known if key in asked and key not in own), None)
+        if unused is not None:
+            raise RecipeError(
+                f"{'+'.join(self.methods)} has no use for {unused}; leave it out, or take a method that has: "
+                f"{', '.join(known[unused].methods)}"
+            )
+
+
+def composed_for(recipe: Recipe) -> Composition:
+    """The methods of a recipe, or the default ones if it names none. Raises RecipeError as ``compose`` does."""
+    default = WITHOUT_TEXT if recipe.calibration is None else WITH_TEXT
+    return compose(default if recipe.method is None else recipe.method)
+
+
+def compose(text: str) -> Composition:
+    """The methods that a text names.
+
+    Raises RecipeError for an unknown name, for two methods that write one decision, and for an order in which a method
+    would decide something that comes before what is already decided.
     """
     writers: dict[Decision, str] = {}
-    methods = []
+    methods: dict[str, Method] = {}
     for name in _parts(text):
         method = _named(name)
         for decision in sorted(method.decides, key=_ORDER.index):
-            _refuse_conflict(name, method, decision, writers)
+            _refuse_conflict(name, method, decision, writers, methods)
         writers |= dict.fromkeys(method.decides, name)
-        methods.append(method)
-    return tuple(methods)
+        methods[name] = method
+    return Composition(text, methods)
 
 
-def fit(text: str, scheme: Scheme, topology: Topology | None, sites: str | None = None) -> tuple[str, str | None]:
-    """The recipe that is really run, and what to say about it.
-
-    With 16-bit activations and no site that can absorb a shift (RMSNorm architectures) ``let`` is left out, as
-    OmniQuant's authors do, unless the recipe names the ``sites`` where it acts. ``topology`` is None where there are no
-    blocks to transform.
-    """
-    listed = _parts(text)
-    if topology is None:
-        return "+".join(listed), None
-    quantizes_activations = scheme.activations is not None or scheme.kv is not None
-    keep = sites is not None or quantizes_activations or any(site.shift for site in topology.sites)
-    parts = [part for part in listed if keep or part != TRANSFORM] or [CLIPPING]
-    if TRANSFORM not in listed or keep:
-        return "+".join(listed), None
-    return "+".join(parts), (
-        f"{TRANSFORM} is left out: 16-bit activations do not need it, and no site of this architecture can absorb a "
-        f"shift. Going on with {'+'.join(parts)}; name --sites to keep it, which pays where channels are outliers"
-    )
-
-
-def learned(methods: tuple[Method, ...]) -> bool:
-    """Whether any of these is trained."""
-    return any(isinstance(method, Learned) for method in methods)
-
-
-def used(methods: tuple[Method, ...]) -> frozenset[str]:
-    """The settings that any of these listens to; training listens to its own."""
-    trained = TRAINED if learned(methods) else frozenset[str]()
-    return trained.union(*(method.uses for method in methods))
+def describe_methods() -> str:
+    """Every method with its summary, in an order in which they may follow one another, for help texts."""
+    methods = {name: module.METHOD for name, module in modules("methods").items()}
+    ordered = sorted(methods, key=lambda name: (max(map(_ORDER.index, methods[name].decides)), name))
+    presets = ", ".join(f"{name} ({meant})" for name, meant in PRESETS.items())
+    lines = "; ".join(f"{name}: {methods[name].summary}" for name in ordered)
+    default = f"{WITH_TEXT} with calibration data, else {WITHOUT_TEXT}"
+    return f"{presets}, or methods joined by + in this order. {lines}. [default: {default}]"
 
 
 def _parts(text: str) -> list[str]:
@@ -83,19 +148,23 @@ def _named(name: str) -> Method:
 _ORDER = list(Decision)
 
 
-def _refuse_conflict(name: str, method: Method, decision: Decision, writers: dict[Decision, str]) -> None:
-    if decision in writers and not (decision in method.starts_from and not learned((_named(writers[decision]),))):
+def _refuse_conflict(
+    name: str, method: Method, decision: Decision, writers: Mapping[Decision, str], before: Mapping[str, Method]
+) -> None:
+    """Raise RecipeError if a method cannot take a decision after those ``before``."""
+    improves = decision in method.starts_from and not isinstance(before.get(writers.get(decision, "")), Learned)
+    if decision in writers and not improves:
         raise RecipeError(f"{writers[decision]} and {name} both decide the {decision}; keep one of them")
     later = sorted((d for d in writers if _ORDER.index(d) > _ORDER.index(decision)), key=_ORDER.index)
     if later:
         earlier = writers[later[0]]
+        swapped = _can_follow(method, before[earlier])
         raise RecipeError(
             f"{name} decides the {decision}, which comes before the {later[0]} that {earlier} has already decided; "
-            + (f"write {name}+{earlier}" if _can_follow(name, earlier) else "they do not go together, keep one of them")
+            + (f"write {name}+{earlier}" if swapped else "they do not go together, keep one of them")
         )
 
 
-def _can_follow(first: str, second: str) -> bool:
+def _can_follow(first: Method, second: Method) -> bool:
     """Whether the second method can come after the first."""
-    decided, next_ = _named(first).decides, _named(second).decides
-    return max(map(_ORDER.index, decided)) < min(map(_ORDER.index, next_))
+    return max(map(_ORDER.index, first.decides)) < min(map(_ORDER.index, second.decides))

@@ -11,10 +11,10 @@ itself for o and down. ``axis`` "oc" or "ic" takes one for all. With ``gptq`` af
 
 Where we differ: the error is that of the whole group of linears against full precision, those chosen before included,
 and the choice is held against per-OC for all and per-IC for all, so that it is never worse than either; inputs are
-those of the quantized stream. A linear whose output does not divide into groups stays per-OC, which is said.
+those of the quantized stream. A linear whose output does not divide into groups stays per-OC, which is reported.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,48 +22,56 @@ from bitwright.core.block import Block, LinearGroup
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.errors import SchemeError
 from bitwright.core.grid import Tile
-from bitwright.core.method import Closed, Context
+from bitwright.core.method import BlockData, Closed, Context, Freedom
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings
+from bitwright.methods._shared_settings import Axis
 from bitwright.steps.apply import parameters_of
 from bitwright.steps.trial import TOKENS, rounded
 
 Choice = dict[str, Tile]
 
 
-def tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
-    """What may be chosen, or must: per-IC tiles unless the axis is fixed to per-OC.
+@dataclass(frozen=True)
+class AdaDimSettings(Axis):
+    """``axis``; None is ``auto``."""
 
-    Raises SchemeError where the scheme fixes the axis already.
-    """
+
+def freedom(scheme: Scheme, settings: AdaDimSettings) -> Freedom:
+    """Per-IC tiles, unless ``axis`` is oc. Raises SchemeError if the scheme fixes the axis already."""
     if scheme.fixes_axis:
         raise SchemeError(
             f"scheme {scheme} fixes the axis that adadim is to choose; take W4A16g128, or leave adadim out"
         )
-    return () if settings.axis == "oc" else (scheme.tile.transposed,)
+    return Freedom(() if settings.axis == "oc" else (scheme.tile.transposed,), compared=settings.axis != "ic")
 
 
 @torch.no_grad()
-def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
-    """A tile for every linear; the scheme's own where there are no inputs to see (the output layer)."""
-    if context.inspect is None:
+def decide(block: Block, context: Context[AdaDimSettings], decisions: BlockDecisions) -> BlockDecisions:
+    """Decide a tile for every linear; the scheme's own without calibration data (the output layer)."""
+    if context.data is None:
         return decisions
     for group in block.topology.groups:
         able = [name for name in group.linears if _divides(block, name, context.scheme)]
         unable = [f"{n}: its output does not divide into groups, stays per-OC" for n in group.linears if n not in able]
         decisions = replace(decisions, fallbacks=(*decisions.fallbacks, *unable))
         if context.settings.axis in (None, "auto") and able:
-            chosen = _choose(block, group, able, context, decisions)
+            chosen = _choose(block, group, able, context, context.data, decisions)
         else:
             chosen = dict.fromkeys(able if context.settings.axis == "ic" else (), context.scheme.tile.transposed)
         decisions = _with_tiles(decisions, chosen)
     return decisions
 
 
-def _choose(block: Block, group: LinearGroup, able: list[str], context: Context, decisions: BlockDecisions) -> Choice:
-    """One linear after the other, then the best of that and of one axis for all."""
-    assert context.inspect is not None
-    module = context.inspect(group.enclosing, decisions, TOKENS)
+def _choose(
+    block: Block,
+    group: LinearGroup,
+    able: list[str],
+    context: Context[AdaDimSettings],
+    data: BlockData,
+    decisions: BlockDecisions,
+) -> Choice:
+    """Choose for one linear after the other, then take the best of that and of one axis for all."""
+    module = data.inspect(group.enclosing, decisions, TOKENS)
     parameters = parameters_of(block, decisions)
 
     def error(per_ic: frozenset[str], linears: tuple[str, ...]) -> float:
@@ -90,5 +98,10 @@ def _divides(block: Block, name: str, scheme: Scheme) -> bool:
 
 
 METHOD = Closed(
-    decides=frozenset({Decision.AXIS}), decide=decide, needs_text=True, uses=frozenset({"axis"}), tiles=tiles
+    summary="choose for each linear along which dimension its groups go",
+    settings=AdaDimSettings,
+    decides=frozenset({Decision.AXIS}),
+    decide=decide,
+    freedom=freedom,
+    needs_text=True,
 )

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from bitwright.core.block import Block, Site
 from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision, SiteDecision
-from bitwright.core.method import Closed, Context
+from bitwright.core.method import BlockData, Closed, Context
+from bitwright.core.settings import Settings
 from bitwright.steps.apply import weights_of
 from bitwright.steps.migration import SMALLEST, of_inputs, scalable
 from bitwright.steps.range_search import shrunk
@@ -33,19 +34,21 @@ RATIOS = [n / 20 for n in range(20)]
 SHARES = [1 - n / 20 for n in range(10)]
 
 
-def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
-    """Scales site by site, then ranges; nothing where there are no inputs to see (the output layer)."""
-    if context.inspect is None:
+def decide(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
+    """Decide scales site by site, then ranges; nothing without calibration data (the output layer)."""
+    if context.data is None:
         return decisions
     for site in scalable(block):
-        decisions = decisions.with_sites({site.name: _scale(block, site, context, decisions)})
-    return _clip(block, context, decisions)
+        decisions = decisions.with_sites({site.name: _scale(block, site, context, context.data, decisions)})
+    return _clip(block, context, context.data, decisions)
 
 
-def _scale(block: Block, site: Site, context: Context, decisions: BlockDecisions) -> SiteDecision:
-    means = of_inputs(site, context.stats, lambda found: found.absmean).to(next(block.module.parameters()).device)
+def _scale(
+    block: Block, site: Site, context: Context[Settings], data: BlockData, decisions: BlockDecisions
+) -> SiteDecision:
+    means = of_inputs(site, data.stats, lambda channels: channels.absmean).to(next(block.module.parameters()).device)
     candidates = [SiteDecision(_normalised(means.clamp(min=SMALLEST).pow(ratio))) for ratio in RATIOS]
-    return best(Trial(block, site, context, decisions), candidates)
+    return best(Trial(block, site, context, data, decisions), candidates)
 
 
 def _normalised(scale: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
@@ -53,8 +56,7 @@ def _normalised(scale: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
 
 
 @torch.no_grad()
-def _clip(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
-    assert context.moments is not None
+def _clip(block: Block, context: Context[Settings], data: BlockData, decisions: BlockDecisions) -> BlockDecisions:
     multiplied = {side.module for site in block.topology.sites if not site.consumers for side in site.producers}
     weights = weights_of(block, decisions)
     decided: dict[str, LinearDecision] = {}
@@ -62,7 +64,7 @@ def _clip(block: Block, context: Context, decisions: BlockDecisions) -> BlockDec
         linears = [name for name in group.linears if name not in multiplied]
         if not linears:
             continue
-        hessian = context.moments(linears[0], decisions).inputs
+        hessian = data.moments(linears[0], decisions, drift=False).inputs
         for name in linears:
             tile = decisions.tile(name, context.scheme)
             low, high = shrunk(weights[name], SHARES, context.scheme.weight, tile, context.scale_dtype, hessian)
@@ -71,5 +73,9 @@ def _clip(block: Block, context: Context, decisions: BlockDecisions) -> BlockDec
 
 
 METHOD = Closed(
-    decides=frozenset({Decision.TRANSFORM, Decision.RANGE}), decide=decide, needs_text=True, reads_stats=True
+    summary="scale what sees large activations, then clip, both by a search on the output",
+    settings=Settings,
+    decides=frozenset({Decision.TRANSFORM, Decision.RANGE}),
+    decide=decide,
+    needs_text=True,
 )

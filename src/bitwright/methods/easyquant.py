@@ -1,65 +1,125 @@
 """EasyQuant: An Efficient Data-free Quantization Algorithm for LLMs (arXiv 2403.02775).
 
-No text, no forward pass. Weights far from the mean, under 1 %, are kept exactly (``easyquant_outliers.py``); the others
-get the range that loses least, each tile for itself:
+No calibration data, no forward pass. Weights far from the mean, under 1 %, are kept exactly
+(``easyquant_outliers.py``); the others get the range that loses least, each tile for itself:
 
     minimise || W - h clip(round(W / h)) ||^2 over h
 
-Where we differ: the range is found by closed-form least squares from many starts, with a zero point where the scheme
-has one, on any tile; and errors along a tile's own weights count more often than others (``alignment``,
+Where we differ: the range is found by closed-form least squares from many starts, with a zero point if the scheme has
+one, on any tile; and errors along a tile's own weights count more often than others (``alignment``,
 ``steps/range_fit.py``). ``range`` "paper" is the paper's own procedure. With ``axis`` "auto" a linear's groups go along
-its output where that loses less.
+its output if that loses less.
 """
 
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bitwright.core.decisions import Decision, LinearDecision
-from bitwright.core.errors import SchemeError
+from bitwright.core.errors import RecipeError, SchemeError
 from bitwright.core.grid import Tile
-from bitwright.core.method import Context, DataFree, Range
+from bitwright.core.method import DataFree, Freedom, Range, WeightContext
+from bitwright.core.outlier_rule import OutlierRule
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings
-from bitwright.methods.easyquant_outliers import decide as decide_outliers
+from bitwright.core.settings import Depends, setting
+from bitwright.methods._shared_settings import Axis
+from bitwright.methods.easyquant_outliers import OutlierSettings
 from bitwright.steps.apply import quantize_linear
-from bitwright.steps.range_fit import fitted
+from bitwright.steps.outliers import outliers
+from bitwright.steps.range_fit import alignment_at, fitted
 from bitwright.steps.range_gradient import by_gradient
 from bitwright.steps.ranges import nearest_to_weights
 
+SMALLEST_NORM, LARGEST_NORM = 0.5, 4.0
+
+
+@dataclass(frozen=True)
+class EasyQuantSettings(OutlierSettings, Axis):
+    """``axis`` None is the scheme's own.
+
+    ``range`` is "fitted" by least squares, or found by the "paper"'s gradient descent, which is symmetric. ``norm``
+    p other than 2 has ranges searched for the least sum of |error|^p instead.
+    """
+
+    range: str = setting(
+        "fitted",
+        "how ranges are found: fitted, or paper (symmetric schemes)",
+        choices=("fitted", "paper"),
+        paper=Depends(
+            "paper if the scheme is symmetric", lambda basis: "paper" if basis.scheme.weight.symmetric else "fitted"
+        ),
+    )
+    norm: float = setting(
+        2.0,
+        "p of the |error|^p that ranges minimise",
+        least=SMALLEST_NORM,
+        most=LARGEST_NORM,
+        wants=f"it is between {SMALLEST_NORM} and {LARGEST_NORM}",
+    )
+    alignment: float = setting(
+        0.0,
+        "how much more errors along a tile's own weights count",
+        least=0,
+        wants="it is 0 or more, such as 16",
+        bitwright=Depends("64, 16 at 2 and 3 bits", lambda basis: alignment_at(basis.scheme.weight.bits)),
+    )
+
+    def refuse(self, scheme: Scheme, asked: Collection[str]) -> None:
+        """Refuse the paper's range for asymmetric weights, and what another setting leaves without effect."""
+        if "range" in asked and self.range == "paper" and not scheme.weight.symmetric:
+            raise RecipeError(
+                f"range paper is symmetric and scheme {scheme} is not; add sym to its weights, or leave it out"
+            )
+        for other, keys in self._without_effect().items():
+            for key in keys:
+                if key in asked:
+                    raise RecipeError(f"{key} changes nothing beside {other}; leave one of them out")
+
+    def _without_effect(self) -> Mapping[str, tuple[str, ...]]:
+        """The settings that change nothing, by the value of another that is why."""
+        if self.range == "paper":
+            return {"range paper": ("norm", "alignment")}
+        return {f"norm {self.norm:g}": ("alignment",)} if self.norm != 2 else {}
+
+
+def freedom(scheme: Scheme, settings: EasyQuantSettings) -> Freedom:
+    """Outliers, and tiles along the output if ``axis`` asks. Raises SchemeError if the scheme fixes the axis."""
+    rule = OutlierRule.parse(settings.outliers)
+    if settings.axis in (None, "oc"):
+        return Freedom(outliers=rule)
+    if scheme.fixes_axis:
+        raise SchemeError(f"scheme {scheme} fixes the axis; take W4A16g128, or leave --axis {settings.axis} out")
+    return Freedom((scheme.tile.transposed,), compared=settings.axis == "auto", outliers=rule)
+
 
 @torch.no_grad()
-def decide(weight: Float[Tensor, "O I"], context: Context, decided: LinearDecision) -> LinearDecision:
-    """Outliers, tile and range of one linear."""
-    decided = decide_outliers(weight, context, decided)
+def decide(
+    weight: Float[Tensor, "O I"], context: WeightContext[EasyQuantSettings], decided: LinearDecision
+) -> LinearDecision:
+    """Decide outliers, tile and range of one linear."""
+    if context.outliers is not None:
+        decided = replace(decided, outliers=outliers(weight, context.outliers))
     tried = [_ranged(weight, context, replace(decided, tile=tile)) for tile in _possible(weight, context)]
     return min(tried, key=lambda one: _lost(weight, context, one)) if len(tried) > 1 else tried[0]
 
 
-def tiles(scheme: Scheme, settings: Settings) -> tuple[Tile, ...]:
-    """What may be chosen, or must, beside the scheme's own. Raises SchemeError where it fixes the axis already."""
-    if settings.axis in (None, "oc"):
-        return ()
-    if scheme.fixes_axis:
-        raise SchemeError(f"scheme {scheme} fixes the axis; take W4A16g128, or leave --axis {settings.axis} out")
-    return (scheme.tile.transposed,)
+def _possible(weight: Float[Tensor, "O I"], context: WeightContext[EasyQuantSettings]) -> list[Tile]:
+    """The tiles to choose from; only the scheme's if the output does not divide into groups."""
+    able = [tile for tile in context.tiles if tile.divides((weight.shape[0], weight.shape[1]))]
+    return able if context.settings.axis == "ic" and able else [context.scheme.tile, *able]
 
 
-def _possible(weight: Float[Tensor, "O I"], context: Context) -> list[Tile]:
-    """The tiles to choose from; per-OC where the output does not divide into groups."""
-    own, other = context.scheme.tile, tiles(context.scheme, context.settings)
-    able = [tile for tile in other if tile.divides((weight.shape[0], weight.shape[1]))]
-    return able if context.settings.axis == "ic" and able else [own, *able]
-
-
-def _ranged(weight: Float[Tensor, "O I"], context: Context, decided: LinearDecision) -> LinearDecision:
+def _ranged(
+    weight: Float[Tensor, "O I"], context: WeightContext[EasyQuantSettings], decided: LinearDecision
+) -> LinearDecision:
     low, high = _range(decided.inside(weight), decided.tile or context.scheme.tile, context)
     return replace(decided, low=low, high=high)
 
 
-def _range(weight: Float[Tensor, "O I"], tile: Tile, context: Context) -> Range:
+def _range(weight: Float[Tensor, "O I"], tile: Tile, context: WeightContext[EasyQuantSettings]) -> Range:
     grid, dtype, settings = context.scheme.weight, context.scale_dtype, context.settings
     if settings.range == "paper":
         return by_gradient(weight, grid, tile, dtype)
@@ -68,15 +128,16 @@ def _range(weight: Float[Tensor, "O I"], tile: Tile, context: Context) -> Range:
     return fitted(weight, grid, tile, dtype, alignment=settings.alignment)
 
 
-def _lost(weight: Float[Tensor, "O I"], context: Context, decided: LinearDecision) -> float:
+def _lost(weight: Float[Tensor, "O I"], context: WeightContext[EasyQuantSettings], decided: LinearDecision) -> float:
     """|| W - W_q ||^2"""
     made = quantize_linear(weight, decided, context.scheme, context.scale_dtype).dequantize(torch.float32)
     return float(torch.linalg.vector_norm(weight - made).double() ** 2)
 
 
 METHOD = DataFree(
+    summary="keep outliers and fit each range to the other weights",
+    settings=EasyQuantSettings,
     decides=frozenset({Decision.OUTLIERS, Decision.AXIS, Decision.RANGE}),
     decide=decide,
-    uses=frozenset({"outliers", "range", "norm", "alignment", "axis"}),
-    tiles=tiles,
+    freedom=freedom,
 )

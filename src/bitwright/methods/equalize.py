@@ -5,24 +5,30 @@ Eq. 11, between two linears:    s_j = sqrt(r1_j r2_j) / r2_j,    W1 / s, s W2
 with r1 the range of W1's rows and r2 of W2's columns. A channel that is made large and read by small weights, as the
 outlier channels of large models are, loses those weights to the rounding of the others; s brings both to one size.
 
-Where we differ: sizes are norms, which one weight does not make; the gain of a norm counts as a row; and only channels
-whose s is at least four times more or less than the median's get one, a power of two. Where no channel stands out,
+Where we differ: sizes are norms, which do not hang on one weight; the gain of a norm counts as a row; and only channels
+whose s is at least four times more or less than the median's get one, a power of two. If no channel stands out,
 equalizing all of them costs more than it gains (docs/methods/easyquant.md).
 """
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision, SiteDecision
 from bitwright.core.method import Closed, Context
+from bitwright.core.settings import Settings
 from bitwright.steps.migration import equalized, scalable
 
 LEAST = 4.0
 
 
-def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
-    """Scales of every site with linears behind it, where a channel stands out."""
+def decide(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
+    """Decide scales for every site that has linears behind it and a channel that stands out."""
     place = next(block.module.parameters()).device
     scales = {site.name: equalized(site, block, LEAST) for site in scalable(block)}
     return decisions.with_sites({n: SiteDecision(s.to(place)) for n, s in scales.items() if bool((s != 1).any())})
 
 
-METHOD = Closed(decides=frozenset({Decision.TRANSFORM}), decide=decide)
+METHOD = Closed(
+    summary="bring linears to one size, channel by channel, without calibration data",
+    settings=Settings,
+    decides=frozenset({Decision.TRANSFORM}),
+    decide=decide,
+)

@@ -2,7 +2,7 @@
 
 Rounding that lets later weights make good what earlier ones lost (``steps/rounding.py``). Linears go in the order
 data flows through the block, each on the inputs that the quantized linears before it leave; linears that share an
-input share its Hessian. Ranges are what methods before have decided. Where none has they are min-max of the weight; on
+input share its Hessian. Ranges are what methods before have decided. If none has, they are min-max of the weight; on
 per-IC tiles (AdaDim, arXiv 2309.15531: GPTQ-ada) those of each column as updated so far.
 
 Where we differ, unless ``drift`` is off: what is rounded is W + W C H^-1, C = E[(x - x') x'^T], the weight that on the
@@ -11,23 +11,39 @@ per-IC ranges are not min-max but those that lose least of the column. Outliers 
 value: what has been moved on to them is moved on from there.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.method import Closed, Context
+from bitwright.core.settings import setting
+from bitwright.methods._shared_settings import Drift, Refine
 from bitwright.steps.apply import weights_of
 from bitwright.steps.rounding import Ranges, compensated, curvature, making_good
 
 
-def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
-    """Codes for every linear; rounding to nearest where there are no activations to learn from (the output layer)."""
-    if context.moments is None:
+@dataclass(frozen=True)
+class GPTQSettings(Drift, Refine):
+    """``damping`` and ``act_order`` are the paper's; ``drift`` and ``refine`` where we differ."""
+
+    damping: float = setting(
+        0.01,
+        "share of the mean diagonal that is added to the Hessian's",
+        above=0,
+        most=1,
+        wants="it is a share of the mean diagonal, such as 0.01",
+    )
+    act_order: bool = setting(True, "round columns by falling activations")
+
+
+def decide(block: Block, context: Context[GPTQSettings], decisions: BlockDecisions) -> BlockDecisions:
+    """Decide codes for every linear; none without calibration data (the output layer is rounded to nearest)."""
+    if context.data is None:
         return decisions
     settings, fallbacks, weights = context.settings, list[str](), weights_of(block, decisions)
     for group in block.topology.groups:
-        found = context.moments(group.linears[0], decisions)
-        curved = curvature(found.inputs, damping=settings.damping, act_order=settings.act_order)
+        moments = context.data.moments(group.linears[0], decisions, drift=settings.drift)
+        curved = curvature(moments.inputs, damping=settings.damping, act_order=settings.act_order)
         decided = {}
         for name in group.linears:
             so_far, tile = decisions.linear(name), decisions.tile(name, context.scheme)
@@ -35,7 +51,7 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
             weight, grid, stored = weights[name], context.scheme.weight, context.scale_dtype
             ranges = Ranges(so_far.inside(weight), known, grid, tile, stored, settings.refine)
             kept = None if so_far.outliers is None else (so_far.outliers, weight)
-            codes = compensated(making_good(weight, found, curved), ranges, curved, kept)
+            codes = compensated(making_good(weight, moments, curved), ranges, curved, kept)
             decided[name] = replace(so_far, low=ranges.low, high=ranges.high, codes=codes)
             fallbacks += [f"{name}: {curved.fallback}"] if curved.fallback else []
         decisions = decisions.with_linears(decided)
@@ -43,8 +59,9 @@ def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDe
 
 
 METHOD = Closed(
+    summary="round so that later weights make good what earlier ones lost",
+    settings=GPTQSettings,
     decides=frozenset({Decision.ROUNDING}),
     decide=decide,
     needs_text=True,
-    uses=frozenset({"drift", "refine", "damping", "act_order"}),
 )

@@ -13,22 +13,36 @@ share a scale (rotary pairs, query heads of one key-value head) do, where the au
 equivalence.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.block import Block, Site
+from bitwright.core.block import Block, Site, Topology
 from bitwright.core.decisions import BlockDecisions, Decision, SiteDecision
-from bitwright.core.method import Context, Learnable, Learned, Parameters
+from bitwright.core.method import Context, Learnable, Learned, Parameters, Unneeded
+from bitwright.core.scheme import Scheme
+from bitwright.core.settings import setting
+from bitwright.methods._shared_settings import RATE, Migration, Sites
 from bitwright.steps.migration import LARGEST, SMALLEST, balanced, centred
 from bitwright.steps.transform import apply_site
 
 
-class Transformation(Learnable):
-    """log s, and delta where it can be absorbed, of every chosen site."""
+@dataclass(frozen=True)
+class LETSettings(Migration, Sites):
+    """``alpha`` says where the scales start."""
 
-    def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
-        """Starts at the closed forms."""
+    let_lr: float = setting(5e-3, "learning rate of scales and shifts", above=0, wants=RATE)
+
+
+class Transformation(Learnable):
+    """log s of every chosen site, and delta if the site can absorb it."""
+
+    def __init__(self, block: Block, context: Context[LETSettings], decisions: BlockDecisions) -> None:
+        """Start at the closed forms."""
         self.sites = chosen(block.topology.sites, context.settings.sites)
         place = next(block.module.parameters()).device
         starts = {site.name: _start(block, site, context) for site in self.sites}
@@ -41,7 +55,7 @@ class Transformation(Learnable):
         super().__init__({"let.log_scale": (self.log_scale, rate), "let.shift": (self.shift, rate)})
 
     def transform(self, parameters: Parameters) -> Parameters:
-        """All sites moved in, one after the other."""
+        """Move all sites in, one after the other."""
         for site in self.sites:
             parameters = apply_site(parameters, site, self.scale(site.name), self.shift.get(site.name))
         return parameters
@@ -64,12 +78,40 @@ def chosen(sites: tuple[Site, ...], which: str) -> tuple[Site, ...]:
     return tuple(site for site in sites if which == "all" or site.paper)
 
 
-def _start(block: Block, site: Site, context: Context) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"] | None]:
-    if not site.consumers or not context.stats:
+def _start(
+    block: Block, site: Site, context: Context[LETSettings]
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"] | None]:
+    """Scale and shift at the beginning: those of the closed forms, or none if no linears are behind the site."""
+    if not site.consumers or context.data is None:
         return torch.ones(site.channels), None
-    return balanced(site, block, context.stats, context.settings.alpha), centred(site, context.stats)
+    return balanced(site, block, context.data.stats, context.settings.alpha), centred(site, context.data.stats)
+
+
+def unneeded(scheme: Scheme, topology: Topology, asked: Mapping[str, Any]) -> Unneeded | None:
+    """Whether nothing is gained: 16-bit activations, and no site that can absorb a shift (RMSNorm architectures).
+
+    OmniQuant's authors leave it out there too. A recipe that names the ``sites`` keeps it.
+    """
+    quantizes_activations = scheme.activations is not None or scheme.kv is not None
+    if asked.get("sites") is not None or quantizes_activations or any(site.shift for site in topology.sites):
+        return None
+    return Unneeded(
+        "16-bit activations do not need it, and no site of this architecture can absorb a shift",
+        "name --sites to keep it, which pays where channels are outliers",
+        instead="lwc",
+    )
+
+
+def shape(settings: LETSettings) -> str:
+    """The sites, which decide how many scales there are."""
+    return settings.sites
 
 
 METHOD = Learned(
-    decides=frozenset({Decision.TRANSFORM}), learn=Transformation, uses=frozenset({"let_lr", "alpha", "sites"})
+    summary="learn scales and shifts between linears (OmniQuant)",
+    settings=LETSettings,
+    decides=frozenset({Decision.TRANSFORM}),
+    learn=Transformation,
+    unneeded=unneeded,
+    shape=shape,
 )

@@ -4,12 +4,12 @@ For OmniQuant's ablation (arXiv 2308.13137, table A3): the step h of each tile i
 stays where min-max put it.
 
     h = theta h_0        (theta starts at 1, h_0 is the min-max step)
-    low, high = -z h, (2^N - 1 - z) h        (on a symmetric grid the range that h is the step of)
+    low, high = -z h, (2^N - 1 - z) h        (on a symmetric grid, the range whose step h is)
 
 Where we differ: the step is learned in units of its starting value, which stands for the paper's gradient scale.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -20,17 +20,23 @@ from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.grid import Tile
 from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
 from bitwright.core.qtensor import affine, span
+from bitwright.methods._shared_settings import ClippingRate
 from bitwright.steps.apply import weights_of
 from bitwright.steps.ranges import minmax
 
 SMALLEST = 1e-3
 
 
+@dataclass(frozen=True)
+class LSQSettings(ClippingRate):
+    """``lwc_lr``."""
+
+
 class Steps(Learnable):
     """theta of every tile of every linear."""
 
-    def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
-        """Starts at the min-max step of the weights as transformed so far."""
+    def __init__(self, block: Block, context: Context[LSQSettings], decisions: BlockDecisions) -> None:
+        """Start at the min-max step of the weights as transformed so far."""
         self.ends = {}
         grid = context.scheme.weight
         for name, weight in weights_of(block, decisions).items():
@@ -54,4 +60,9 @@ class Steps(Learnable):
         return decisions.with_linears(decided)
 
 
-METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Steps, uses=frozenset({"lwc_lr"}))
+METHOD = Learned(
+    summary="learn the step of each range",
+    settings=LSQSettings,
+    decides=frozenset({Decision.RANGE}),
+    learn=Steps,
+)

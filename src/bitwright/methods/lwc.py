@@ -8,8 +8,8 @@ Eq. 2, for each tile of a weight W at N bits, with gamma = sigmoid(a), beta = si
 gamma and beta are relative strengths: they keep their meaning while LET changes W, where PACT and LSQ, which learn
 the threshold and the step themselves, do not follow.
 
-a and b start at 4: gamma = beta = 0.982. Where a method before has decided ranges (``easyquant``, ``awq``) they start
-at those, gamma and beta being shares of more than min and max where a range reaches further.
+a and b start at 4: gamma = beta = 0.982. If a method before has decided ranges (``easyquant``, ``awq``), they start
+at those; gamma and beta are then shares of more than min and max if a range reaches further.
 
 After training each range is searched once more, from where it was learned, on the error of its linear's output
 (``steps/range_search.py``), and kept where the block's error falls: ``refine``, which is not in the paper.
@@ -19,7 +19,7 @@ pulls on its own end of the range alone; and h is rounded to the dtype it is sto
 written.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,8 @@ from torch import Tensor
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision
 from bitwright.core.grid import Tile
-from bitwright.core.method import Context, Learnable, Learned, Moments, Parameters, Range
+from bitwright.core.method import Context, Learnable, Learned, Measured, Parameters, Range
+from bitwright.methods._shared_settings import ClippingRate, Drift, Refine
 from bitwright.steps.apply import weights_of
 from bitwright.steps.range_search import search
 from bitwright.steps.ranges import minmax
@@ -37,15 +38,20 @@ START = 4.0
 LEAST = 0.05
 
 
+@dataclass(frozen=True)
+class LWCSettings(ClippingRate, Refine, Drift):
+    """``lwc_lr`` is the paper's; ``refine`` and ``drift`` where we differ."""
+
+
 class Clipping(Learnable):
     """a and b of every tile of every linear; gamma and beta are their sigmoids.
 
     The optimizer sees all of them as two tensors: of small blocks, one operation takes as long on one linear as on all.
     """
 
-    def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
-        """Starts at sigmoid(4), or at the ranges decided."""
-        self.context = context
+    def __init__(self, block: Block, context: Context[LWCSettings], decisions: BlockDecisions) -> None:
+        """Start at sigmoid(4), or at the ranges decided."""
+        self.context, self.refines = context, context.settings.refine
         self.tiles = {n: decisions.tile(n, context.scheme) for n in block.topology.linears}
         starts, self.room = {}, dict[str, Range]()
         for name, weight in weights_of(block, decisions).items():
@@ -62,11 +68,11 @@ class Clipping(Learnable):
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """Those of each linear, in the memory of all."""
+        """Those of each linear: views of the two tensors."""
         return {f"lwc.{end}/{name}": p for end in "ab" for name, p in getattr(self, end).items()}
 
     def transform(self, parameters: Parameters) -> Parameters:
-        """Nothing else; gamma and beta of this step."""
+        """Leave the parameters alone; gamma and beta of this step are worked out here."""
         gamma, beta = (self._by_linear(every.sigmoid()) for every in self._all)
         self._shares: tuple[dict[str, Tensor], dict[str, Tensor]] = gamma, beta
         return parameters
@@ -80,11 +86,12 @@ class Clipping(Learnable):
         return beta[linear] * low, gamma[linear] * high
 
     @torch.no_grad()
-    def refine(self, linear: str, weight: Float[Tensor, "O I"], moments: Moments) -> None:
-        """gamma and beta by coordinate descent."""
+    def refine(self, linear: str, weight: Float[Tensor, "O I"], moments: Measured) -> None:
+        """Search gamma and beta by coordinate descent."""
         a, b, ends = self.a[linear], self.b[linear], self._ends(linear, weight)
         grid, dtype = self.context.scheme.weight, self.context.scale_dtype
-        beta, gamma = search(weight, (b.sigmoid(), a.sigmoid()), grid, self.tiles[linear], dtype, moments, ends)
+        start, measured = (b.sigmoid(), a.sigmoid()), moments(drift=self.context.settings.drift)
+        beta, gamma = search(weight, start, grid, self.tiles[linear], dtype, measured, ends)
         a.copy_(gamma.logit())
         b.copy_(beta.logit())
 
@@ -104,31 +111,37 @@ class Clipping(Learnable):
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
 
     def _ends(self, linear: str, weight: Float[Tensor, "O I"]) -> Range:
-        """What gamma and beta are shares of: min-max, and more where the start reached further."""
+        """What gamma and beta are shares of: min-max, or more if the start reached further."""
         (low, high), room = minmax(weight, self.tiles[linear]), self.room[linear]
         return low * room[0], high * room[1]
 
 
 @torch.no_grad()
 def _starts(weight: Float[Tensor, "O I"], decided: LinearDecision, tile: Tile) -> list[tuple[Tensor, Tensor]]:
-    """Of either end: b or a at the start, and how many times min-max they are shares of."""
+    """For the low and the high end: b or a at the start, and how many times min-max it is a share of."""
     ends = minmax(decided.inside(weight), tile)
     start = torch.full_like(ends[0], START)
     if decided.low is None or decided.high is None:
         return [(start.clone(), torch.ones_like(start)) for _ in ends]
-    found = []
+    starts = []
     for wanted, end in zip((decided.low, decided.high), ends, strict=True):
         share = (wanted / end).nan_to_num(1.0, 1.0, 1.0).clamp(min=LEAST)
         further = share > start.sigmoid()
         room = (share / start.sigmoid()).where(further, torch.ones_like(share))
-        found.append((start.where(further, share.logit()), room))
-    return found
+        starts.append((start.where(further, share.logit()), room))
+    return starts
+
+
+def closed(settings: LWCSettings) -> bool:
+    """Whether ranges are searched in closed form too."""
+    return settings.refine
 
 
 METHOD = Learned(
+    summary="learn how far ranges are clipped, starting from the ranges of a method before (OmniQuant)",
+    settings=LWCSettings,
     decides=frozenset({Decision.RANGE}),
     starts_from=frozenset({Decision.RANGE}),
     learn=Clipping,
-    uses=frozenset({"lwc_lr", "refine", "drift"}),
-    refines=True,
+    closed=closed,
 )

@@ -13,6 +13,8 @@ Where we differ: thresholds fall geometrically, since outliers are factors, not 
 searched with those before it applied, on the quantized stream, over 8,192 tokens instead of one batch.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,28 +22,34 @@ from torch import Tensor
 from bitwright.core.block import Block, Site
 from bitwright.core.decisions import BlockDecisions, Decision, SiteDecision
 from bitwright.core.method import Closed, Context
-from bitwright.steps.migration import LARGEST, SMALLEST, behind_norms, centred, of_inputs, scalable
+from bitwright.methods._shared_settings import Sites
+from bitwright.steps.migration import LARGEST, SMALLEST, Stats, behind_norms, centred, of_inputs, scalable
 from bitwright.steps.trial import Trial, best
 
 THRESHOLDS, FURTHEST = 40, 1e-3
 
 
-def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
-    """Shift and scale site by site; nothing where there are no inputs to see (the output layer)."""
-    if context.inspect is None:
+@dataclass(frozen=True)
+class OSPlusSettings(Sites):
+    """``sites``."""
+
+
+def decide(block: Block, context: Context[OSPlusSettings], decisions: BlockDecisions) -> BlockDecisions:
+    """Decide shift and scale site by site; nothing without calibration data (the output layer)."""
+    if context.data is None:
         return decisions
     for site in scalable(block) if context.settings.sites == "all" else behind_norms(block):
-        candidates = _candidates(block, site, context)
-        trial = Trial(block, site, context, decisions)
+        candidates = _candidates(block, site, context.data.stats)
+        trial = Trial(block, site, context, context.data, decisions)
         decisions = decisions.with_sites({site.name: best(trial, candidates)})
     return decisions
 
 
-def _candidates(block: Block, site: Site, context: Context) -> list[SiteDecision]:
-    """The shift with the scale of each threshold, without any scale first."""
+def _candidates(block: Block, site: Site, stats: Stats) -> list[SiteDecision]:
+    """The shift together with the scale of each threshold; the first candidate has no scale."""
     place = next(block.module.parameters()).device
-    shift = centred(site, context.stats)
-    reach = _reach(site, context, shift).to(place)
+    shift = centred(site, stats)
+    reach = _reach(site, stats, shift).to(place)
     shift = None if shift is None else shift.to(place)
     most = float(reach.max())
     least = max(float(reach.min()), FURTHEST * most, SMALLEST)
@@ -49,15 +57,19 @@ def _candidates(block: Block, site: Site, context: Context) -> list[SiteDecision
     return [SiteDecision((reach / (most * t)).clamp(1, LARGEST).nan_to_num(1.0), shift) for t in falling]
 
 
-def _reach(site: Site, context: Context, shift: Float[Tensor, " C"] | None) -> Float[Tensor, " C"]:
+def _reach(site: Site, stats: Stats, shift: Float[Tensor, " C"] | None) -> Float[Tensor, " C"]:
     """max|X_j - z_j| of every free channel."""
     if shift is None:
-        return of_inputs(site, context.stats, lambda found: found.absmax)
-    high = of_inputs(site, context.stats, lambda found: found.max) - shift
-    low = of_inputs(site, context.stats, lambda found: -found.min) + shift
+        return of_inputs(site, stats, lambda channels: channels.absmax)
+    high = of_inputs(site, stats, lambda channels: channels.max) - shift
+    low = of_inputs(site, stats, lambda channels: -channels.min) + shift
     return torch.maximum(high, low)
 
 
 METHOD = Closed(
-    decides=frozenset({Decision.TRANSFORM}), decide=decide, needs_text=True, reads_stats=True, uses=frozenset({"sites"})
+    summary="shift and scale activations, by a search on the output",
+    settings=OSPlusSettings,
+    decides=frozenset({Decision.TRANSFORM}),
+    decide=decide,
+    needs_text=True,
 )

@@ -9,7 +9,7 @@ Where we differ: the thresholds are learned in units of their starting value, so
 any magnitude.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -19,15 +19,21 @@ from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.grid import Tile
 from bitwright.core.method import Context, Learnable, Learned, Parameters, Range
+from bitwright.methods._shared_settings import ClippingRate
 from bitwright.steps.apply import weights_of
 from bitwright.steps.ranges import minmax
+
+
+@dataclass(frozen=True)
+class PACTSettings(ClippingRate):
+    """``lwc_lr``."""
 
 
 class Thresholds(Learnable):
     """theta_low and theta_high of every tile of every linear."""
 
-    def __init__(self, block: Block, context: Context, decisions: BlockDecisions) -> None:
-        """Starts at the min-max of the weights as transformed so far."""
+    def __init__(self, block: Block, context: Context[PACTSettings], decisions: BlockDecisions) -> None:
+        """Start at the min-max of the weights as transformed so far."""
         weights = weights_of(block, decisions)
         self.ends = {n: minmax(w, decisions.tile(n, context.scheme)) for n, w in weights.items()}
         self.low = {name: torch.ones_like(low).requires_grad_() for name, (low, _) in self.ends.items()}
@@ -49,4 +55,9 @@ class Thresholds(Learnable):
         return decisions.with_linears(decided)
 
 
-METHOD = Learned(decides=frozenset({Decision.RANGE}), learn=Thresholds, uses=frozenset({"lwc_lr"}))
+METHOD = Learned(
+    summary="learn the two ends of each range as thresholds",
+    settings=PACTSettings,
+    decides=frozenset({Decision.RANGE}),
+    learn=Thresholds,
+)

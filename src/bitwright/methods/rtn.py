@@ -5,7 +5,7 @@ The baseline that every paper here is measured against. With h and z of each til
 
     W_q = clamp(round(W / h) + z, 0, 2^N - 1)
 
-That is what ``steps/apply.py`` does with what nobody decided, so this method decides nothing more.
+``steps/apply.py`` does that by default, so this method decides nothing more.
 
 Where we differ: the scale h is rounded to the dtype it is stored in before z and the codes are computed, so
 that the written model has exactly the weights that were rounded.
@@ -14,12 +14,18 @@ that the written model has exactly the weights that were rounded.
 from torch import Tensor
 
 from bitwright.core.decisions import Decision, LinearDecision
-from bitwright.core.method import Context, DataFree
+from bitwright.core.method import DataFree, WeightContext
+from bitwright.core.settings import Settings
 
 
-def decide(weight: Tensor, context: Context, decided: LinearDecision) -> LinearDecision:
-    """What is decided, as it is: no codes is rounding to nearest."""
+def decide(weight: Tensor, context: WeightContext[Settings], decided: LinearDecision) -> LinearDecision:
+    """The decisions unchanged: a linear without codes is rounded to nearest."""
     return decided
 
 
-METHOD = DataFree(decides=frozenset({Decision.ROUNDING}), decide=decide)
+METHOD = DataFree(
+    summary="round to nearest",
+    settings=Settings,
+    decides=frozenset({Decision.ROUNDING}),
+    decide=decide,
+)

@@ -11,26 +11,35 @@ Where we differ: channels that must share a scale (the query heads of one key-va
 of their values.
 """
 
+from dataclasses import dataclass
+
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision, SiteDecision
 from bitwright.core.method import Closed, Context
+from bitwright.methods._shared_settings import Migration, Sites
 from bitwright.steps.migration import balanced, behind_norms, scalable
 
 
-def decide(block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
-    """Scales of the chosen sites; none where there are no inputs to see (the output layer)."""
-    if not context.stats:
+@dataclass(frozen=True)
+class SmoothQuantSettings(Migration, Sites):
+    """``alpha`` and ``sites``."""
+
+
+def decide(block: Block, context: Context[SmoothQuantSettings], decisions: BlockDecisions) -> BlockDecisions:
+    """Decide scales for the chosen sites; none without calibration data (the output layer)."""
+    if context.data is None:
         return decisions
-    sites = scalable(block) if context.settings.sites == "all" else behind_norms(block)
+    stats, settings = context.data.stats, context.settings
+    sites = scalable(block) if settings.sites == "all" else behind_norms(block)
     place = next(block.module.parameters()).device
-    scales = {site.name: balanced(site, block, context.stats, context.settings.alpha).to(place) for site in sites}
+    scales = {site.name: balanced(site, block, stats, settings.alpha).to(place) for site in sites}
     return decisions.with_sites({name: SiteDecision(scale) for name, scale in scales.items()})
 
 
 METHOD = Closed(
+    summary="scale activations down and weights up, in closed form",
+    settings=SmoothQuantSettings,
     decides=frozenset({Decision.TRANSFORM}),
     decide=decide,
     needs_text=True,
-    reads_stats=True,
-    uses=frozenset({"alpha", "sites"}),
 )

@@ -10,11 +10,11 @@ from torch import Tensor
 from bitwright.calibration.texts import text_of
 from bitwright.calibration.tokens import segments
 from bitwright.core.errors import RecipeError
-from bitwright.core.method import Method
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings
+from bitwright.core.training import Training
 from bitwright.core.weight import Weight
+from bitwright.methods import Composition, composed_for
 from bitwright.model.source import (
     Source,
     blaming_the_config,
@@ -43,14 +43,14 @@ class BlockWork:
         belong to the configuration."""
         if recipe.include or recipe.exclude:
             raise RecipeError(
-                f"{recipe.settled_method} works on whole blocks here, whose linears are known; --include and --exclude "
-                "go with methods that look at one weight alone (rtn, easyquant), and without --calibration"
+                f"{composed_for(recipe).named} works on whole blocks here, whose linears are known; --include and "
+                "--exclude go with methods that look at one weight alone (rtn, easyquant), and without --calibration"
             )
         return cls(source, skeleton_of(source, device), recipe.quantize_lm_head)
 
-    def with_text(self, recipe: Recipe, methods: Sequence[Method]) -> "BlockWork":
+    def with_text(self, recipe: Recipe) -> "BlockWork":
         """The same with the segments of the text that was named. Raises UserError."""
-        return replace(self, tokens=_calibration(recipe, self.source, methods))
+        return replace(self, tokens=_calibration(recipe, self.source, composed_for(recipe)))
 
     @property
     def device(self) -> torch.device:
@@ -104,12 +104,14 @@ class BlockWork:
         """None: the architectures that are described have no experts."""
         return None
 
-    def budget(self, settings: Settings, trained: bool) -> Budget:
+    def budget(self, training: Training | None) -> Budget:
         """The memory that it needs."""
         if self.tokens is None:
             return estimate(self.skeleton, 0)
-        step = min(settings.batch_size, len(self.tokens)) * self.tokens.shape[1] if trained else 0
-        return estimate(self.skeleton, self.tokens.numel(), step, settings.aug_loss)
+        if training is None:
+            return estimate(self.skeleton, self.tokens.numel())
+        step = min(training.batch_size, len(self.tokens)) * self.tokens.shape[1]
+        return estimate(self.skeleton, self.tokens.numel(), step, training.aug_loss)
 
 
 def skeleton_of(source: Source, device: str) -> Skeleton:
@@ -121,13 +123,13 @@ def skeleton_of(source: Source, device: str) -> Skeleton:
         return Skeleton(source.checkpoint, config, family, dtype, where)
 
 
-def _calibration(recipe: Recipe, source: Source, methods: Sequence[Method]) -> Int[Tensor, "N T"] | None:
+def _calibration(recipe: Recipe, source: Source, composition: Composition) -> Int[Tensor, "N T"] | None:
     _, config = source.described()
     seqlen = sequence_length(recipe.seqlen, config)
     if recipe.calibration is None:
-        if any(method.needs_text for method in methods):
+        if composition.needs_text:
             raise RecipeError(
-                f"{recipe.settled_method} learns from text and none was named; "
+                f"{composition.named} learns from text and none was named; "
                 "give --calibration FILE.txt, or --calibration builtin"
             )
         return None

@@ -6,7 +6,6 @@ from math import ceil, prod
 
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import size_in_bytes
-from bitwright.methods import learned
 from bitwright.prepare.job import Job
 from bitwright.prepare.tensor_work import TensorWork
 from bitwright.stream.memory import RUNTIME_BYTES, WORKER_BYTES
@@ -37,7 +36,7 @@ def crew_of(job: Job, workers: int | None, max_memory: str | None, ranks: Ranks 
     limit = None if max_memory is None else size_in_bytes(max_memory, "max memory")
     if workers is not None and (type(workers) is not int or workers < 1):
         raise RecipeError(f"workers {workers!r}: at least one is needed, and a whole number")
-    each = job.work.budget(job.settings, learned(job.methods))
+    each = job.work.budget(job.configuration.training)
     if not isinstance(job.work, TensorWork):
         _refuse_for_blocks(job, workers, max_memory, ranks)
         return Crew(1, each.total)

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from bitwright.core.decisions import Decision
+from bitwright.core.configuration import Configuration
 from bitwright.core.engine import Engine, Way, Workload
 from bitwright.core.errors import RecipeError, SchemeError
-from bitwright.core.method import Method
 from bitwright.core.mixing import Schemes
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings, settle
-from bitwright.methods import compose
+from bitwright.methods import composed_for
 from bitwright.model.source import open_checkpoint, require_folder
 from bitwright.prepare.checks import check_shapes
 from bitwright.prepare.format_choice import WIDELY_LOADED, not_widely_loaded, target
@@ -39,7 +37,8 @@ class ModelLimits:
     @cached_property
     def work(self) -> Work:
         """The linears that would be quantized. Raises UserError if the model cannot be quantized at all."""
-        return opened(self.recipe, self.device, tokenizer=False)[1]  # whether it needs one, the format says
+        # Whether a tokenizer is needed, the format says.
+        return opened(self.recipe, composed_for(self.recipe), self.device, tokenizer=False)[1]
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -107,15 +106,15 @@ def formats_of(ways: Sequence[Way]) -> list[str]:
     return list(dict.fromkeys(way.format for way in ways))
 
 
-def workload_of(model_type: str, scheme: Scheme, methods: Sequence[Method], settings: Settings) -> Workload:
-    """What an engine sees of a model that these methods quantize with these settings."""
-    outliers = any(Decision.OUTLIERS in method.decides for method in methods) and settings.outlier_rule is not None
-    tiles = [tile for method in methods for tile in method.tiles(scheme, settings)]
-    return Workload(scheme, model_type, outliers, tiles)
+def workload_of(model_type: str, configuration: Configuration) -> Workload:
+    """What an engine sees of a model that these methods quantize."""
+    freedoms = configuration.freedoms()
+    outliers = any(freedom.outliers is not None for freedom in freedoms)
+    return Workload(configuration.scheme, model_type, outliers, [t for freedom in freedoms for t in freedom.tiles])
 
 
 def _parsed(recipe: Recipe) -> Workload:
     require_folder(Path(recipe.model))
     model_type = str(open_checkpoint(Path(recipe.model)).config.get("model_type"))
-    scheme, methods = Scheme.parse(recipe.scheme), compose(recipe.settled_method)
-    return workload_of(model_type, scheme, methods, settle(recipe.training, scheme, recipe.seed, recipe.settings))
+    scheme, composition = Scheme.parse(recipe.scheme), composed_for(recipe)
+    return workload_of(model_type, composition.settled(recipe.training, scheme, recipe.settings))

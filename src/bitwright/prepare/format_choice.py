@@ -6,16 +6,14 @@ The two share their tensors, so the choice can wait until every method has decid
 
 from collections.abc import Sequence
 
-from bitwright.core.decisions import Decision
+from bitwright.core.configuration import Configuration
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Format, TensorFormat
 from bitwright.core.grid import Tile
-from bitwright.core.method import Method
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.recipe import SHARD_SIZE
 from bitwright.core.registry import format_of
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings
 
 WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
 
@@ -63,9 +61,7 @@ def not_widely_loaded(weight: str) -> str:
     )
 
 
-def expected(
-    named: str | None, scheme: Scheme, methods: tuple[Method, ...], settings: Settings, only_ours: str | None = None
-) -> str:
+def expected(named: str | None, configuration: Configuration, only_ours: str | None = None) -> str:
     """The format as far as it is known at the start; ``only_ours`` is a weight that transformers needs our plugin for.
 
     Raises RecipeError where the one named may not hold the result.
@@ -75,13 +71,13 @@ def expected(
             f"{not_widely_loaded(only_ours)} (W4A16g128sym). Leave --format out, or take --format {HOLDS_ALL} "
             "(transformers loads it after 'import bitwright') or --format dense"
         )
-    outliers = settings.outlier_rule is not None and any(Decision.OUTLIERS in method.decides for method in methods)
-    chosen = [tile for method in methods for tile in method.tiles(scheme, settings)]
-    possible = [scheme.tile, *chosen]
+    scheme, freedoms = configuration.scheme, configuration.freedoms()
+    outliers = any(freedom.outliers is not None for freedom in freedoms)
+    possible = [scheme.tile, *(tile for freedom in freedoms for tile in freedom.tiles)]
     candidate = format_of(WIDELY_LOADED if named is None else named)
     fits = [candidate.holds(scheme.weight, tile, outliers) for tile in possible]
     if named is None:
-        must = only_ours or (settings.axis == "ic" and chosen)
+        must = only_ours or any(freedom.tiles and not freedom.compared for freedom in freedoms)
         if must or not format_of(WIDELY_LOADED).holds(scheme.weight, scheme.tile, False):
             return HOLDS_ALL
         return WIDELY_LOADED if all(fits) else f"{WIDELY_LOADED} or {HOLDS_ALL}"

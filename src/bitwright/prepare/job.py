@@ -10,16 +10,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.core.configuration import Configuration
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Format, TensorFormat, WriteOptions
 from bitwright.core.grid import Tile
-from bitwright.core.method import Learned, Method
 from bitwright.core.quantized import WrittenModel, departures
 from bitwright.core.recipe import Recipe
-from bitwright.core.registry import format_of, names
+from bitwright.core.registry import format_of
 from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
-from bitwright.core.settings import Settings, settle
-from bitwright.methods import TRANSFORM, compose, fit, learned, used
+from bitwright.methods import composed_for
 from bitwright.model.arithmetic import pick_arithmetic
 from bitwright.model.source import Source
 from bitwright.prepare.checks import check_dtypes, check_names, check_scheme, check_shapes, check_weights_alone
@@ -38,9 +37,7 @@ class Job:
 
     recipe: Recipe
     scheme: Scheme
-    method: str
-    methods: tuple[Method, ...]
-    settings: Settings
+    configuration: Configuration
     format: TensorFormat
     target: Format
     expected: str
@@ -48,6 +45,11 @@ class Job:
     work: Work
     note: str | None
     learned: LearnedParameters | None
+
+    @property
+    def method(self) -> str:
+        """The methods that are really run: ``let+lwc``."""
+        return self.configuration.name
 
     @property
     def tokens(self) -> Int[Tensor, "N T"] | None:
@@ -103,32 +105,31 @@ class Job:
     @property
     def arithmetic(self) -> torch.dtype | None:
         """What the steps of the training multiply in; None where nothing is trained."""
-        if not learned(self.methods) or not self.settings.epochs or self.learned is not None:
+        training = self.configuration.training
+        if training is None or not training.epochs or self.learned is not None:
             return None
-        return pick_arithmetic(self.settings.precision, self.work.device, self.work.dtype)
+        return pick_arithmetic(training.precision, self.work.device, self.work.dtype)
 
     @property
     def belonging(self) -> dict[str, str]:
         """What learned parameters of this job belong to."""
-        sites = self.settings.sites if TRANSFORM in self.method.split("+") else ""
-        return belonging(self.source.checkpoint, str(self.scheme), self.method, sites)
+        return belonging(self.source.checkpoint, str(self.scheme), self.method, self.configuration.shape)
 
 
 def prepare(recipe: Recipe, device: str = "auto") -> Job:
     """Checks a recipe against the model without reading any weight. Raises UserError."""
     chosen, goal = encoder(recipe.format), target(recipe.format)
     refuse_idle(recipe.format, recipe.embeddings, recipe.base, recipe.shard_size)
-    scheme, _ = Scheme.parse(recipe.scheme), compose(recipe.settled_method)
+    scheme, composition = Scheme.parse(recipe.scheme), composed_for(recipe)
     if isinstance(goal, FileFormat):
         check_weights_alone(recipe.format, scheme)
         scheme = goal.adapted(scheme)
-    source, work = opened(recipe, device, tokenizer=needs_tokenizer(recipe))
+    source, work = opened(recipe, composition, device, tokenizer=needs_tokenizer(recipe))
     topology = source.family.topology if source.family else None
-    method, note = fit(recipe.settled_method, scheme, topology, recipe.sites)
-    methods = compose(method)
-    settings = _settings(recipe, scheme, method, methods)
-    format = expected(recipe.format, scheme, methods, settings, work.only_ours(scheme))
-    job = Job(recipe, scheme, method, methods, settings, chosen, goal, format, source, work, note, None)
+    fitted, note = composition.fitted(scheme, topology, recipe.settings)
+    configuration = fitted.settled(recipe.training, scheme, recipe.settings)
+    format = expected(recipe.format, configuration, work.only_ours(scheme))
+    job = Job(recipe, scheme, configuration, chosen, goal, format, source, work, note, None)
     check_scheme(source, scheme)
     check_dtypes(source, work)
     chosen.config(job.written())  # refuses a scheme that it has no words for
@@ -139,7 +140,7 @@ def prepare(recipe: Recipe, device: str = "auto") -> Job:
         goal.check(model.config, model.folder, write_options(recipe), known)
     if recipe.load_parameters is not None:
         job = replace(job, learned=_load_parameters(job, recipe.load_parameters))
-    return replace(job, work=work.with_text(recipe, methods))
+    return replace(job, work=work.with_text(recipe))
 
 
 def needs_tokenizer(recipe: Recipe) -> bool:
@@ -154,20 +155,8 @@ def write_options(recipe: Recipe, account: Mapping[str, Any] | None = None) -> W
     return WriteOptions(embeddings=recipe.embeddings, base=base, account=account or {})
 
 
-def _settings(recipe: Recipe, scheme: Scheme, method: str, methods: tuple[Method, ...]) -> Settings:
-    """What the methods are told. Raises RecipeError for a setting that would change nothing."""
-    idle = [key for key, value in recipe.settings.items() if value is not None and key not in used(methods)]
-    if idle:
-        listening = [name for name in names("methods") if idle[0] in used(compose(name))]
-        raise RecipeError(
-            f"{method} has no use for {idle[0]}; leave it out, or take a method that has: {', '.join(listening)}"
-        )
-    refines = [m.refines for m in methods if isinstance(m, Learned)]
-    return settle(recipe.training, scheme, recipe.seed, recipe.settings, closed=all(refines))
-
-
 def _load_parameters(job: Job, path: str) -> LearnedParameters:
-    if not learned(job.methods):
+    if not job.configuration.learns:
         raise RecipeError(f"{job.method} learns nothing, so it has no use for --load-parameters {path}")
     return LearnedParameters(Path(path), job.belonging)
 
@@ -175,5 +164,6 @@ def _load_parameters(job: Job, path: str) -> LearnedParameters:
 def _tiles(job: Job) -> Iterator[Tile]:
     """The scheme's, and those that were asked for in its place."""
     yield job.scheme.tile
-    if job.settings.axis == "ic":
-        yield from (tile for method in job.methods for tile in method.tiles(job.scheme, job.settings))
+    for freedom in job.configuration.freedoms():
+        if not freedom.compared:
+            yield from freedom.tiles

@@ -6,7 +6,6 @@ from pathlib import Path
 from bitwright.checkpoint.output import refuse_existing, refuse_overlap, require_free, work_folder
 from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.format import FileFormat
-from bitwright.methods import learned
 from bitwright.model.source import require_folder
 from bitwright.prepare.job import Job
 from bitwright.prepare.parameters import saved_for
@@ -18,7 +17,7 @@ def place_to_save(job: Job, path: Path, output: Path) -> Path:
 
     A file that this very run wrote before it was killed is no obstacle.
     """
-    if not learned(job.methods):
+    if not job.configuration.learns:
         raise RecipeError(f"{job.method} learns nothing, so --save-parameters {path} would stay empty; leave it out")
     _refuse_within(Path(job.recipe.model), path)
     if work_folder(output.resolve()).exists() and saved_for(path) == job.belonging:

@@ -1,14 +1,14 @@
 """The plan: what running a recipe will do, in sizes, bits and memory, and what happens to every tensor."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from bitwright.core.qtensor import packed_bits
 from bitwright.core.scheme import Scheme
 from bitwright.core.weight import Weight, starred
-from bitwright.methods import learned
 from bitwright.model.config import architecture
 from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED, on_the_way
 from bitwright.prepare.job import Job
@@ -31,13 +31,17 @@ class TensorKind:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do: sizes in bytes, tokens as counted. ``memory`` is of one process, ``memory_bytes`` of all."""
+    """What a run will do: sizes in bytes, tokens as counted. ``memory`` is of one process, ``memory_bytes`` of all.
+
+    ``settings`` are those of the methods, preset and recipe together.
+    """
 
     model: str
     architecture: str
     method: str
     scheme: str
     format: str
+    settings: Mapping[str, Any]
     blocks: int
     linears: int
     quantized_weights: int
@@ -59,13 +63,14 @@ def plan_of(job: Job) -> Plan:
     quantized = sum(job.target.stored_bytes(w.shape, _scheme(job, w), dtype) for w in work.weights)
     count = sum(prod(weight.shape) for weight in work.weights)
     bits = sum(w.slices * packed_bits(w.slice, job.scheme.weight, w.tile(job.scheme.tile), dtype) for w in work.weights)
-    budget = work.budget(job.settings, learned(job.methods))
+    budget = work.budget(job.configuration.training)
     return Plan(
         model=job.recipe.model,
         architecture=architecture(checkpoint.config),
         method=job.method,
         scheme=str(job.scheme),
         format=job.expected,
+        settings=job.configuration.values(),
         blocks=work.blocks,
         linears=len(work.weights),
         quantized_weights=count,
@@ -91,27 +96,28 @@ def _notes(job: Job) -> Iterator[str]:
     left_out = job.left_out(on_the_way(job.recipe.format) or WIDELY_LOADED)
     if left_out is not None and job.expected != HOLDS_ALL:
         yield left_out
-    if job.recipe.quantize_lm_head and any(method.needs_text for method in job.methods):
+    if job.recipe.quantize_lm_head and job.configuration.needs_text:
         yield f"the output layer gets min-max ranges, rounded to nearest: {job.method} works on the blocks"
     if (alone := _keep_their_groups(job)) is not None:
         yield alone
     if job.work.copied_head:
         yield "the output layer is tied to the embedding: it is quantized as a copy of its own, the embedding stays"
-    if job.tokens is not None and not any(method.needs_text for method in job.methods):
+    if job.tokens is not None and not job.configuration.needs_text:
         yield f"{job.method} needs no calibration text; it is used to report output errors"
 
 
 def _keep_their_groups(job: Job) -> str | None:
     """Which weights --axis is not for."""
-    axis = job.settings.axis
-    if axis in (None, "oc") or not isinstance(job.work, TensorWork):
+    choosing = [freedom for freedom in job.configuration.freedoms() if freedom.tiles]
+    if not choosing or not isinstance(job.work, TensorWork):
         return None
-    names = [weight.name for weight in job.work.weights if not weight.takes_axis(axis)]
+    compared = choosing[0].compared
+    names = [weight.name for weight in job.work.weights if not weight.takes_tiles(compared)]
     if not names:
         return None
     return (
-        f"--axis {axis} is for linears of their own, stored [out, in]: {len(names)} keep the groups of the scheme, as "
-        f"{names[0]} does"
+        f"--axis {'auto' if compared else 'ic'} is for linears of their own, stored [out, in]: {len(names)} keep the "
+        f"groups of the scheme, as {names[0]} does"
     )
 
 

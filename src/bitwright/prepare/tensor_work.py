@@ -10,10 +10,9 @@ from torch import Tensor
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.method import Method
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings
+from bitwright.core.training import Training
 from bitwright.core.weight import Division, Kept, Weight
 from bitwright.families import discover
 from bitwright.model.chosen_weights import Patterns, chosen
@@ -50,7 +49,7 @@ class TensorWork:
             raise RecipeError(f"{checkpoint.folder}: nothing to quantize: {_why_nothing(division, checkpoint)}")
         return cls(source, division, view, pick_device(device), tied)
 
-    def with_text(self, recipe: Recipe, methods: Sequence[Method]) -> "TensorWork":
+    def with_text(self, recipe: Recipe) -> "TensorWork":
         """The same: no text is needed."""
         if self.source.config is not None:
             sequence_length(recipe.seqlen, self.source.config)
@@ -114,7 +113,7 @@ class TensorWork:
         alone = [*merged, *kept] if kept or not scheme.weight.symmetric else []
         return next(iter([*special, *alone]), None)
 
-    def budget(self, settings: Settings, trained: bool) -> Budget:
+    def budget(self, training: Training | None) -> Budget:
         """The memory that one worker needs."""
         return estimate_tensors(self.all_units, self.source.checkpoint)
 

@@ -9,12 +9,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.core.format import Foreseen
-from bitwright.core.method import DataFree, Method
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings
+from bitwright.core.training import Training
 from bitwright.core.weight import Weight
-from bitwright.methods import compose
+from bitwright.methods import Composition
 from bitwright.model.source import Source
 from bitwright.prepare.block_work import BlockWork
 from bitwright.prepare.tensor_work import TensorWork
@@ -24,7 +23,7 @@ from bitwright.stream.memory import Budget
 class Work(Protocol):
     """``BlockWork`` or ``TensorWork``."""
 
-    def with_text(self, recipe: Recipe, methods: Sequence[Method]) -> "Work":
+    def with_text(self, recipe: Recipe) -> "Work":
         """The same with the segments of the text that was named."""
 
     @property
@@ -70,15 +69,14 @@ class Work(Protocol):
     def only_ours(self, scheme: Scheme) -> str | None:
         """A weight for whose sake transformers needs our plugin, whatever its codes."""
 
-    def budget(self, settings: Settings, trained: bool) -> Budget:
+    def budget(self, training: Training | None) -> Budget:
         """The memory that it needs."""
 
 
-def opened(recipe: Recipe, device: str, *, tokenizer: bool) -> tuple[Source, Work]:
-    """The model of a recipe, and the way that its method takes through it; no weight is read. Raises UserError, also,
+def opened(recipe: Recipe, composition: Composition, device: str, *, tokenizer: bool) -> tuple[Source, Work]:
+    """The model of a recipe, and the way that its methods take through it; no weight is read. Raises UserError, also,
     with ``tokenizer``, where the model has none."""
-    methods = compose(recipe.settled_method)
-    free = recipe.calibration is None and all(isinstance(method, DataFree) for method in methods)
+    free = recipe.calibration is None and composition.data_free
     source = Source.open(Path(recipe.model), to_build=not free, tokenizer=tokenizer)
     return source, (TensorWork if free else BlockWork).of(recipe, source, device)
 

@@ -23,6 +23,7 @@ def plan(console: Console, result: Any) -> None:
         [
             ("model", f"{result.model} ({result.architecture}, {result.blocks} blocks)"),
             ("method", f"{result.method}, scheme {result.scheme}, format {result.format}"),
+            ("settings", ", ".join(_set_to(*each) for each in result.settings.items() if each[1] is not None) or None),
             ("linears", f"{result.linears} with {result.quantized_weights:,} weights"),
             ("bits per weight", f"{result.bits_per_weight:.3f} with scales and zero points"),
             ("bytes in", size(result.bytes_in)),
@@ -44,6 +45,11 @@ def plan(console: Console, result: Any) -> None:
         for kind in result.tensors
     ]
     grid(console, "Tensors", ("name", "shape", "how many", "what happens", "why"), rows)
+
+
+def _set_to(setting: str, value: object) -> str:
+    """A setting and its value in words."""
+    return f"{setting} {('off', 'on')[value] if isinstance(value, bool) else value}"
 
 
 def result(console: Console, result: Any) -> None:

@@ -7,54 +7,66 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bitwright.core.grid import Tile
 from bitwright.core.outlier_rule import Bounds, OutlierRule
+from bitwright.core.panels import panels
 
 TELLING = 1e-15
-"""Smaller deviations, and larger than 1 over it, have squares that float32 does not hold well."""
+"""Float32 does not hold the squares of deviations well if they are smaller than this, or larger than 1 over it."""
 Panels = Callable[[], Iterable[Float[Tensor, "R I"]]]
-"""The panels of a weight, once more at each call, on one device."""
+"""Yields the panels of a weight, on one device, each time it is called."""
+
+
+def bounds_of(
+    weight: Float[Tensor, "O I"], tile: Tile, rule: OutlierRule | None, device: str | torch.device | None = None
+) -> Bounds | None:
+    """``bounds`` for a whole weight, gone through in panels that cut no tile; None if there is no rule."""
+    if rule is None:
+        return None
+    rows = panels((weight.shape[0], weight.shape[1]), tile)
+    return bounds(lambda: (weight[here].to(device or weight.device) for here in rows), rule)
 
 
 @torch.no_grad()
-def bounds(panels: Panels, rule: OutlierRule) -> Bounds:
-    """What makes an outlier of the weight in these panels.
+def bounds(parts: Panels, rule: OutlierRule) -> Bounds:
+    """The bounds beyond which the values of a weight in these panels are outliers.
 
-    By EasyQuant's rule (arXiv 2403.02775, section 3.1) a distance of n standard deviations; else what leaves at most
-    the share asked for (less where many lie equally far).
+    The distance is n standard deviations (EasyQuant, arXiv 2403.02775, section 3.1), or the least that leaves at most
+    the share asked for (fewer if many weights lie equally far).
     """
     count, total = 0, 0.0
-    for panel in panels():
+    for panel in parts():
         count, total = count + panel.numel(), total + float(panel.sum(dtype=torch.float64))
     mean = total / max(1, count)
     if rule.deviations is None:
-        return Bounds(mean, _beyond(panels, mean, int(rule.share * count)))
-    deviation = _deviation(panels, mean, 1.0)
+        return Bounds(mean, _beyond(parts, mean, int(rule.share * count)))
+    deviation = _deviation(parts, mean, 1.0)
     if not TELLING < deviation < 1 / TELLING:
-        furthest = max(float((panel.float() - mean).abs_().max()) for panel in panels())
-        deviation = _deviation(panels, mean, furthest) if furthest else 0.0
+        furthest = max(float((panel.float() - mean).abs_().max()) for panel in parts())
+        deviation = _deviation(parts, mean, furthest) if furthest else 0.0
     return Bounds(mean, rule.deviations * deviation)
 
 
-def _deviation(panels: Panels, mean: float, unit: float) -> float:
+def _deviation(parts: Panels, mean: float, unit: float) -> float:
     """The standard deviation of all weights, from squares that are taken in this unit."""
     count, squares = 0, 0.0
-    for panel in panels():
+    for panel in parts():
         distance = (panel.float() - mean).div_(unit) if unit != 1 else panel.float() - mean
         count, squares = count + panel.numel(), squares + float(distance.square_().sum(dtype=torch.float64))
     return unit * math.sqrt(squares / max(1, count))
 
 
 def outliers(weight: Float[Tensor, "O I"], bounds: Bounds) -> Bool[Tensor, "O I"] | None:
-    """The weights that these bounds make outliers; None where there are none."""
+    """The weights beyond these bounds; None if there are none."""
     distance = (weight.float() - bounds.mean).abs_()
-    found = (distance >= bounds.distance) & (distance > 0)  # all weights alike: none of them stands out
-    return found if found.any() else None
+    beyond = (distance >= bounds.distance) & (distance > 0)  # if all weights are alike, none of them stands out
+    return beyond if beyond.any() else None
 
 
-def _beyond(panels: Panels, mean: float, count: int) -> float:
+def _beyond(parts: Panels, mean: float, count: int) -> float:
     """The smallest distance that at most ``count`` weights reach: just above that of the next one."""
     largest = None
-    for panel in panels():
+    for panel in parts():
         distance = (panel.float() - mean).abs_().flatten()
         distance = distance if largest is None else torch.cat((largest, distance))
         largest = distance.topk(min(count + 1, len(distance)), sorted=True).values

@@ -27,6 +27,7 @@ from bitwright.core.grid import Grid, Tile, Zero
 from bitwright.core.method import Range
 from bitwright.core.qtensor import affine, span, tiled
 
+ALIGNED_BITS = 4
 POLISHED, PASSES = 2, 4
 TOGETHER, PART = 2**21, 2**17
 """Weights whose tiles are decided at a time, and of them how many each thread of a processor passes over at a time."""
@@ -37,6 +38,12 @@ FEW, MANY = 3, 4
 """Bits."""
 Steps = tuple[Float[Tensor, "S M"], Float[Tensor, "S M"]]
 """h and z, S of them for each of M tiles; z is 0 on a symmetric grid."""
+
+
+def alignment_at(bits: int) -> float:
+    """Lambda as it is by default: how much more errors along a tile's own weights count. Measured in
+    docs/methods/easyquant.md."""
+    return 16.0 if bits < ALIGNED_BITS else 64.0
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a site's transform would do to the output, once the weights behind it are rounded to nearest.
+"""How far a site's transform moves the output, once the weights behind it are rounded to nearest.
 
 The objective by which AWQ (arXiv 2306.00978, eq. 4) and Outlier Suppression+ (arXiv 2304.09145) choose:
 
@@ -6,6 +6,7 @@ The objective by which AWQ (arXiv 2306.00978, eq. 4) and Outlier Suppression+ (a
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,24 +14,25 @@ from torch import Tensor
 
 from bitwright.core.block import Block, Site
 from bitwright.core.decisions import BlockDecisions, LinearDecision, SiteDecision
-from bitwright.core.method import Context, Inspection
+from bitwright.core.method import BlockData, Context
 from bitwright.steps.apply import parameters_of, quantize_linear
 from bitwright.steps.transform import apply_site, spread
 
 TOKENS = 2**13
-"""Candidates are judged on so many tokens at most: with four times as many AdaDim ended where it ends now, and AWQ
-at a KL divergence of 0.0785 instead of 0.0789 (en-llama, W2A16g128)."""
+"""The most tokens that candidates are judged on. Four times as many changed nothing for AdaDim, and brought AWQ to a KL
+divergence of 0.0785 instead of 0.0789 (en-llama, W2A16g128)."""
 
 
 class Trial:
     """A site in front of its linears, their enclosing module ready to be run."""
 
-    def __init__(self, block: Block, site: Site, context: Context, decisions: BlockDecisions) -> None:
+    def __init__(
+        self, block: Block, site: Site, context: Context[Any], data: BlockData, decisions: BlockDecisions
+    ) -> None:
         """``decisions`` are those so far."""
-        assert context.inspect is not None
         self.site, self.context, self.decisions = site, context, decisions
         self.parameters = parameters_of(block, decisions)
-        self.module: Inspection = context.inspect(_enclosing(block, site), decisions, TOKENS)
+        self.module = data.inspect(_enclosing(block, site), decisions, TOKENS)
 
     @torch.no_grad()
     def error(self, scale: Float[Tensor, " C"], shift: Float[Tensor, " C"] | None = None) -> float:
@@ -42,17 +44,17 @@ class Trial:
 
 
 def rounded(
-    parameters: Mapping[str, Tensor], linears: Sequence[str], context: Context, decisions: BlockDecisions
+    parameters: Mapping[str, Tensor], linears: Sequence[str], context: Context[Any], decisions: BlockDecisions
 ) -> dict[str, Tensor]:
     """The weights of these linears rounded to nearest within min-max ranges, and their biases."""
-    found = {}
+    replaced = {}
     for name in linears:
         decision = LinearDecision(tile=decisions.tile(name, context.scheme))
         weight = quantize_linear(parameters[f"{name}.weight"], decision, context.scheme, context.scale_dtype)
-        found[f"{name}.weight"] = weight.dequantize()
+        replaced[f"{name}.weight"] = weight.dequantize()
         if f"{name}.bias" in parameters:
-            found[f"{name}.bias"] = parameters[f"{name}.bias"]
-    return found
+            replaced[f"{name}.bias"] = parameters[f"{name}.bias"]
+    return replaced
 
 
 def best(trial: Trial, candidates: list[SiteDecision]) -> SiteDecision:

@@ -8,16 +8,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitwright.core.block import Block
-from bitwright.core.method import Activations, LinearStats
+from bitwright.core.method import LinearStats
 from bitwright.core.scheme import Scheme
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import Folded
 from bitwright.stream.forward import forward_all, forward_batches
 from bitwright.stream.skeleton import Recorder, Skeleton
+
+
+@dataclass(frozen=True)
+class Activations:
+    """A block's inputs: on the full-precision path, and as the quantized blocks before it produce them."""
+
+    reference: Float[Tensor, "N T D"]
+    quantized: Float[Tensor, "N T D"]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from bitwright.core.block import Block
-from bitwright.core.method import Activations, Moments
+from bitwright.core.method import Moments
 from bitwright.core.scheme import Scheme
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import Folded
+from bitwright.stream.activations import Activations
 from bitwright.stream.forward import TOKENS_PER_PASS, call_of
 
 
@@ -22,7 +23,7 @@ def moments(
     inputs: Activations,
     kwargs: Mapping[str, Any],
     *,
-    with_drift: bool,
+    drift: bool,
 ) -> Moments:
     """H = E[x' x'^T] and C = E[(x - x') x'^T] [I, I] of a linear's input, in float32.
 
@@ -33,14 +34,14 @@ def moments(
     full, written = ({name: p.to(place) for name, p in found.items()} for found in (folded.full, folded.written()))
     count, rows = len(inputs.quantized), max(1, TOKENS_PER_PASS // inputs.quantized.shape[1])
     features = block.weight(linear).shape[1]
-    second, drift = (torch.zeros(features, features, device=place.device) for _ in range(2))
+    second, cross = (torch.zeros(features, features, device=place.device) for _ in range(2))
     for start in range(0, count, rows):
         here = slice(start, start + rows)
         with quantized_activations(block, scheme):
             read = call_of(block, linear, written, inputs.quantized[here].to(place), kwargs)[0].flatten(0, -2).float()
         second.addmm_(read.T, read)
-        if with_drift:
+        if drift:
             x = call_of(block, linear, full, inputs.reference[here].to(place), kwargs)[0].flatten(0, -2).float()
-            drift.addmm_((x - read).T, read)
+            cross.addmm_((x - read).T, read)
     tokens = inputs.quantized[..., 0].numel()
-    return Moments(second / tokens, drift / tokens)
+    return Moments(second / tokens, cross / tokens)

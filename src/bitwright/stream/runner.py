@@ -15,20 +15,20 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.core.block import Block
+from bitwright.core.configuration import Configured
 from bitwright.core.decisions import BlockDecisions
-from bitwright.core.method import Closed, Context, DataFree, Learned, Method, Moments
+from bitwright.core.method import Closed, Context, Learned, WeightContext
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.quantized import BlockReport, LinearReport, QuantizedBlock
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings
-from bitwright.steps.apply import Folded, fold, parameters_of, require_held, weights_of
-from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
-from bitwright.stream.forward import forward_all
-from bitwright.stream.inspection import ModuleInspection
+from bitwright.core.training import Training
+from bitwright.steps.apply import Folded, fold, require_held, weights_of
+from bitwright.steps.outliers import bounds_of
+from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay
+from bitwright.stream.block_data import StreamedBlock
 from bitwright.stream.memory import keep_freed_memory, peak_memory
-from bitwright.stream.moments import moments
 from bitwright.stream.skeleton import Skeleton
-from bitwright.stream.train import Objective, Trainer, learnables_of
+from bitwright.stream.train import Trainer, learnables_of
 
 
 class Sink(Protocol):
@@ -46,15 +46,19 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What to do with every block. ``scales`` is the dtype that scales are stored in, and parameters that a transform
-    moved. ``learned`` gives a block's parameters of an earlier training: none is done now. ``arithmetic`` is what a
-    training multiplies in, the block's own dtype where nothing is said."""
+    """What to do with every block.
+
+    ``scales`` is the dtype that scales are stored in, and parameters that a transform moved. ``training`` and ``seed``
+    are for learned methods. ``learned`` gives a block's parameters of an earlier training, which is then not repeated.
+    ``arithmetic`` is the dtype that training multiplies in, None for the block's own.
+    """
 
     scheme: Scheme
-    methods: Sequence[Method]
-    settings: Settings
+    methods: Sequence[Configured]
     scales: torch.dtype
     with_head: bool
+    training: Training | None = None
+    seed: int = 0
     learned: Callable[[str], Mapping[str, Tensor]] | None = None
     arithmetic: torch.dtype | None = None
 
@@ -119,61 +123,42 @@ def _quantize(
 def _decide(
     block: Block, plan: RunPlan, stream: Stream | None, inside: Callable[[float, str], None]
 ) -> tuple[BlockDecisions, dict[str, Tensor]]:
-    """All methods in order, neighbouring learned ones trained together; and what they learned.
+    """Run all methods in order, neighbouring learned ones together; return the decisions and what was learned.
 
-    On the output layer, which has no stream of its own, what is learned elsewhere has its default.
+    The output layer has no stream: learned methods are skipped there.
     """
-    context, targets = _context(block, plan, stream)
-    decisions = BlockDecisions()
-    learned: dict[str, Tensor] = {}
-    for is_learned, methods in groupby(plan.methods, lambda method: isinstance(method, Learned)):
-        if not is_learned:
-            for method in methods:
-                decisions = _decided(method, block, context, decisions)
-        elif stream is not None and targets is not None:
-            learnables = learnables_of([m for m in methods if isinstance(m, Learned)], block, context, decisions)
-            objective = _objective(block, plan, stream, targets)
+    data = None if stream is None or not block.name else StreamedBlock(block, stream, plan.scheme, plan.scales)
+    context = Context(plan.training or Training(), plan.scheme, plan.scales, plan.seed, data)
+    decisions, learned = BlockDecisions(), dict[str, Tensor]()
+    for trained, group in groupby(plan.methods, lambda each: isinstance(each.method, Learned)):
+        methods = list(group)
+        if not trained:
+            for configured in methods:
+                decisions = _decided(configured, block, context, decisions)
+        elif data is not None:
+            learnables = learnables_of(methods, block, context, decisions)
+            objective = data.objective(context.settings)
             trainer = Trainer(block, learnables, context, decisions, objective, inside, plan.arithmetic)
             decisions = trainer.run() if plan.learned is None else trainer.adopt(plan.learned(block.name))
             learned |= trainer.learned
     return decisions, learned
 
 
-def _decided(method: Method, block: Block, context: Context, decisions: BlockDecisions) -> BlockDecisions:
+def _decided(
+    configured: Configured, block: Block, context: Context[Training], decisions: BlockDecisions
+) -> BlockDecisions:
+    """The decisions after one method that is not trained."""
+    method = configured.method
+    assert not isinstance(method, Learned)
     if isinstance(method, Closed):
-        return method.decide(block, context, decisions)
-    assert isinstance(method, DataFree)
-    weights = weights_of(block, decisions)
-    return decisions.with_linears({n: method.decide(w, context, decisions.linear(n)) for n, w in weights.items()})
-
-
-def _context(block: Block, plan: RunPlan, stream: Stream | None) -> tuple[Context, Tensor | None]:
-    """What methods see, and the block's full-precision outputs; no data for the output layer, and without text."""
-    if stream is None or not block.name:
-        return Context(plan.scheme, plan.scales, settings=plan.settings), None
-    reads = any(isinstance(m, Learned) or (isinstance(m, Closed) and m.reads_stats) for m in plan.methods)
-    stats, targets = statistics(block, stream) if reads else ({}, None)
-    measure, inspect = partial(_moments, block, plan, stream), partial(_inspect, block, plan, stream)
-    return Context(plan.scheme, plan.scales, stream.activations, stats, plan.settings, measure, inspect), targets
-
-
-def _inspect(
-    block: Block, plan: RunPlan, stream: Stream, module: str, decisions: BlockDecisions, tokens: int
-) -> ModuleInspection:
-    parameters, inputs = parameters_of(block, decisions), stream.activations.quantized
-    return ModuleInspection(block, module, parameters, plan.scheme, inputs, stream.kwargs_of(block), tokens)
-
-
-def _moments(block: Block, plan: RunPlan, stream: Stream, linear: str, decisions: BlockDecisions) -> Moments:
-    folded = fold(dict(block.module.named_parameters()), block.topology, decisions, plan.scheme, plan.scales)
-    inputs, kwargs = stream.activations, stream.kwargs_of(block)
-    return moments(block, linear, folded, plan.scheme, inputs, kwargs, with_drift=plan.settings.drift)
-
-
-def _objective(block: Block, plan: RunPlan, stream: Stream, targets: Tensor) -> Objective:
-    kwargs = stream.kwargs_of(block)
-    also = forward_all(block, {}, stream.activations.quantized, kwargs) if plan.settings.aug_loss else None
-    return Objective(stream.activations, targets, also, kwargs)
+        return method.decide(block, context.told(configured.settings(context.scheme)), decisions)
+    scheme, decided = context.scheme, {}
+    settings, freedom = configured.settings(scheme), configured.freedom(scheme)
+    for name, weight in weights_of(block, decisions).items():
+        outliers = bounds_of(weight, scheme.tile, freedom.outliers)
+        alone = WeightContext(settings, scheme, context.scale_dtype, freedom.tiles, outliers)
+        decided[name] = method.decide(weight, alone, decisions.linear(name))
+    return decisions.with_linears(decided)
 
 
 def _passed(skeleton: Skeleton, block: Block, folded: Folded) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,19 +19,17 @@ from torch import Tensor
 from bitwright.checkpoint.ranges import Stored, is_finite
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.writer import write_tensors
-from bitwright.core.decisions import Decision, LinearDecision
-from bitwright.core.grid import Tile
-from bitwright.core.method import Context, DataFree
-from bitwright.core.outlier_rule import Bounds
+from bitwright.core.configuration import Configured
+from bitwright.core.decisions import LinearDecision
+from bitwright.core.method import DataFree, WeightContext
 from bitwright.core.panels import panels
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import BlockReport, LinearReport
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import Settings
 from bitwright.core.tensor_bytes import digest
 from bitwright.core.weight import Weight
 from bitwright.steps.apply import quantize_linear, require_held
-from bitwright.steps.outliers import TELLING, bounds
+from bitwright.steps.outliers import TELLING, bounds_of
 from bitwright.stream.memory import keep_freed_memory
 from bitwright.stream.units import Unit
 
@@ -43,15 +41,14 @@ _END = object()
 class TensorPlan:
     """What to do with every weight, in a form that can be handed to another process.
 
-    ``dtype`` is that of scales and outliers. ``encode`` makes the tensors of a linear, ``encode_stacked`` those of
-    experts in one tensor; ``folder`` takes the parts.
+    ``methods`` are data-free. ``dtype`` is that of scales and outliers. ``encode`` makes the tensors of a linear,
+    ``encode_stacked`` those of experts in one tensor; ``folder`` takes the parts.
     """
 
     checkpoint: Checkpoint
     dtype: torch.dtype
     scheme: Scheme
-    methods: tuple[DataFree, ...]
-    settings: Settings
+    methods: tuple[Configured, ...]
     device: str
     encode: Callable[[str, QTensor], dict[str, Tensor]]
     encode_stacked: Callable[[str, Sequence[QTensor]], dict[str, Tensor]]
@@ -158,16 +155,14 @@ def _write(made: _Made, plan: TensorPlan, finished: Finished) -> None:
 @torch.no_grad()
 def _quantized(stored: Float[Tensor, "O I"], weight: Weight, plan: TensorPlan, account: "_Account") -> QTensor:
     """A linear, a panel of rows at a time."""
-    scheme, settings = replace(plan.scheme, tile=weight.tile(plan.scheme.tile)), plan.settings
-    if not weight.takes_axis(settings.axis):
-        settings = replace(settings, axis=None)
-    rows = _rows(stored, scheme, settings, plan.methods)
-    context = Context(scheme, plan.dtype, settings=settings, bounds=_bounds(stored, scheme.tile, plan))
+    scheme = replace(plan.scheme, tile=weight.tile(plan.scheme.tile))
+    contexts = [_context(stored, weight, scheme, configured, plan) for configured in plan.methods]
     parts = []
-    for here in rows:
+    for here in _rows(stored, scheme, contexts):
         panel, decided = stored[here].to(plan.device, torch.float32), LinearDecision()
-        for method in plan.methods:
-            decided = method.decide(panel, context, decided)
+        for configured, context in zip(plan.methods, contexts, strict=True):
+            assert isinstance(configured.method, DataFree)
+            decided = configured.method.decide(panel, context, decided)
         part = quantize_linear(panel, decided, scheme, plan.dtype)
         require_held(weight.name, panel, part)
         account.compare(panel, part)
@@ -175,20 +170,21 @@ def _quantized(stored: Float[Tensor, "O I"], weight: Weight, plan: TensorPlan, a
     return account.add(QTensor.of_rows(parts))
 
 
-def _rows(stored: Tensor, scheme: Scheme, settings: Settings, methods: Iterable[DataFree]) -> list[slice]:
-    """Where a weight may be cut: nowhere, if a method chooses between tiles by the whole of it."""
-    if any(method.tiles(scheme, settings) for method in methods):
+def _context(
+    stored: Tensor, weight: Weight, scheme: Scheme, configured: Configured, plan: TensorPlan
+) -> WeightContext[Any]:
+    """What one method sees beside a weight."""
+    freedom = configured.freedom(plan.scheme)
+    tiles = freedom.tiles if weight.takes_tiles(freedom.compared) else ()
+    outliers = bounds_of(stored, scheme.tile, freedom.outliers, plan.device)
+    return WeightContext(configured.settings(scheme), scheme, plan.dtype, tiles, outliers)
+
+
+def _rows(stored: Tensor, scheme: Scheme, contexts: Iterable[WeightContext[Any]]) -> list[slice]:
+    """The panels of a weight; only one if a method chooses between tiles by the whole of it."""
+    if any(context.tiles for context in contexts):
         return [slice(None)]
     return panels((stored.shape[0], stored.shape[1]), scheme.tile)
-
-
-def _bounds(stored: Tensor, tile: Tile, plan: TensorPlan) -> Bounds | None:
-    """What makes an outlier of the whole weight, where outliers are decided at all."""
-    rule = plan.settings.outlier_rule
-    if rule is None or not any(Decision.OUTLIERS in method.decides for method in plan.methods):
-        return None
-    rows = panels((stored.shape[0], stored.shape[1]), tile)
-    return bounds(lambda: (stored[here].to(plan.device) for here in rows), rule)
 
 
 def _square(values: Float[Tensor, "R I"]) -> float:

@@ -11,6 +11,7 @@ is measured on the folded block, as it will be written.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitwright.core.block import Block
+from bitwright.core.configuration import Configured
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.fake_quant import FakeQuantizer
 from bitwright.core.grid import Tile
-from bitwright.core.method import Activations, Context, Learnable, Learned, Range
+from bitwright.core.method import Context, Learnable, Learned, Range
+from bitwright.core.training import Training
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
 from bitwright.steps.ranges import minmax
+from bitwright.stream.activations import Activations
 from bitwright.stream.forward import forward, forward_batches
 from bitwright.stream.moments import moments
 from bitwright.stream.precision import cast, rounding_inputs, running_dtype, written_out_attention
@@ -56,17 +60,19 @@ class Objective:
 
 
 def learnables_of(
-    methods: Sequence[Learned], block: Block, context: Context, decided: BlockDecisions
+    methods: Sequence[Configured], block: Block, context: Context[Training], decided: BlockDecisions
 ) -> list[Learnable]:
-    """What each method brings, each starting from where those before it start."""
+    """The learnables of learned methods, each starting from where those before it start."""
     parameters: Mapping[str, Tensor] = {name: p.detach().float() for name, p in block.module.named_parameters()}
-    found: list[Learnable] = []
-    for method in methods:
-        found.append(method.learn(block, context, decided))
+    learnables: list[Learnable] = []
+    for configured in methods:
+        assert isinstance(configured.method, Learned)
+        told = context.told(configured.settings(context.scheme))
+        learnables.append(configured.method.learn(block, told, decided))
         with torch.no_grad():
-            parameters = found[-1].transform(parameters)
-            decided = found[-1].decide(parameters, decided)
-    return found
+            parameters = learnables[-1].transform(parameters)
+            decided = learnables[-1].decide(parameters, decided)
+    return learnables
 
 
 class Trainer:
@@ -76,7 +82,7 @@ class Trainer:
         self,
         block: Block,
         learnables: Sequence[Learnable],
-        context: Context,
+        context: Context[Training],
         decided: BlockDecisions,
         objective: Objective,
         report: Callable[[float, str], None] = lambda part, detail: None,
@@ -87,7 +93,7 @@ class Trainer:
         self.block, self.learnables, self.context = block, learnables, context
         self.decided, self.objective, self.report = decided, objective, report
         self.base = {name: p.detach().float() for name, p in block.module.named_parameters()}
-        self.refines = context.settings.refine and any(learnable.refinable for learnable in learnables)
+        self.refines = any(learnable.refines for learnable in learnables)
         held = next(block.module.parameters()).dtype
         self.arithmetic = arithmetic or held
         self.running = running_dtype(held, self.arithmetic)
@@ -170,11 +176,13 @@ class Trainer:
         for done, group in enumerate(groups):
             self._report(self.context.settings.epochs + done, f"refining {group.linears[0]}")
             folded = fold(self.base, self.block.topology, self.decisions(), scheme, self.context.scale_dtype)
-            inputs, kwargs, with_drift = self.objective.inputs, self.objective.kwargs, self.context.settings.drift
-            found = moments(self.block, group.linears[0], folded, scheme, inputs, kwargs, with_drift=with_drift)
+            inputs, kwargs = self.objective.inputs, self.objective.kwargs
+            measured = cache(partial(moments, self.block, group.linears[0], folded, scheme, inputs, kwargs))
             for name in group.linears:
+                weight = self.decided.linear(name).inside(folded.full[f"{name}.weight"])
                 for learnable in self.learnables:
-                    learnable.refine(name, self.decided.linear(name).inside(folded.full[f"{name}.weight"]), found)
+                    if learnable.refines:
+                        learnable.refine(name, weight, measured)
         loss = self.measure(self.decisions())
         if loss < trained:
             return loss
@@ -202,7 +210,7 @@ class Trainer:
 
     def _attempt(self, rate: float, best: list[Tensor], best_loss: float) -> tuple[list[float], list[Tensor], float]:
         training = self.context.settings
-        generator = torch.Generator().manual_seed(training.seed + 1000 * self.block.index)
+        generator = torch.Generator().manual_seed(self.context.seed + 1000 * self.block.index)
         count = len(self.objective.target)
         total = training.epochs * math.ceil(count / training.batch_size)
         optimizer, scheduler = self._optimizer(rate, total)

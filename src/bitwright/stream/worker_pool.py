@@ -9,19 +9,18 @@ import sys
 from contextlib import suppress
 from types import TracebackType
 
-from bitwright.core.recipe import Recipe
-
 THREADS = {"OMP_NUM_THREADS": "1"}
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """The setting that makes glibc ask for huge pages: page faults would take a few percent of a worker's time."""
 
 
-def start_workers(recipe: Recipe, workers: int | None) -> "WorkerPool":
-    """Start the worker processes that a user asked for, if the recipe needs no calibration data.
+def start_workers(workers: int | None) -> "WorkerPool":
+    """Start the worker processes that a user asked for, but no more than this process may use cores.
 
-    Otherwise the pool is empty: whether workers are of use is known only once the model has been looked at.
+    The pool is empty for None or a single worker. A run that needs more workers starts them when it knows its model.
     """
-    return WorkerPool(workers if workers is not None and workers > 1 and recipe.calibration is None else 0)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return WorkerPool(min(workers, cores) if workers is not None and workers > 1 else 0)
 
 
 class WorkerPool:

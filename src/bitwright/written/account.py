@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 
 from bitwright.calibration.tokens import fingerprint
 from bitwright.core.format import FileFormat
-from bitwright.methods import used
 from bitwright.model.arithmetic import name_of
 from bitwright.prepare.job import Job
 
@@ -98,7 +96,7 @@ def _arithmetic(job: Job) -> str:
 
 def _settings(job: Job) -> dict[str, Any]:
     """What the methods were told, ``auto`` replaced by what it came to."""
-    found = {key: value for key, value in asdict(job.settings).items() if key in used(job.methods)}
+    found = job.configuration.values()
     return found if job.arithmetic is None else found | {"precision": name_of(job.arithmetic)}
 
 

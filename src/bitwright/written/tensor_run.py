@@ -3,7 +3,6 @@
 from dataclasses import replace
 from threading import Lock
 
-from bitwright.core.method import DataFree
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.quantized import BlockReport
 from bitwright.prepare.crew import Crew
@@ -32,10 +31,10 @@ def run_tensors(job: Job, sink: FolderSink, crew: Crew, ranks: Ranks, listener: 
 
 
 def _plan(job: Job, sink: FolderSink) -> TensorPlan:
-    methods = tuple(method for method in job.methods if isinstance(method, DataFree))
     encode, stacked = job.format.encode, job.format.encode_stacked
     checkpoint, device = job.source.checkpoint, str(job.work.device)
-    return TensorPlan(checkpoint, job.scales, job.scheme, methods, job.settings, device, encode, stacked, sink.folder)
+    methods = job.configuration.methods
+    return TensorPlan(checkpoint, job.scales, job.scheme, methods, device, encode, stacked, sink.folder)
 
 
 class _Told:

@@ -1,0 +1,59 @@
+"""Calibration data of one block, measured when a method asks for them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bitwright.core.block import Block
+from bitwright.core.decisions import BlockDecisions
+from bitwright.core.method import LinearStats, Moments
+from bitwright.core.scheme import Scheme
+from bitwright.core.training import Training
+from bitwright.steps.apply import fold, parameters_of
+from bitwright.stream.activations import Stream, statistics
+from bitwright.stream.forward import forward_all
+from bitwright.stream.inspection import ModuleInspection
+from bitwright.stream.moments import moments
+from bitwright.stream.train import Objective
+
+
+@dataclass(frozen=True)
+class StreamedBlock:
+    """A block and what flows into it: the ``BlockData`` of ``core/method.py``. ``scales`` is the dtype of scales."""
+
+    block: Block
+    stream: Stream
+    scheme: Scheme
+    scales: torch.dtype
+
+    @cached_property
+    def _passed(self) -> tuple[dict[str, LinearStats], Tensor]:
+        """Statistics, and the block's full-precision outputs, of one pass."""
+        return statistics(self.block, self.stream)
+
+    @property
+    def stats(self) -> Mapping[str, LinearStats]:
+        """Statistics of every linear's input on the full-precision path."""
+        return self._passed[0]
+
+    def moments(self, linear: str, decisions: BlockDecisions, *, drift: bool) -> Moments:
+        """The second moments of what a linear will read."""
+        block, parameters = self.block, dict(self.block.module.named_parameters())
+        folded = fold(parameters, block.topology, decisions, self.scheme, self.scales)
+        inputs, kwargs = self.stream.activations, self.stream.kwargs_of(block)
+        return moments(block, linear, folded, self.scheme, inputs, kwargs, drift=drift)
+
+    def inspect(self, module: str, decisions: BlockDecisions, tokens: int) -> ModuleInspection:
+        """A module on the output of the quantized blocks before."""
+        inputs, kwargs = self.stream.activations.quantized, self.stream.kwargs_of(self.block)
+        parameters = parameters_of(self.block, decisions)
+        return ModuleInspection(self.block, module, parameters, self.scheme, inputs, kwargs, tokens)
+
+    def objective(self, training: Training) -> Objective:
+        """What training is to bring the block's output near to."""
+        inputs, kwargs = self.stream.activations, self.stream.kwargs_of(self.block)
+        also = forward_all(self.block, {}, inputs.quantized, kwargs) if training.aug_loss else None
+        return Objective(inputs, self._passed[1], also, kwargs)

@@ -36,7 +36,7 @@ class WithSettings(TyperCommand):
         if self._settings is None:
             self._settings = _options()
             _describe_methods(params)
-        at = next(n for n, each in enumerate(params) if each.name == BEFORE) + 1
+        at = [option.name for option in params].index(BEFORE) + 1
         return [*params[:at], *self._settings, *params[at:]]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

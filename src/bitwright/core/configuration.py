@@ -6,7 +6,7 @@ from typing import Any
 
 from bitwright.core.method import Freedom, Learned, Method
 from bitwright.core.scheme import Scheme
-from bitwright.core.settings import PRESETS, Basis, in_order
+from bitwright.core.settings import PRESETS, Basis, Settings, in_order
 from bitwright.core.training import Training
 
 
@@ -42,7 +42,7 @@ class Configuration:
     @property
     def name(self) -> str:
         """The methods as a recipe names them: ``let+lwc``."""
-        return "+".join(each.name for each in self.methods)
+        return "+".join(configured.name for configured in self.methods)
 
     @property
     def learns(self) -> bool:
@@ -52,19 +52,23 @@ class Configuration:
     @property
     def needs_text(self) -> bool:
         """Whether any method needs calibration data."""
-        return any(each.method.needs_text for each in self.methods)
+        return any(configured.method.needs_text for configured in self.methods)
 
     def freedoms(self, scheme: Scheme | None = None) -> list[Freedom]:
         """What each method may give a linear of this scheme, or of the default one."""
-        return [each.freedom(scheme or self.scheme) for each in self.methods]
+        return [configured.freedom(scheme or self.scheme) for configured in self.methods]
 
     @property
     def shape(self) -> str:
         """The settings that decide which parameters are learned; empty if none does."""
-        learned = [(each, each.method) for each in self.methods if isinstance(each.method, Learned)]
-        return ",".join(filter(None, (method.shape(each.settings(self.scheme)) for each, method in learned)))
+        shapes = []
+        for configured in self.methods:
+            if isinstance(configured.method, Learned):
+                shapes.append(configured.method.shape(configured.settings(self.scheme)))
+        return ",".join(filter(None, shapes))
 
     def values(self) -> dict[str, Any]:
         """Every setting by its key, as plain values in the order of files."""
-        told = [*filter(None, [self.training]), *(each.settings(self.scheme) for each in self.methods)]
-        return in_order({each.name: getattr(settings, each.name) for settings in told for each in fields(settings)})
+        own: list[Settings] = [configured.settings(self.scheme) for configured in self.methods]
+        every = own if self.training is None else [self.training, *own]
+        return in_order({field.name: getattr(settings, field.name) for settings in every for field in fields(settings)})

@@ -106,7 +106,7 @@ class Context(Generic[S]):
     seed: int = 0
     data: BlockData | None = None
 
-    def told(self, settings: Other) -> "Context[Other]":
+    def with_settings(self, settings: Other) -> "Context[Other]":
         """The context of another method, which has settings of its own."""
         return Context(settings, self.scheme, self.scale_dtype, self.seed, self.data)
 

@@ -70,7 +70,7 @@ class Recipe:
         base: str | None = None,
         **settings: Any,
     ) -> None:
-        """Raises RecipeError for an unknown key, and for a value of the wrong type or out of bounds."""
+        """Check every key. Raises RecipeError for one that is unknown, or has a value of the wrong type."""
         given = {key: value for key, value in locals().items() if key not in ("self", SETTINGS)}
         for key, value in given.items():
             _require_kind(key, value, _KINDS[key])
@@ -95,8 +95,9 @@ class Recipe:
     @classmethod
     def keys(cls) -> tuple[str, ...]:
         """All keys in the order in which they are written, settings in the place of ``settings``."""
-        names = [[*known_settings()] if each.name == SETTINGS else [each.name] for each in fields(cls)]
-        return tuple(name for several in names for name in several)
+        own = [field.name for field in fields(cls)]
+        at = own.index(SETTINGS)
+        return (*own[:at], *known_settings(), *own[at + 1 :])
 
     def changed(self, **changes: Any) -> "Recipe":
         """This recipe with some keys changed, settings included: ``recipe.changed(scheme="W3A16", epochs=5)``."""

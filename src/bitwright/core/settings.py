@@ -117,8 +117,8 @@ def setting(
     """
     presets = {"bitwright": default if bitwright is None else bitwright, "paper": default if paper is None else paper}
     declared = Setting((), help, presets, choices, above, least, most, wants, parse, number_as_text)
-    made: T = field(default=default, metadata={DECLARED: declared})
-    return made
+    settings_field: T = field(default=default, metadata={DECLARED: declared})
+    return settings_field
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Settings:
             raise RecipeError(f"there are no training settings '{preset}'; {nearest(preset, PRESETS)}")
         declared = cls.declared()
         own = {key: value for key, value in asked.items() if key in declared}
-        settled = cls(**({key: each.of(preset, basis) for key, each in declared.items()} | own))
+        settled = cls(**({key: setting.of(preset, basis) for key, setting in declared.items()} | own))
         settled.refuse(basis.scheme, own.keys())
         return settled
 
@@ -169,14 +169,14 @@ def known_settings() -> dict[str, Known]:
 
     Raises TypeError if two methods declare one key differently.
     """
-    found: dict[str, Known] = {}
+    known: dict[str, Known] = {}
     for name, module in modules("methods").items():
         for key, declared in module.METHOD.declared().items():
-            before = found.get(key, Known(declared, ()))
+            before = known.get(key, Known(declared, ()))
             if before.setting != declared:
                 raise TypeError(f"setting {key}: {name} and {before.methods[0]} declare it differently; share one")
-            found[key] = Known(declared, (*before.methods, name))
-    return in_order(found)
+            known[key] = Known(declared, (*before.methods, name))
+    return in_order(known)
 
 
 def in_order(values: Mapping[str, T]) -> dict[str, T]:
@@ -190,7 +190,7 @@ def in_order(values: Mapping[str, T]) -> dict[str, T]:
 def _declared(settings: type[Settings]) -> Mapping[str, Setting]:
     hints = get_type_hints(settings)
     kinds = {key: get_args(hint) or (hint,) for key, hint in hints.items()}
-    return {each.name: replace(each.metadata[DECLARED], kinds=kinds[each.name]) for each in fields(settings)}
+    return {part.name: replace(part.metadata[DECLARED], kinds=kinds[part.name]) for part in fields(settings)}
 
 
 def _shown(value: object) -> str:

@@ -64,8 +64,8 @@ class Composition:
         left = [name for name in self.methods if name not in reasons] or [next(iter(reasons.values())).instead]
         going_on = "+".join(left)
         notes = [
-            f"{name} is left out: {each.why}. Going on with {going_on}; {each.to_keep}"
-            for name, each in reasons.items()
+            f"{name} is left out: {unneeded.why}. Going on with {going_on}; {unneeded.to_keep}"
+            for name, unneeded in reasons.items()
         ]
         return compose(going_on), "; ".join(notes)
 
@@ -78,10 +78,10 @@ class Composition:
             raise RecipeError(f"there are no training settings '{preset}'; {nearest(preset, SETTINGS_PRESETS)}")
         self._refuse_unused(asked)
         methods = tuple(Configured(name, method, preset, asked) for name, method in self.methods.items())
-        settled = {each.name: each.settings(scheme) for each in methods}
+        settled = {configured.name: configured.settings(scheme) for configured in methods}
         training = None
         if self.learns:
-            learned = {name: each for name, each in self.methods.items() if isinstance(each, Learned)}
+            learned = {name: method for name, method in self.methods.items() if isinstance(method, Learned)}
             closed = all(method.closed(settled[name]) for name, method in learned.items())
             training = Training.settled(preset, Basis(scheme, closed), asked)
         return Configuration(methods, scheme, training)

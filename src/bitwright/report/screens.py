@@ -1,5 +1,6 @@
 """The screens of the commands: one for the result of each."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +24,7 @@ def plan(console: Console, result: Any) -> None:
         [
             ("model", f"{result.model} ({result.architecture}, {result.blocks} blocks)"),
             ("method", f"{result.method}, scheme {result.scheme}, format {result.format}"),
-            ("settings", ", ".join(_set_to(*each) for each in result.settings.items() if each[1] is not None) or None),
+            ("settings", _in_words(result.settings)),
             ("linears", f"{result.linears} with {result.quantized_weights:,} weights"),
             ("bits per weight", f"{result.bits_per_weight:.3f} with scales and zero points"),
             ("bytes in", size(result.bytes_in)),
@@ -47,9 +48,11 @@ def plan(console: Console, result: Any) -> None:
     grid(console, "Tensors", ("name", "shape", "how many", "what happens", "why"), rows)
 
 
-def _set_to(setting: str, value: object) -> str:
-    """A setting and its value in words."""
-    return f"{setting} {('off', 'on')[value] if isinstance(value, bool) else value}"
+def _in_words(settings: Mapping[str, Any]) -> str | None:
+    """The settings of the methods that have a value; None if there are none."""
+    words = {True: "on", False: "off"}
+    shown = {key: words[value] if isinstance(value, bool) else value for key, value in settings.items()}
+    return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None) or None
 
 
 def result(console: Console, result: Any) -> None:

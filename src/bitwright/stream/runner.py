@@ -151,7 +151,7 @@ def _decided(
     method = configured.method
     assert not isinstance(method, Learned)
     if isinstance(method, Closed):
-        return method.decide(block, context.told(configured.settings(context.scheme)), decisions)
+        return method.decide(block, context.with_settings(configured.settings(context.scheme)), decisions)
     scheme, decided = context.scheme, {}
     settings, freedom = configured.settings(scheme), configured.freedom(scheme)
     for name, weight in weights_of(block, decisions).items():

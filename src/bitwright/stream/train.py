@@ -67,8 +67,8 @@ def learnables_of(
     learnables: list[Learnable] = []
     for configured in methods:
         assert isinstance(configured.method, Learned)
-        told = context.told(configured.settings(context.scheme))
-        learnables.append(configured.method.learn(block, told, decided))
+        own = context.with_settings(configured.settings(context.scheme))
+        learnables.append(configured.method.learn(block, own, decided))
         with torch.no_grad():
             parameters = learnables[-1].transform(parameters)
             decided = learnables[-1].decide(parameters, decided)

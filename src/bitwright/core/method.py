@@ -1,8 +1,7 @@
-"""The contract of a method: which decisions it takes, with which settings, and how: in closed form, from one weight
-alone, or by training.
+"""The contract of a method: which decisions it takes, with which settings, and how.
 
-A method is a file in ``methods/`` whose ``METHOD`` is a ``Closed``, ``DataFree`` or ``Learned``. Each is generic over
-the method's settings dataclass.
+A method is a file in ``methods/`` whose ``METHOD`` is ``Closed`` (it decides in closed form), ``DataFree`` (from one
+weight alone) or ``Learned`` (by training). Each kind is generic over the method's settings dataclass.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,8 +30,10 @@ Range = tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]
 
 @dataclass(frozen=True)
 class LinearStats:
-    """Statistics of each channel of a linear's input, over the calibration tokens of the full-precision path: smallest
-    and largest value, and mean magnitude. Linears that read the same tensor share them."""
+    """Statistics of each channel of a linear's input: smallest and largest value, and mean magnitude.
+
+    They are over the calibration tokens of the full-precision path. Linears that read the same tensor share them.
+    """
 
     tokens: int
     min: Float[Tensor, " I"]
@@ -54,7 +55,7 @@ class Moments:
     """
 
     inputs: Float[Tensor, "I I"]
-    """E[x' x'^T]"""
+    """E[x' x'^T]."""
     drift: Float[Tensor, "I I"]
     """E[(x - x') x'^T]; zero if it was not asked for."""
 

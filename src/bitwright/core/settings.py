@@ -1,4 +1,6 @@
-"""Settings of methods. Each is declared once, as a field of the settings dataclass in its method's file:
+"""Settings of methods.
+
+Each is declared once, as a field of the settings dataclass in its method's file:
 
     damping: float = setting(0.01, "share of the mean diagonal that is added to the Hessian's", above=0, most=1)
 

@@ -47,7 +47,11 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
     room.mkdir()
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(room)])
     before = set(sys.modules)
-    yield lambda name, source: room.joinpath(f"{name}.py").write_text(source) and None
+
+    def write(name: str, source: str) -> None:
+        room.joinpath(f"{name}.py").write_text(source)
+
+    yield write
     for name in set(sys.modules) - before:
         if name.startswith("bitwright.methods."):
             del sys.modules[name]

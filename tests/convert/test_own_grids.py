@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ Q = "model.layers.0.self_attn.q_proj"
 def recipe(source: Path, scheme: str, method: str, text: Path | None) -> Recipe:
     epochs = 1 if {"lwc", "lsq", "pact"} & set(method.split("+")) else None
     free = Recipe(str(source), scheme, method)
-    return free if text is None else replace(free, calibration=str(text), samples=4, seqlen=32, epochs=epochs)
+    return free if text is None else free.changed(calibration=str(text), samples=4, seqlen=32, epochs=epochs)
 
 
 @torch.inference_mode()

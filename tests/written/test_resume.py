@@ -160,7 +160,7 @@ LEARNED_MOMENTS = {"model.layers.0 epoch 2": 0, "model.layers.1 epoch 1": 1, 2: 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed in forks of one that has loaded torch")
 def test_a_learned_run_killed_by_the_system(recipe: Recipe, tmp_path: Path) -> None:
     """In the middle of training a block: that block is trained anew, those before it are not."""
-    recipe = replace(recipe, scheme="W4A4", method="omniquant", epochs=3, quantize_lm_head=False)
+    recipe = recipe.changed(scheme="W4A4", method="omniquant", epochs=3, quantize_lm_head=False)
     arguments = [json.dumps(recipe.as_dict()), str(tmp_path), json.dumps([*LEARNED_MOMENTS])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, *arguments]

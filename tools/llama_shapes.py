@@ -13,7 +13,7 @@ SMALLEST_VOCABULARY = 256 + 2
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of a Llama model; ``positions`` in tokens. UserError for what no Llama model can have."""
+    """The dimensions of a Llama model; ``positions`` in tokens. Raises UserError for what no Llama model can have."""
 
     hidden: int
     mlp: int
@@ -26,7 +26,7 @@ class Shape:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        """Checks the dimensions against each other."""
+        """Check the dimensions against each other."""
         for name in ("hidden", "mlp", "layers", "heads", "kv_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")

@@ -1,9 +1,9 @@
-"""Gives a model the outlier channels that large language models have, without changing its function.
+"""Give a model the outlier channels that large language models have, without changing its function.
 
     python tools/make_outlier_model.py MODEL OUTPUT
 
-A few channels in front of the linears (of each norm, and of the linear before the last one of the MLP where that is
-exact) are multiplied by powers of two from 16 to 128, the weights that read them divided by the same. Powers of two
+A few channels in front of the linears (of each norm, and of the linear before the last one of the MLP if that is exact)
+are multiplied by powers of two from 16 to 128, and the weights that read them are divided by the same. Powers of two
 keep every dtype exact: the logits stay what they were. Small models have no such channels, large ones do (LLM.int8(),
 arXiv 2208.07339), and they are what breaks quantized activations.
 """
@@ -33,7 +33,7 @@ def main(
     channels: Annotated[int, typer.Option(help="Outlier channels per site.")] = 4,
     seed: Annotated[int, typer.Option(help="Chooses the channels.")] = 0,
 ) -> None:
-    """Writes the outlier version of a model folder."""
+    """Write the outlier version of a model folder."""
     source = Source.open(model)
     family, config = source.described()
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ def main(
 
 
 def _takes_outliers(site: Site) -> bool:
-    """A norm, or the linear before the last one of the MLP; attention's own sites are left alone."""
+    """Whether a site begins at a norm, or at the linear before the last one of the MLP; attention's sites are left alone."""
     return "attn" not in site.producers[0].module or "norm" in site.producers[0].module
 
 

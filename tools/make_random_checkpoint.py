@@ -1,23 +1,23 @@
-"""Writes a Llama checkpoint of any size with random weights, to time work on models that nobody has to download.
+"""Write a Llama checkpoint of any size with random weights, to time work on models that nobody has to download.
 
     python tools/make_random_checkpoint.py OUTPUT --size 3B
     python tools/make_random_checkpoint.py OUTPUT --size 7B --layers 4 --shard-size 1GB
     python tools/make_random_checkpoint.py OUTPUT --hidden 512 --mlp 1536 --layers 6 --heads 8 --vocab 4096
 
 Sizes have the shapes of Llama-3.2-1B and -3B, TinyLlama-1.1B, Llama-2-7B and -70B; `tiny` is for tests. A model speaks
-no language, and its tokenizer knows bytes only. Killed, nothing is at OUTPUT, and the same command begins anew.
+no language, and its tokenizer knows bytes only. If the command is killed, nothing is at OUTPUT, and it begins anew.
 
 Weights have heavy tails, as trained ones have: Student's t with `--tail` degrees of freedom (more than 2) times a
-factor per row. Of a linear's weights 1.30% then lie beyond three standard deviations with the default of 5, 0.94% with
-10 and 0.75% with 20 (measured on linears of 1024 and 3072); of a normal distribution's 0.27%, of the embedded
-model's 0.51%. The largest weight is 18 to 39 standard deviations out with 5, 7 to 11 with 20.
+factor per row. With the default of 5, 1.30% of a linear's weights lie beyond three standard deviations, with 10 it is
+0.94%, with 20 0.75% (measured on linears of 1024 and 3072); for a normal distribution it is 0.27%, for the embedded
+model 0.51%. The largest weight is 18 to 39 standard deviations out with 5, 7 to 11 with 20.
 The standard deviation is 1 / sqrt(in features): a linear's outputs are then as large as its inputs at every width, so
-that activations neither vanish in a tiny model nor overflow in a large one, and at the widths of real models it stays
+that activations neither vanish in a tiny model nor overflow in a large one. At the widths of real models it stays
 near the 0.02 that they begin with (0.006 to 0.022). Norms are near 1, with a few larger channels.
 
-For speed only one pool of 2^22 values is drawn. Each row is a window of it, begun elsewhere than any other row of its
-tensor, times its own factor and the tensor's signs per column: good for time and memory, no sample for statistics.
-The same seed, tail and dimensions give the same tensors, whatever the shards (with one version of NumPy).
+For speed only one pool of 2^22 values is drawn. Each row of a tensor is a window of the pool, which begins where no
+other row's does, times a factor of its own and the tensor's signs per column: good for time and memory, no sample for
+statistics. Equal seed, tail and dimensions give equal tensors, whatever the shards (with one version of NumPy).
 """
 
 import hashlib
@@ -49,38 +49,44 @@ from bitwright.report.progress import ProgressReport
 from llama_shapes import SIZES, Shape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-POOL, BLOCK = 2**22, 2**20  # values that are drawn; elements that are in memory at a time
-ROW_SPREAD = 0.2  # of the logarithm of a row's factor
+POOL, BLOCK = 2**22, 2**20  # the values drawn; the elements in memory at a time
+ROW_SPREAD = 0.2  # the standard deviation of the logarithm of a row's factor
 NORM_SPREAD, LARGE_EVERY, LARGE = 0.1, 512, (4.0, 16.0)  # one channel in 512 of a norm is this many times larger
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
-COMPANION_BYTES = 2**20  # config, tokenizer and index, at most
+SIDECAR_BYTES = 2**20  # config, tokenizer and index, at most
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What all tensors are cut from: ``pool`` [POOL + widest row], Student-t with variance 1, the end as the start."""
+    """The source of all tensors: a pool of Student-t values with variance 1, [POOL + widest row].
+
+    Its end repeats its beginning.
+    """
 
     seed: int
     pool: NDArray[np.float32]
 
     @classmethod
     def draw(cls, seed: int, tail: float, widest: int) -> "Weights":
-        """The pool of a seed, for rows of at most ``widest`` elements. UserError for a tail without a variance."""
+        """Draw the pool of a seed, for rows of at most ``widest`` elements.
+
+        Raises UserError for a ``tail`` without a variance.
+        """
         if not (tail > 2 and math.isfinite(tail)):
             raise UserError(f"--tail is {tail}; Student's t has a standard deviation only above 2; the default is 5")
         drawn = _generator(seed, "pool").standard_t(tail, POOL) * math.sqrt((tail - 2) / tail)
         return cls(seed, np.resize(drawn.astype(np.float32), POOL + widest))
 
     def blocks(self, entry: TensorEntry) -> Iterator[Tensor]:
-        """A tensor's elements in order, at most BLOCK (or one row) at a time; each is gone when the next comes."""
+        """A tensor's elements in order, at most BLOCK (or one row) at a time; each block overwrites the one before."""
         generator = _generator(self.seed, entry.name)
         if len(entry.shape) == 1:
             yield torch.from_numpy(_norm(generator, *entry.shape)).to(entry.dtype)
             return
         rows, width = entry.shape
-        apart = max(1, POOL // rows)
-        starts = (generator.permutation(rows) * apart + generator.integers(apart, size=rows)) % POOL
-        # the mean of the factor's square is 1, so that the tensor's standard deviation is what was promised
+        distance = max(1, POOL // rows)
+        starts = (generator.permutation(rows) * distance + generator.integers(distance, size=rows)) % POOL
+        # the mean of the factor's square is 1, so that the tensor has the standard deviation that is stated above
         factors = generator.lognormal(-(ROW_SPREAD**2), ROW_SPREAD, rows) / math.sqrt(width)
         signs = generator.choice(np.array([-1, 1], np.float32), width)
         block = np.empty((max(1, min(rows, BLOCK // width)), width), np.float32)
@@ -101,7 +107,7 @@ def _norm(generator: np.random.Generator, channels: int) -> NDArray[np.float32]:
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
-    """Each tensor's own, so that it is the same wherever and whenever it is written."""
+    """The random generator of one tensor, which is the same wherever and whenever the tensor is written."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()))
 
 
@@ -116,11 +122,11 @@ def main(
     mlp: int | None = None,
     layers: int | None = None,
     heads: int | None = None,
-    kv_heads: Annotated[int | None, typer.Option(help="As many as heads, where no size says otherwise.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="As many as heads, if no size says otherwise.")] = None,
     vocab: int | None = None,
     tied: Annotated[bool | None, typer.Option("--tied/--untied", help="One matrix for embedding and head.")] = None,
 ) -> None:
-    """Writes a random checkpoint; dimensions override the size's."""
+    """Write a random checkpoint; dimensions override the size's."""
     dimensions = {"hidden": hidden, "mlp": mlp, "layers": layers, "heads": heads, "kv_heads": kv_heads, "vocab": vocab}
     try:
         shape = shape_of(size, dimensions | {"tied": tied})
@@ -136,7 +142,10 @@ def main(
 
 
 def shape_of(size: str | None, asked: dict[str, Any]) -> Shape:
-    """A size's shape with the dimensions that are asked for (not None). UserError where one is missing or unknown."""
+    """The shape of a size, with the dimensions that are asked for (not None).
+
+    Raises UserError if a dimension is missing, or the size is unknown.
+    """
     given = {name: value for name, value in asked.items() if value is not None}
     if size is not None:
         if size not in SIZES:
@@ -158,14 +167,14 @@ def write_checkpoint(
     tail: float = 5.0,
     listener: Listener = silent,
 ) -> int:
-    """Writes the folder ``output``, which must not be there, and returns the bytes of its tensors. Raises UserError."""
+    """Write the folder ``output``, which must not be there, and return the bytes of its tensors. Raises UserError."""
     weights = Weights.draw(seed, tail, max(shape.hidden, shape.mlp))
     shards = _shards(shape.tensors(dtype), shard_bytes)
     total = sum(entry.nbytes for entries in shards.values() for entry in entries)
     if output.exists():
         raise OutputError(f"{output}: exists and is kept as it is; choose another output, or remove it first")
     left = sum(path.stat().st_size for path in work_folder(output.resolve()).rglob("*.safetensors"))
-    require_free(output, total + COMPANION_BYTES - left)
+    require_free(output, total + SIDECAR_BYTES - left)
     with OutputFolder.claim(output, restart=True) as folder:
         done = 0
         for file, entries in shards.items():
@@ -175,7 +184,7 @@ def write_checkpoint(
         if len(shards) > 1:
             homes = {entry.name: file for file, entries in shards.items() for entry in entries}
             write_json(folder.path / INDEX, {"metadata": {"total_size": total}, "weight_map": homes})
-        _write_companions(folder.path, shape, dtype)
+        _write_sidecar_files(folder.path, shape, dtype)
         folder.publish()
     return total
 
@@ -193,7 +202,7 @@ def _shards(tensors: Iterable[TensorEntry], shard_bytes: int) -> dict[str, list[
 
 
 def _write_shard(path: Path, entries: list[TensorEntry], weights: Weights) -> Iterator[int]:
-    """Writes one file, and says after each block how many bytes it had."""
+    """Write one file; yield the size of each block in bytes once it is written."""
     header = build_header(entries, METADATA)
     with atomic(path, len(header) + sum(entry.nbytes for entry in entries)) as file:
         file.write(header)
@@ -202,8 +211,8 @@ def _write_shard(path: Path, entries: list[TensorEntry], weights: Weights) -> It
                 yield file.write(memory_of(block))
 
 
-def _write_companions(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
-    """config.json, and a tokenizer of one token per byte and the special ones."""
+def _write_sidecar_files(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
+    """Write config.json, and a tokenizer of one token per byte and the special ones."""
     alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *SPECIAL.values()]
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

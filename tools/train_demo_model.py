@@ -3,9 +3,9 @@
     python tools/train_demo_model.py                                   # replaces src/bitwright/demo/model
     python tools/train_demo_model.py --smoke --output /tmp/demo-model  # seconds, to see that everything runs
 
-The run is float32 on the processor, seeded, and fixed in steps, so that it repeats on one machine; another
-processor or thread count rounds differently and gives a slightly different model of the same quality.
-Needs torch 2.9 or newer, for ``torch.optim.Muon``.
+The run is float32 on the processor, seeded, and fixed in steps, so that it repeats on one machine; another processor or
+thread count rounds differently and gives a slightly different model of the same quality. Needs torch 2.9 or newer, for
+``torch.optim.Muon``.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def training_sources(run: Run) -> list[str]:
 
 
 def train_tokenizer(sources: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the sources; a newline and its indentation become one token."""
+    """Train a byte-level BPE on the sources; a newline and its indentation become one token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -116,13 +116,13 @@ def train_tokenizer(sources: list[str]) -> PreTrainedTokenizerFast:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, sources: list[str]) -> Tensor:
-    """Every source between a beginning and an end token, one after the other."""
+    """Tokens of the sources one after the other, each between a beginning and an end token."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return torch.tensor([number for source in sources for number in (bos, *tokenizer.encode(source), eos)])
 
 
 def model_config() -> LlamaConfig:
-    """3.3 million weights, every width a multiple of 128."""
+    """The config of the model: 3.3 million weights, every width a multiple of 128."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -176,7 +176,7 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
-    """Linear warm-up, then linear decay to a hundredth of the peak at the last step."""
+    """Set the learning rates: a linear warm-up, then a linear decay to a hundredth of the peak at the last step."""
     decay = 1.0 - (1.0 - FINAL_SHARE) * step / steps
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -207,7 +207,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def training_log(run: Run, folder: Path, training: int) -> str:
-    """The training log: what was trained, the losses, the held-out perplexities and some completions."""
+    """The training log: the options, the losses, the held-out perplexities and some completions."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(run.seed)
@@ -215,7 +215,7 @@ def training_log(run: Run, folder: Path, training: int) -> str:
     tokens, calibration = (tokenizer.encode(text) for text in (texts.evaluation_text(), texts.calibration_text()))
     count, rows = SMOKE_WINDOWS if run.smoke else EVALUATION_WINDOWS, "\n".join(run.rows)
     windows = consecutive(torch.tensor(tokens), EVALUATION_WINDOW, count, "evaluation text")
-    perplexity, chance = (measure(each, windows, listener=silent).perplexity for each in (model, untrained))
+    perplexity, chance = (measure(m, windows, listener=silent).perplexity for m in (model, untrained))
     return f"""# Training log of the demonstration model
 
 Written by `tools/train_demo_model.py`.

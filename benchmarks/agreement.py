@@ -1,4 +1,4 @@
-"""How far what a client computed is from what it should have: tokens, logits, perplexity, and the verdict."""
+"""The agreement of a client with what it should compute: tokens, logits, perplexity, and the verdict."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 LOGITS = 0.1
-"""How far logits may be apart, in standard deviations of the expected ones over the vocabulary."""
+"""The distance of logits that passes, in standard deviations of the expected ones over the vocabulary."""
 PERPLEXITY = 0.5
-"""How far perplexities may be apart, in per cent."""
+"""The difference of perplexities that passes, in per cent."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model says in float32: the tokens chosen greedily after a prompt, the logits that each was chosen by, and
-    of every window the mean negative log-likelihood in nats of its tokens but the first."""
+    """The outputs of a model in float32: greedy tokens after a prompt, the logits of each, and the losses of windows.
+
+    A window's loss is the mean negative log-likelihood in nats of its tokens but the first.
+    """
 
     tokens: list[int]
     logits: Float[Tensor, "N V"]
@@ -26,7 +28,7 @@ class Expected:
 
 
 def expected(model: Any, prompt: Sequence[int], count: int, windows: Sequence[Sequence[int]]) -> Expected:
-    """Of a causal language model of transformers' interface, without a cache."""
+    """Compute the expected outputs of a causal language model of transformers' interface, without a cache."""
     tokens, rows = list(prompt), []
     with torch.inference_mode():
         for _ in range(count):
@@ -42,12 +44,12 @@ def _loss(model: Any, window: Tensor) -> float:
 
 
 def compared(wanted: Expected, result: dict[str, Any]) -> dict[str, Any]:
-    """What a client's result (``clients/client.py``) has in common with what is expected.
+    """Compare a client's result (``clients/client.py``) with what is expected.
 
-    ``alike`` counts greedy tokens before the first that differs; ``behind`` says by how much the client's token there
-    is less likely than ours, and ``logits`` the largest difference after the prompt, both in standard deviations of
-    our logits; ``perplexity`` the relative difference in per cent. None: nothing differs, or the client gives no
-    logits. Raises ValueError for a result of another shape.
+    ``alike`` counts greedy tokens before the first that differs. ``behind`` says by how much the client's token there
+    is less likely than ours, ``logits`` is the largest difference after the prompt, both in standard deviations of our
+    logits. ``perplexity`` is the relative difference in per cent. None means that nothing differs, or that the client
+    gives no logits. Raises ValueError for a result of another shape.
     """
     tokens, nll, logits = result["tokens"], result["nll"], result.get("logits")
     if len(tokens) != len(wanted.tokens) or len(nll) != len(wanted.nll):
@@ -55,7 +57,7 @@ def compared(wanted: Expected, result: dict[str, Any]) -> dict[str, Any]:
             f"{len(wanted.tokens)} tokens and {len(wanted.nll)} windows were asked for; the client gave {len(tokens)} "
             f"and {len(nll)}"
         )
-    alike = next((n for n, one in enumerate(wanted.tokens) if one != tokens[n]), len(tokens))
+    alike = next((n for n, token in enumerate(wanted.tokens) if token != tokens[n]), len(tokens))
     ours, theirs = (math.exp(sum(losses) / len(losses)) for losses in (wanted.nll, nll))
     return {
         "alike": alike,
@@ -69,7 +71,7 @@ def compared(wanted: Expected, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _behind(wanted: Expected, tokens: Sequence[int], place: int) -> float:
-    """How much less likely the client's token is than ours where they first differ: what came before is the same."""
+    """The difference in likelihood of the client's token and ours where they first differ, after equal tokens."""
     row = wanted.logits[place]
     return float((row[wanted.tokens[place]] - row[tokens[place]]) / row.std())
 
@@ -80,16 +82,16 @@ def _apart(ours: Float[Tensor, " V"], theirs: Sequence[float]) -> float:
     return float((ours.double() - torch.tensor(theirs, dtype=torch.float64)).abs().max() / ours.std())
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """ "passes", or what it fails by.
+def verdict(comparison: dict[str, Any]) -> str:
+    """The verdict: "passes", or what a client fails by.
 
     Greedy tokens are all alike, or logits agree within ``LOGITS`` (of a client without logits: the first other token
     is that little less likely); and perplexities within ``PERPLEXITY``.
     """
-    apart = found["behind"] if found["logits"] is None else found["logits"]
+    apart = comparison["behind"] if comparison["logits"] is None else comparison["logits"]
     failed = []
-    if found["alike"] < found["of"] and not apart <= LOGITS:
+    if comparison["alike"] < comparison["of"] and not apart <= LOGITS:
         failed.append("tokens")
-    if not abs(found["perplexity"]) <= PERPLEXITY:
+    if not abs(comparison["perplexity"]) <= PERPLEXITY:
         failed.append("perplexity")
     return f"fails: {', '.join(failed)}" if failed else "passes"

@@ -26,24 +26,24 @@ def main(
     windows: int = 16,
     group: int = 128,
 ) -> None:
-    """Measures every linear of the blocks and writes the table."""
+    """Measure every linear of the blocks and write the table."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True)
     ids = AutoTokenizer.from_pretrained(model, local_files_only=True)(
         text.read_text(), return_tensors="pt", verbose=False
     )
     moments = _moments(network, ids.input_ids[0][: seqlen * windows].view(-1, seqlen))
-    found = {
+    alignments = {
         n: [_along(network.get_submodule(n).weight, m, size) for size in (m.shape[0], group)]
         for n, m in moments.items()
     }
-    kinds = list(dict.fromkeys(n.rpartition(".")[2] for n in found))
+    kinds = list(dict.fromkeys(n.rpartition(".")[2] for n in alignments))
     about = {"text": text.name, "seqlen": seqlen, "windows": windows}
     kept, row = Kept(name, about), machine()
     kept.write_table(
         f"Alignment of inputs and weights: {name}",
         f"{windows} windows of {seqlen} tokens of {text.name}. Least to most over the blocks. {measured_on([row])}",
         ("linear", "whole rows", f"groups of {group}"),
-        [(kind, *_spans([v for n, v in found.items() if n.endswith(kind)])) for kind in kinds],
+        [(kind, *_spans([v for n, v in alignments.items() if n.endswith(kind)])) for kind in kinds],
     )
 
 

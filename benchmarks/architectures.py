@@ -61,7 +61,7 @@ def main(
     python: Annotated[list[str] | None, typer.Option(help="CLIENT=INTERPRETER; repeatable.")] = None,
     name: str = "architectures-random",
 ) -> None:
-    """Measures the rows that are missing and writes the table."""
+    """Measure the rows that are missing and write the table."""
     torch.set_num_threads(1)
     protocol = {"prompt": PROMPT, "new": NEW, "seqlen": SEQLEN, "windows": WINDOWS, "seed": SEED}
     kept, pythons, rows = Kept(name, protocol), interpreters(python or []), []
@@ -77,7 +77,7 @@ def main(
         f"random ones; perplexity over {WINDOWS} windows of {SEQLEN} random tokens, which says no more than that two "
         "programs compute the same. Logits lie close together here. Of quantized weights llama.cpp rounds the inputs "
         f"of matrix products to 8 bits, of F16 it does not. {measured_on(rows)} "
-        + " ".join(f"{client} with {one}." for client, one in versions.items()),
+        + " ".join(f"{client} with {numbers}." for client, numbers in versions.items()),
         COLUMNS,
         [_cells(row) for row in rows],
     )
@@ -92,15 +92,15 @@ def _measured(case: Case, kind: str, rotary: str | None, python: str) -> Row:
         output, model = _opened(case, Path(scratch) / "model", Path(scratch))
         result = run(case.client, python, output, asked, Path(scratch))
         wanted = expected(model, asked["prompt"], NEW, tokens)
-    found = compared(wanted, result)
-    return found | {"verdict": verdict(found), "client_versions": result["versions"]}
+    comparison = compared(wanted, result)
+    return comparison | {"verdict": verdict(comparison), "client_versions": result["versions"]}
 
 
 def _opened(case: Case, folder: Path, scratch: Path) -> tuple[Path, Any]:
     """What the client opens, and the model in float32 that it should compute."""
     if case is not PLAIN:
-        made = make(case, folder, scratch)
-        return made.output, made.load()
+        quantized = make(case, folder, scratch)
+        return quantized.output, quantized.load()
     bitwright.export(folder, scratch / "out.gguf", format="gguf")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return scratch / "out.gguf", loaded.eval()

@@ -1,4 +1,4 @@
-"""Runs workers: every row in a process of its own, with the very same segments."""
+"""Run workers: every row in a process of its own, with the very same segments."""
 
 import json
 import os
@@ -46,10 +46,10 @@ class Bench:
     def asked(self, keys: list[str]) -> dict[str, Asked]:
         """What the rows ask for, by their names. Raises typer.BadParameter or SchemeError before anything is run."""
         known = sorted(path.name.removesuffix("_worker.py") for path in WORKERS.glob("*_worker.py"))
-        found = {}
+        rows = {}
         for key in keys:
             try:
-                found[key] = asked = Asked.parse(key)
+                rows[key] = asked = Asked.parse(key)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
             Scheme.parse(asked.scheme)
@@ -57,7 +57,7 @@ class Bench:
                 raise typer.BadParameter(f"there is no implementation '{asked.who}'; there is {', '.join(known)}")
             if asked.who not in self.pythons:
                 raise typer.BadParameter(f"which interpreter runs {asked.who}? Give --python {asked.who}=INTERPRETER")
-        return found
+        return rows
 
     def run(self, asked: Asked, output: Path, windows: Int[Tensor, "W T"] | None = None) -> Row:
         """One run, and its account. OUTPUT/model is what it made. Raises SystemExit with what the worker said."""
@@ -73,8 +73,8 @@ class Bench:
                 stderr=subprocess.STDOUT,
             )
         if done.returncode:
-            said = (output / "log.txt").read_text(errors="replace")[-LOG_TAIL:]
-            raise SystemExit(f"{said}\n{asked.who}, {asked.shown} {asked.scheme}: ended with {done.returncode}")
+            output_end = (output / "log.txt").read_text(errors="replace")[-LOG_TAIL:]
+            raise SystemExit(f"{output_end}\n{asked.who}, {asked.shown} {asked.scheme}: ended with {done.returncode}")
         account: Row = json.loads((output / "account.json").read_text())
         return account
 

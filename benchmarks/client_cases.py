@@ -1,4 +1,4 @@
-"""Which folders the clients are asked to open, how these are made, and what Bitwright itself says they compute."""
+"""The folders that the clients are asked to open, how they are made, and what Bitwright says that they compute."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -28,10 +28,10 @@ WEIGHT_FILES = ("*.safetensors", "*.gguf", "params_shard_*.bin")
 
 @dataclass(frozen=True)
 class Case:
-    """A folder for a client. ``source`` is the format it is exported from, None where it is quantized into its own.
+    """A folder for a client; ``source`` is the format it is exported from, None if it is quantized into its own.
 
-    ``dtype`` is that of the client's arithmetic. ``settings`` are keys of the recipe, what the export is told
-    (``EXPORTING``), and what the client is told (``CLIENTS_OWN``).
+    ``dtype`` is that of the client's arithmetic. ``settings`` are keys of the recipe, options of the export
+    (``EXPORTING``), and options of the client (``CLIENTS_OWN``).
     """
 
     client: str
@@ -43,14 +43,14 @@ class Case:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """What a row is known by."""
-        said = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        """The keys that identify a row."""
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         named = {"client": self.client, "format": self.format, "scheme": self.scheme, "from": self.source or "model"}
-        return named | ({} if self.dtype == "auto" else {"dtype": self.dtype}) | {"settings": said or None}
+        return named | ({} if self.dtype == "auto" else {"dtype": self.dtype}) | {"settings": settings or None}
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the client is told."""
+        """The options of the client."""
         return self.among(CLIENTS_OWN)
 
     def among(self, keys: Collection[str]) -> dict[str, Any]:
@@ -59,9 +59,11 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What the client opens, the folder that says what it should compute, bytes of its weight files, and what all of
-    its weights would take without any padding or repetition."""
+class CaseFiles:
+    """The files of a case: what the client opens, and the folder that says what it should compute.
+
+    ``true_bytes`` is the size of all of its weights without any padding or repetition.
+    """
 
     output: Path
     reference: QuantizedFolder
@@ -141,8 +143,8 @@ CASES = (
 )
 
 
-def make(case: Case, model: Path, scratch: Path) -> Made:
-    """Quantizes with rtn, exports where that is asked for. Raises UserError."""
+def make(case: Case, model: Path, scratch: Path) -> CaseFiles:
+    """Quantize with rtn, and export if the case asks for it. Raises UserError."""
     first, output = scratch / "quantized", scratch / ("out.gguf" if case.format == "gguf" else "out")
     if case.source is None:
         first = output
@@ -153,11 +155,11 @@ def make(case: Case, model: Path, scratch: Path) -> Made:
         bitwright.export(first, output, format=case.format, **case.among(EXPORTING))
     reference = QuantizedFolder.open(first)
     changed = _changed(case, reference)
-    return Made(output, reference, bytes_of_weights(output), *_true_size(reference, case), changed)
+    return CaseFiles(output, reference, bytes_of_weights(output), *_true_size(reference, case), changed)
 
 
 def bytes_of_weights(output: Path) -> int:
-    """Of a file, or of all files with weights in a folder, their headers included."""
+    """The size in bytes of a file, or of all files with weights in a folder, their headers included."""
     files = [output] if output.is_file() else [path for kind in WEIGHT_FILES for path in output.glob(kind)]
     return sum(path.stat().st_size for path in files)
 
@@ -165,7 +167,7 @@ def bytes_of_weights(output: Path) -> int:
 def _true_size(model: QuantizedFolder, case: Case) -> tuple[float, float]:
     """Bytes of the whole model, and bits per weight of its linears; nothing padded, nothing repeated."""
     weights = [model.read(name) for name in model.linears]
-    bits, count = sum(one.storage_bits for one in weights), sum(one.codes.numel() for one in weights)
+    bits, count = sum(weight.storage_bits for weight in weights), sum(weight.codes.numel() for weight in weights)
     others = float(sum(model.checkpoint.nbytes(name) for name in model.passed))
     if _quantizes_outside(case):
         plain = Q8_0_BITS if case.format == "gguf" else _bits(_preset(case))
@@ -192,11 +194,11 @@ def _quantizes_outside(case: Case) -> bool:
 
 
 def _preset(case: Case) -> Preset:
-    """MLC's, of the bits that a scheme has."""
+    """MLC's preset with the bits of the case's scheme."""
     bits = Scheme.parse(case.scheme).weight.bits
-    return next(one for one in PRESETS if one.scheme.weight.bits == bits)
+    return next(preset for preset in PRESETS if preset.scheme.weight.bits == bits)
 
 
 def _bits(preset: Preset) -> float:
-    """Of a weight, its share of a float16 scale counted."""
+    """The bits per weight, each weight's share of a float16 scale counted."""
     return preset.scheme.weight.bits + 16 / preset.scheme.tile.in_

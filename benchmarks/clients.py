@@ -45,7 +45,7 @@ def main(
     client: Annotated[list[str] | None, typer.Option(help="Run these clients alone; repeatable.")] = None,
     threads: int = 1,
 ) -> None:
-    """Runs the cases that are missing and writes the table."""
+    """Run the cases that are missing and write the table."""
     pythons, tokens = interpreters(python or []), tokenize(model, text_of(text, "evaluation"))
     config = json.loads((model / "config.json").read_text())
     seqlen = min(SEQLEN, config.get("max_position_embeddings", SEQLEN))
@@ -76,16 +76,16 @@ def _measured(case: Case, model: Path, asked: Row, pythons: dict[str, str]) -> R
     if case.client not in pythons:
         raise NotRun("no environment for this client")
     with TemporaryDirectory() as scratch:
-        made = make(case, model, Path(scratch))
+        case_files = make(case, model, Path(scratch))
         request = asked | {"dtype": case.dtype, "options": case.options}
-        result = run(case.client, pythons[case.client], made.output, request, Path(scratch))
-        wanted = expected(made.load(), asked["prompt"], asked["new_tokens"], asked["windows"])
-    found = compared(wanted, result)
-    return found | {
-        "verdict": verdict(found),
-        "bits_per_weight": made.bits_per_weight,
-        "bytes_on_disk": made.bytes_on_disk,
-        "true_bytes": made.true_bytes,
+        result = run(case.client, pythons[case.client], case_files.output, request, Path(scratch))
+        wanted = expected(case_files.load(), asked["prompt"], asked["new_tokens"], asked["windows"])
+    comparison = compared(wanted, result)
+    return comparison | {
+        "verdict": verdict(comparison),
+        "bits_per_weight": case_files.bits_per_weight,
+        "bytes_on_disk": case_files.bytes_on_disk,
+        "true_bytes": case_files.true_bytes,
         "dtype": result.get("dtype", "its own"),
         "client_versions": result["versions"],
     }
@@ -97,16 +97,16 @@ def _write(kept: Kept, rows: list[Row]) -> None:
         print("No client could be run: make clients, or --python CLIENT=INTERPRETER", file=sys.stderr)
         return
     versions = {row["client"]: listed(row["client_versions"]) for row in done}
-    said = kept.protocol
+    protocol = kept.protocol
     kept.write_table(
         "",
-        f"rtn; {said['new']} tokens chosen greedily after a prompt of {said['prompt']}; perplexity over "
-        f"{said['windows']} windows of {said['seqlen']} tokens of {said['text']}; beside it Bitwright's dequantized "
-        f"model in float32. A case passes where the client loads it, all tokens are alike or logits at most {LOGITS} "
-        f"of their standard deviation apart, and perplexities within {PERPLEXITY}%. vLLM gives no logits: its first "
-        "other token may be that much less likely. True bits are codes, scales and zero points without padding, and "
-        f"all other tensors as the format holds them. {measured_on(done)} "
-        + " ".join(f"{name} with {one}." for name, one in versions.items()),
+        f"rtn; {protocol['new']} tokens chosen greedily after a prompt of {protocol['prompt']}; perplexity over "
+        f"{protocol['windows']} windows of {protocol['seqlen']} tokens of {protocol['text']}; beside it "
+        "Bitwright's dequantized model in float32. A case passes where the client loads it, all tokens are alike "
+        f"or logits at most {LOGITS} of their standard deviation apart, and perplexities within {PERPLEXITY}%. "
+        "vLLM gives no logits: its first other token may be that much less likely. True bits are codes, scales "
+        f"and zero points without padding, and all other tensors as the format holds them. {measured_on(done)} "
+        + " ".join(f"{name} with {numbers}." for name, numbers in versions.items()),
         COLUMNS,
         [_cells(row) for row in rows],
     )

@@ -35,7 +35,7 @@ def main(
     seqlen: int = 256,
     windows: int = 40,
 ) -> None:
-    """Measures the rows that are missing and writes the table."""
+    """Measure the rows that are missing and write the table."""
     kept = Kept(name, {"text": Path(text).name, "seqlen": seqlen, "windows": windows})
     cut = consecutive(tokenize(model, text_of(text, "evaluation")), seqlen, windows, text).tolist()
     request, client = {"windows": cut, "threads": 1}, interpreters(python or [])[CLIENT]
@@ -55,13 +55,13 @@ def _measured(asked: Asked, model: Path, request: Row, python: str) -> Row:
         output = Path(scratch) / "out.gguf"
         bitwright.quantize(bitwright.Recipe.from_mapping(how | asked.settings), output)
         verified = bitwright.verify(output, model)
-        found = run(CLIENT, python, output, request, Path(scratch))
+        measured = run(CLIENT, python, output, request, Path(scratch))
         size = output.stat().st_size
     return {
         "bytes": size,
-        "client_perplexity": math.exp(sum(found["nll"]) / len(found["nll"])),
+        "client_perplexity": math.exp(sum(measured["nll"]) / len(measured["nll"])),
         "kl": verified.kl_divergence,
-        "client": found["versions"],
+        "client": measured["versions"],
     }
 
 

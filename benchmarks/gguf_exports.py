@@ -1,4 +1,4 @@
-"""What is lost where a quantized folder becomes a GGUF file that cannot hold it exactly.
+"""The loss when a quantized folder becomes a GGUF file that cannot hold it exactly.
 
     python benchmarks/gguf_exports.py MODEL --text TEST.txt --name gguf-exports-MODEL --python llamacpp=ENV/bin/python
 
@@ -45,7 +45,7 @@ def main(
     name: Annotated[str, typer.Option(help="Name of the result files.")],
     python: Annotated[list[str] | None, typer.Option(help="llamacpp=INTERPRETER; else .clients/llamacpp.")] = None,
 ) -> None:
-    """Measures the rows that are missing and writes the table."""
+    """Measure the rows that are missing and write the table."""
     kept = Kept(name, {"text": Path(text).name, "seqlen": SEQLEN, "windows": WINDOWS})
     windows = consecutive(tokenize(model, text_of(text, "evaluation")), SEQLEN, WINDOWS, text).tolist()
     request = {"windows": windows, "threads": 1}
@@ -67,7 +67,7 @@ def _measured(asked: Asked, model: Path, text: str, request: Row, python: str) -
         bitwright.quantize(bitwright.Recipe.from_mapping(how | asked.settings), folder)
         exported = bitwright.export(folder, output, format="gguf", lossy=True)
         ours = bitwright.evaluate(folder, text, seqlen=SEQLEN, windows=WINDOWS).measurement
-        found = run(CLIENT, python, output, request, Path(scratch))
+        measured = run(CLIENT, python, output, request, Path(scratch))
     return {
         "linears": exported.linears,
         "exact": exported.exact,
@@ -75,8 +75,8 @@ def _measured(asked: Asked, model: Path, text: str, request: Row, python: str) -
         "mean_error": exported.mean_error,
         "largest_error": exported.largest_error,
         "perplexity": ours.perplexity,
-        "client_perplexity": math.exp(sum(found["nll"]) / len(found["nll"])),
-        "client": found["versions"],
+        "client_perplexity": math.exp(sum(measured["nll"]) / len(measured["nll"])),
+        "client": measured["versions"],
     }
 
 

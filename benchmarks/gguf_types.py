@@ -32,7 +32,7 @@ def main(
     name: Annotated[str, typer.Option(help="Name of the result files.")],
     python: Annotated[Path, typer.Option(help="Interpreter with xllamacpp and gguf.")],
 ) -> None:
-    """Measures the types that are missing and writes the table."""
+    """Measure the types that are missing and write the table."""
     quantizer = f"xllamacpp {subprocess.check_output([python, '-c', XLLAMACPP], text=True).strip()}"
     kept = Kept(name, {"model": model.name, "quantizer": quantizer})
     rows = [kept.row({"type": kind}, partial(_measured, model, kind, python)) for kind in TYPES]

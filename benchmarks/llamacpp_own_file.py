@@ -26,10 +26,10 @@ def quantized(values: Any, kind: GGMLQuantizationType) -> Any:
     """The values of a tensor [rows, columns] in a type: rows of bytes."""
     given = np.ascontiguousarray(values, dtype=np.float32)
     rows, columns = given.shape
-    made = np.empty(quant_shape_to_byte_shape(given.shape, kind), np.uint8)
-    count = LIBRARY.ggml_quantize_chunk(kind, given.ctypes.data, made.ctypes.data, 0, rows, columns, None)
-    assert count == made.nbytes
-    return made
+    blocks = np.empty(quant_shape_to_byte_shape(given.shape, kind), np.uint8)
+    count = LIBRARY.ggml_quantize_chunk(kind, given.ctypes.data, blocks.ctypes.data, 0, rows, columns, None)
+    assert count == blocks.nbytes
+    return blocks
 
 
 def type_of(tensor: Any, types: str) -> GGMLQuantizationType:
@@ -40,7 +40,7 @@ def type_of(tensor: Any, types: str) -> GGMLQuantizationType:
 
 
 def main(source: str, types: str, output: str) -> None:
-    """Writes the file."""
+    """Write the file."""
     given = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
     model = GGUFReader(types if types.endswith(".gguf") else source)
     writer = GGUFWriter(output, model.fields["general.architecture"].contents())
@@ -49,8 +49,8 @@ def main(source: str, types: str, output: str) -> None:
             inside = field.types[1] if field.types[0] == GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=inside)
     for tensor in model.tensors:
-        found, kind = given[tensor.name], type_of(tensor, types)
-        data = found.data if found.tensor_type == kind else quantized(found.data, kind)
+        tensor_values, kind = given[tensor.name], type_of(tensor, types)
+        data = tensor_values.data if tensor_values.tensor_type == kind else quantized(tensor_values.data, kind)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -15,7 +15,7 @@ from bitwright.core.scheme import Scheme
 
 
 def as_mlc_quantizes(model: Path, scheme: str, output: Path) -> float:
-    """Writes the model with its blocks' linears as they would be computed; bits per weight as our rows have them."""
+    """Write the model with its blocks' linears as they would be computed; bits per weight as our rows have them."""
     asked, bits, weights = Scheme.parse(scheme), 0, 0
     shutil.copytree(model, output)
     for path in output.glob("*.safetensors"):

@@ -91,12 +91,12 @@ def in_a_fresh_process(how: str, folder: Path) -> dict[str, Any]:
     """``measure`` in a process of its own."""
     command = [sys.executable, __file__, "--work", str(folder), "--measure", how]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return measured
 
 
 def main() -> None:
-    """Makes the models where they are not there yet, and prints one line for each."""
+    """Make the models where they are not there yet, and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=8)

@@ -37,44 +37,44 @@ def main(
     windows: int = 60,
     title: str = "",
 ) -> None:
-    """Measures the rows that are missing and writes the table."""
+    """Measure the rows that are missing and write the table."""
     kept = Kept(name, {"text": Path(text).name, "seqlen": seqlen, "windows": windows})
     asked = {key: Asked.parse(key) for key in (ORIGINAL, *row)}
     texts: Row = {"calibration": calibration, "samples": samples, "seqlen": calibration_seqlen}
     where: Row = {"text": text, "seqlen": seqlen, "windows": windows}
-    rows = [kept.row({"row": key}, partial(_measure, one, model, texts, where)) for key, one in asked.items()]
+    rows = [kept.row({"row": key}, partial(_measure, wanted, model, texts, where)) for key, wanted in asked.items()]
     kept.write_table(
         title,
         f"{windows} windows of {seqlen} tokens of {Path(text).name}, float32 arithmetic, the written folder as "
         f"transformers loads it. {measured_on(rows)}",
         COLUMNS,
-        [_cells(asked[found["row"]], found) for found in rows],
+        [_cells(asked[measured["row"]], measured) for measured in rows],
     )
 
 
 def _measure(asked: Asked, model: Path, texts: Row, where: Row) -> Row:
     if asked.method == "none":
-        found = bitwright.evaluate(model, **where).measurement
-        return {"bits": 16.0, "perplexity": found.perplexity, "kl": 0.0, "agreement": 1.0}
+        measurement = bitwright.evaluate(model, **where).measurement
+        return {"bits": 16.0, "perplexity": measurement.perplexity, "kl": 0.0, "agreement": 1.0}
     if asked.who == "mlc-llm":
         with TemporaryDirectory() as folder:
             bits = as_mlc_quantizes(model, asked.scheme, Path(folder) / "out")
-            found = bitwright.evaluate(Path(folder) / "out", reference=model, **where).measurement
+            measurement = bitwright.evaluate(Path(folder) / "out", reference=model, **where).measurement
         return {
             "bits": bits,
-            "perplexity": found.perplexity,
-            "kl": found.kl_divergence,
-            "agreement": found.top1_agreement,
+            "perplexity": measurement.perplexity,
+            "kl": measurement.kl_divergence,
+            "agreement": measurement.top1_agreement,
         }
     how: Row = {"scheme": asked.scheme, "method": asked.method, "seed": asked.seed} | texts | asked.settings
     with TemporaryDirectory() as folder:
         result = bitwright.quantize(bitwright.Recipe.from_mapping({"model": str(model)} | how), Path(folder) / "out")
-        found = bitwright.evaluate(result.output, reference=model, **where).measurement
+        measurement = bitwright.evaluate(result.output, reference=model, **where).measurement
     return {
         "bits": result.bits_per_weight,
-        "perplexity": found.perplexity,
-        "kl": found.kl_divergence,
-        "agreement": found.top1_agreement,
+        "perplexity": measurement.perplexity,
+        "kl": measurement.kl_divergence,
+        "agreement": measurement.top1_agreement,
         "seconds": result.seconds,
         "peak_bytes": result.peak_bytes,
     }

@@ -62,7 +62,7 @@ class Contest:
 
     @property
     def runs(self) -> dict[str, Callable[[Tensor, Row], Any]]:
-        """What is timed, for a weight and for what HQQ's optimiser is given of it."""
+        """The calls that are timed, each with a weight and with the arguments of HQQ's optimiser for it."""
         own = {name: lambda weight, _, a=a: self._fitted(weight, a) for a, name in FITTED.items()}
         return {
             HQQ: lambda _, given: self.optimiser(**given),
@@ -74,7 +74,7 @@ class Contest:
 
     def errors(self) -> dict[str, float]:
         """The squared error of each, over all weights."""
-        made: dict[str, Callable[[Tensor], Tensor]] = {
+        writers: dict[str, Callable[[Tensor], Tensor]] = {
             RTN: lambda weight: self._written(weight, minmax(weight, self.tile)),
             HQQ: self._hqq_written,
             **{name: partial(self._written_fitted, alignment=a) for a, name in FITTED.items()},
@@ -82,11 +82,11 @@ class Contest:
         whole = sum(float(weight.double().square().sum()) for weight in self.weights)
         return {
             name: sum(float((make(w).double() - w.double()).square().sum()) for w in self.weights) / whole
-            for name, make in made.items()
+            for name, make in writers.items()
         }
 
     def _hqq(self, weight: Tensor) -> tuple[Tensor, Row]:
-        made: tuple[Tensor, Row] = Quantizer.quantize(
+        quantized: tuple[Tensor, Row] = Quantizer.quantize(
             weight,
             nbits=self.grid.bits,
             group_size=self.group,
@@ -95,7 +95,7 @@ class Contest:
             bitpack=False,
             device="cpu",
         )
-        return made
+        return quantized
 
     def _what_hqq_hands_over(self, weight: Tensor) -> Row:
         handed: Row = {}
@@ -130,7 +130,7 @@ class Contest:
 
 
 def main() -> None:
-    """Measures what is missing and writes the table."""
+    """Measure what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=1)
@@ -186,8 +186,8 @@ def _measured(weights: list[Tensor], scheme: Scheme, repetitions: int) -> Row:
 
 
 def _cells(row: Row) -> list[str]:
-    spent = {name: each["cpu_ns"] for name, each in row["per_weight"].items()}
-    least = {name: f"{min(each):.1f}" for name, each in spent.items()}
+    spent = {name: times_of_one["cpu_ns"] for name, times_of_one in row["per_weight"].items()}
+    least = {name: f"{min(times_of_one):.1f}" for name, times_of_one in spent.items()}
 
     def over(name: str, other: str) -> str:
         return f"{median(a / b for a, b in zip(spent[name], spent[other], strict=True)):.2f}"

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a row asks for. ``settings`` are the implementation's own, a recipe's where it is ours."""
+    """The request of a row. ``settings`` are the implementation's own, or those of a recipe if it is Bitwright."""
 
     who: str
     method: str
@@ -57,7 +57,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Kept:
-    """The rows of one file of results. One that was measured under the same protocol is not measured again.
+    """The rows of one file of results. A row that was measured under the same protocol is not measured again.
 
     ``libraries`` are those whose versions are written down.
     """
@@ -67,11 +67,11 @@ class Kept:
     libraries: tuple[str, ...] = LIBRARIES
 
     def row(self, identity: Row, measured: Callable[[], Row]) -> Row:
-        """The row of this identity: as it was found, or measured now and written down at once."""
+        """The row of this identity: from the file, or measured now and written down at once."""
         wanted = identity | {"protocol": self.protocol}
-        for found in self._found():
-            if all(found.get(key) == value for key, value in wanted.items()):
-                return found
+        for row_on_file in self._rows():
+            if all(row_on_file.get(key) == value for key, value in wanted.items()):
+                return row_on_file
         row = wanted | measured() | machine(self.libraries)
         RESULTS.mkdir(exist_ok=True)
         with (RESULTS / f"{self.name}.jsonl").open("a") as file:
@@ -80,20 +80,20 @@ class Kept:
         return row
 
     def write_table(self, title: str, text: str, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
-        """NAME.md, made anew."""
+        """Write NAME.md anew."""
         lines = [columns, *cells]
         header, *table = ("| " + " | ".join(line) + " |" for line in lines)
         rule = "|" + "---|" * len(columns)
         text = "\n".join([f"# {title or self.name}", "", text, "", header, rule, *table])
         (RESULTS / f"{self.name}.md").write_text(f"{text}\n")
 
-    def _found(self) -> list[Row]:
+    def _rows(self) -> list[Row]:
         path = RESULTS / f"{self.name}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def machine(libraries: Iterable[str] = LIBRARIES) -> Row:
-    """When, on what, and with which versions a row was measured."""
+    """The date, hardware and versions with which a row is measured."""
     return {
         "date": date.today().isoformat(),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch threads {torch.get_num_threads()}",

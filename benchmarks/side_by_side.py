@@ -121,13 +121,13 @@ def quality(
     bench, asked = run.bench, run.asked
     kept = Kept(run.name, bench.protocol | {"text": f"{windows} windows of {seqlen} tokens of {Path(text).name}"})
     tokens = consecutive(tokenize(bench.model, text_of(text, "evaluation")), seqlen, windows, text)
-    rows = [kept.row({"row": key}, partial(_measured, bench, one, text, tokens)) for key, one in asked.items()]
+    rows = [kept.row({"row": key}, partial(_measured, bench, wanted, text, tokens)) for key, wanted in asked.items()]
     kept.write_table(
         title,
         f"Who takes text is given {kept.protocol['calibration']}, the same for all; measured on "
         f"{kept.protocol['text']}, float32 arithmetic. {measured_on(rows)}{_rivals_versions(asked, rows)}",
         QUALITY_COLUMNS,
-        [_names(asked[found["row"]]) + _quality_cells(found) for found in rows],
+        [_names(asked[measured["row"]]) + _quality_cells(measured) for measured in rows],
     )
 
 
@@ -140,10 +140,10 @@ def speed(run: Run, *, repetitions: int = 3, title: str = "") -> None:
     kept = Kept(run.name, bench.protocol | {"process": f"{bench.threads} threads, {malloc or 'malloc untuned'}"})
     runs: dict[str, list[Row]] = {key: [] for key in asked}
     for repetition in range(repetitions):
-        for key, one in asked.items():
-            runs[key].append(kept.row({"row": key, "run": repetition}, partial(_timed, bench, one)))
-    last = [found[-1] for found in runs.values()]
-    loads = [found["load_before"] for rows in runs.values() for found in rows]
+        for key, wanted in asked.items():
+            runs[key].append(kept.row({"row": key, "run": repetition}, partial(_timed, bench, wanted)))
+    last = [measured[-1] for measured in runs.values()]
+    loads = [measured["load_before"] for rows in runs.values() for measured in rows]
     kept.write_table(
         title,
         f"{kept.protocol['calibration']}; median (least to most) of {repetitions} runs, the rows in turn, each in a "
@@ -151,13 +151,13 @@ def speed(run: Run, *, repetitions: int = 3, title: str = "") -> None:
         f"{max(loads):.1f}. Memory is the largest resident set of the whole process, and what of it came while "
         f"quantizing. {measured_on(last)}{_rivals_versions(asked, last)}",
         SPEED_COLUMNS,
-        [_names(asked[key]) + _speed_cells([found["account"] for found in rows]) for key, rows in runs.items()],
+        [_names(asked[key]) + _speed_cells([measured["account"] for measured in rows]) for key, rows in runs.items()],
     )
 
 
 @app.command()
 def all_heads(model: Path, output: Path) -> None:
-    """Copies a model into the same function without grouped-query attention: every query head gets its own keys."""
+    """Copy a model into the same function without grouped-query attention: every query head gets its own keys."""
     config = json.loads((model / "config.json").read_text())
     heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
     output.mkdir()
@@ -187,11 +187,15 @@ def _measured(bench: Bench, asked: Asked, text: str, windows: Int[Tensor, "W T"]
         if asked.who == OURS or Scheme.parse(asked.scheme).activations is None:
             account = bench.run(asked, output)
             where: Row = {"seqlen": seqlen, "windows": count, "reference": bench.model}
-            found = bitwright.evaluate(output / "model", text, **where).measurement
+            measurement = bitwright.evaluate(output / "model", text, **where).measurement
         else:
             account = bench.run(asked, output, windows)
-            found = _of_logits(load_file(output / "logits.safetensors")["logits"], windows, bench.model)
-    measured = {"perplexity": found.perplexity, "kl": found.kl_divergence, "agreement": found.top1_agreement}
+            measurement = _of_logits(load_file(output / "logits.safetensors")["logits"], windows, bench.model)
+    measured = {
+        "perplexity": measurement.perplexity,
+        "kl": measurement.kl_divergence,
+        "agreement": measurement.top1_agreement,
+    }
     return measured | {"account": account}
 
 
@@ -237,7 +241,7 @@ def _speed_cells(runs: list[Row]) -> list[str]:
     peak = median(run["peak_bytes"] for run in runs) / 1e6
     above = median(run["peak_bytes"] - run["start_bytes"] for run in runs) / 1e6
     trained = [run["training"] for run in runs if "training" in run]
-    steps = [[1000 * found[kind] / found["steps"] for found in trained] for kind in ("seconds", "cpu_seconds")]
+    steps = [[1000 * measured[kind] / measured["steps"] for measured in trained] for kind in ("seconds", "cpu_seconds")]
     memory = f"{peak:.0f}", f"{above:.0f}"
     return [_spread(times), _spread(processor), *memory, *(_spread(values) if values else "-" for values in steps)]
 

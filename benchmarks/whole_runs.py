@@ -42,21 +42,23 @@ def main(
     disturbance: Annotated[float, typer.Option(help="Of one processor, what others may take during a run.")] = 1.0,
     title: str = "",
 ) -> None:
-    """Measures the rows that are missing and writes the table: the median of the rounds."""
+    """Measure the rows that are missing and write the table: the median of the rounds."""
     kept = Kept(name, {"model": model.name})
-    found = []
+    measured = []
     for number in range(rounds):
         for key in row:
             for count in workers:
                 asked = {"row": key, "workers": count, "round": number}
-                found.append(kept.row(asked, partial(_undisturbed, disturbance, Asked.parse(key), model, work, count)))
+                measured.append(
+                    kept.row(asked, partial(_undisturbed, disturbance, Asked.parse(key), model, work, count))
+                )
     kept.write_table(
         title,
-        f"{model.name}: {found[0]['weights']:,} weights in linears; the median of {rounds} rounds, in turn; other "
-        f"processes took at most {max(r['elsewhere_seconds'] / r['seconds'] for r in found):.0%} of one processor. "
-        + measured_on(found),
+        f"{model.name}: {measured[0]['weights']:,} weights in linears; the median of {rounds} rounds, in turn; other "
+        f"processes took at most {max(r['elsewhere_seconds'] / r['seconds'] for r in measured):.0%} of one processor. "
+        + measured_on(measured),
         COLUMNS,
-        [_cells(key, count, found) for key in row for count in workers],
+        [_cells(key, count, measured) for key in row for count in workers],
     )
 
 
@@ -120,13 +122,13 @@ def _anonymous(process: psutil.Process) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
-def _cells(key: str, workers: int, found: list[Row]) -> list[str]:
+def _cells(key: str, workers: int, measured: list[Row]) -> list[str]:
     asked = Asked.parse(key)
-    seconds, processor = (_median(found, field, row=key, workers=workers) for field in ("seconds", "cpu_seconds"))
-    plain = [r for r in found if r["row"].startswith(f"rtn:{asked.scheme}")]
+    seconds, processor = (_median(measured, field, row=key, workers=workers) for field in ("seconds", "cpu_seconds"))
+    plain = [r for r in measured if r["row"].startswith(f"rtn:{asked.scheme}")]
     times = seconds / _median(plain, "seconds", workers=workers) if plain else 0.0
-    weights = found[0]["weights"]
-    peak = max(r["peak_anonymous_bytes"] for r in found if (r["row"], r["workers"]) == (key, workers))
+    weights = measured[0]["weights"]
+    peak = max(r["peak_anonymous_bytes"] for r in measured if (r["row"], r["workers"]) == (key, workers))
     return [
         asked.shown,
         asked.scheme,
@@ -139,8 +141,8 @@ def _cells(key: str, workers: int, found: list[Row]) -> list[str]:
     ]
 
 
-def _median(found: list[Row], field: str, **of: object) -> float:
-    return median(r[field] for r in found if all(r[key] == value for key, value in of.items()))
+def _median(measured: list[Row], field: str, **of: object) -> float:
+    return median(r[field] for r in measured if all(r[key] == value for key, value in of.items()))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main(
 
 
 def _takes_outliers(site: Site) -> bool:
-    """Whether a site begins at a norm, or at the linear before the last one of the MLP; attention's sites are left alone."""
+    """Whether a site begins at a norm, or at the linear before the last one of the MLP; not so inside attention."""
     return "attn" not in site.producers[0].module or "norm" in site.producers[0].module
 
 

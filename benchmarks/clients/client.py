@@ -1,8 +1,7 @@
-"""What the workers of this folder have in common: the request they are given, the result they leave, and how a model
-that is a torch module is measured.
+"""The common part of the workers in this folder: their request, their result, and measuring a torch module.
 
 A worker is ``NAME_worker.py MODEL REQUEST.json RESULT.json``, run by the interpreter of the client's own environment.
-Nothing here needs more than Python; torch where ``measure_module`` is called.
+This file needs nothing but Python, and torch for ``measure_module``.
 """
 
 import json
@@ -18,11 +17,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """What to do with the model in ``folder``.
+    """A request to measure the model in ``folder``.
 
-    From the token ids of ``prompt`` ``new_tokens`` tokens are chosen greedily, past an end-of-text token too; of every
-    window the mean negative log-likelihood of its tokens but the first is wanted. ``dtype`` is that of the arithmetic,
-    "auto" the client's own choice; ``options`` are the client's own.
+    ``new_tokens`` tokens are chosen greedily after the token ids of ``prompt``, past an end-of-text token too. For
+    every window the mean negative log-likelihood of its tokens but the first is wanted. ``dtype`` is that of the
+    arithmetic, "auto" the client's own choice; ``options`` are the client's own.
     """
 
     folder: str
@@ -36,23 +35,23 @@ class Request:
 
     @classmethod
     def given(cls) -> "Request":
-        """The one named on the command line. Threads are set for libraries that are imported after this."""
+        """The request that the command line names. Threads are set for libraries that are imported after this."""
         folder, request, result = sys.argv[1:4]
-        found = cls(folder, result, **json.loads(Path(request).read_text()))
-        os.environ["OMP_NUM_THREADS"] = str(found.threads)
-        return found
+        asked = cls(folder, result, **json.loads(Path(request).read_text()))
+        os.environ["OMP_NUM_THREADS"] = str(asked.threads)
+        return asked
 
     def write(self, measured: dict[str, Any], *libraries: str, **more: Any) -> None:
-        """Writes the result, with versions and the most memory that this program has held."""
+        """Write the result, with versions and the most memory that this program has held."""
         versions = {name: version(name) for name in libraries}
         Path(self.result).write_text(json.dumps(measured | more | {"versions": versions, "peak_bytes": peak_bytes()}))
 
 
 def peak_bytes() -> int:
     """The largest resident set of this program."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def measure_module(model: Any, request: Request) -> dict[str, Any]:
@@ -83,12 +82,12 @@ def _generate(model: Any, prompt: list[int], count: int) -> tuple[list[int], lis
     import torch
 
     start = monotonic()
-    found = model(torch.tensor([prompt]), use_cache=True)
-    logits = found.logits[0, -1].float()
+    output = model(torch.tensor([prompt]), use_cache=True)
+    logits = output.logits[0, -1].float()
     tokens, begun = [int(logits.argmax())], monotonic()
     while len(tokens) < count:
-        found = model(torch.tensor([tokens[-1:]]), past_key_values=found.past_key_values, use_cache=True)
-        tokens.append(int(found.logits[0, -1].float().argmax()))
+        output = model(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+        tokens.append(int(output.logits[0, -1].float().argmax()))
     return tokens, logits.tolist(), begun - start, monotonic() - begun
 
 

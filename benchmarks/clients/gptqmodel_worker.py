@@ -15,7 +15,7 @@ from client import Request, measure_module
 
 
 def main() -> None:
-    """Loads the folder and measures it."""
+    """Load the folder and measure it."""
     request = Request.given()
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pool needs two at least
     import torch

@@ -39,13 +39,13 @@ class Reader(Llama):
         self.batch, self.past = self.library.llama_batch_init(AT_ONCE, 0, 1), 0
 
     def forget(self) -> None:
-        """Begins anew."""
+        """Empty the context."""
         super().forget()
         self.past = 0
 
     def logits(self, tokens: list[int], every: bool) -> np.ndarray[Any, Any]:
-        """Of all positions of more tokens, or of the last one [positions, tokens of the vocabulary]."""
-        found = []
+        """The logits [positions, tokens of the vocabulary] of all positions of more tokens, or of the last one."""
+        rows = []
         for start in range(0, len(tokens), AT_ONCE):
             part = tokens[start : start + AT_ONCE]
             for n, token in enumerate(part):
@@ -57,8 +57,8 @@ class Reader(Llama):
             if self.library.llama_decode(self.context, self.batch):
                 raise SystemExit("llama_decode failed")
             wanted = range(len(part)) if every else [len(part) - 1] if start + AT_ONCE >= len(tokens) else []
-            found += [self._row(n) for n in wanted]
-        return np.stack(found)
+            rows += [self._row(n) for n in wanted]
+        return np.stack(rows)
 
     def _row(self, n: int) -> np.ndarray[Any, Any]:
         row = self.library.llama_get_logits_ith(self.context, n)
@@ -105,22 +105,22 @@ def generate(llama: Reader, prompt: list[int], count: int) -> dict[str, Any]:
 
 
 def main(model: str, request: str, result: str) -> None:
-    """Does what was asked and writes it down."""
+    """Measure what a request asks for, and write the result down."""
     asked = json.loads(Path(request).read_text())
     prompt, windows = asked.get("prompt") or [], asked.get("windows") or []
     longest = max([len(prompt) + asked.get("new_tokens", 0), *map(len, windows), 1])
     start = time.perf_counter()
     llama = Reader(model, longest, asked.get("threads", 1))
-    found: dict[str, Any] = {"seconds_to_load": time.perf_counter() - start}
+    measured: dict[str, Any] = {"seconds_to_load": time.perf_counter() - start}
     if prompt:
-        found |= generate(llama, prompt, asked.get("new_tokens", 0))
-    found["nll"] = [nll(llama, window) for window in windows]
-    found["tokenized"] = [llama.tokenize(text, special=True) for text in asked.get("texts", [])]
-    found["adds"] = llama.tokenize("", around=True)
-    found["weight_bytes"] = llama.library.llama_model_size(llama.model)
-    found["peak_bytes"] = peak_resident()
-    found["versions"] = {"python": platform.python_version(), "xllamacpp": version("xllamacpp")}
-    Path(result).write_text(json.dumps(found))
+        measured |= generate(llama, prompt, asked.get("new_tokens", 0))
+    measured["nll"] = [nll(llama, window) for window in windows]
+    measured["tokenized"] = [llama.tokenize(text, special=True) for text in asked.get("texts", [])]
+    measured["adds"] = llama.tokenize("", around=True)
+    measured["weight_bytes"] = llama.library.llama_model_size(llama.model)
+    measured["peak_bytes"] = peak_resident()
+    measured["versions"] = {"python": platform.python_version(), "xllamacpp": version("xllamacpp")}
+    Path(result).write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ LIBRARIES = ("transformers", "torch", "compressed-tensors", "gptqmodel", "optimu
 
 
 def main() -> None:
-    """Loads the folder and measures it."""
+    """Load the folder and measure it."""
     request = Request.given()
     from transformers import AutoModelForCausalLM
 

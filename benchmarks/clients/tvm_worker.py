@@ -48,7 +48,7 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _import_mlc() -> None:
-    """Makes mlc_llm's Python modules importable without its C++ library, which its own __init__ loads."""
+    """Make mlc_llm's Python modules importable without its C++ library, which its own __init__ loads."""
     os.environ["SKIP_LOADING_MLCLLM_SO"] = "1"
     package = types.ModuleType("mlc_llm")
     package.__path__ = [str(MLC)]
@@ -126,9 +126,9 @@ class Model:
         logits = self.run("batch_verify", window)[:-1]
         most = logits.max(axis=1)
         normalizer = most + np.log(np.exp(logits - most[:, None]).sum(axis=1))
-        found = float((normalizer - logits[np.arange(len(logits)), window[1:]]).mean())
-        assert math.isfinite(found)
-        return found
+        loss = float((normalizer - logits[np.arange(len(logits)), window[1:]]).mean())
+        assert math.isfinite(loss)
+        return loss
 
     def _call(self, name: str, *arguments: Any) -> None:
         self.tvm.get_global_func(f"vm.builtin.kv_state_{name}")(*arguments)
@@ -173,5 +173,5 @@ def _compile(chat: dict[str, Any]) -> tuple[Any, list[str]]:
 
 
 if __name__ == "__main__":
-    found = main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
-    Path(sys.argv[3]).write_text(json.dumps(found))
+    measured = main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
+    Path(sys.argv[3]).write_text(json.dumps(measured))

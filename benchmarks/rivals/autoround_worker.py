@@ -28,7 +28,7 @@ HOW: dict[str, dict[str, Any]] = {"rtn": {"disable_opt_rtn": True}, "neuqi-imatr
 
 
 def main() -> None:
-    """Quantizes and writes the folder and the account."""
+    """Quantize and write the folder and the account."""
     task = Task.given()
     task.settled("neuqi", *HOW)
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
@@ -74,8 +74,8 @@ def _search(linears: list[nn.Linear], task: Task) -> None:
     """Its search on every weight, nothing but the weight known; the weights become what their codes stand for."""
     search = quant_tensor_opt_rtn_sym_neuqi if task.symmetric else quant_tensor_opt_rtn_asym
     for linear in linears:
-        found = search(linear.weight, bits=task.bits, group_size=task.group_size or -1, scale_dtype=torch.float16)
-        linear.weight.copy_(found[0])
+        result = search(linear.weight, bits=task.bits, group_size=task.group_size or -1, scale_dtype=torch.float16)
+        linear.weight.copy_(result[0])
 
 
 def _stored_bits(rows: int, columns: int, task: Task) -> int:

@@ -21,7 +21,7 @@ from bitwright.stream.train import Trainer
 
 
 def main() -> None:
-    """Quantizes and writes the folder and the account."""
+    """Quantize and write the folder and the account."""
     task = Task.given()
     segments = task.tokens()
     account = _time_blocks(segments)

@@ -24,7 +24,7 @@ SETTINGS = ("desc_act", "act_group_aware", "static_groups", "damp_percent", "mse
 
 
 def main() -> None:
-    """Quantizes and writes the folder and the account."""
+    """Quantize and write the folder and the account."""
     task = Task.given()
     asked = task.settled("gptq", **dict.fromkeys(SETTINGS))
     config = QuantizeConfig(

@@ -22,14 +22,16 @@ OWN = {"optimize": None, "round_zero": None}
 
 
 def main() -> None:
-    """Quantizes and writes the folder and the account."""
+    """Quantize and write the folder and the account."""
     task = Task.given()
     asked = {key: value for key, value in task.settled("hqq", symmetric=False, **OWN).items() if value is not None}
     config = BaseQuantizeConfig(nbits=task.bits, group_size=task.group_size, axis=1)
     config["weight_quant_params"] |= asked
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
     layers = model.model.layers
-    linears = {f"model.layers.{name}": each for name, each in layers.named_modules() if isinstance(each, nn.Linear)}
+    linears = {
+        f"model.layers.{name}": module for name, module in layers.named_modules() if isinstance(module, nn.Linear)
+    }
     with Clock() as clock:
         packed = {name: _packed(linear, config) for name, linear in linears.items()}
     stored = sum(8 * part.nbytes for linear in packed.values() for part in _stored(linear))

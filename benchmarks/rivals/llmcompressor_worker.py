@@ -27,7 +27,7 @@ HEAD = "lm_head"
 
 
 def main() -> None:
-    """Quantizes and writes the folder and the account."""
+    """Quantize and write the folder and the account."""
     task = Task.given()
     recipe = _recipe(task)
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)

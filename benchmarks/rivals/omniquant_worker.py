@@ -74,7 +74,7 @@ class EpochClock(logging.Handler):
 
 
 def main() -> None:
-    """Writes the quantized model, dense, an account of time and memory, and where windows are given its logits."""
+    """Write the quantized model, dense, an account of time and memory, and its logits if windows are given."""
     task = Task.given()
     settings = _settings(task)
     sys.path.insert(0, task.checkout())
@@ -126,7 +126,7 @@ def _load(folder: Path) -> nn.Module:
 
 
 def _freeze(model: nn.Module) -> None:
-    """Makes every parameter a plain tensor."""
+    """Make every parameter a plain tensor."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
@@ -134,7 +134,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def _quantize(model: nn.Module, segments: Tensor, task: Task, settings: dict[str, Any]) -> EpochClock:
-    """Runs the reference on the model, in place."""
+    """Run the reference on the model, in place."""
     import utils  # the checkout's
     from quantize.omniquant import omniquant
 

@@ -93,19 +93,19 @@ class Clock(AbstractContextManager["Clock"]):
     _since: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
 
     def __enter__(self) -> "Clock":
-        """Starts, or goes on."""
+        """Start, or go on."""
         self.start_bytes = self.start_bytes or resident_bytes("VmRSS")
         self._since = monotonic(), process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops, and adds to what was counted before."""
+        """Stop, and add to what was counted before."""
         self.seconds += monotonic() - self._since[0]
         self.cpu_seconds += process_time() - self._since[1]
 
 
 def write_account(task: Task, clock: Clock, blocks: int, *libraries: str, **more: Any) -> None:
-    """Writes account.json. The peak is the whole process's, libraries and model included, until now."""
+    """Write account.json. The peak is the whole process's, libraries and model included, until now."""
     account = {
         "seconds": clock.seconds,
         "cpu_seconds": clock.cpu_seconds,
@@ -142,6 +142,6 @@ def stored_names(folder: Path) -> list[str]:
 
 def resident_bytes(which: str) -> int:
     """VmRSS, the resident set of this program, or VmHWM, its largest; ``ru_maxrss`` counts who started it as well."""
-    found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024

@@ -242,6 +242,16 @@ def test_a_room_without_a_rule_is_refused() -> None:
     ]
 
 
+def test_the_rules_are_those_of_the_page() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|$", page, re.MULTILINE)
+    stated = {room: set(re.findall(r"`(\w+)`", cell)) for room, cell in rows if room in MAY_IMPORT}
+    assert stated.pop("core") == {"torch", "jaxtyping"} and dict(rows)["api"] == "every room but `cli`"
+    assert stated.pop("api") == {"cli"}
+    in_words = {"core", "api", "__init__", "__main__"}
+    assert stated == {room: may for room, may in MAY_IMPORT.items() if room not in in_words}
+
+
 def test_every_rule_is_of_a_room() -> None:
     """Both the rooms that may import and those that may be imported."""
     assert set(MAY_IMPORT) == rooms() and set().union(*MAY_IMPORT.values()) <= rooms()

@@ -171,7 +171,7 @@ class TestPatterns:
         assert listed == Recipe(str(tiny()), "W4A16", exclude="*.up_proj,*.down_proj")
         assert bitwright.plan(listed).linears == 10
         with pytest.raises(RecipeError, match=r"'exclude' is \{.*it takes str or list or tuple or nothing"):
-            Recipe(str(tiny()), "W4A16", exclude={"*.up_proj": 1})  # type: ignore[arg-type]
+            Recipe(str(tiny()), "W4A16", exclude={"*.up_proj": 1})  # type: ignore[arg-type] # what is refused
 
     @pytest.mark.parametrize(("how", "says"), [
         ({"exclude": "*.dwn_proj"}, r"--exclude \*\.dwn_proj fits no tensor.*near it: .*down_proj"),

@@ -3,7 +3,7 @@
     python benchmarks/alignment.py MODEL --text TEXT.txt --name alignment-en-llama
 
 For each linear with rows w and inputs x: the mean of E[(w x)^2] / |w|^2 over its rows, over the mean of E[x_i^2]. It
-is 1 where no direction is special; the table has it for whole rows and for groups of 128 within them. Always measured
+is 1 if no direction is special; the table has it for whole rows and for groups of 128 within them. Always measured
 anew.
 """
 

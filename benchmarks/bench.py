@@ -25,7 +25,7 @@ LOG_TAIL = 4000
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs have in common. ``threads`` are those of the processes that are started.
+    """The settings that all runs have in common; ``threads`` is that of the processes that are started.
 
     ``pythons`` and ``repositories`` are the interpreters and the authors' checkouts, by implementation.
     """
@@ -44,7 +44,7 @@ class Bench:
         return {"calibration": f"{self.samples} segments of {self.seqlen} tokens of {Path(self.calibration).name}"}
 
     def asked(self, keys: list[str]) -> dict[str, Asked]:
-        """What the rows ask for, by their names. Raises typer.BadParameter or SchemeError before anything is run."""
+        """The requests of the rows, by their names. Raises typer.BadParameter or SchemeError before anything is run."""
         known = sorted(path.name.removesuffix("_worker.py") for path in WORKERS.glob("*_worker.py"))
         rows = {}
         for key in keys:
@@ -60,7 +60,7 @@ class Bench:
         return rows
 
     def run(self, asked: Asked, output: Path, windows: Int[Tensor, "W T"] | None = None) -> Row:
-        """One run, and its account. OUTPUT/model is what it made. Raises SystemExit with what the worker said."""
+        """Run a row and return its account. OUTPUT/model is the result. Raises SystemExit with the worker's output."""
         output.mkdir()
         (output / "task.json").write_text(self._task(asked, output, windows).as_text())
         threads = {f"{library}_NUM_THREADS": str(self.threads) for library in ("OMP", "MKL")}
@@ -79,7 +79,7 @@ class Bench:
         return account
 
     def _task(self, asked: Asked, output: Path, windows: Int[Tensor, "W T"] | None) -> Task:
-        """What the worker is told, with the segments, and the windows where there are some, in files beside it."""
+        """The worker's task, with the segments, and the windows if there are some, in files beside it."""
         text = tokenize(self.model, text_of(self.calibration, "calibration"))
         drawn = segments(text, self.samples, self.seqlen, asked.seed, self.calibration)
         for name, tokens in (("segments", drawn), ("windows", windows)):

@@ -19,7 +19,7 @@ from bitwright.formats.mlc.presets import PRESETS, Preset, fitted_to, is_autoawq
 FILES = ("gguf", "mlc")
 """Formats that cannot be read back: they are exported from a folder that can."""
 OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")
-"""What these formats quantize too; the second is not there where it is the first."""
+"""Weights that these formats quantize too; the second is missing if it is tied to the first."""
 EXPORTING, CLIENTS_OWN = ("embeddings",), ("backend",)
 """Keys of settings that are no recipe's."""
 Q8_0_BITS = 8.5

@@ -7,7 +7,7 @@ Without MODEL it is the embedded one. The cases stand in ``client_cases.py``; ``
 and says how its environment is made (``make clients`` does it: ``.clients/NAME``). Each case is quantized with rtn,
 opened by the client, and compared with the dequantized model in float32. Finished rows are kept in
 benchmarks/results/NAME.jsonl, so a run that is stopped goes on; NAME.md is the table, made anew. A case that could
-not be run is in the table too, and is tried again the next time. Ends with 1 where a client was there and a case did
+not be run is in the table too, and is tried again the next time. Ends with 1 if a client was there and a case did
 not pass.
 """
 
@@ -63,7 +63,7 @@ def main(
 
 
 def _row(kept: Kept, case: Case, model: Path, asked: Row, pythons: dict[str, str], clients: list[str] | None) -> Row:
-    """The row of a case; one that only says why, where there is none."""
+    """The row of a case, or one that only says why there is no measurement."""
     there = {name: path for name, path in pythons.items() if not clients or name in clients}
     try:
         return kept.row(case.identity, partial(_measured, case, model, asked, there))

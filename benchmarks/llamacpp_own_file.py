@@ -33,7 +33,7 @@ def quantized(values: Any, kind: GGMLQuantizationType) -> Any:
 
 
 def type_of(tensor: Any, types: str) -> GGMLQuantizationType:
-    """A tensor's own type where ``types`` is a file, else the type named if it is a matrix of a block."""
+    """A tensor's own type if ``types`` is a file, else the named type if the tensor is a matrix of a block."""
     matrix = tensor.name.startswith("blk.") and len(tensor.shape) > 1
     named = matrix and not types.endswith(".gguf")
     return GGMLQuantizationType[types] if named else GGMLQuantizationType(tensor.tensor_type)

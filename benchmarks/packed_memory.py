@@ -96,7 +96,7 @@ def in_a_fresh_process(how: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make the models where they are not there yet, and print one line for each."""
+    """Make the models unless they are there, and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=8)

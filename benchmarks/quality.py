@@ -30,7 +30,7 @@ def main(
     text: Annotated[str, typer.Option(help="Text to measure on; held out from calibration.")],
     name: Annotated[str, typer.Option(help="Name of the result files.")],
     row: Annotated[list[str], typer.Option(help="method:scheme[:seed[:key=value,...]]; repeatable.")],
-    calibration: Annotated[str | None, typer.Option(help="Calibration text, where a method needs one.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Calibration data, if a method needs it.")] = None,
     samples: int = 128,
     calibration_seqlen: int = 256,
     seqlen: int = 512,

@@ -14,12 +14,12 @@ new implementation. Finished rows are kept in benchmarks/results/NAME.jsonl, so 
 NAME.md is the table, made anew.
 
 ``quality`` measures the folder that was made with ``bitwright.evaluate``: perplexity over consecutive windows, and
-KL(original || quantized) in nats per token; bits per weight are of what an implementation stores, where its worker
-counts them. Where a rival quantizes activations too, the windows go through its own forward pass, since no folder of
+KL(original || quantized) in nats per token; bits per weight are of what an implementation stores, if its worker
+counts them. If a rival quantizes activations too, the windows go through its own forward pass, since no folder of
 its making says how. ``speed`` runs the rows in turn and counts the quantization alone, on a model that is loaded
 (Bitwright reads and writes block by block, and that counts as well). Memory is the largest resident set of the whole
 process, libraries included (from /proc: Linux only). ``all-heads`` copies a model into the same function without
-grouped-query attention, which the authors' OmniQuant asks for where LET is trained.
+grouped-query attention, which the authors' OmniQuant asks for if LET is trained.
 """
 
 import json

@@ -4,7 +4,7 @@
     ENV/bin/python llamacpp_worker.py MODEL.gguf REQUEST.json RESULT.json
 
 Tried with these versions (Python 3.11, x86-64 with AVX2). REQUEST: {"prompt": [token ids], "new_tokens": n, "windows":
-[[token ids], ...], "threads": n}, and "texts" where they are to be tokenized. RESULT: "tokens" chosen greedily after
+[[token ids], ...], "threads": n}, and "texts" if they are to be tokenized. RESULT: "tokens" chosen greedily after
 the prompt, "logits" at the prompt's last position, "nll" the mean negative log likelihood in nats of tokens 1.. of each
 window, "tokenized" texts without what begins them, "adds" the tokens around an empty text, speeds, "peak_bytes" (all of
 the process, its KV cache in float16 too), "weight_bytes" (all tensors) and versions.
@@ -32,7 +32,7 @@ SIGNATURES["llama_tokenize"] = (I32, [P, ctypes.c_char_p, I32, Tokens, I32, ctyp
 
 
 class Reader(Llama):
-    """A model in llama.cpp, loaded, with a context of so many tokens."""
+    """A model in llama.cpp, loaded, with a context of a number of tokens."""
 
     def __init__(self, path: str, context: int, threads: int) -> None:
         super().__init__(None, path, context, threads)

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _whole_way(model: nn.Module, task: Task, clock: Clock) -> nn.Module:
-    """The model as AutoRound itself quantizes it, with the segments where it asks for some."""
+    """The model as AutoRound itself quantizes it, with the segments if it asks for some."""
     segments = task.tokens()
     rounding = AutoRound(
         model,

@@ -5,7 +5,7 @@
 
 Settings of ``gptq``: ``actorder`` (static, which is its default, or none), ``dampening_frac``; of ``awq``:
 ``duo_scaling``, ``n_grid``. What is written are the weights as its own fake quantization makes them. Arithmetic is
-float32, and so are scales. Its AWQ pins inputs for a GPU even where there is none and fails: here pinning does nothing.
+float32, and so are scales. Its AWQ pins inputs for a GPU even if there is none, and fails: here pinning does nothing.
 The clock counts ``oneshot`` on the loaded model: tracing it, calibration, quantization.
 """
 

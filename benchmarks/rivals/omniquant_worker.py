@@ -4,14 +4,14 @@
     ENV/bin/pip install torch==2.13.0 transformers==4.31.0 "numpy<2" safetensors termcolor tqdm
 
 Its decoder layers fit transformers 4.31 and not much newer ones. Settings are ``epochs``, ``lwc_lr``, ``let_lr``,
-``alpha`` and ``aug_loss``; where a row says nothing, they are the paper's, as with Bitwright's ``training=paper``. It
+``alpha`` and ``aug_loss``; for a row without them, they are the paper's, as with Bitwright's ``training=paper``. It
 refuses LET under grouped-query attention: ``side_by_side.py all-heads`` makes a copy of a model that has none.
 
 All the work is done by the checkout: ``quantize.omniquant.omniquant``, and for LET ``get_act_scales`` of its
 generate_act_scale_shift.py, with the arguments that its main.py makes. What is put in its way, and why:
 
 - Arithmetic is float32 (its own ``deactive_amp``), and ``Module.half`` keeps float32: on a CPU float16 is slow, and its
-  scripts' mixed precision exists on a GPU alone. Its CUDA calls do nothing where no GPU is visible.
+  scripts' mixed precision exists on a GPU alone. Its CUDA calls do nothing if no GPU is visible.
 - The model's parameters are made plain tensors, which they become on the way to a GPU: the reference assigns tensors in
   their places.
 - ``datasets`` and ``datautils`` are empty stand-ins while generate_act_scale_shift.py is imported: it would download
@@ -102,14 +102,14 @@ def main() -> None:
 
 
 def _settings(task: Task) -> dict[str, Any]:
-    """The paper's settings, where the row says nothing."""
+    """The paper's settings, for what the row does not name."""
     few = task.bits <= FEW_BITS
     paper: dict[str, Any] = {"epochs": 40 if few else 20, "lwc_lr": 1e-2, "let_lr": 5e-3, "alpha": 0.5, "aug_loss": few}
     return task.settled("lwc", "let+lwc", symmetric=False, activations=True, **paper)
 
 
 def _load(folder: Path) -> nn.Module:
-    """The model in float32, refused where its configuration says what this transformers would not obey."""
+    """The model in float32, refused if this transformers would not obey its config."""
     config = json.loads((folder / "config.json").read_text())
     rope = config.get("rope_parameters") or {}
     if config["model_type"] != NETWORK:
@@ -222,7 +222,7 @@ def _refuse_biases(model: nn.Module, stored: list[str]) -> None:
 
 @torch.no_grad()
 def _logits(model: nn.Module, windows: Tensor) -> Tensor:
-    """Logits [W, T, V] of the quantized model as the reference runs it, activations quantized where it does so."""
+    """Logits [W, T, V] of the quantized model as the reference runs it, activations quantized if it does so."""
     return torch.stack([model(window[None], use_cache=False).logits[0] for window in windows])
 
 

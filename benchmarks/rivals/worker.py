@@ -28,7 +28,7 @@ class Task:
     """What to do: the model's folder, the very tokens [N, T] to calibrate with, the scheme, and where results go.
 
     ``group_size`` None is one scale per output channel. ``calibration`` is the text the segments were drawn from.
-    ``windows`` are tokens [W, T] whose logits are wanted, where activations are quantized and no folder can say how.
+    ``windows`` are tokens [W, T] whose logits are wanted, if activations are quantized and no folder can say how.
     """
 
     model: str
@@ -62,7 +62,7 @@ class Task:
     def settled(
         self, *methods: str, symmetric: bool = True, activations: bool = False, **defaults: Any
     ) -> dict[str, Any]:
-        """The settings, defaults where the row says nothing. Ends the program for what this worker cannot do."""
+        """The settings, with defaults for those that are not named. Ends the program for what this worker cannot do."""
         if self.method not in methods:
             raise SystemExit(f"there is no method {self.method} here; there is {', '.join(methods)}")
         if self.symmetric and not symmetric:

@@ -28,15 +28,15 @@ class QuantizedModel(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where it lies, its tokenizer beside it."""
+        """The folder of the model, which holds its tokenizer too."""
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """config.json without its quantization_config."""
+        """The content of config.json without its quantization_config."""
 
     @property
     def described(self) -> Described | None:
-        """What the quantization_config says; None if nothing is quantized."""
+        """The content of the quantization_config; None if nothing is quantized."""
 
     @property
     def linears(self) -> Sequence[str]:
@@ -53,7 +53,7 @@ class QuantizedModel(Protocol):
         """Read another tensor as it is stored."""
 
     def shape(self, name: str) -> Shape:
-        """Shape of a quantized linear [O, I] or of another tensor; only its header is read."""
+        """The shape of a quantized linear [O, I] or of another tensor; only its header is read."""
 
 
 def typical(model: QuantizedModel) -> str:
@@ -68,7 +68,7 @@ def typical(model: QuantizedModel) -> str:
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What is known of a quantized model before it is made, or before more than its first linear is read.
+    """A quantized model before it is made, or before more than its first linear is read.
 
     ``linears`` are the shapes, [O, I] or [E, A, B], of the quantized linears; ``passed`` the names of all other
     tensors; ``grid`` and ``tile`` those of the linears, or of the first, None if there are none.

@@ -39,7 +39,7 @@ class Levels:
 
 
 class Zero(StrEnum):
-    """What a tile has beside its scale; see the head of this file."""
+    """The zero that a tile has beside its scale; see the head of this file."""
 
     NONE = "none"
     CODE = "code"
@@ -49,8 +49,10 @@ class Zero(StrEnum):
 
 @dataclass(frozen=True)
 class ScaleStorage:
-    """How scales are kept: in which dtype (a name of torch's; None: the format's or the checkpoint's), and whether
-    they have a sign."""
+    """The storage of scales: their dtype, and whether they have a sign.
+
+    ``dtype`` is a name of torch's; None stands for that of the format or of the checkpoint.
+    """
 
     dtype: str | None = None
     signed: bool = False
@@ -102,7 +104,7 @@ class Grid:
 
     @property
     def symmetric(self) -> bool:
-        """Whether it has no zero of its own: code 0 is the weight 0."""
+        """Whether there is no zero: code 0 is the weight 0."""
         return self.zero is Zero.NONE
 
     @property
@@ -112,7 +114,7 @@ class Grid:
 
     @property
     def plain(self) -> bool:
-        """Whether it is that of ordinary integers: scales without a sign, an integer zero point or none."""
+        """Whether the grid is that of ordinary integers: scales without a sign, an integer zero point or none."""
         return not self.signed_scale and self.zero is not Zero.REAL
 
     @property
@@ -155,7 +157,7 @@ class Tile:
 
     @property
     def transposed(self) -> "Tile":
-        """The same number of weights along the other dimension."""
+        """The tile with its sides exchanged."""
         return Tile(self.in_, self.out)
 
     def size(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -165,10 +167,10 @@ class Tile:
     def counts(
         self, shape: tuple[int, int], offered: Callable[[int], bool] | None = lambda size: True
     ) -> tuple[int, int]:
-        """Number of tiles along each dimension of a weight of this shape [O, I].
+        """The number of tiles along each dimension of a weight of this shape [O, I].
 
-        Raises SchemeError where a tile does not divide the weight and is not ragged, with sizes that do, as far as they
-        are ``offered``; None: with none.
+        Raises SchemeError if a tile does not divide the weight and is not ragged. The message names sizes that do, as
+        far as they are ``offered``; None: no sizes.
         """
         (rows, columns), (t_o, t_i) = shape, self.size(shape)
         for extent, tile, which in ((rows, t_o, "output"), (columns, t_i, "input")):

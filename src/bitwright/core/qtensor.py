@@ -85,7 +85,7 @@ class QTensor:
 
     @classmethod
     def of_rows(cls, parts: Sequence["QTensor"]) -> "QTensor":
-        """One weight of several that lie below one another; none of them may cut a tile of another."""
+        """Join weights that lie below one another to one; none of them may cut a tile of another."""
         first, *more = parts
         if not more:
             return first
@@ -103,7 +103,7 @@ class QTensor:
 
 
 def _outliers_below(parts: Sequence[QTensor]) -> tuple[Int[Tensor, " K"] | None, Float[Tensor, " K"] | None]:
-    """Positions and values of all parts' outliers in the whole; None where no part has any."""
+    """Positions and values of all parts' outliers in the whole; None if no part has any."""
     indices, values, before = [], [], 0
     for part in parts:
         if part.outlier_index is not None and part.outlier_value is not None:
@@ -114,7 +114,7 @@ def _outliers_below(parts: Sequence[QTensor]) -> tuple[Int[Tensor, " K"] | None,
 
 
 def packed_bits(shape: tuple[int, int], grid: Grid, tile: Tile, dtype: torch.dtype, outliers: int = 0) -> int:
-    """Bits that a weight [O, I] takes where it is packed, all counted but file headers.
+    """The bits that a packed weight [O, I] takes, everything counted but file headers.
 
     Scales and outliers are in ``dtype``, each outlier with its position. The codes of one row take whole words of 32
     bits, and so do the zero points of one column of tiles; a real minimum is kept as the scale is.
@@ -129,8 +129,11 @@ def packed_bits(shape: tuple[int, int], grid: Grid, tile: Tile, dtype: torch.dty
 
 
 def tiled(weight: Shaped[Tensor, "O I"], tile: Tile) -> Shaped[Tensor, "P To Q Ti"]:
-    """A view of the weight in which dimensions 1 and 3 run inside one tile; where the last tile of a row is cut short,
-    a copy in which it is filled up with zeros, which every range contains."""
+    """The weight in tiles: dimensions 1 and 3 run inside one tile.
+
+    It is a view, unless the last tile of a row is cut short: then it is a copy, filled up with zeros, which every range
+    contains.
+    """
     shape = (weight.shape[0], weight.shape[1])
     (p, q), (t_o, t_i) = tile.counts(shape), tile.size(shape)
     if q * t_i > shape[1]:
@@ -139,7 +142,7 @@ def tiled(weight: Shaped[Tensor, "O I"], tile: Tile) -> Shaped[Tensor, "P To Q T
 
 
 def whole(tiles: Shaped[Tensor, "P To Q Ti"], shape: Sequence[int]) -> Shaped[Tensor, "O I"]:
-    """The weight of this shape [O, I] behind its tiles; a view where nothing has to be moved."""
+    """The weight of this shape [O, I] behind its tiles; a view if nothing has to be moved."""
     return tiles.reshape(shape[0], -1)[:, : shape[1]].contiguous()
 
 
@@ -204,8 +207,8 @@ def reach(
     first, last = grid.reach
     if not grid.signed_scale:
         return first, last
-    turned, ends = -low > high, low.new_tensor([first, last])
-    return torch.where(turned, ends[1], ends[0]), torch.where(turned, ends[0], ends[1])
+    mirrored, ends = -low > high, low.new_tensor([first, last])
+    return torch.where(mirrored, ends[1], ends[0]), torch.where(mirrored, ends[0], ends[1])
 
 
 def span(
@@ -252,8 +255,10 @@ def quantize(
 def dequantize(
     codes: Int[Tensor, "O I"], scale: Float[Tensor, "P Q"], zero: Shaped[Tensor, "P Q"] | None, tile: Tile
 ) -> Float[Tensor, "O I"]:
-    """``(codes - zero) * scale`` in the dtype of ``scale``; ``codes * scale + zero`` in float32 if zero is a real
-    number, the minimum."""
+    """The weights that codes stand for: ``(codes - zero) * scale`` in the dtype of ``scale``.
+
+    If zero is a real number, the minimum, they are ``codes * scale + zero``, in float32.
+    """
     if zero is not None and zero.is_floating_point():
         weight = tiled(codes, tile).float() * _spread(scale.float()) + _spread(zero.float())
         return whole(weight, codes.shape)

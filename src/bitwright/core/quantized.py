@@ -23,7 +23,7 @@ class LinearReport:
     ``bits_per_weight`` counts all that is packed, scales, zeros and outliers too. ``weight_error`` is
     ``|W - Wq|^2 / |W|^2``; ``output_error`` is ``|XW' - XWq'|^2 / |XW'|^2`` on the calibration tokens as the
     full-precision blocks produce them, None without calibration text. ``digest`` is that of the tensors that the
-    linear was stored as (``core/digest.py``), "" before it is.
+    linear was stored as (``core/tensor_bytes.py``), "" before it is.
     """
 
     name: str
@@ -67,7 +67,7 @@ class QuantizedBlock:
 
 @dataclass(frozen=True)
 class Departure:
-    """Where a linear is not as its scheme says: the rows and columns of its tile, the weights it keeps exactly."""
+    """A linear's departure from its scheme: the rows and columns of its tile, the number of weights kept exactly."""
 
     tile: tuple[int, int]
     outliers: int
@@ -92,13 +92,13 @@ class WrittenModel:
 
 
 def departures(scheme: Scheme, rows: Iterable[Mapping[str, Any]]) -> dict[str, Departure]:
-    """The linears that are not as the scheme says, from their reports as the journal keeps them."""
-    found = {}
+    """The linears that differ from the scheme, from their reports as the journal keeps them."""
+    departing = {}
     for row in rows:
         shape, tile = (row["shape"][0], row["shape"][1]), (row["tile"][0], row["tile"][1])
         if tile != scheme.tile.size(shape) or row["outliers"]:
-            found[row["name"]] = Departure(tile, row["outliers"])
-    return found
+            departing[row["name"]] = Departure(tile, row["outliers"])
+    return departing
 
 
 @dataclass(frozen=True)

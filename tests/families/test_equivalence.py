@@ -98,7 +98,7 @@ def families() -> dict[str, tuple[LlamaConfig, Family]]:
     found = {}
     for (name, heads), (biases, changes) in product(HEADS_OF.items(), BIASES.items()):
         config = config_of(*heads, **changes)
-        found[f"{name}, {biases}"] = (config, llama.describe(config))
+        found[f"{name}, {biases}"] = (config, llama.family(config.to_dict()))
     return found
 
 

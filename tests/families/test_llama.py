@@ -11,16 +11,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.decoder import Config, Decoder
+from bitwright.core.outline import Outline
+from bitwright.core.registry import architecture_of
 from bitwright.families import llama
+from bitwright.model.plain_config import plain_decoder
 from bitwright.model.view import ModelView
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_places_are_there(tied: bool, tiny: Checkpoints) -> None:
     folder = tiny(tied=tied)
-    family = llama.describe(AutoConfig.from_pretrained(folder))
+    family = llama.family(AutoConfig.from_pretrained(folder).to_dict())
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert family.model_type == model.config.model_type == "llama"
     assert isinstance(model.get_submodule(family.blocks), nn.ModuleList)
     assert model.get_submodule(family.embedding) is model.get_input_embeddings()
     assert model.get_submodule(family.head) is model.get_output_embeddings()
@@ -36,7 +39,7 @@ def test_the_places_are_there(tied: bool, tiny: Checkpoints) -> None:
 
 def test_linears_of_a_group_read_the_same_input(tiny: Checkpoints) -> None:
     folder = tiny("float32")
-    family = llama.describe(AutoConfig.from_pretrained(folder))
+    family = llama.family(AutoConfig.from_pretrained(folder).to_dict())
     model = AutoModelForCausalLM.from_pretrained(folder)
     block, inputs = model.get_submodule(f"{family.blocks}.0"), dict[str, torch.Tensor]()
     for name in family.topology.linears:
@@ -52,7 +55,7 @@ def test_linears_of_a_group_read_the_same_input(tiny: Checkpoints) -> None:
 def test_a_head_dim_that_is_not_written_is_hidden_size_over_heads(tiny: Checkpoints) -> None:
     config = AutoConfig.from_pretrained(tiny())
     config.head_dim = None
-    sites = {site.name: site.channels for site in llama.describe(config).topology.sites}
+    sites = {site.name: site.channels for site in llama.family(config.to_dict()).topology.sites}
     assert sites["v->o"] == KV_HEADS * HIDDEN // config.num_attention_heads == KV_HEADS * HEAD_DIM
 
 
@@ -72,12 +75,17 @@ def test_the_outline_is_that_of_the_model(how: dict[str, Any], tiny: Checkpoints
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    outline = llama.outline(config)
+    decoder = llama.decoder(config.to_dict())
+    outline = Outline.of(llama.family(config.to_dict()), decoder)
     assert outline.shapes == shapes and outline.tied == how.get("tied", False)
     checkpoint = Checkpoint.open(folder)
     assert ModelView.of_outline(outline, checkpoint) == ModelView.of_model(model, checkpoint.names)
 
 
+STATED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "tie_word_embeddings"),
+)
 USUAL = {
     "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -88,16 +96,22 @@ USUAL = {
 """As Llama 3.1's config.json has it."""
 
 
+def plain(config: Config) -> Decoder | None:
+    architecture = architecture_of("llama")
+    assert architecture is not None
+    return plain_decoder(config, architecture)
+
+
 @pytest.mark.parametrize("how", [how for how in CONFIGS if "attention_bias" not in how], ids=str)
 @pytest.mark.parametrize("more", [{}, USUAL], ids=["", "llama3"])
 def test_a_usual_config_is_read_without_transformers(
     how: dict[str, Any], more: dict[str, Any], tiny: Checkpoints
 ) -> None:
     folder = tiny(**how)
-    found = llama.plain(json.loads((folder / "config.json").read_text()) | more)
+    found = plain(json.loads((folder / "config.json").read_text()) | more)
     theirs = AutoConfig.from_pretrained(folder)
-    assert found is not None and llama.outline(found) == llama.outline(theirs)
-    assert found.max_position_embeddings == theirs.max_position_embeddings
+    assert found is not None and found.parameters == llama.decoder(theirs.to_dict()).parameters
+    assert found.context == theirs.max_position_embeddings
 
 
 @pytest.mark.parametrize("changes", [
@@ -109,11 +123,11 @@ def test_a_usual_config_is_read_without_transformers(
 ])  # fmt: skip
 def test_what_is_out_of_the_ordinary_is_for_transformers_to_judge(changes: dict[str, Any], tiny: Checkpoints) -> None:
     config = json.loads((tiny() / "config.json").read_text())
-    assert llama.plain(config) is not None and llama.plain(config | changes) is None
+    assert plain(config) is not None and plain(config | changes) is None
 
 
-@pytest.mark.parametrize("key", [*llama.STATED, "max_position_embeddings", "tie_word_embeddings"])
+@pytest.mark.parametrize("key", STATED)
 def test_a_config_that_leaves_a_size_to_transformers(key: str, tiny: Checkpoints) -> None:
     config = json.loads((tiny() / "config.json").read_text())
     del config[key]
-    assert llama.plain(config) is None
+    assert plain(config) is None

@@ -22,7 +22,7 @@ from bitwright.formats import awq as format
 
 
 def written(scheme: str, kept: tuple[str, ...] = ("lm_head",)) -> dict[str, Any]:
-    config = format.quantization_config(WrittenModel(Scheme.parse(scheme), None, 16, torch.float16, kept))
+    config = format.quantization_config(WrittenModel(Scheme.parse(scheme), None, torch.float16, kept))
     found: dict[str, Any] = json.loads(json.dumps(config))
     return found
 

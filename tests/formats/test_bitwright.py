@@ -43,7 +43,9 @@ def some(shape: tuple[int, int], grid: Grid, tile: Tile, dtype: torch.dtype, out
 
 def written(scheme: str, dtype: torch.dtype = torch.bfloat16, **also: Any) -> dict[str, Any]:
     config = format.quantization_config(
-        WrittenModel(Scheme.parse(scheme), llama.describe(LlamaConfig()), 16, dtype, **({"kept": ("lm_head",)} | also))
+        WrittenModel(
+            Scheme.parse(scheme), llama.family(LlamaConfig().to_dict()), dtype, **({"kept": ("lm_head",)} | also)
+        )
     )
     assert config is not None
     return config

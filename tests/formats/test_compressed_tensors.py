@@ -137,9 +137,9 @@ def test_outliers_are_refused() -> None:
 
 
 def config_of(text: str, tiny: Callable[..., Path], quantize_lm_head: bool = False) -> dict[str, Any] | None:
-    family = llama.describe(AutoConfig.from_pretrained(tiny()))
+    family = llama.family(AutoConfig.from_pretrained(tiny()).to_dict())
     kept = () if quantize_lm_head else ("lm_head",)
-    return FORMAT.config(WrittenModel(Scheme.parse(text), family, 16, torch.bfloat16, kept))
+    return FORMAT.config(WrittenModel(Scheme.parse(text), family, torch.bfloat16, kept))
 
 
 @pytest.mark.parametrize("text", ["W2A16g32", "W3A16sym", "W4A16", "W8A8", "W4A4", "W4A4KV4g32", "W4A16KV4", "W6A6sym"])

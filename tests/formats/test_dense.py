@@ -40,12 +40,12 @@ def test_slices_are_one_tensor_under_its_own_name() -> None:
 
 @pytest.mark.parametrize("text", ["W4A4", "W8A8", "W4A16KV4", "W4A4KV16"])
 def test_activations_have_no_place_in_it(text: str, tiny: Checkpoints) -> None:
-    family = llama.describe(AutoConfig.from_pretrained(tiny()))
+    family = llama.family(AutoConfig.from_pretrained(tiny()).to_dict())
     with pytest.raises(RecipeError, match=f"dense cannot hold the activations or KV cache of scheme {text}"):
-        dense.quantization_config(WrittenModel(Scheme.parse(text), family, 16, torch.bfloat16))
+        dense.quantization_config(WrittenModel(Scheme.parse(text), family, torch.bfloat16))
 
 
 def test_it_is_an_ordinary_model(tiny: Checkpoints) -> None:
-    family = llama.describe(AutoConfig.from_pretrained(tiny()))
-    written = WrittenModel(Scheme.parse("W4A16"), family, 16, torch.bfloat16)
+    family = llama.family(AutoConfig.from_pretrained(tiny()).to_dict())
+    written = WrittenModel(Scheme.parse("W4A16"), family, torch.bfloat16)
     assert dense.quantization_config(written) is None

@@ -34,7 +34,7 @@ def written(model: str, scheme: str, linears: str, tmp_path: Path) -> tuple[Path
     whole = load_file(tmp_path / "original" / "model.safetensors")
     matrices = {name: t for name, t in whole.items() if re.search(linears, name) and t.dim() == 2}
     quantized = {name: quantize_linear(t, LinearDecision(), asked, dtype) for name, t in matrices.items()}
-    config = compressed_tensors.quantization_config(WrittenModel(asked, llama.describe(LlamaConfig()), 16, dtype))
+    config = compressed_tensors.quantization_config(WrittenModel(asked, llama.family(LlamaConfig().to_dict()), dtype))
     assert config is not None
     config["ignore"] = ["lm_head", "re:.*router$"]
     for room, folder, said in ((compressed_tensors, "packed", config), (dense, "dense", None)):

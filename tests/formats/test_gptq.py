@@ -44,7 +44,10 @@ def some(shape: tuple[int, int], grid: Grid, tile: Tile, seed: int = 0) -> QTens
 def written(scheme: str, **also: Any) -> dict[str, Any]:
     config = format.quantization_config(
         WrittenModel(
-            Scheme.parse(scheme), llama.describe(LlamaConfig()), 16, torch.float16, **({"kept": ("lm_head",)} | also)
+            Scheme.parse(scheme),
+            llama.family(LlamaConfig().to_dict()),
+            torch.float16,
+            **({"kept": ("lm_head",)} | also),
         )
     )
     assert config is not None

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import bitwright
 from bitwright import Recipe
 from bitwright.core.decisions import LinearDecision
+from bitwright.core.decoder import decoder_of
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.format import WriteOptions
 from bitwright.core.grid import FULL, Grid, Tile
@@ -314,7 +315,7 @@ def test_models_that_mlc_cannot_run_are_refused_before_the_work(
 def test_settings_are_taken_wherever_they_stand() -> None:
     scaled = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
     for config in (config_of(rope_parameters=scaled), config_of(rope_scaling=scaled, rope_theta=500000.0)):
-        found = architectures.model_config(config)
+        found = architectures.model_config(decoder_of(config))
         assert found["position_embedding_base"] == 500000.0
         assert found["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
         assert (found["context_window_size"], found["prefill_chunk_size"], found["head_dim"]) == (20000, 8192, 16)
@@ -338,7 +339,8 @@ def test_the_conversation_is_that_of_the_chat_template(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "add_bos_token": True}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
     config = config_of(eos_token_id=7, bos_token_id=1)
-    found = chat.chat_config(config, tmp_path, "q4f16_1", None)
+    decoder = decoder_of(config)
+    found = chat.chat_config(config, decoder, tmp_path, "q4f16_1", None)
     conversation = found["conv_template"]
     assert (conversation["name"], conversation["stop_token_ids"]) == (name, stops)
     assert conversation["system_prefix_token_ids"] == [1]
@@ -346,16 +348,16 @@ def test_the_conversation_is_that_of_the_chat_template(
     assert found["tokenizer_info"]["token_postproc_method"] == "byte_level"
     own = found | {"conv_template": {"name": "mine"}, "top_p": 0.9}
     (tmp_path / "mlc-chat-config.json").write_text(json.dumps(own))
-    again = chat.chat_config(config, tmp_path, "q4f16_1", tmp_path)
+    again = chat.chat_config(config, decoder, tmp_path, "q4f16_1", tmp_path)
     assert (again["conv_template"], again["top_p"], again["quantization"]) == ({"name": "mine"}, 0.9, "q4f16_1")
     with pytest.raises(UserError, match=r"is the mlc-chat-config.json of a llama model; name .* of a mistral model"):
-        chat.of_base(tmp_path / "mlc-chat-config.json", config_of(model_type="mistral"))
+        chat.of_base(tmp_path / "mlc-chat-config.json", "mistral")
     (tmp_path / "m.gguf").write_bytes(b"GGUF\xbd\xff")
     (tmp_path / "list.json").write_text("[1]")
     for name, says in (("m.gguf", "is no"), ("list.json", "is no"), ("gone", "no such file"), ("x", "has no")):
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=rf"--base .*{name}: .*{says}.*; name the mlc-chat-config.json of a llama"):
-            chat.of_base(tmp_path / name, config)
+            chat.of_base(tmp_path / name, "llama")
 
 
 def test_a_sentencepiece_tokenizer(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def _config(
         outliers = sum(0 if q.outlier_index is None else len(q.outlier_index) for q in slices)
         if outliers or slices[0].tile != scheme.tile:
             departures[name.removesuffix(".weight")] = Departure(slices[0].tile.size(slices[0].shape), outliers)
-    written = WrittenModel(scheme, llama.describe(LlamaConfig()), 16, dtype, departures=departures)
+    written = WrittenModel(scheme, llama.family(LlamaConfig().to_dict()), dtype, departures=departures)
     names = [name.removesuffix(".weight") for name, tensor in kept.items() if tensor.dim() == 2]
     config = format.quantization_config(written)
     return None if config is None else config | {"modules_to_not_convert": names}

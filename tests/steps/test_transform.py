@@ -34,12 +34,12 @@ def llama_case(**changes: Any) -> Case:
     config = LlamaConfig(hidden_size=HIDDEN, vocab_size=8, **(SDPA | LLAMA | changes))
     hidden, positions = torch.zeros(1, TOKENS, HIDDEN, dtype=torch.float64), torch.arange(TOKENS)[None]
     kwargs = {"position_embeddings": LlamaRotaryEmbedding(config)(hidden, positions), "position_ids": positions}
-    return llama.describe(config), randomized(LlamaDecoderLayer(config, 0)), kwargs
+    return llama.family(config.to_dict()), randomized(LlamaDecoderLayer(config, 0)), kwargs
 
 
 def opt_case(**changes: Any) -> Case:
     config = OPTConfig(hidden_size=HIDDEN, vocab_size=8, dropout=0.0, **(SDPA | OPT | changes))
-    return opt.describe(config), randomized(OPTDecoderLayer(config, 0)), {}
+    return opt.family(config.to_dict()), randomized(OPTDecoderLayer(config, 0)), {}
 
 
 CASES: dict[str, Callable[[], Case]] = {

@@ -137,7 +137,7 @@ class _Pair:
 def _windows(folder: Path, text: str, seqlen: int | None, windows: int | None) -> Int[Tensor, "W T"]:
     """The text as the model reads it."""
     config = model_config(folder)
-    length = sequence_length(seqlen, config)
+    length = sequence_length(seqlen, getattr(config, "max_position_embeddings", None))
     tokens = tokenize(folder, text_of(text, "evaluation"))
     check_vocabulary(tokens, config, folder)
     return consecutive(tokens, length, windows, text)

@@ -9,9 +9,9 @@ from typing import Any
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.report_file import account_of
 from bitwright.core.errors import CheckpointError
-from bitwright.families.discover import ROUTER, discover
 from bitwright.formats import QuantizedFolder, is_made_dense
 from bitwright.model.config import architecture
+from bitwright.model.discover import ROUTER, discover
 from bitwright.model.source import open_checkpoint
 
 PARTS_OF_A_WEIGHT = (

@@ -53,9 +53,9 @@ def written_model(
     unlike = [row["name"] for row in rows if (row["bits"], row["symmetric"]) != (bits, symmetric)]
     if unlike:
         raise _on_another_grid(unlike[0], format)
-    family, head_dim = family_of(model.folder)
+    family = family_of(model.folder)
     dtype: torch.dtype = getattr(torch, rows[0]["dtype"])
-    return WrittenModel(scheme, family, head_dim, dtype, kept, departures(scheme, rows))
+    return WrittenModel(scheme, family, dtype, kept, departures(scheme, rows))
 
 
 def refuse_activations(model: QuantizedFolder, to: Format) -> None:

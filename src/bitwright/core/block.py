@@ -3,10 +3,13 @@
 Names are relative to the block, as transformers names them: "self_attn.q_proj".
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from bitwright.core.decoder import BLOCKS, EMBEDDING, FINAL_NORM, HEAD, Config, Decoder
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,34 @@ class Topology:
 
 @dataclass(frozen=True)
 class Family:
-    """The names and the structure of one architecture, as a file in ``families/`` describes it.
+    """Where things sit in a model: names as transformers has them, ``topology`` of its blocks.
 
+    ``attention_class`` is transformers' class of a block's attention, ``head_dim`` the features of an attention head.
     ``flattened`` are the linears, by name in the block with their input features, that see all tokens of a batch as
     rows of one matrix.
     """
 
-    model_type: str
-    blocks: str
-    embedding: str
-    final_norm: str
-    head: str
     attention_class: str
+    head_dim: int
     topology: Topology
+    blocks: str = BLOCKS
+    embedding: str = EMBEDDING
+    final_norm: str = FINAL_NORM
+    head: str = HEAD
     flattened: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a file in ``families/`` knows of the models of one ``model_type``; ``ARCHITECTURE`` at its end.
+
+    ``decoder`` reads a config.json whose model is a decoder like Llama's: engines' formats are written from it. It is
+    None for another kind of model. ``family`` tells groups of linears and sites, for methods that work on whole blocks;
+    None if nobody has described them. Each raises a UserError for a config.json that cannot be.
+    """
+
+    decoder: Callable[[Config], Decoder] | None = None
+    family: Callable[[Config], Family] | None = None
 
 
 @dataclass(frozen=True)

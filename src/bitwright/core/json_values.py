@@ -1,8 +1,7 @@
-"""JSON: read a file that a stranger wrote, check the kinds of its values, and make our own values fit for it."""
+"""JSON: read a file that a stranger wrote, and make our own values fit for one."""
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
@@ -32,41 +31,6 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: a JSON object was expected, found a {type(value).__name__}")
     return value
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value is a whole number of at least 1."""
-    return type(value) is int and value > 0
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number of at least 0."""
-    return type(value) in (int, float) and isfinite(value) and value >= 0
-
-
-def is_flag(value: Any) -> bool:
-    """Whether a value is true or false."""
-    return isinstance(value, bool)
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value is a string."""
-    return isinstance(value, str)
-
-
-def is_token(value: Any) -> bool:
-    """Whether a value is a token's id, or null."""
-    return value is None or (type(value) is int and value >= 0)
-
-
-def is_tokens(value: Any) -> bool:
-    """Whether a value is a token's id, a list of ids, or null."""
-    return all(type(item) is int and item >= 0 for item in value) if isinstance(value, list) else is_token(value)
-
-
-def one_of(*known: Any) -> Callable[[Any], bool]:
-    """A check whether a value is one of these, and of the same type."""
-    return lambda value: any(type(value) is type(item) and value == item for item in known)
 
 
 def plain(value: Any) -> Any:

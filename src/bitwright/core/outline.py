@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitwright.core.block import Family
+from bitwright.core.decoder import Decoder
 from bitwright.core.weight import Weight
 
 
@@ -19,6 +20,11 @@ class Outline:
     shapes: Mapping[str, tuple[int, ...]]
     blocks: tuple[str, ...]
     tied: bool
+
+    @classmethod
+    def of(cls, family: Family, decoder: Decoder) -> "Outline":
+        """Outline a model whose decoder is known without building it."""
+        return cls(family, decoder.parameters, decoder.block_names, decoder.tied)
 
     def source(self, name: str) -> str:
         """The checkpoint's tensor behind a parameter: a tied output layer is stored as the embedding."""

@@ -84,7 +84,6 @@ class WrittenModel:
 
     scheme: Scheme
     family: Family | None
-    head_dim: int
     dtype: torch.dtype
     kept: tuple[str, ...] = ()
     departures: Mapping[str, Departure] = field(default_factory=dict)

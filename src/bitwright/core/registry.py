@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from bitwright.core.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
+    from bitwright.core.block import Architecture
     from bitwright.core.format import Format
 
 
@@ -46,3 +47,16 @@ def find(room: str, name: str) -> ModuleType:
 
 def _module(room: str, name: str) -> ModuleType:
     return import_module(f"bitwright.{room}.{name.replace('-', '_')}")
+
+
+def architecture_of(model_type: str) -> "Architecture | None":
+    """What a file in ``families/`` knows of the models of a ``model_type``; None if there is no such file."""
+    name = model_type.replace("_", "-")
+    architecture: Architecture | None = find("families", name).ARCHITECTURE if name in names("families") else None
+    return architecture
+
+
+def described() -> tuple[str, ...]:
+    """Every ``model_type`` whose groups of linears and sites are known."""
+    known = {name.replace("-", "_"): architecture_of(name) for name in names("families")}
+    return tuple(name for name, architecture in known.items() if architecture and architecture.family)

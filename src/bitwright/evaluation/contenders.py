@@ -9,22 +9,16 @@ from typing import Any
 
 from bitwright.core.engine import BenchInput, Engine, engines
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
-from bitwright.core.registry import find
 from bitwright.evaluation import llamacpp_speed
+from bitwright.formats.gguf.architecture import architecture
 from bitwright.formats.gguf.header import MAGIC
+from bitwright.formats.gguf.reading import opened
+from bitwright.formats.gguf.settings import dimensions
 from bitwright.model.config import apart
 from bitwright.model.source import open_checkpoint
 
 IDLE = {BenchInput.FOLDER: ("python", "library"), BenchInput.GGUF: ("device", "dtype")}
 """Options of ``bench`` that a measurement has no use for."""
-GGUF_KEYS = {
-    "num_hidden_layers": "block_count",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-}
-"""Dimensions by the names that config.json has for them, and GGUF's."""
 
 
 def chosen_engine(model: Path, name: str | None) -> Engine:
@@ -145,13 +139,10 @@ def _require_same(model: Path, against: Path, config: Mapping[str, Any], other: 
 def _folder_config(folder: Path) -> dict[str, Any]:
     """Read config.json, the architecture under GGUF's name for it."""
     config = open_checkpoint(folder).config
-    return {**config, "model_type": find("formats", "gguf").architecture(config).name}
+    return {**config, "model_type": architecture(config).name}
 
 
 def _file_config(path: Path) -> dict[str, Any]:
-    """Read a GGUF file's metadata under config.json's keys; the vocabulary has as many tokens as the file lists."""
-    metadata = find("formats", "gguf").opened(path).header.says
-    architecture = metadata.get("general.architecture")
-    dimensions = {key: metadata.get(f"{architecture}.{gguf_key}") for key, gguf_key in GGUF_KEYS.items()}
-    tokens = getattr(metadata.get("tokenizer.ggml.tokens"), "count", None)
-    return {**dimensions, "model_type": architecture, "vocab_size": tokens}
+    """Read the architecture and dimensions that a GGUF file states, under config.json's keys."""
+    header = opened(path).header
+    return {**dimensions(header), "model_type": header.says.get("general.architecture")}

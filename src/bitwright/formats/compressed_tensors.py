@@ -63,7 +63,12 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         raise RecipeError(f"{next(iter(model.departures))}: {INSTEAD}")
     scheme, family = model.scheme, model.family
     groups = {"group_0": _linears(scheme, ["Linear"], None)}
-    kv = None if scheme.kv is None else _dynamic(scheme.kv, model.head_dim)
+    if scheme.kv is not None and family is None:
+        raise RecipeError(
+            f"scheme {scheme} quantizes keys and values head by head, and nobody has described this architecture to "
+            "Bitwright; quantize the original with a scheme without KV"
+        )
+    kv = None if scheme.kv is None or family is None else _dynamic(scheme.kv, family.head_dim)
     if scheme.activations is not None and family is not None:
         # The library takes dimensions 0 and 1 of an input for batch and token: rows of a matrix would share a scale.
         rows = [_linears(scheme, [f"re:.*{name}$"], width) for name, width in family.flattened]

@@ -9,7 +9,7 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
 from bitwright.core.weight import Division, Kept, Weight
-from bitwright.families.discover import HEADS, head, hidden_size, in_order, weight
+from bitwright.model.discover import HEADS, head, hidden_size, in_order, weight
 from bitwright.model.view import ModelView
 
 SHOWN = 3

@@ -14,17 +14,16 @@ from torch import Tensor
 from bitwright.calibration.tokens import tokens_of
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Family
+from bitwright.core.decoder import Decoder, OddConfigError
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
-from bitwright.core.outline import Outline
-from bitwright.core.registry import find, names
+from bitwright.core.registry import architecture_of, described
 from bitwright.formats import refuse_engine_file
 from bitwright.model.config import model_config
+from bitwright.model.plain_config import plain_decoder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FAMILIES = tuple(name for name in names("families") if name != "discover")
-"""The architectures that a file in ``families/`` describes."""
 DEFAULT_SEQLEN = 2048
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,22 +33,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Source:
     """A full-precision model on disk.
 
-    ``config`` and ``family`` are None for an architecture that no file in ``families/`` describes. ``config`` is
-    transformers' own; if there is an ``outline``, it is the content of config.json under the same names.
+    ``family`` is None for an architecture that no file in ``families/`` describes. ``config`` is transformers'; it is None for such an architecture, and if there is a ``decoder``, which was read
+    from a plain config.json without transformers.
     """
 
     checkpoint: Checkpoint
     model_type: str
-    config: Any
+    config: "PretrainedConfig | None"
     family: Family | None
-    outline: Outline | None = None
+    decoder: Decoder | None = None
 
     @classmethod
     def open(cls, folder: Path, *, to_build: bool = True, tokenizer: bool = True) -> "Source":
         """Open a model. Raises CheckpointError or RecipeError for what cannot be quantized.
 
-        If no model is going to be built (``to_build``), transformers is not asked about a config with nothing unusual
-        in it. Without ``tokenizer`` the folder need not have one.
+        If no model is going to be built (``to_build``), transformers is not asked about a plain config.json. Without ``tokenizer`` the folder need not have one.
         """
         checkpoint = open_checkpoint(folder)
         quantized = checkpoint.config.get("quantization_config")
@@ -60,52 +58,53 @@ class Source:
         model_type = _model_type(checkpoint)
         if tokenizer:
             require_tokenizer(folder)
-        if model_type not in FAMILIES:
+        architecture = architecture_of(model_type)
+        if architecture is None or architecture.family is None:
             return cls(checkpoint, model_type, None, None)
-        module = find("families", model_type)
-        plain = None if to_build or not hasattr(module, "plain") else module.plain(checkpoint.config)
-        config = plain or model_config(folder)
-        _check_blocks(checkpoint, config)
+        decoder = None if to_build else plain_decoder(checkpoint.config, architecture)
+        if decoder is not None:
+            _check_blocks(checkpoint, decoder.blocks)
+            return cls(checkpoint, model_type, None, architecture.family(checkpoint.config), decoder)
+        config = model_config(folder)
+        _check_blocks(checkpoint, getattr(config, "num_hidden_layers", 1))
         with blaming_the_config(folder):
-            family: Family = module.describe(config)
-        return cls(checkpoint, model_type, config, family, module.outline(config) if plain else None)
+            return cls(checkpoint, model_type, config, architecture.family(config.to_dict()))
 
     def described(self) -> "tuple[Family, PretrainedConfig]":
-        """Family and config of an architecture that is described. Raises RecipeError for another."""
+        """Family and configuration, to build the model. Raises RecipeError for an architecture without a family."""
         if self.family is None or self.config is None:
             raise RecipeError(
                 f"{self.checkpoint.folder}: nobody has described the architecture '{self.model_type}' to Bitwright "
-                f"yet; {nearest(self.model_type, FAMILIES)}. One short file in families/ describes a new one; "
+                f"yet; {nearest(self.model_type, described())}. One short file in families/ describes a new one; "
                 "rtn and easyquant, without --calibration, do with any"
             )
         return self.family, self.config
 
     @property
-    def head_dim(self) -> int:
-        """The number of features of an attention head; 0 if that is not known."""
-        return 0 if self.config is None else _head_dim(self.config)
+    def longest(self) -> int | None:
+        """How many tokens the model takes at most; None if it does not say."""
+        if self.decoder is not None:
+            return self.decoder.context
+        return getattr(self.config, "max_position_embeddings", None)
 
 
-def family_of(folder: Path) -> tuple[Family | None, int]:
-    """The family of the model in a folder, and the features of an attention head; None and 0 if it is not described."""
-    model_type = _model_type(open_checkpoint(folder))
-    if model_type not in FAMILIES:
-        return None, 0
+def family_of(folder: Path) -> Family | None:
+    """Describe the model in a folder; None for an architecture that nobody has described. Raises CheckpointError."""
+    architecture = architecture_of(_model_type(open_checkpoint(folder)))
+    if architecture is None or architecture.family is None:
+        return None
     config = model_config(folder)
     with blaming_the_config(folder):
-        family: Family = find("families", model_type).describe(config)
-        return family, _head_dim(config)
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        return architecture.family(config.to_dict())
 
 
 @contextmanager
 def blaming_the_config(folder: Path) -> Iterator[None]:
-    """Raise CheckpointError for whatever transformers raises about a config with impossible numbers."""
+    """Turn what comes of numbers that cannot be, in many kinds of exceptions, into CheckpointError."""
     try:
         yield
+    except OddConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     except UserError:
         raise
     except Exception as error:
@@ -209,10 +208,10 @@ def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> No
         )
 
 
-def sequence_length(asked: int | None, config: Any, default: int = DEFAULT_SEQLEN) -> int:
-    """The length asked for, or the default if the model allows it. Raises RecipeError past the model's maximum."""
-    named = getattr(config, "max_position_embeddings", None)
-    longest = named if named is not None and named > 0 else None  # 0 and -1 stand for "no maximum" in some configs
+def sequence_length(asked: int | None, longest: int | None, default: int = DEFAULT_SEQLEN) -> int:
+    """Choose the length asked for, or the default if the model allows it. Raises RecipeError past its maximum."""
+    if longest is not None and longest <= 0:
+        longest = None  # 0 and -1 stand for "no maximum" in some configs
     if asked is None:
         return min(default, longest) if longest else default
     if longest is not None and asked > longest:

@@ -125,7 +125,7 @@ def skeleton_of(source: Source, device: str) -> Skeleton:
 
 def _calibration(recipe: Recipe, source: Source, composition: Composition) -> Int[Tensor, "N T"] | None:
     _, config = source.described()
-    seqlen = sequence_length(recipe.seqlen, config)
+    seqlen = sequence_length(recipe.seqlen, source.longest)
     if recipe.calibration is None:
         if composition.needs_text:
             raise RecipeError(

@@ -6,10 +6,10 @@ from itertools import product
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.format import Format, TensorFormat
 from bitwright.core.grid import Tile
-from bitwright.core.registry import format_of
+from bitwright.core.registry import described, format_of
 from bitwright.core.scheme import Scheme
 from bitwright.core.weight import Weight, starred
-from bitwright.model.source import DTYPES, FAMILIES, Source
+from bitwright.model.source import DTYPES, Source
 from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED
 from bitwright.prepare.tensor_work import TensorWork
 from bitwright.prepare.work import Work
@@ -32,7 +32,7 @@ def check_scheme(source: Source, scheme: Scheme) -> None:
     if source.family is None and (scheme.activations or scheme.kv):
         raise RecipeError(
             f"scheme {scheme} quantizes activations, which takes an architecture that Bitwright knows, and "
-            f"'{source.model_type}' is none ({', '.join(FAMILIES)}); take a scheme with A16"
+            f"'{source.model_type}' is none ({', '.join(described())}); take a scheme with A16"
         )
 
 

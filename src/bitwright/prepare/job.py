@@ -75,7 +75,6 @@ class Job:
         return WrittenModel(
             self.scheme,
             self.source.family,
-            self.source.head_dim,
             self.scales,
             tuple(self.work.kept_linears),
             departures(self.scheme, rows),

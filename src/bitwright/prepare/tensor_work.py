@@ -10,11 +10,12 @@ from torch import Tensor
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.outline import Outline
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Scheme
 from bitwright.core.training import Training
 from bitwright.core.weight import Division, Kept, Weight
-from bitwright.families import discover
+from bitwright.model import discover
 from bitwright.model.chosen_weights import Patterns, chosen
 from bitwright.model.source import Source, pick_device, sequence_length
 from bitwright.model.view import ModelView
@@ -51,8 +52,7 @@ class TensorWork:
 
     def with_text(self, recipe: Recipe) -> "TensorWork":
         """The same: no text is needed."""
-        if self.source.config is not None:
-            sequence_length(recipe.seqlen, self.source.config)
+        sequence_length(recipe.seqlen, self.source.longest)
         return self
 
     @property
@@ -120,7 +120,8 @@ class TensorWork:
 
 def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Division, bool]:
     """The linears of an architecture that is described."""
-    outline = source.outline or skeleton_of(source, device).outline
+    assert source.family is not None
+    outline = Outline.of(source.family, source.decoder) if source.decoder else skeleton_of(source, device).outline
     source.checkpoint.require_complete(outline)
     weights = outline.weights(recipe.quantize_lm_head)
     tied = recipe.quantize_lm_head and outline.tied

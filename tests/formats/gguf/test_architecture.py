@@ -42,9 +42,8 @@ def test_dimensions(kind: str, name: str) -> None:
     assert found[f"{name}.attention.layer_norm_rms_epsilon"] == 1e-5
     assert found[f"{name}.context_length"] == 128
     assert found[f"{name}.vocab_size"] == 512
-    without = {key: value for key, value in config(kind).items() if key not in ("head_dim", "num_key_value_heads")}
-    bare = {entry.key: entry.value for entry in architecture(without).entries()}
-    assert (bare[f"{name}.attention.key_length"], bare[f"{name}.attention.head_count_kv"]) == (16, 4)
+    unsaid = entries(kind, head_dim=None, num_key_value_heads=None)
+    assert (unsaid[f"{name}.attention.key_length"], unsaid[f"{name}.attention.head_count_kv"]) == (16, 4)
 
 
 def test_where_the_rotary_base_stands() -> None:

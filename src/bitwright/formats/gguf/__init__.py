@@ -69,7 +69,7 @@ def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, forese
         for name, shape in foreseen.linears.items():
             check_shape(name, shape)
     if options.base is None:
-        tokenizer(folder, config, into.vocabulary)
+        tokenizer(folder, config, into.decoder.vocabulary)
     conversion = _conversion(QuantizedFolder.open(folder), into, options)
     conversion.require_whole()
     conversion.require_one()
@@ -100,7 +100,7 @@ def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: 
     if conversion.base is not None:
         said = list(conversion.base.entries())
     else:
-        words = tokenizer(model.folder, model.config, into.vocabulary)
+        words = tokenizer(model.folder, model.config, into.decoder.vocabulary)
         said = [*conversion.general(), *into.entries(), *words.entries()]
     write_file(output, into.name, [*said, *conversion.own(tensors)], tensors, listener)
     return conversion.differences

@@ -83,8 +83,8 @@ class Base:
         yield from unlike(self.header, model)
         tokens = self.header.says.get(TOKENS)
         count = tokens.count if isinstance(tokens, Listed) else 0
-        if count != model.vocabulary:
-            yield f"its tokenizer has {count} tokens ({TOKENS}), the model {model.vocabulary} (vocab_size)"
+        if count != model.decoder.vocabulary:
+            yield f"its tokenizer has {count} tokens ({TOKENS}), the model {model.decoder.vocabulary} (vocab_size)"
 
 
 def _header(path: Path) -> Header:

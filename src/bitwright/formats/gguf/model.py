@@ -12,11 +12,11 @@ from gguf import GGML_QUANT_VERSION, LlamaFileType
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
+from bitwright.core.decoder import HEAD
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import QuantizedModel, WriteOptions
 from bitwright.core.quantized import Difference
 from bitwright.core.weight import NO_WEIGHTS
-from bitwright.formats import _decoder_shapes as decoder
 from bitwright.formats.gguf.architecture import ROPE_FACTORS, Architecture
 from bitwright.formats.gguf.base_file import Base
 from bitwright.formats.gguf.blocks import BLOCK, nbytes_of, nearest, packed, valued
@@ -26,7 +26,6 @@ from bitwright.formats.gguf.weights import TOGETHER, held, kind_of
 
 EMBEDDINGS = {"q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0, "f16": Kind.F16}
 OUTER = ("token_embd.weight", "output.weight")
-HEAD = "lm_head"
 FILE_TYPES = {
     Kind.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     Kind.Q4_1: LlamaFileType.MOSTLY_Q4_1,
@@ -62,15 +61,12 @@ class Conversion:
 
     def require_whole(self) -> None:
         """Raises CheckpointError for a tensor that the architecture needs and the model lacks."""
-        into, model = self.into, self.model
-        sizes = {"num_key_value_heads": into.kv_heads, "head_dim": into.head_dim, "vocab_size": into.vocabulary}
-        config = {**into.config, **sizes}
-        needed = {name for n in range(into.blocks) for name in decoder.block(config, n)} | {*decoder.outer(config)}
+        model = self.model
         there = {*model.passed, *(f"{linear}.weight" for linear in model.linears)}
-        missing = sorted(needed - there - ({decoder.HEAD} if into.tied else set()))
+        missing = sorted(self.into.decoder.tensors.keys() - there)
         if missing:
             raise CheckpointError(
-                f"{model.folder}: {missing[0]} is not there, which architecture {into.name} of llama.cpp needs"
+                f"{model.folder}: {missing[0]} is not there, which architecture {self.into.name} of llama.cpp needs"
                 f"{f', and {len(missing) - 1} more' * (len(missing) > 1)}; the folder is damaged, download or quantize "
                 "it again"
             )
@@ -94,7 +90,7 @@ class Conversion:
 
     def _passed(self) -> Iterator[Planned]:
         for name in self.model.passed:
-            if name.endswith(NO_WEIGHTS) or (self.into.tied and name == f"{HEAD}.weight"):
+            if name.endswith(NO_WEIGHTS) or (self.into.decoder.tied and name == f"{HEAD}.weight"):
                 continue
             shape, named = self.model.shape(name), self._named(name)
             kind = Kind.F32 if len(shape) == 1 else self._outer_kind(shape) if named in OUTER else Kind.F16

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
+from bitwright.core.decoder import Decoder, OddConfigError, decoder_of
 from bitwright.core.engine_file import EngineTensor, Levels, Rows, Shape, Wanted
 from bitwright.core.errors import CheckpointError
-from bitwright.formats import _decoder_shapes as decoder
-from bitwright.formats.gguf.architecture import ROPE_FACTORS, Architecture, architecture
+from bitwright.formats.gguf.architecture import KNOWN, ROPE_FACTORS, Architecture, architecture
 from bitwright.formats.gguf.blocks import BLOCK, KINDS, SCALES, unpacked
-from bitwright.formats.gguf.header import Entry, Header, Listed, read_header
-from bitwright.formats.gguf.settings import lacks_factors, unlike
+from bitwright.formats.gguf.header import Entry, Header, read_header
+from bitwright.formats.gguf.settings import dimensions, lacks_factors, unlike
 from bitwright.formats.gguf.weights import TOGETHER
 
 PLAIN = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.F64: np.float64}
@@ -29,14 +29,8 @@ BRAIN_EXPONENT = 0x7F80
 """The bits of bfloat16 that are all set in NaN and infinity."""
 OUTPUT = "output.weight"
 FACTORS = (ROPE_FACTORS, "rope_factors_long.weight", "rope_factors_short.weight")
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""GGUF's architectures that are known here, and transformers' names for them."""
-KEYS = {
-    "num_hidden_layers": "block_count",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-}
+FAMILIES = {str(MODEL_ARCH_NAMES[kind]): model_type for model_type, kind in reversed(KNOWN.items())}
+"""GGUF's architectures that are known here, and the first ``model_type`` for each."""
 
 
 def opened(path: Path) -> "GgufFile":
@@ -73,21 +67,16 @@ class GgufFile:
     @cached_property
     def unknown(self) -> str:
         """Why the architecture is not looked at; "" where it is."""
-        return self._config if isinstance(self._config, str) else ""
+        return self._decoder if isinstance(self._decoder, str) else ""
 
     @cached_property
     def wanted(self) -> Wanted | None:
         """The tensors of the architecture; biases may be there."""
         if self._architecture is None:
             return None
-        config = self._architecture.config
-        needed, allowed = dict(decoder.outer(config)), dict[str, Shape]()
-        allowed[decoder.HEAD] = needed.pop(decoder.HEAD)
-        for n in range(self._architecture.blocks):
-            needed |= decoder.block(config, n)
-            allowed |= decoder.biases(config, n)
-        free = {name: self.tensors[name].shape for name in FACTORS if name in self.tensors}
-        return Wanted(self._called(needed), self._called(allowed) | free)
+        decoder = self._architecture.decoder
+        factors = {name: self.tensors[name].shape for name in FACTORS if name in self.tensors}
+        return Wanted(self._called(decoder.tensors), self._called(decoder.biases) | factors)
 
     @cached_property
     def names(self) -> Sequence[str]:
@@ -171,36 +160,30 @@ class GgufFile:
         return raw.view(PLAIN[entry.kind]) if entry.kind in PLAIN else raw
 
     @cached_property
-    def _config(self) -> dict[str, Any] | str:
-        """The dimensions as a config.json says them; in words why they are not had."""
-        says = self.header.says
-        named = str(says.get("general.architecture"))
+    def _decoder(self) -> Decoder | str:
+        """The decoder that the header describes; in words why it describes none."""
+        says, named = self.header.says, str(self.header.says.get("general.architecture"))
         if named not in FAMILIES:
             return f"architecture {named} is not known here"
-        found: dict[str, Any] = {key: says.get(f"{named}.{theirs}") for key, theirs in KEYS.items()}
-        heads, tokens = found["num_attention_heads"], says.get("tokenizer.ggml.tokens")
-        found["num_key_value_heads"] = says.get(f"{named}.attention.head_count_kv", heads)
-        found["vocab_size"] = tokens.count if isinstance(tokens, Listed) else says.get(f"{named}.vocab_size")
-        odd = [key for key, value in found.items() if not isinstance(value, int) or value < 1]
-        if odd or says.get(f"{named}.expert_count"):
-            return f"its metadata do not say {odd[0]} as one number" if odd else "it has experts"
-        found["head_dim"] = says.get(f"{named}.attention.key_length", found["hidden_size"] // heads)
-        return found | {"model_type": FAMILIES[named], "tie_word_embeddings": OUTPUT not in self.header.tensors}
+        if says.get(f"{named}.expert_count"):
+            return "it has experts"
+        config = dimensions(self.header) | {"tie_word_embeddings": OUTPUT not in self.header.tensors}
+        try:
+            return decoder_of(config | {"model_type": FAMILIES[named]})
+        except OddConfigError as error:
+            return f"its metadata do not say {error.key} as one number"
 
     @cached_property
     def _architecture(self) -> Architecture | None:
-        return None if isinstance(self._config, str) else architecture(self._config)
+        return None if isinstance(self._decoder, str) else Architecture(KNOWN[self._decoder.model_type], self._decoder)
 
     @cached_property
     def _homes(self) -> dict[str, str]:
         """The file's names by the folder's, of what is there."""
         if self._architecture is None:
             return {}
-        config, blocks = self._architecture.config, range(self._architecture.blocks)
-        every = [*decoder.outer(config)]
-        for n in blocks:
-            every += [*decoder.block(config, n), *decoder.biases(config, n)]
-        named = {name: self._architecture.tensor(name) for name in every}
+        decoder = self._architecture.decoder
+        named = {name: self._architecture.tensor(name) for name in {**decoder.tensors, **decoder.biases}}
         return {name: home for name, home in named.items() if home is not None and home in self.header.tensors}
 
     def _called(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:

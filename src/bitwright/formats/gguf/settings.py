@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from bitwright.formats.gguf.architecture import LINEAR, ROPE_FACTORS, THETA, YARN, Architecture
-from bitwright.formats.gguf.header import Header
+from bitwright.core.decoder import THETA
+from bitwright.formats.gguf.architecture import LINEAR, ROPE_FACTORS, YARN, Architecture
+from bitwright.formats.gguf.header import Header, Listed
 
 CHOSEN = ("context_length", "vocab_size")
 """Settings that may differ from config.json: how long a context is to be, what the tokens say as well."""
@@ -18,6 +19,28 @@ NONE = "none"
 """Rotary embeddings that are not scaled."""
 ALIKE, FACTORS_ALIKE = 1e-6, 1e-4
 """How far two numbers may be apart, relatively: settings, and rotary factors, which are computed."""
+
+
+DIMENSIONS = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+}
+"""Keys of config.json, and GGUF's for the same dimensions."""
+
+
+def dimensions(header: Header) -> dict[str, Any]:
+    """Read the dimensions that a header states, by the keys of config.json; those that it does not state are None.
+
+    The vocabulary is as many tokens as the file lists.
+    """
+    named, tokens = header.says.get("general.architecture"), header.says.get("tokenizer.ggml.tokens")
+    stated = {key: header.says.get(f"{named}.{gguf}") for key, gguf in DIMENSIONS.items()}
+    listed = tokens.count if isinstance(tokens, Listed) else header.says.get(f"{named}.vocab_size")
+    return stated | {"vocab_size": listed}
 
 
 def unlike(header: Header, into: Architecture) -> list[str]:
@@ -38,7 +61,7 @@ def unlike(header: Header, into: Architecture) -> list[str]:
 def lacks_factors(header: Header, into: Architecture) -> Iterator[str]:
     """In words that a model has rotary factors, and the file none."""
     if into.rope_factors() is not None and ROPE_FACTORS not in header.tensors:
-        yield f"{ROPE_FACTORS} is not there, the folder's rotary embeddings are scaled as {into.rope_type}"
+        yield f"{ROPE_FACTORS} is not there, the folder's rotary embeddings are scaled as {into.decoder.rope.kind}"
 
 
 def _completed(says: Mapping[str, Any], at: str) -> dict[str, Any]:
@@ -73,7 +96,7 @@ def _other_factors(header: Header, into: Architecture) -> Iterator[str]:
     entry, made = header.tensors.get(ROPE_FACTORS), into.rope_factors()
     if entry is None:
         return
-    wanted = np.ones(into.head_dim // 2, np.float32) if made is None else made.numpy()
+    wanted = np.ones(into.decoder.head_dim // 2, np.float32) if made is None else made.numpy()
     if entry.kind is not Kind.F32 or entry.shape != wanted.shape:
         yield f"{ROPE_FACTORS} is {entry.kind.name} {list(entry.shape)}, the folder's F32 {list(wanted.shape)}"
         return

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bitwright.checkpoint.writer import copy_file, write_json
 from bitwright.core.convert import difference
+from bitwright.core.decoder import EMBEDDING, HEAD
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import FileFormat, Foreseen, QuantizedModel, WriteOptions, typical
 from bitwright.core.grid import Grid, Tile
@@ -25,7 +26,7 @@ from bitwright.core.scheme import Scheme
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures, chat
-from bitwright.formats.mlc.architectures import EMBEDDING, HEAD, Place
+from bitwright.formats.mlc.architectures import Place
 from bitwright.formats.mlc.beforehand import (
     FLOAT16,
     HOLDS,
@@ -91,15 +92,15 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
 def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, foreseen: Foreseen | None = None) -> None:
     """Refuses before the work what MLC-LLM cannot run, options that make no sense, and weights, where they are
     foreseen, that it has no preset or no place for. Raises UserError."""
-    architectures.check(config)
-    chat.chat_config(config, folder, "", options.base)
+    decoder = architectures.checked(config)
+    chat.chat_config(config, decoder, folder, "", options.base)
     if options.embeddings not in (None, FLOAT16):
         raise RecipeError(
             f"format mlc has no embeddings in {options.embeddings}: leave it out, they are quantized like the linears, "
             f"or take --embeddings {FLOAT16} with 4 bits (MLC's q4f16_2)"
         )
     if foreseen is not None:
-        check_weights(config, folder, options, foreseen)
+        check_weights(decoder, folder, options, foreseen)
 
 
 def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: Listener) -> list[Difference]:
@@ -111,7 +112,8 @@ def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: 
         raise nothing_quantized(model.folder)
     writing = _Writing(model, options, Shards(output))
     writing.run(listener)
-    write_json(output / chat.CONFIG, chat.chat_config(model.config, model.folder, writing.quantization, options.base))
+    settings = chat.chat_config(model.config, writing.decoder, model.folder, writing.quantization, options.base)
+    write_json(output / chat.CONFIG, settings)
     for name in chat.files_of(model.folder):
         copy_file(model.folder / name, output / name)
     return writing.differences
@@ -128,18 +130,19 @@ class _Writing:
     """One pass over the model, matrix by matrix of MLC's."""
 
     def __init__(self, model: QuantizedModel, options: WriteOptions, shards: Shards) -> None:
-        self.model, self.options, self.shards, self.config = model, options, shards, model.config
+        self.model, self.options, self.shards = model, options, shards
+        self.decoder = architectures.checked(model.config)
         self.linears, self.differences, self.parameters = {*model.linears}, list[Difference](), 0
         self.pending = {*model.linears, *model.passed}
         first = model.read(of_most := typical(model))
-        chosen = Chosen.of(self.config, first.grid, first.tile, options)
+        chosen = Chosen.of(self.decoder, first.grid, first.tile, options)
         self.awq, self.preset, self.quantization = chosen.awq, chosen.preset, chosen.name
         if not (self.awq or options.lossy) and placed(first, self.preset) is None:  # the embedding takes long
             raise cannot_hold(f"{of_most} cannot be held exactly", self.quantization, options.lossy)
 
     def run(self, listener: Listener) -> None:
         """Every tensor of MLC's model. Raises CheckpointError for a tensor that it has no place for."""
-        places, norms = list(architectures.matrices(self.config)), list(architectures.norms(self.config))
+        places, norms = list(architectures.matrices(self.decoder)), architectures.norms(self.decoder)
         self._outside(EMBEDDING, self._taken(f"{EMBEDDING}.weight"))
         for done, place in enumerate(places):
             listener(Progress("write", done, len(places), place.name))
@@ -149,15 +152,14 @@ class _Writing:
         self._head()
         left = sorted(name for name in self.pending if not name.endswith(NO_WEIGHTS))
         if left:
-            raise no_place(self.model.folder, left[0], self.config)
+            raise no_place(self.model.folder, left[0], self.decoder)
         self.shards.finish(self.parameters)
 
     def _head(self) -> None:
-        tied = bool(self.config.get("tie_word_embeddings")) and HEAD not in self.linears
-        own = architectures.ARCHITECTURES[self.config["model_type"]]
+        tied = self.decoder.tied and HEAD not in self.linears
         if tied:
             self.pending -= {f"{HEAD}.weight"}  # some are stored all the same
-        if tied and own.ties:
+        if tied and architectures.shares_embedding(self.decoder):
             return
         if HEAD in self.linears and not self.awq and self.preset.embeddings:
             self._matrix(Place(HEAD, (HEAD,)))

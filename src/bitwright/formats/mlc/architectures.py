@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bitwright.core.decoder import DOWN, FINAL_NORM, GATE_UP, QKV, Config, Decoder, O, OddConfigError, decoder_of
 from bitwright.core.errors import CheckpointError, RecipeError
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 ELSEWHERE = "bitwright quantize without --format and --engine writes a folder for transformers"
 BATCH, CHUNK = 128, 8192
 """What MLC itself writes: sequences at once, and tokens of a prompt at once at most."""
@@ -17,24 +17,28 @@ BATCH, CHUNK = 128, 8192
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is special about one: the name of q, k and v together, whether they may have biases, further norms of the
-    attention, whether the output layer may be the embedding, whether rotary scaling of Llama 3 is known."""
+    """What is special about one of MLC's models.
+
+    ``qkv`` is its name of q, k and v together, ``base`` that of the rotary base. ``biased``: its attention may have
+    biases. ``ties``: its output layer may be the embedding. ``windowed``: its attention may have a window.
+    ``rope_types`` are the kinds of rotary scaling that it computes.
+    """
 
     qkv: str = "qkv_proj"
+    base: str = "rope_theta"
     biased: bool = False
-    norms: tuple[str, ...] = ()
     ties: bool = True
-    llama3_rope: bool = False
-    renamed: bool = False
-    """Rotary base under MLC's own name, not ``rope_theta``."""
+    windowed: bool = False
+    rope_types: tuple[str, ...] = ("default",)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(llama3_rope=True, renamed=True),
-    "mistral": Architecture(ties=False, renamed=True),
+    "llama": Architecture(base="position_embedding_base", rope_types=("default", "llama3")),
+    "mistral": Architecture(base="position_embedding_base", ties=False, windowed=True),
     "qwen2": Architecture(qkv="c_attn", biased=True),
-    "qwen3": Architecture(qkv="c_attn", biased=True, norms=("q_norm", "k_norm")),
+    "qwen3": Architecture(qkv="c_attn", biased=True),
 }
+"""MLC's models by the ``model_type`` of config.json."""
 
 
 @dataclass(frozen=True)
@@ -46,109 +50,106 @@ class Place:
     bias: bool = False
 
 
-def matrices(config: Mapping[str, Any]) -> Iterator[Place]:
-    """Every quantized matrix of the decoder blocks, in the order of the model."""
-    architecture = ARCHITECTURES[config["model_type"]]
-    biased = architecture.biased and bool(config.get("attention_bias", config["model_type"] == "qwen2"))
-    for n in range(config["num_hidden_layers"]):
-        attention, mlp = f"model.layers.{n}.self_attn", f"model.layers.{n}.mlp"
-        qkv = tuple(f"{attention}.{one}_proj" for one in "qkv")
-        yield Place(f"{attention}.{architecture.qkv}", qkv, biased)
-        yield Place(f"{attention}.o_proj", (f"{attention}.o_proj",), biased and config["model_type"] == "qwen3")
-        yield Place(f"{mlp}.gate_up_proj", (f"{mlp}.gate_proj", f"{mlp}.up_proj"))
-        yield Place(f"{mlp}.down_proj", (f"{mlp}.down_proj",))
+def architecture(decoder: Decoder) -> Architecture:
+    """MLC's model of a decoder."""
+    return ARCHITECTURES[decoder.model_type]
 
 
-def norms(config: Mapping[str, Any]) -> Iterator[str]:
-    """Names of the vectors that keep them."""
-    for n in range(config["num_hidden_layers"]):
-        inside = (f"self_attn.{norm}" for norm in ARCHITECTURES[config["model_type"]].norms)
-        for norm in ("input_layernorm", "post_attention_layernorm", *inside):
-            yield f"model.layers.{n}.{norm}.weight"
-    yield "model.norm.weight"
+def shares_embedding(decoder: Decoder) -> bool:
+    """Whether the output layer is the embedding in MLC's model too, so that nothing is stored for it."""
+    return decoder.tied and architecture(decoder).ties
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """Refuses a model that MLC-LLM has no code for, or whose names there nobody has looked up. Raises RecipeError."""
+def matrices(decoder: Decoder) -> Iterator[Place]:
+    """Yield every matrix of the decoder blocks, in the order of MLC's model."""
+    attention, mlp = (linear.rpartition(".")[0] for linear in (O, DOWN))
+    for block in decoder.block_names:
+        qkv, gate_up = (tuple(f"{block}.{linear}" for linear in linears) for linears in (QKV, GATE_UP))
+        yield Place(f"{block}.{attention}.{architecture(decoder).qkv}", qkv, decoder.qkv_bias)
+        yield Place(f"{block}.{O}", (f"{block}.{O}",), decoder.o_bias)
+        yield Place(f"{block}.{mlp}.gate_up_proj", gate_up)
+        yield Place(f"{block}.{DOWN}", (f"{block}.{DOWN}",))
+
+
+def norms(decoder: Decoder) -> list[str]:
+    """Names of the norms' weights, those within the attention of a block last."""
+    tensors = ((name, len(shape)) for name, shape in decoder.block.items() if name.endswith(".weight"))
+    inside = sorted((name for name, dimensions in tensors if dimensions == 1), key=lambda name: "self_attn" in name)
+    return [*(f"{block}.{name}" for block in decoder.block_names for name in inside), f"{FINAL_NORM}.weight"]
+
+
+def checked(config: Config) -> Decoder:
+    """Read a config.json.
+
+    Raises RecipeError for a model that MLC-LLM has no code for, whose names there nobody has looked up, or that it
+    would compute in another way; CheckpointError if config.json leaves something out.
+    """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise RecipeError(
             f"format mlc is written for {', '.join(ARCHITECTURES)}, and this is '{kind}', whose names in MLC-LLM "
             "Bitwright does not know; mlc_llm convert_weight takes a folder in --format dense"
         )
-    for what, found in _unknown(config):
-        raise RecipeError(f"{what} is {found!r}, which MLC-LLM's {kind} does not compute; {ELSEWHERE}")
+    try:
+        decoder = decoder_of(config)
+    except OddConfigError as error:
+        raise _not_said(error.key, error.value) from None
+    for what, value in _unknown(decoder):
+        raise RecipeError(f"{what} is {value!r}, which MLC-LLM's {kind} does not compute; {ELSEWHERE}")
+    if decoder.context is None:
+        raise _not_said("max_position_embeddings", None)
+    return decoder
 
 
-def _unknown(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _not_said(key: str, value: Any) -> CheckpointError:
+    said = "" if value is None else f" as a number, but as {value!r}"
+    return CheckpointError(f"config.json does not say {key}{said}, which MLC-LLM has to know")
+
+
+def _unknown(decoder: Decoder) -> Iterator[tuple[str, Any]]:
     """Settings that MLC's model would silently compute otherwise."""
-    kind, rope = config["model_type"], rope_of(config)
-    known = {"default", "llama3"} if ARCHITECTURES[kind].llama3_rope else {"default"}
-    if rope.get("rope_type", "default") not in known:
-        yield "the type of rotary scaling", rope["rope_type"]
-    if config.get("hidden_act", "silu") != "silu":
-        yield "hidden_act", config["hidden_act"]
-    if kind in ("llama", "mistral") and (config.get("attention_bias") or config.get("mlp_bias")):
+    ours = architecture(decoder)
+    if decoder.rope.kind not in ours.rope_types:
+        yield "the type of rotary scaling", decoder.rope.kind
+    if decoder.rope.partial != 1:
+        yield "partial_rotary_factor", decoder.rope.partial
+    if decoder.activation != "silu":
+        yield "hidden_act", decoder.activation
+    if not ours.biased and (decoder.qkv_bias or decoder.o_bias or decoder.mlp_bias):
         yield "attention_bias or mlp_bias", True
-    if config.get("use_sliding_window"):
+    if not ours.windowed and decoder.window is not None:
         yield "use_sliding_window", True
-    if kind == "qwen2" and head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
-        yield "head_dim", head_dim(config)
+    if decoder.model_type == "qwen2" and decoder.head_dim * decoder.heads != decoder.hidden:
+        yield "head_dim", decoder.head_dim
 
 
-def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``model_config`` of mlc-chat-config.json."""
-    kind = config["model_type"]
-    architecture, rope = ARCHITECTURES[kind], rope_of(config)
-    window = config.get("sliding_window") if kind == "mistral" else None
-    context = -1 if window else _needed(config, "max_position_embeddings")
-    same = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "rms_norm_eps",
-        "vocab_size",
-    )
-    found = {key: _needed(config, key) for key in same} | {
-        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "head_dim": head_dim(config),
+def model_config(decoder: Decoder) -> dict[str, Any]:
+    """Build the ``model_config`` of mlc-chat-config.json."""
+    ours, kind, window, rope = architecture(decoder), decoder.model_type, decoder.window, decoder.rope
+    context = -1 if window else decoder.context or -1
+    settings: dict[str, Any] = {
+        "hidden_size": decoder.hidden,
+        "intermediate_size": decoder.intermediate,
+        "num_attention_heads": decoder.heads,
+        "num_hidden_layers": decoder.blocks,
+        "rms_norm_eps": decoder.epsilon,
+        "vocab_size": decoder.vocabulary,
+        "num_key_value_heads": decoder.kv_heads,
+        "head_dim": decoder.head_dim,
         "context_window_size": context,
         "prefill_chunk_size": min(size for size in (context, window or -1, CHUNK) if size > 0),
         "tensor_parallel_shards": 1,
         "max_batch_size": BATCH,
+        ours.base: rope.theta,
     }
-    found["position_embedding_base" if architecture.renamed else "rope_theta"] = rope.get("rope_theta", 10000.0)
-    if architecture.ties:
-        found["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
+    if ours.ties:
+        settings["tie_word_embeddings"] = decoder.tied
     if kind == "llama":
-        scaled = rope.get("rope_type", "default") != "default"
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None
-        found |= {"rope_scaling": scaling, "pipeline_parallel_stages": 1, "disaggregation": False}
+        scaling = None if rope.kind == "default" else dict(rope.scaling)
+        settings |= {"rope_scaling": scaling, "pipeline_parallel_stages": 1, "disaggregation": False}
     elif kind == "mistral":
-        found |= {"sliding_window_size": window or -1, "attention_sink_size": 4}
+        settings |= {"sliding_window_size": window or -1, "attention_sink_size": 4}
     else:
-        found |= {"hidden_act": "silu", "dtype": "float32"}
-        found |= {"attention_bias": bool(config.get("attention_bias"))} if kind == "qwen3" else {}
-    return found
-
-
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and type of the rotary embedding, wherever this version of transformers has put them."""
-    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    if "type" in found:
-        found.setdefault("rope_type", found.pop("type"))
-    if "rope_theta" in config:
-        found.setdefault("rope_theta", config["rope_theta"])
-    return found
-
-
-def head_dim(config: Mapping[str, Any]) -> int:
-    """Features of an attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _needed(config: Mapping[str, Any], key: str) -> Any:
-    if config.get(key) is None:
-        raise CheckpointError(f"config.json does not say {key}, which MLC-LLM has to know")
-    return config[key]
+        settings |= {"hidden_act": "silu", "dtype": "float32"}
+        settings |= {"attention_bias": decoder.qkv_bias} if kind == "qwen3" else {}
+    return settings

@@ -1,17 +1,15 @@
 """Which preset weights go into, and what of them can be refused before any is read or written."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from bitwright.core.decoder import HEAD, Decoder
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import Foreseen, WriteOptions
 from bitwright.core.grid import Grid, Tile
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures
-from bitwright.formats.mlc.architectures import EMBEDDING, HEAD
 from bitwright.formats.mlc.presets import AUTOAWQ, EMBEDDINGS_KEPT, PRESETS, Preset, is_autoawq
 
 FLOAT16 = "f16"
@@ -36,9 +34,9 @@ class Chosen:
         return AUTOAWQ if self.awq else self.preset.name
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], grid: Grid, tile: Tile, options: WriteOptions) -> "Chosen":
+    def of(cls, decoder: Decoder, grid: Grid, tile: Tile, options: WriteOptions) -> "Chosen":
         """For linears of this grid and tile. Raises RecipeError for what MLC has in no, or not in this architecture."""
-        kind = config["model_type"]
+        kind = decoder.model_type
         if is_autoawq(grid, tile) and kind == "llama":
             return cls(PRESETS[-1], True)
         if is_autoawq(grid, tile) and not options.lossy:
@@ -64,15 +62,14 @@ def preset_of(grid: Grid, tile: Tile) -> Preset:
     return next(iter([*exact, *near]), PRESETS[-1])
 
 
-def check_weights(config: Mapping[str, Any], folder: Path, options: WriteOptions, foreseen: Foreseen) -> None:
+def check_weights(decoder: Decoder, folder: Path, options: WriteOptions, foreseen: Foreseen) -> None:
     """Refuses a model whose weights no preset holds, or that has other tensors than MLC's model. Raises UserError."""
     if foreseen.grid is None or foreseen.tile is None:
         raise nothing_quantized(folder)
-    chosen = Chosen.of(config, foreseen.grid, foreseen.tile, options)
+    chosen = Chosen.of(decoder, foreseen.grid, foreseen.tile, options)
     names = {*foreseen.passed, *(f"{linear}.weight" for linear in foreseen.linears)}
-    wanted = {*_plain(config, foreseen)}
-    for place in architectures.matrices(config):
-        wanted |= {f"{linear}.weight" for linear in place.linears}
+    wanted = decoder.tensors.keys()
+    for place in architectures.matrices(decoder):
         kept = [linear for linear in place.linears if linear not in foreseen.linears]
         if kept and f"{kept[0]}.weight" in names and not options.lossy:
             raise cannot_hold(f"{kept[0]} is not quantized", chosen.name, options.lossy)
@@ -86,17 +83,7 @@ def check_weights(config: Mapping[str, Any], folder: Path, options: WriteOptions
     for name in sorted(wanted - names):
         raise no_tensor(folder, name)
     for name in sorted(name for name in names - wanted - {f"{HEAD}.weight"} if not name.endswith(NO_WEIGHTS)):
-        raise no_place(folder, name, config)
-
-
-def _plain(config: Mapping[str, Any], foreseen: Foreseen) -> Iterator[str]:
-    """Names of the tensors that are needed beside those of the blocks' matrices."""
-    yield f"{EMBEDDING}.weight"
-    yield from architectures.norms(config)
-    for place in architectures.matrices(config):
-        yield from (f"{linear}.bias" for linear in place.linears if place.bias)
-    if not config.get("tie_word_embeddings"):
-        yield f"{HEAD}.weight"
+        raise no_place(folder, name, decoder)
 
 
 def nothing_quantized(folder: Path) -> RecipeError:
@@ -109,10 +96,10 @@ def no_tensor(folder: Path, name: str) -> CheckpointError:
     return CheckpointError(f"{folder} has no tensor {name}, which MLC-LLM's model needs")
 
 
-def no_place(folder: Path, name: str, config: Mapping[str, Any]) -> CheckpointError:
+def no_place(folder: Path, name: str, decoder: Decoder) -> CheckpointError:
     """Of a tensor too many."""
     return CheckpointError(
-        f"{folder}: {name} has no place in MLC-LLM's {config['model_type']}; {architectures.ELSEWHERE}"
+        f"{folder}: {name} has no place in MLC-LLM's {decoder.model_type}; {architectures.ELSEWHERE}"
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitwright.core.decoder import Config, Decoder
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.formats.mlc.architectures import model_config
 
@@ -55,15 +56,15 @@ PLAIN = Conversation("LM", "", SYSTEM, "", "", "", ("",), (), "")
 """Text goes on: what a model without a chat template does."""
 
 
-def chat_config(config: Mapping[str, Any], folder: Path, quantization: str, base: Path | None) -> dict[str, Any]:
+def chat_config(config: Config, decoder: Decoder, folder: Path, quantization: str, base: Path | None) -> dict[str, Any]:
     """The contents of mlc-chat-config.json. ``base``, one of the same architecture, is asked first for conversation and
     generation. Raises CheckpointError and RecipeError for files that cannot be read."""
-    settings, generation = model_config(config), _read(folder / "generation_config.json")
-    known = {} if base is None else of_base(base, config)
+    settings, generation = model_config(decoder), _read(folder / "generation_config.json")
+    known = {} if base is None else of_base(base, decoder.model_type)
     tokens = Tokens.of(folder)
     found: dict[str, Any] = {
         "version": VERSION,
-        "model_type": config["model_type"],
+        "model_type": decoder.model_type,
         "quantization": quantization,
         "model_config": settings,
         "vocab_size": settings["vocab_size"],
@@ -96,10 +97,10 @@ def files_of(folder: Path) -> list[str]:
     return found
 
 
-def of_base(base: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def of_base(base: Path, kind: str) -> dict[str, Any]:
     """An mlc-chat-config.json, or that of a folder. Raises RecipeError for what is none, and for one of another
     architecture."""
-    path, kind = base / CONFIG if base.is_dir() else base, config["model_type"]
+    path = base / CONFIG if base.is_dir() else base
     try:
         found = _read(path) if path.is_file() and path.stat().st_size <= MOST_BYTES else {}
     except CheckpointError:

@@ -5,14 +5,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from bitwright.core.decoder import HEAD, Decoder, OddConfigError, decoder_of
 from bitwright.core.engine_file import Shape
-from bitwright.formats import _decoder_shapes as decoder
 from bitwright.formats.mlc import architectures
 from bitwright.formats.mlc.chat import CONFIG
 from bitwright.formats.mlc.presets import AUTOAWQ, AUTOAWQ_GROUP, EMBEDDINGS_KEPT, PRESETS, Preset
 
 AS_THEY_ARE = ("q0f16", "q0bf16", "q0f32")
 """MLC's names for weights that are not quantized."""
+DIMENSIONS = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "head_dim"),
+    *("num_key_value_heads", "tie_word_embeddings", "attention_bias"),
+)
+"""What of a model_config tells which tensors there are, by the keys of config.json."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,12 @@ class Places:
 
     @cached_property
     def unknown(self) -> str:
-        """Why the architecture is not looked at; "" where it is."""
+        """Why the architecture is not looked at; "" if it is."""
         if self.says.get("model_type") not in architectures.ARCHITECTURES:
             return f"model type {self.says.get('model_type')} is not known here"
         if self.quantization not in (AUTOAWQ, *AS_THEY_ARE) and self.preset is None:
             return f"quantization {self.quantization} is not known here"
-        numbers = {key: value for key, value in self.config.items() if key != "model_type"}
-        odd = [key for key, value in numbers.items() if not isinstance(value, int) or value < 0]
-        return f"{CONFIG} does not say {odd[0]} as one number" if odd else ""
+        return self._decoder if isinstance(self._decoder, str) else ""
 
     def needed(self) -> dict[str, Shape]:
         """What the folder has to hold, by MLC's names, as it is stored."""
@@ -64,44 +67,35 @@ class Places:
         return next((preset for preset in known if preset.name == self.quantization), None)
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        """The dimensions as a config.json says them."""
-        said = self.says.get("model_config") or {}
-        same = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-        found = {key: said.get(key) for key in same}
-        found["num_key_value_heads"] = said.get("num_key_value_heads") or found["num_attention_heads"]
-        found["model_type"] = self.says.get("model_type")
+    def _decoder(self) -> Decoder | str:
+        """The decoder that the config describes; in words what it does not say."""
+        settings = self.says.get("model_config") or {}
         try:
-            found["head_dim"] = architectures.head_dim({**found, "head_dim": said.get("head_dim")})
-        except (TypeError, ZeroDivisionError):
-            found["head_dim"] = None
-        also = {key: said[key] for key in ("tie_word_embeddings", "attention_bias") if said.get(key) is not None}
-        return found | also
+            return decoder_of({key: settings.get(key) for key in DIMENSIONS} | {"model_type": self.says["model_type"]})
+        except OddConfigError as error:
+            return f"{CONFIG} does not say {error.key} as one number"
 
     @cached_property
     def homes(self) -> dict[str, Home]:
-        """Where the folder's tensors lie, by their names; empty where the architecture is unknown."""
-        if self.unknown:
+        """Where the folder's tensors lie, by their names; empty if the architecture is unknown."""
+        if self.unknown or isinstance(self._decoder, str):
             return {}
-        config, shapes = self.config, dict(decoder.outer(self.config))
-        for n in range(config["num_hidden_layers"]):
-            shapes |= decoder.block(config, n)
-        tied = config.get("tie_word_embeddings") and architectures.ARCHITECTURES[config["model_type"]].ties
-        if tied:
-            del shapes[decoder.HEAD]
-        found = {
+        decoder, shapes = self._decoder, self._decoder.parameters
+        if architectures.shares_embedding(decoder):
+            del shapes[f"{HEAD}.weight"]
+        homes = {
             name: Home(name.removesuffix(".weight") if len(shape) > 1 else name, 0, shape)
             for name, shape in shapes.items()
         }
-        for place in architectures.matrices(config):
+        for place in architectures.matrices(decoder):
             row = 0
             for linear in place.linears:
                 shape = shapes[f"{linear}.weight"]
-                found[f"{linear}.weight"] = Home(place.name, row, shape)
+                homes[f"{linear}.weight"] = Home(place.name, row, shape)
                 if place.bias:
-                    found[f"{linear}.bias"] = Home(f"{place.name}.bias", row, shape[:1])
+                    homes[f"{linear}.bias"] = Home(f"{place.name}.bias", row, shape[:1])
                 row += shape[0]
-        return found
+        return homes
 
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:

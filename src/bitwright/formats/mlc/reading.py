@@ -117,11 +117,11 @@ class MlcFolder:
 
     def unlike(self, config: Mapping[str, Any]) -> list[str]:
         """Settings of both that are different numbers. Raises RecipeError for an architecture that MLC does not run."""
-        architectures.check(config)
-        if config["model_type"] != self.says.get("model_type"):
-            return [f"model_type is {self.says.get('model_type')}, the folder's {config['model_type']}"]
+        decoder = architectures.checked(config)
+        if decoder.model_type != self.says.get("model_type"):
+            return [f"model_type is {self.says.get('model_type')}, the folder's {decoder.model_type}"]
         theirs, wrong = self.says.get("model_config") or {}, []
-        for key, value in architectures.model_config(config).items():
+        for key, value in architectures.model_config(decoder).items():
             found = theirs.get(key)
             if key in CHOSEN or not isinstance(found, int | float) or not isinstance(value, int | float):
                 continue

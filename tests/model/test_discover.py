@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitwright.families import llama, opt
-from bitwright.families.discover import EMPTY, UNNAMED, discover, embedding, head, in_order
+from bitwright.model.discover import EMPTY, UNNAMED, discover, embedding, head, in_order
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -51,7 +51,7 @@ def test_the_linears_of_ordinary_models(kind: str, made: Made) -> None:
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_the_same_as_where_somebody_has_described_it(kind: str, made: Made) -> None:
     shapes, config, model = made(kind)
-    family = (llama if kind == "llama" else opt).describe(model.config)
+    family = (llama if kind == "llama" else opt).family(model.config.to_dict())
     described = {f"{family.blocks}.{n}.{linear}" for n in range(2) for linear in family.topology.linears}
     assert found(shapes, config) == described
 

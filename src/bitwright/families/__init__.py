@@ -1,6 +1,7 @@
 """What is known of architectures: one short file each, named after the ``model_type`` of a model's config.json.
 
-A file ends with ``ARCHITECTURE = Architecture(decoder, family)``. ``decoder`` reads the config.json of a decoder like
-Llama's (``core/decoder.py``); ``family`` says which linears read the same input and where equivalent transformations
-go (``core/block.py``). Either may be left out.
+A file ends with ``ARCHITECTURE = Architecture(decoder, family)``; either may be left out. ``decoder`` reads the
+config.json of a decoder like Llama's (``core/decoder.py``): GGUF and MLC files are written from it. ``family`` says
+which linears read the same input and where equivalent transformations go (``core/block.py``): methods that work on
+whole blocks need it. ``qwen3.py`` has a decoder alone, ``opt.py`` a family alone, ``llama.py`` both.
 """

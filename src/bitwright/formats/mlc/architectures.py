@@ -102,8 +102,8 @@ def checked(config: Config) -> Decoder:
 
 
 def _not_said(key: str, value: Any) -> CheckpointError:
-    said = "" if value is None else f" as a number, but as {value!r}"
-    return CheckpointError(f"config.json does not say {key}{said}, which MLC-LLM has to know")
+    what = f"does not say {key}" if value is None else f"says {value!r} for {key}"
+    return CheckpointError(f"config.json {what}, which MLC-LLM has to know")
 
 
 def _unknown(decoder: Decoder) -> Iterator[tuple[str, Any]]:

@@ -71,7 +71,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Family:
-    """Where things sit in a model: names as transformers has them, ``topology`` of its blocks.
+    """How a model is made: the names of its parts in transformers, and the topology of its blocks.
 
     ``attention_class`` is transformers' class of a block's attention, ``head_dim`` the features of an attention head.
     ``flattened`` are the linears, by name in the block with their input features, that see all tokens of a batch as

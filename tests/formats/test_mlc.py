@@ -368,7 +368,7 @@ def test_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, strip]},
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert chat.chat_config(config_of(), tmp_path, "q4f16_1", None)["tokenizer_info"] == {
+    assert chat.chat_config(config_of(), decoder_of(config_of()), tmp_path, "q4f16_1", None)["tokenizer_info"] == {
         "token_postproc_method": "byte_fallback", "prepend_space_in_encode": True, "strip_space_in_decode": True,
     }  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint are linears, told from names and shapes alone: for architectures nobody has described.
+"""Discovery: which tensors of a checkpoint are linears, from names and shapes alone.
 
-A linear is a floating ``*.weight`` [O, I] inside a numbered block (``model.layers.3.``), unless a rule below speaks
-against it. Experts in one tensor [E, ., .] are told by their names; whether a slice is stored [O, I] or [I, O] follows
-from the hidden size, which is what gate and up read and down gives.
+For architectures that nobody has described. A linear is a floating ``*.weight`` [O, I] inside a numbered block
+(``model.layers.3.``), unless a rule below speaks against it. Experts in one tensor [E, ., .] are recognized by their
+names. Whether a slice is stored [O, I] or [I, O] follows from the hidden size, which gate and up read and down gives.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from bitwright.core.weight import Division, Kept, Weight
 
 SMALLEST = 32
-"""Features. Fewer are a router's or a gate's."""
+"""The fewest features of a linear: fewer are a router's or a gate's."""
 SMALL = f"small: fewer than {SMALLEST} features"
 EMPTY, UNNAMED = "empty", "no linear's: its name does not end in .weight"
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -20,7 +20,7 @@ EMBEDDING = "embedding"
 EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "tok_embeddings", "embeddings", "wte")
 HEADS = ("lm_head", "embed_out", "output")
 INTO, OUT_OF = ("gate_up", "gate", "up", "w1", "w3", "w13", "input_linear"), ("down", "w2", "output_linear")
-"""Beginnings of experts' last names: those that read the hidden state, and those that give it."""
+"""How the last names of experts' matrices begin: those that read the hidden state, and those that give it."""
 ROUTER = "router or gate of experts"
 KEPT = (
     ("norm or scale", r"norm|(^|[._])ln_"),
@@ -31,46 +31,57 @@ KEPT = (
     ("of a state space mixer, read without its linear", r"(^|\.)(mixer|mamba|ssm)\.(in|out|x|dt)_proj\."),
     ("adapter", r"lora_"),
 )
-"""Why a tensor is kept, and what its name then holds; the first that fits is said."""
+"""Why a tensor is kept, and a pattern in its name; the first pattern that fits gives the reason."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def discover(shapes: Shapes, floating: Iterable[str], config: Mapping[str, Any]) -> Division:
-    """The weights of a checkpoint with tensors of these shapes; ``floating`` names those of real numbers."""
+    """Divide the tensors of a checkpoint into weights and kept ones; ``floating`` names those of real numbers."""
     real, hidden = set(floating), hidden_size(config)
-    turned = _stored_turned(shapes)
+    transposed = _matrices_are_transposed(shapes)
     weights, kept = [], []
     for name in in_order(shapes):
-        why = _why_kept(name, shapes, turned) if name in real else "not floating point"
-        if why is None:
+        reason = _reason_to_keep(name, shapes, transposed) if name in real else "not floating point"
+        if reason is None:
             weights.append(weight(name, shapes, hidden))
         else:
-            kept.append(Kept(name, why))
+            kept.append(Kept(name, reason))
     return Division(tuple(weights), tuple(kept))
 
 
 def weight(name: str, shapes: Shapes, hidden: int | None) -> Weight:
-    """A tensor as a weight; a stack of experts is looked at beside the tensors of its block."""
+    """Make the weight of a tensor; how a stack of experts is stored also shows in the tensors beside it."""
     shape = shapes[name]
-    return Weight(name, name.removesuffix(".weight"), shape, len(shape) > 2 and _is_turned(name, shapes, hidden))
+    transposed = len(shape) > 2 and _slices_are_transposed(name, shapes, hidden)
+    return Weight(name, name.removesuffix(".weight"), shape, transposed)
 
 
 def head(names: Iterable[str]) -> str | None:
-    """The output layer's weight, where the checkpoint has one."""
-    return next((n for n in sorted(names) if _is(n, HEADS) and not IN_A_BLOCK.search(n)), None)
+    """Find the output layer's weight; None if the checkpoint has none."""
+    return _outside(names, HEADS)
 
 
 def embedding(names: Iterable[str]) -> str | None:
-    """The weight that turns tokens into vectors, where its name tells it."""
-    return next((n for n in sorted(names) if _is(n, EMBEDDINGS) and not IN_A_BLOCK.search(n)), None)
+    """Find the weight that makes vectors of tokens; None if no name says so."""
+    return _outside(names, EMBEDDINGS)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names in the order of blocks: outside of them first, numbers as numbers."""
+    """Sort names by blocks: tensors outside of them first, numbers as numbers."""
     return sorted(names, key=lambda name: (IN_A_BLOCK.search(name) is not None, _numbered(name)))
 
 
-def _why_kept(name: str, shapes: Shapes, turned: bool) -> str | None:
+def hidden_size(config: Mapping[str, Any]) -> int | None:
+    """Read the width of the hidden states, of the text model if there are several models; None if it is not stated."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping):
+            for key in ("hidden_size", "n_embd", "d_model", "dim"):
+                if isinstance(part.get(key), int):
+                    return int(part[key])
+    return None
+
+
+def _reason_to_keep(name: str, shapes: Shapes, transposed: bool) -> str | None:
     shape = shapes[name]
     if 0 in shape:
         return EMPTY
@@ -79,13 +90,14 @@ def _why_kept(name: str, shapes: Shapes, turned: bool) -> str | None:
     if len(shape) != 2 or not name.endswith(".weight"):
         return "not a matrix" if len(shape) != 2 else UNNAMED
     if not IN_A_BLOCK.search(name):
-        return "output layer" if _is(name, HEADS) else EMBEDDING if _is(name, EMBEDDINGS) else "outside of the blocks"
-    for why, pattern in KEPT:
+        outer = {HEADS: "output layer", EMBEDDINGS: EMBEDDING}
+        return next((reason for modules, reason in outer.items() if _is(name, modules)), "outside of the blocks")
+    for reason, pattern in KEPT:
         if re.search(pattern, name):
-            return why
+            return reason
     if min(shape) < SMALLEST:
         return SMALL
-    if turned and f"{name.removesuffix('weight')}bias" in shapes:
+    if transposed and f"{name.removesuffix('weight')}bias" in shapes:
         return "stored [in, out]: no linear"
     return None
 
@@ -94,8 +106,8 @@ def _holds_experts(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and _side(name) is not None and ("expert" in name or name.endswith("put_linear.weight"))
 
 
-def _stored_turned(shapes: Shapes) -> bool:
-    """Whether biases show that matrices are stored [in, out] (GPT-2): longer than rows, as long as columns."""
+def _matrices_are_transposed(shapes: Shapes) -> bool:
+    """Whether a bias shows that matrices are stored [in, out] (GPT-2): as long as they have columns, not rows."""
     for name, shape in shapes.items():
         bias = shapes.get(f"{name.removesuffix('weight')}bias", ())
         if name.endswith(".weight") and len(shape) == 2 and len(bias) == 1 and shape[0] != bias[0] == shape[1]:
@@ -103,14 +115,14 @@ def _stored_turned(shapes: Shapes) -> bool:
     return False
 
 
-def _is_turned(name: str, shapes: Shapes, hidden: int | None) -> bool:
+def _slices_are_transposed(name: str, shapes: Shapes, hidden: int | None) -> bool:
     """Whether slices are stored [in, out]; square ones as the others of their experts; else [out, in]."""
-    others = [other for other in shapes if _same_experts(other, name)]
-    told = [found for one in (name, *others) if (found := _turned_by_shape(one, shapes[one], hidden)) is not None]
-    return bool(told and told[0])
+    names = (name, *(other for other in shapes if _same_experts(other, name)))
+    answers = (_transposed_by_shape(tensor, shapes[tensor], hidden) for tensor in names)
+    return next((answer for answer in answers if answer is not None), False)
 
 
-def _turned_by_shape(name: str, shape: tuple[int, ...], hidden: int | None) -> bool | None:
+def _transposed_by_shape(name: str, shape: tuple[int, ...], hidden: int | None) -> bool | None:
     rows, columns = shape[-2:]
     side = _side(name)
     if side is None or rows == columns or hidden not in (rows, columns):
@@ -118,12 +130,12 @@ def _turned_by_shape(name: str, shape: tuple[int, ...], hidden: int | None) -> b
     return (columns if side in INTO else rows) != hidden
 
 
-def _same_experts(one: str, other: str) -> bool:
+def _same_experts(name: str, other: str) -> bool:
     """Whether two tensors stand side by side, both matrices of experts."""
-    return one != other and _around(one) == _around(other) and _side(one) is not None and not one.endswith("bias")
+    return name != other and _parent(name) == _parent(other) and _side(name) is not None and not name.endswith("bias")
 
 
-def _around(name: str) -> str:
+def _parent(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[0]
 
 
@@ -133,19 +145,13 @@ def _side(name: str) -> str | None:
     return next((side for side in (*INTO, *OUT_OF) if last.startswith(side)), None)
 
 
+def _outside(names: Iterable[str], modules: tuple[str, ...]) -> str | None:
+    return next((name for name in sorted(names) if _is(name, modules) and not IN_A_BLOCK.search(name)), None)
+
+
 def _is(name: str, modules: tuple[str, ...]) -> bool:
     parts = name.split(".")
     return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in modules
-
-
-def hidden_size(config: Mapping[str, Any]) -> int | None:
-    """The width of the hidden states, of the text model where there are several."""
-    for where in (config, config.get("text_config")):
-        if isinstance(where, Mapping):
-            for key in ("hidden_size", "n_embd", "d_model", "dim"):
-                if isinstance(where.get(key), int):
-                    return int(where[key])
-    return None
 
 
 def _numbered(name: str) -> tuple[tuple[int, int, str], ...]:

@@ -60,7 +60,7 @@ def _is_token(value: Any) -> bool:
 
 def _is_tokens(value: Any) -> bool:
     """Whether this is a token's number, several, or none."""
-    return all(_is_token(one) and one is not None for one in value) if isinstance(value, list) else _is_token(value)
+    return all(type(token) is int and token >= 0 for token in value) if isinstance(value, list) else _is_token(value)
 
 
 def _is_dtype(value: Any) -> bool:

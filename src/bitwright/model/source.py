@@ -33,8 +33,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Source:
     """A full-precision model on disk.
 
-    ``family`` is None for an architecture that no file in ``families/`` describes. ``config`` is transformers'; it is None for such an architecture, and if there is a ``decoder``, which was read
-    from a plain config.json without transformers.
+    ``family`` is None for an architecture that nobody has described. ``config`` is transformers'; it is None for such
+    an architecture, and if there is a ``decoder``, which was read from a plain config.json without transformers.
     """
 
     checkpoint: Checkpoint
@@ -47,7 +47,8 @@ class Source:
     def open(cls, folder: Path, *, to_build: bool = True, tokenizer: bool = True) -> "Source":
         """Open a model. Raises CheckpointError or RecipeError for what cannot be quantized.
 
-        If no model is going to be built (``to_build``), transformers is not asked about a plain config.json. Without ``tokenizer`` the folder need not have one.
+        If no model is going to be built (``to_build``), transformers is not asked about a plain config.json. Without
+        ``tokenizer`` the folder need not have one.
         """
         checkpoint = open_checkpoint(folder)
         quantized = checkpoint.config.get("quantization_config")

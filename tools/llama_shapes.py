@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from bitwright.checkpoint.header import TensorEntry
+from bitwright.core.decoder import Decoder
 from bitwright.core.errors import UserError
 
 SMALLEST_VOCABULARY = 256 + 2
@@ -42,25 +43,19 @@ class Shape:
 
     def tensors(self, dtype: torch.dtype) -> Iterator[TensorEntry]:
         """Name, dtype and shape of every tensor, in the order in which the model uses them."""
-        hidden, mlp, kv = self.hidden, self.mlp, self.hidden // self.heads * self.kv_heads
-        block = {
-            "input_layernorm": (hidden,),
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "post_attention_layernorm": (hidden,),
-            "mlp.gate_proj": (mlp, hidden),
-            "mlp.up_proj": (mlp, hidden),
-            "mlp.down_proj": (hidden, mlp),
-        }
-        yield TensorEntry("model.embed_tokens.weight", dtype, (self.vocab, hidden))
-        for layer in range(self.layers):
-            for name, shape in block.items():
-                yield TensorEntry(f"model.layers.{layer}.{name}.weight", dtype, shape)
-        yield TensorEntry("model.norm.weight", dtype, (hidden,))
-        if not self.tied:
-            yield TensorEntry("lm_head.weight", dtype, (self.vocab, hidden))
+        decoder = Decoder(
+            model_type="llama",
+            blocks=self.layers,
+            hidden=self.hidden,
+            intermediate=self.mlp,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.hidden // self.heads,
+            vocabulary=self.vocab,
+            tied=self.tied,
+        )
+        for name, shape in decoder.tensors.items():
+            yield TensorEntry(name, dtype, shape)
 
 
 SIZES = {

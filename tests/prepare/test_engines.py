@@ -16,11 +16,11 @@ from tests.plugin.experts import save_original
 
 import bitwright
 from bitwright import api
-from bitwright.core.engine import Workload, engine_named
+from bitwright.core.engine import Engine, Workload, engine_named, engines
 from bitwright.core.errors import RecipeError
 from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.recipe import Recipe
-from bitwright.core.registry import find, names
+from bitwright.core.registry import find, format_of, names
 from bitwright.core.scheme import Scheme
 from bitwright.prepare.engine_choice import for_engines
 
@@ -235,6 +235,16 @@ def test_the_groups_of_the_table_are_those_that_the_format_holds() -> None:
 def test_any_architecture_says_which_were_tried() -> None:
     for way in (way for engine in api.engines() for way in engine.ways):
         assert way.models is not None or "llama" in way.checked, way.checked
+
+
+@pytest.mark.parametrize("engine", engines(), ids=lambda engine: str(engine.name))
+def test_the_architectures_of_an_engine_are_those_its_formats_are_written_for(engine: Engine) -> None:
+    """A format that is written for one more is run with it, and then stands in the engine's table."""
+    for name in engine.formats:
+        listed = [set(way.models) if way.models else None for way in engine.ways if way.format == name]
+        written = format_of(name).models
+        assert set(written or ()) == set().union(*filter(None, listed)), name
+        assert (written is None) is (None in listed), name
 
 
 def test_an_architecture_that_the_engine_does_not_know(tiny: Checkpoints, tmp_path: Path) -> None:

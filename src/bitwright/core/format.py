@@ -122,7 +122,7 @@ class Format:
     fourth argument, the bits to report if those are fewer. ``check_shape(name, shape)`` raises RecipeError for a weight
     that it does not pack whatever its codes. ``queries_left_out`` is the grid of the queries if the config has no place
     for it. ``weights_only``: it has no place for quantized activations and KV cache. ``mixes``: linears may have
-    different schemes.
+    different schemes. ``models`` are the architectures (``model_type``) that it is written for, None for any.
     """
 
     name: str
@@ -136,6 +136,7 @@ class Format:
     queries_left_out: Callable[[Scheme], Grid | None] = _no_grid
     weights_only: bool = False
     mixes: bool = True
+    models: tuple[str, ...] | None = None
 
     def stored_bits(self, shape: Shape, scheme: Scheme, dtype: torch.dtype, outliers: int = 0) -> int:
         """Bits that a weight [O, I] or [E, A, B] takes, outliers counted; what the account reports."""

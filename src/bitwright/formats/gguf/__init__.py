@@ -20,7 +20,7 @@ from bitwright.core.progress import Listener, silent
 from bitwright.core.quantized import Difference
 from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder
-from bitwright.formats.gguf.architecture import Architecture, architecture
+from bitwright.formats.gguf.architecture import KNOWN, Architecture, architecture
 from bitwright.formats.gguf.base_file import Base
 from bitwright.formats.gguf.blocks import BLOCK, nbytes_of
 from bitwright.formats.gguf.file import write_file
@@ -113,6 +113,7 @@ FORMAT = FileFormat(
     holds_what=HOLDS,
     stored_bytes=stored_bytes,
     scales=SCALES,
+    models=tuple(KNOWN),
     check_shape=check_shape,
     single=True,
     suffix=".gguf",

@@ -247,6 +247,7 @@ FORMAT = FileFormat(
     holds_what=HOLDS,
     stored_bytes=stored_bytes,
     scales=SCALES,
+    models=tuple(architectures.ARCHITECTURES),
     check_shape=check_shape,
     mixes=False,
     single=False,

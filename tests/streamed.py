@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.conftest import Checkpoints
 
+from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.configuration import Configured
 from bitwright.core.decisions import LinearDecision
@@ -50,8 +51,9 @@ def block(streamed: Streamed) -> Iterator[Block]:
 
 def context_of(block: Block, stream: Stream, scheme: str, settings: S) -> Context[S]:
     """What a run shows to methods, scales in float32."""
-    parsed = Scheme.parse(scheme)
-    return Context(settings, parsed, torch.float32, 0, StreamedBlock(block, stream, parsed, torch.float32))
+    allocation = Allocation(Scheme.parse(scheme))
+    data = StreamedBlock(block, stream, allocation, torch.float32)
+    return Context(settings, allocation, torch.float32, 0, data)
 
 
 def configured(methods: str, preset: str = "bitwright", **asked: object) -> list[Configured]:

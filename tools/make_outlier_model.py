@@ -21,7 +21,7 @@ from bitwright.checkpoint.writer import copy_file, write_tensors
 from bitwright.core.block import Site
 from bitwright.model.source import Source
 from bitwright.steps.transform import apply_site
-from bitwright.written.companions import COPIED
+from bitwright.written.beside_weights import COPIED
 
 FACTORS = (16.0, 32.0, 64.0, 128.0)
 SHARD_BYTES = 5 * 10**9

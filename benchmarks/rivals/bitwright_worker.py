@@ -1,10 +1,11 @@
 """Bitwright's own methods, in a process and with an account like everybody else's.
 
-Settings are keys of a recipe. Methods that need no text are given none. The clock counts ``stream.runner.run``: for
+Settings are keys of a recipe. Methods that need no text are given none. The clock counts ``stream.blocks``: for
 every block reading it, deciding, and writing its packed tensors; with text also the embedding of the segments and both
 streams. ``training`` counts the epochs of learned methods alone, and their steps of one batch.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic, process_time
 from typing import Any
@@ -14,9 +15,9 @@ from torch import Tensor
 from worker import Clock, Task, write_account
 
 import bitwright
-from bitwright.api import quantizing
 from bitwright.methods import compose
-from bitwright.stream.skeleton import Skeleton
+from bitwright.stream.blocks import BlockDriver
+from bitwright.stream.parts import Part
 from bitwright.stream.train import Trainer
 
 
@@ -47,15 +48,16 @@ def main() -> None:
 def _time_blocks(segments: Tensor) -> dict[str, Any]:
     """From now on counts the run through the blocks, and refuses one on other segments than these."""
     account: dict[str, Any] = {"clock": Clock(), "blocks": 0}
-    run = quantizing.run
+    parts = BlockDriver.parts
 
-    def timed(skeleton: Skeleton, *args: Any, tokens: Tensor | None, **kwargs: Any) -> None:
+    def timed(driver: BlockDriver, *args: Any) -> Iterator[Part]:
+        tokens = driver.tokens
         assert tokens is None or torch.equal(tokens, segments), "the segments are not the ones that the others get"
-        account["blocks"] = len(skeleton.block_names)
+        account["blocks"] = len(driver.skeleton.block_names)
         with account["clock"]:
-            run(skeleton, *args, tokens=tokens, **kwargs)
+            yield from parts(driver, *args)
 
-    quantizing.run = timed
+    BlockDriver.parts = timed  # type: ignore[method-assign]
     return account
 
 

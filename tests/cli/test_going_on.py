@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.cli.conftest import SCHEME, Run, change_config, change_tensors, tree
 from tests.conftest import contents
 
 from bitwright.cli import Interrupted
-from bitwright.written.sink import FolderSink
+from bitwright.stream.parts import Part
+from bitwright.written.sink import Sink
 
 
 @contextmanager
@@ -126,28 +126,28 @@ class TestGoingOn:
 
 def stop_after_a_block(monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
     """Raises as soon as the first block is written and noted."""
-    write = FolderSink.write
+    note = Sink.note
 
-    def stopping(self: FolderSink, *arguments: Any) -> None:
-        write(self, *arguments)
+    def stopping(self: Sink, part: Part) -> None:
+        note(self, part)
         raise error
 
-    monkeypatch.setattr(FolderSink, "write", stopping)
+    monkeypatch.setattr(Sink, "note", stopping)
 
 
 SIGNALLED = """
 import os, time
-from bitwright.written.sink import FolderSink
+from bitwright.written.sink import Sink
 from bitwright.cli import main
 
-made = FolderSink.made
+note = Sink.note
 
-def stopping(self, unit, report):
-    made(self, unit, report)
-    if unit.weights:
+def stopping(self, part):
+    note(self, part)
+    if part.report is not None:
         os.kill(os.getpid(), {number})
         time.sleep(2)  # the signal is for the main thread
 
-FolderSink.made = stopping
+Sink.note = stopping
 main()
 """

@@ -13,8 +13,8 @@ from bitwright.api.evaluating import Evaluation
 from bitwright.api.exporting import Exported
 from bitwright.api.inspecting import Inspection, LinearSize
 from bitwright.api.quantizing import Result
+from bitwright.core.account import BlockReport, LinearReport
 from bitwright.core.engine import Engine, Way
-from bitwright.core.quantized import BlockReport, LinearReport
 from bitwright.evaluation.measure import Measurement
 from bitwright.evaluation.speed import Speed
 from bitwright.prepare.plan import Plan, TensorKind

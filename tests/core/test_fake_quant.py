@@ -116,7 +116,7 @@ def test_each_is_as_alone(name: str, dtype: torch.dtype, monkeypatch: pytest.Mon
     weights = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     ranges = [clipping(w, t) for w, t in zip(weights, tiles, strict=True)]
     gradients = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    found = FakeQuantizer(tiles, grid, torch.bfloat16, dtype)(weights, ranges)
+    found = FakeQuantizer(tiles, [grid] * len(tiles), torch.bfloat16, dtype)(weights, ranges)
     for weight, ends, tile, gradient, made in zip(weights, ranges, tiles, gradients, found, strict=True):
         alone = fake_quantize(weight, *ends, grid, tile, torch.bfloat16, dtype)
         assert made.dtype == dtype and torch.equal(made, alone)
@@ -129,7 +129,7 @@ def test_each_is_as_alone(name: str, dtype: torch.dtype, monkeypatch: pytest.Mon
 def test_steps_on_other_weights() -> None:
     """Weights of the step before are not taken for those of this one; the same ones are not put together again."""
     scheme = Scheme.parse("W3A16g32")
-    fake = FakeQuantizer([scheme.tile] * 2, scheme.weight, torch.bfloat16)
+    fake = FakeQuantizer([scheme.tile] * 2, [scheme.weight] * 2, torch.bfloat16)
     first, second, third = torch.randn(3, 16, 64).unbind()
 
     def check(*weights: Tensor) -> None:

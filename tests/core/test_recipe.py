@@ -17,7 +17,17 @@ KEYS = (
     *("model", "scheme", "method", "format", "calibration", "samples", "seqlen", "seed", "quantize_lm_head"),
     *("shard_size", "training", "epochs", "batch_size", "lwc_lr", "let_lr", "aug_loss", "alpha", "schedule"),
     *("precision", "sites", "refine", "drift", "axis", "damping", "act_order", "outliers", "range", "norm"),
-    *("alignment", "include", "exclude", "load_parameters", "engines", "embeddings", "base"),
+    *(
+        "alignment",
+        "include",
+        "exclude",
+        "scheme_for",
+        "allocation",
+        "load_parameters",
+        "engines",
+        "embeddings",
+        "base",
+    ),
 )
 """What bitwright.json has said of a recipe since version 0.1, in this order."""
 
@@ -99,7 +109,8 @@ def test_a_recipe_survives_as_plain_values() -> None:
     settings |= {"axis": "oc", "damping": 0.1, "act_order": False, "outliers": "0.5%", "range": "fitted"}
     settings |= {"norm": 3.0, "alignment": 2.0}
     recipe = Recipe("m", "W2A16g64", "rtn", "dense", "t.txt", 3, 64, 7, True, "12MB", "paper", **settings)
-    recipe = replace(recipe, include="a", exclude="b", load_parameters="p.safetensors")
+    recipe = replace(recipe, include="a", exclude="b", scheme_for={"c": "W8A16"}, allocation="a.json")
+    recipe = replace(recipe, load_parameters="p.safetensors")
     recipe = replace(recipe, engines="vllm", embeddings="f16", base="b.gguf")
     plain, least = Recipe("", "").as_dict(), recipe.as_dict()
     assert all(plain[key] != least[key] for key in Recipe.keys())  # noqa: SIM118
@@ -157,7 +168,7 @@ def test_model_and_scheme_must_be_said(key: str, missing: Any) -> None:
     ("key", "value", "takes"),
     [
         ("model", 3, "str"),
-        ("scheme", 4, "str"),
+        ("scheme", 4, "str or nothing"),
         ("method", ["rtn"], "str or nothing"),
         ("samples", "128", "int"),
         ("samples", True, "int"),

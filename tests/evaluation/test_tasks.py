@@ -229,7 +229,7 @@ def test_a_file_that_holds_something_else_is_left_alone(files: Path, tmp_path: P
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No model may be loaded."""
-    monkeypatch.setattr("bitwright.api.evaluating.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("bitwright.api.evaluating.load_with_loader", lambda *_, **__: pytest.fail("a model was loaded"))
     yield
 
 

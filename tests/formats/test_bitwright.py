@@ -16,6 +16,7 @@ from tests.golden import bitwright_page
 from torch import Tensor
 from transformers import LlamaConfig
 
+from bitwright.core.account import LinearReport
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import CheckpointError
 from bitwright.core.grid import FULL, Grid, Tile
@@ -202,10 +203,11 @@ def test_a_config_that_nobody_wrote_is_one_clear_error(changes: dict[str, Any], 
 
 
 def test_departures_are_what_the_scheme_does_not_say() -> None:
-    rows: list[dict[str, Any]] = [
-        {"name": "plain", "shape": [64, 128], "tile": [1, 128], "outliers": 0},
-        {"name": "turned", "shape": [64, 128], "tile": [64, 1], "outliers": 0},
-        {"name": "kept", "shape": [64, 256], "tile": [1, 256], "outliers": 7},
+    rows = [
+        LinearReport("plain", (64, 128), (1, 128), 4.0, 0, 0.0, None),
+        LinearReport("turned", (64, 128), (64, 1), 4.0, 0, 0.0, None),
+        LinearReport("kept", (64, 256), (1, 256), 4.0, 0, 0.0, None, outliers=7),
+        LinearReport("own", (64, 256), (1, 64), 4.0, 0, 0.0, None),
     ]
     want = {"turned": Departure((64, 1), 0), "kept": Departure((1, 256), 7)}
-    assert departures(Scheme(Grid.integers(4)), rows) == want
+    assert departures(Scheme(Grid.integers(4)), {"own": Scheme.parse("W8A16g64")}, rows) == want

@@ -101,10 +101,10 @@ def test_headers_pass_wherever_tensors_do(layout: str, strategy: str, symmetric:
     }
     for n, tensors in enumerate(more.values()):
         model = saved(made | tensors, tmp_path / str(n), layout, said)
-        model.look("x")
+        model.outline("x")
         assert model.read("x").shape == (OUT, IN)
     model = saved(made | {"x.weight_scale": torch.ones(5, 3)}, tmp_path / "damaged", layout, said)
-    for refuses in (model.look, model.read):
+    for refuses in (model.outline, model.read):
         with pytest.raises(CheckpointError, match="x do not fit together"):
             refuses("x")
 
@@ -112,7 +112,7 @@ def test_headers_pass_wherever_tensors_do(layout: str, strategy: str, symmetric:
 def test_headers_pass_where_no_code_is_cut(tmp_path: Path) -> None:
     tensors = {"x.weight_scale": torch.ones(1, 1), "x.weight_shape": torch.tensor([1, 64])}
     tensors["x.weight_packed"] = torch.zeros(1, 7, dtype=torch.int32)
-    saved(tensors, tmp_path / "folder", "pack-quantized", weights(3, True, "channel")).look("x")
+    saved(tensors, tmp_path / "folder", "pack-quantized", weights(3, True, "channel")).outline("x")
 
 
 def _there(tensors: dict[str, Tensor], leaf: str) -> Any:

@@ -123,7 +123,7 @@ def test_what_cannot_be_is_said_at_the_start(recipe: bitwright.Recipe) -> None:
         bitwright.plan(recipe.changed(scheme="W2A16g64", axis="ic"))
     with pytest.raises(RecipeError, match="there is no axis 'co'; did you mean oc"):
         bitwright.plan(recipe.changed(axis="co"))
-    with pytest.raises(RecipeError, match="adadim learns from text"):
+    with pytest.raises(RecipeError, match="adadim learns from calibration data"):
         bitwright.plan(replace(recipe, method="adadim", calibration=None))
     with pytest.raises(RecipeError, match="gptq has no use for axis"):
         bitwright.plan(recipe.changed(method="gptq", axis="ic"))

@@ -138,10 +138,9 @@ def test_gptq_rounds_around_outliers(streamed: Streamed, block: Block) -> None:
     """Against GPTQ in its plainest form, a column at a time and every later column updated at once."""
     _, stream = streamed
     context = context_of(block, stream, "W3A16g32", GPTQSettings(act_order=False, drift=False))
+    scheme = context.allocation.default
     weights = weights_of(block, BlockDecisions())
-    decisions = BlockDecisions(
-        linears={n: decided_alone("easyquant-outliers", w, context.scheme) for n, w in weights.items()}
-    )
+    decisions = BlockDecisions(linears={n: decided_alone("easyquant-outliers", w, scheme) for n, w in weights.items()})
     after = gptq.decide(block, context, decisions)
     name = block.topology.groups[0].linears[0]
     weight, kept, one = block.weight(name).float(), decisions.linear(name).outliers, after.linear(name)
@@ -151,12 +150,15 @@ def test_gptq_rounds_around_outliers(streamed: Streamed, block: Block) -> None:
     left, expected = weight.clone(), torch.zeros_like(weight)
     for j in range(weight.shape[1]):
         codes = quantize_linear(
-            left.masked_fill(kept, 0), LinearDecision(low=one.low, high=one.high), context.scheme, torch.float32
+            left.masked_fill(kept, 0),
+            LinearDecision(low=one.low, high=one.high),
+            scheme,
+            torch.float32,
         )
         expected[:, j] = torch.where(kept[:, j], weight[:, j], codes.dequantize()[:, j])
         error = (left[:, j] - expected[:, j]) / found.factor[j, j]
         left[:, j + 1 :] -= error[:, None] * found.factor[j, j + 1 :]
-    written = quantize_linear(weight, one, context.scheme, torch.float32)
+    written = quantize_linear(weight, one, scheme, torch.float32)
     assert torch.equal(written.dequantize()[kept], weight[kept])
     assert (written.dequantize() - expected).abs().max() < 1e-5
 
@@ -164,17 +166,18 @@ def test_gptq_rounds_around_outliers(streamed: Streamed, block: Block) -> None:
 def test_moving_errors_on_past_outliers_pays(streamed: Streamed, block: Block) -> None:
     _, stream = streamed
     context = context_of(block, stream, "W2A16g32", GPTQSettings())
+    scheme = context.allocation.default
     assert context.data is not None
     name = block.topology.groups[0].linears[0]
     weight = block.weight(name).float()
     hessian = context.data.moments(name, BlockDecisions(), drift=False).inputs
-    one = decided_alone("easyquant-outliers", weight, context.scheme)
-    ranges = Ranges(one.inside(weight), None, context.scheme.weight, context.scheme.tile, torch.float32)
+    one = decided_alone("easyquant-outliers", weight, scheme)
+    ranges = Ranges(one.inside(weight), None, scheme.weight, scheme.tile, torch.float32)
     assert one.outliers is not None
     codes = compensated(weight, ranges, curvature(hessian), (one.outliers, weight))
     lost = []
     for decision in (one, LinearDecision(low=ranges.low, high=ranges.high, outliers=one.outliers, codes=codes)):
-        off = quantize_linear(weight, decision, context.scheme, torch.float32).dequantize() - weight
+        off = quantize_linear(weight, decision, scheme, torch.float32).dequantize() - weight
         lost.append(float(((off @ hessian) * off).sum()))
     assert lost[1] < 0.9 * lost[0]
 
@@ -182,18 +185,19 @@ def test_moving_errors_on_past_outliers_pays(streamed: Streamed, block: Block) -
 def test_lwc_starts_from_the_ranges_found(streamed: Streamed, block: Block) -> None:
     _, stream = streamed
     context = context_of(block, stream, "W2A16g32", LWCSettings())
+    scheme = context.allocation.default
     weights = weights_of(block, BlockDecisions())
-    start = BlockDecisions(linears={n: decided_alone("easyquant", w, context.scheme) for n, w in weights.items()})
+    start = BlockDecisions(linears={n: decided_alone("easyquant", w, scheme) for n, w in weights.items()})
     learnable = lwc.Clipping(block, context, start)
     after = learnable.decide({f"{n}.weight": w for n, w in weights.items()}, start)
     assert len(weights) == 7
     for name, weight in weights.items():
         before, now = start.linear(name), after.linear(name)
         assert before.low is not None and now.low is not None
-        inside, tile = before.inside(weight), context.scheme.tile
-        written = [quantize_linear(weight, one, context.scheme, torch.float32).dequantize() for one in (before, now)]
+        inside, tile = before.inside(weight), scheme.tile
+        written = [quantize_linear(weight, one, scheme, torch.float32).dequantize() for one in (before, now)]
         assert torch.linalg.vector_norm(written[0] - written[1]) < 0.1 * torch.linalg.vector_norm(weight - written[0])
-        ends = fitted(inside, context.scheme.weight, tile, torch.float32, alignment=16.0)
+        ends = fitted(inside, scheme.weight, tile, torch.float32, alignment=16.0)
         assert torch.equal(ends[0], before.low)
 
 

@@ -8,6 +8,7 @@ from tests.conftest import Checkpoints, changed, measured
 from tests.streamed import Streamed
 
 import bitwright
+from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.errors import RecipeError
@@ -18,7 +19,7 @@ from bitwright.methods import equalize
 from bitwright.steps.apply import fold
 from bitwright.stream.forward import forward_all
 
-CONTEXT = Context(Settings(), Scheme.parse("W4A16"), torch.float32)
+CONTEXT = Context(Settings(), Allocation(Scheme.parse("W4A16")), torch.float32)
 
 
 def plant(tensors: dict[str, torch.Tensor], prefix: str = "") -> None:
@@ -44,7 +45,7 @@ def test_channels_that_stand_out(streamed: Streamed, block: Block) -> None:
         assert scale[channel] in (size / 2, size, size * 2)
         assert scale.sum() == scale[channel] + len(scale) - 1, "the others have none"
     folded = fold(
-        dict(block.module.named_parameters()), block.topology, BlockDecisions(found), CONTEXT.scheme, torch.float32
+        dict(block.module.named_parameters()), block.topology, BlockDecisions(found), CONTEXT.allocation, torch.float32
     )
     x, kwargs = streamed[1].activations.reference, streamed[1].kwargs_of(block)
     after, before = forward_all(block, folded.full, x, kwargs), forward_all(block, {}, x, kwargs)

@@ -67,5 +67,5 @@ def test_the_output_layer_is_rounded_to_nearest_and_it_says_so(recipe: bitwright
 
 
 def test_text_is_asked_for(recipe: bitwright.Recipe) -> None:
-    with pytest.raises(RecipeError, match="gptq learns from text"):
+    with pytest.raises(RecipeError, match="gptq learns from calibration data"):
         bitwright.plan(replace(recipe, calibration=None))

@@ -13,6 +13,7 @@ from tests.streamed import Streamed, configured, context_of
 from torch import Tensor
 
 import bitwright
+from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block, Topology
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.errors import OutputError, RecipeError
@@ -20,7 +21,7 @@ from bitwright.core.scheme import Scheme
 from bitwright.core.training import Training
 from bitwright.methods import compose
 from bitwright.model.source import Source
-from bitwright.prepare import block_work
+from bitwright.prepare import block_way
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
 from bitwright.stream.activations import Stream
@@ -96,7 +97,9 @@ def test_training_output_is_the_folded_output(streamed: Streamed, methods: str, 
         inputs, kwargs = stream.activations.quantized, stream.kwargs_of(block)
         with torch.no_grad():
             trained = training.substituted()
-        folded = fold(training.base, block.topology, training.decisions(), Scheme.parse(scheme), torch.float32)
+        folded = fold(
+            training.base, block.topology, training.decisions(), Allocation(Scheme.parse(scheme)), torch.float32
+        )
         with quantized_activations(block, Scheme.parse(scheme)):
             during, after = (forward_all(block, p, inputs, kwargs) for p in (trained, folded.written()))
         assert set(folded.written()) <= set(dict(block.module.named_parameters()))
@@ -110,7 +113,7 @@ def test_scales_alone_leave_the_full_precision_block_alone(streamed: Streamed) -
         training = trainer(block, stream, "W4A4", "let", QUICK, sites="all")
         training.run()
         decided = training.decisions()
-        full = fold(training.base, block.topology, decided, Scheme.parse("W4A4"), torch.float32).full
+        full = fold(training.base, block.topology, decided, Allocation(Scheme.parse("W4A4")), torch.float32).full
         inputs, kwargs = stream.activations.reference, stream.kwargs_of(block)
         before, after = forward_all(block, {}, inputs, kwargs), forward_all(block, full, inputs, kwargs)
     assert set(decided.sites) == {"norm->qkv", "q.k", "v->o", "norm->gate,up", "up->down"}
@@ -245,7 +248,7 @@ def test_a_run_killed_after_it_saved_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(finishing, "run_account", killed)
+        patched.setattr(finishing, "account_of", killed)
         with pytest.raises(KeyboardInterrupt):
             bitwright.quantize(recipe, out, save_parameters=saved)
     assert saved.exists() and not out.exists()
@@ -260,7 +263,7 @@ def test_arithmetic_in_the_checkpoints_dtype(
     method: str, scheme: str, recipe: bitwright.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: the block computes in bfloat16, what is learned stays in float32."""
-    monkeypatch.setattr(block_work, "pick_dtype", lambda name, device, stored: stored)
+    monkeypatch.setattr(block_way, "pick_dtype", lambda name, device, stored: stored)
     epochs = None if method in UNTRAINED else 2
     result = bitwright.quantize(recipe.changed(method=method, scheme=scheme, epochs=epochs), tmp_path / "out")
     assert result.output_error is not None and 0 < result.output_error < 0.5

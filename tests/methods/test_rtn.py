@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block, LinearGroup, Topology
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.grid import Grid, Tile
@@ -30,7 +31,9 @@ def test_it_decides_no_more_than_what_undecided_weights_get() -> None:
 
 
 def test_ranges_are_the_smallest_and_the_largest_weight_of_each_tile() -> None:
-    found = fold(dict(block().module.named_parameters()), block().topology, BlockDecisions(), CONTEXT.scheme, DTYPE)
+    found = fold(
+        dict(block().module.named_parameters()), block().topology, BlockDecisions(), Allocation(CONTEXT.scheme), DTYPE
+    )
     steps = torch.tensor([[3.0, 4.0], [6.0, 8.0]]) / 15  # a range reaches zero
     assert set(found.linears) == {"a", "b"}
     torch.testing.assert_close(found.linears["a"].scale, steps)

@@ -70,7 +70,7 @@ def test_the_full_precision_block_stays_what_it_was(method: Closed[Any], streame
     context = context_of(block, streamed[1], "W4A4", settings)
     found = method.decide(block, context, BlockDecisions())
     assert any((site.scale - 1).abs().max() > 0.1 for site in found.sites.values())
-    folded = fold(dict(block.module.named_parameters()), block.topology, found, context.scheme, torch.float32)
+    folded = fold(dict(block.module.named_parameters()), block.topology, found, context.allocation, torch.float32)
     inputs, kwargs = streamed[1].activations.reference, streamed[1].kwargs_of(block)
     after, before = forward_all(block, folded.full, inputs, kwargs), forward_all(block, {}, inputs, kwargs)
     assert (after - before).norm() < 1e-5 * before.norm()  # float32: single values near zero may be further off

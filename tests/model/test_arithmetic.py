@@ -13,7 +13,8 @@ from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.progress import Progress
 from bitwright.model import arithmetic
 from bitwright.model.arithmetic import pick_arithmetic
-from bitwright.prepare import job
+from bitwright.prepare.prepared import prepare
+from bitwright.prepare.question import Question
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PROBES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -81,9 +82,9 @@ def test_a_run_is_not_continued_in_another_arithmetic(
 
 def test_what_is_not_trained_is_the_same_everywhere(recipe: bitwright.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda: True)
-    assert job.prepare(recipe).arithmetic == torch.bfloat16
-    assert job.prepare(recipe.changed(scheme="W3A16", method="lwc", epochs=None)).arithmetic is None
-    assert job.prepare(recipe.changed(method="rtn", epochs=None)).arithmetic is None
+    assert prepare(Question.of(recipe)).arithmetic == torch.bfloat16
+    assert prepare(Question.of(recipe.changed(scheme="W3A16", method="lwc", epochs=None))).arithmetic is None
+    assert prepare(Question.of(recipe.changed(method="rtn", epochs=None))).arithmetic is None
 
 
 def test_a_precision_that_cannot_be_meant_is_refused(recipe: bitwright.Recipe) -> None:

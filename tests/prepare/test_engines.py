@@ -16,13 +16,13 @@ from tests.plugin.experts import save_original
 
 import bitwright
 from bitwright import api
-from bitwright.core.engine import Engine, Workload, engine_named, engines
+from bitwright.core.engine import Engine, engine_named, engines
 from bitwright.core.errors import RecipeError
 from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.recipe import Recipe
 from bitwright.core.registry import find, format_of, names
-from bitwright.core.scheme import Scheme
 from bitwright.prepare.engine_choice import for_engines
+from bitwright.prepare.question import Question
 
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
 """Sizes that every group divides."""
@@ -56,6 +56,11 @@ def test_the_page_says_what_one_model_may_mix() -> None:
     assert {name for name, _ in ways} == {engine.name for engine in api.engines()}
 
 
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with the format that its engines lead to."""
+    return for_engines(Question.of(recipe), "cpu").recipe
+
+
 @pytest.mark.parametrize(("scheme", "engines", "format"), [
     ("W4A16g128", "vllm", "compressed-tensors"), ("W4A16g32", "llama.cpp", "gguf"), ("W3A16g128", "gptqmodel", "gptq"),
     ("W4A16g128", "vllm, gptqmodel", "awq"), ("mlc:q3f16_1", "mlc", "mlc"), ("W4A16g128", "mlc", "mlc"),
@@ -63,7 +68,7 @@ def test_the_page_says_what_one_model_may_mix() -> None:
     ("W7A16", "llama.cpp", "gguf"),
 ])  # fmt: skip
 def test_the_format_is_chosen(scheme: str, engines: str, format: str, tiny: Checkpoints) -> None:
-    assert for_engines(Recipe(str(tiny(**WIDE)), scheme, "rtn", engines=engines)).format == format
+    assert settled(Recipe(str(tiny(**WIDE)), scheme, "rtn", engines=engines)).format == format
 
 
 @pytest.mark.parametrize(("scheme", "engine", "nearest"), [
@@ -78,7 +83,7 @@ def test_what_does_not_run_is_refused_with_the_nearest_that_does(
         bitwright.quantize(Recipe(str(tiny(**WIDE)), scheme, "rtn", engines=engine), tmp_path / "out")
     found = re.search(r"nearest scheme that it runs is (\S+);", str(error.value))
     assert found is not None and not any(tmp_path.iterdir())
-    assert for_engines(Recipe(str(tiny(**WIDE)), found[1], "rtn", engines=engine)).format
+    assert settled(Recipe(str(tiny(**WIDE)), found[1], "rtn", engines=engine)).format
     assert found[1] == nearest
 
 
@@ -98,7 +103,7 @@ def test_what_does_not_run_is_refused_with_the_nearest_that_does(
 def test_refused(how: dict[str, Any], says: str, tiny: Checkpoints) -> None:
     recipe = Recipe(str(tiny()), **({"scheme": "W4A16g32", "method": "rtn"} | how))
     with pytest.raises(RecipeError, match=says):
-        for_engines(recipe)
+        settled(recipe)
 
 
 COMMAND = r"bitwright export OUTPUT --format (\S+) --output (\S+?)(?:;|$)"
@@ -114,7 +119,7 @@ def test_what_is_advised_for_several_engines_works(
 ) -> None:
     recipe = Recipe(str(tiny(**WIDE, eos_token_id=0)), scheme, "rtn", engines=engines)
     with pytest.raises(RecipeError) as error:
-        for_engines(recipe)
+        settled(recipe)
     begin = re.search(r"Quantize with (?:--engine (\S+) alone|--format (\S+) and no --engine),", str(error.value))
     assert begin is not None and begin[1] == first, str(error.value)
     bitwright.quantize(replace(recipe, engines=begin[1], format=begin[2]), tmp_path / "OUTPUT")
@@ -201,21 +206,19 @@ def test_linears_left_alone_beside_an_engine_that_leaves_none(tiny: Checkpoints)
 def test_schemes_that_differ(
     scheme: str, exceptions: dict[str, str | None], engines: str, expected: str, tiny: Checkpoints
 ) -> None:
-    recipe = Recipe(str(tiny(**WIDE)), scheme, "rtn", engines=engines)
     ((name, text),) = exceptions.items()
-    other = None if text is None else Scheme.parse(text)
-    schemes = {f"model.layers.{n}.{name}": other for n in range(2)}
-    workload = Workload(Scheme.parse(scheme), "llama", exceptions=schemes)
+    other = {"exclude": f"*.{name}"} if text is None else {"scheme_for": [f"*.{name}={text}"]}
+    recipe = Recipe(str(tiny(**WIDE)), scheme, "rtn", engines=engines, **other)
     if expected in names("formats"):
-        assert for_engines(recipe, "cpu", workload).format == expected
+        assert settled(recipe).format == expected
         return
     with pytest.raises(RecipeError, match=expected):
-        for_engines(recipe, "cpu", workload)
+        settled(recipe)
 
 
 def test_one_reason_for_each_format(tiny: Checkpoints) -> None:
     with pytest.raises(RecipeError) as error:
-        for_engines(Recipe(str(tiny(**WIDE)), "W4A16g64", "rtn", engines="mlc"))
+        settled(Recipe(str(tiny(**WIDE)), "W4A16g64", "rtn", engines="mlc"))
     assert str(error.value).count("in mlc") == 1
     assert "4-bit asymmetric weights in groups of 64, only of multiples of 128" in str(error.value)
 
@@ -255,22 +258,22 @@ def test_an_architecture_that_the_engine_does_not_know(tiny: Checkpoints, tmp_pa
     )
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
     with pytest.raises(RecipeError, match=r"the architecture 'gpt_neox', only llama.*No scheme helps"):
-        for_engines(Recipe(str(tmp_path / "neox"), "W4A16g32", "rtn", engines="llama.cpp"))
+        settled(Recipe(str(tmp_path / "neox"), "W4A16g32", "rtn", engines="llama.cpp"))
 
 
 @pytest.mark.parametrize("none", ["0", "0.00", "0%"])
 def test_outliers_may_be_left_out(none: str, tiny: Checkpoints) -> None:
     recipe = Recipe(str(tiny()), "W4A16g32", "easyquant", engines="llama.cpp", outliers=none)
-    assert for_engines(recipe).format == "gguf"
+    assert settled(recipe).format == "gguf"
 
 
 def test_zero_points_in_groups_of_128_are_for_mlc_with_llama_alone(tiny: Checkpoints, tmp_path: Path) -> None:
-    assert for_engines(Recipe(str(tiny(**WIDE)), "W4A16g128", engines="mlc")).format == "mlc"
+    assert settled(Recipe(str(tiny(**WIDE)), "W4A16g128", engines="mlc")).format == "mlc"
     other = shutil.copytree(tiny(**WIDE), tmp_path / "qwen2")
     config = json.loads((other / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
     (other / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
     with pytest.raises(RecipeError, match=r"4-bit asymmetric weights.*that it runs is W4A16g128sym;"):
-        for_engines(Recipe(str(other), "W4A16g128", engines="mlc"))
+        settled(Recipe(str(other), "W4A16g128", engines="mlc"))
 
 
 NARROW = {"hidden_size": 96, "intermediate_size": 192, "head_dim": 24}

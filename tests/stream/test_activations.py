@@ -11,6 +11,7 @@ from tests.conftest import Checkpoints, loaded
 from tests.stream.conftest import SkeletonOf
 from torch import Tensor
 
+from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, SiteDecision
 from bitwright.core.scheme import Scheme
@@ -33,7 +34,7 @@ def disturbed(block: Block, names: tuple[str, ...] = LINEARS, by: float = 0.05) 
 
 def folded(block: Block, decisions: BlockDecisions | None = None, scheme: Scheme = SCHEME) -> Folded:
     parameters = dict(block.module.named_parameters())
-    return fold(parameters, block.topology, decisions or BlockDecisions(), scheme, torch.float32)
+    return fold(parameters, block.topology, decisions or BlockDecisions(), Allocation(scheme), torch.float32)
 
 
 def step(block: Block, weights: Mapping[str, Tensor], stream: Stream) -> tuple[Stream, StreamErrors]:

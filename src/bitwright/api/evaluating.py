@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 from bitwright.calibration.texts import BUILTIN, text_of
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, silent
-from bitwright.evaluation.loading import left_out, load
+from bitwright.evaluation.loading import Loaded, load_with_loader
 from bitwright.evaluation.measure import Measurement, consecutive, measure
 from bitwright.evaluation.scores import TaskScore, side_by_side
 from bitwright.evaluation.scoring import TaskOptions, answers_file, prepare_tasks, score
-from bitwright.formats import is_made_dense
 from bitwright.model.config import model_config
 from bitwright.model.source import check_vocabulary, open_checkpoint, pick_device, pick_dtype, sequence_length, tokenize
 
@@ -26,7 +25,7 @@ from bitwright.model.source import check_vocabulary, open_checkpoint, pick_devic
 class Evaluation:
     """What was measured, and what it was made of: the folder, the text, the dtype of the arithmetic, bytes on disk.
 
-    ``loader`` is "transformers", or "bitwright" where the folder is dequantized by Bitwright (gptq, awq), and where
+    ``loader`` is "transformers", or "bitwright" if the folder is dequantized by Bitwright (gptq, awq), and if
     queries are quantized that its config leaves out.
     ``text`` and ``measurement`` are None where only tasks were asked for, ``tasks`` empty where only a text was.
     """
@@ -87,14 +86,17 @@ def evaluate(
     cut = None if text is None else _windows(pair.folder, text, seqlen, windows)
     prepared = prepare_tasks(asked, pair.folder) if tasks else ()
     with answers_file(asked, pair.folders) as file:
-        models = [pair.load(pair.folder)]
+        loaded = pair.load(pair.folder)
+        models = [loaded.model]
+        loader = loaded.loader
+        del loaded  # the tasks give the model up as soon as they can
         measured = None if cut is None else _measure(pair, models[0], cut, listener)
         scores, notes = ((), ()) if file is None else _score(pair, models, asked, prepared, file, listener)
     return Evaluation(
         folder=str(folder),
         text=text,
         reference=None if reference is None else str(reference),
-        loader=_loader(pair.folder),
+        loader=loader,
         dtype=_name(pair.arithmetic),
         device=str(pair.where),
         weight_bytes=open_checkpoint(pair.folder).total_bytes,
@@ -129,9 +131,9 @@ class _Pair:
         """Both, or the one there is."""
         return [self.folder] if self.reference is None else [self.folder, self.reference]
 
-    def load(self, folder: Path) -> PreTrainedModel:
+    def load(self, folder: Path) -> Loaded:
         """One of the two, ready to run."""
-        return load(folder, device=str(self.where), dtype=_name(self.arithmetic))
+        return load_with_loader(folder, device=str(self.where), dtype=_name(self.arithmetic))
 
 
 def _windows(folder: Path, text: str, seqlen: int | None, windows: int | None) -> Int[Tensor, "W T"]:
@@ -144,7 +146,7 @@ def _windows(folder: Path, text: str, seqlen: int | None, windows: int | None) -
 
 
 def _measure(pair: _Pair, model: PreTrainedModel, cut: Int[Tensor, "W T"], listener: Listener) -> Measurement:
-    original = None if pair.reference is None else pair.load(pair.reference)
+    original = None if pair.reference is None else pair.load(pair.reference).model
     return measure(model, cut, original, listener=listener)
 
 
@@ -162,13 +164,8 @@ def _score(
     scores, notes = score(asked, prepared, pair.folder, models.pop(), file, listener)
     if pair.reference is None:
         return scores, notes
-    originals, _ = score(asked, prepared, pair.reference, pair.load(pair.reference), file, listener)
+    originals, _ = score(asked, prepared, pair.reference, pair.load(pair.reference).model, file, listener)
     return side_by_side(scores, originals), notes
-
-
-def _loader(folder: Path) -> str:
-    plain = left_out(folder) is None and not is_made_dense(open_checkpoint(folder))
-    return "transformers" if plain else "bitwright"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,53 +1,31 @@
 """export(): a quantized folder in another format, its codes kept."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from bitwright.api.quantizing import JOURNAL
+from bitwright.checkpoint.account_file import read_account, write_account
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun, merge_shards
 from bitwright.checkpoint.output import OutputFolder
-from bitwright.checkpoint.ranges import Stored
-from bitwright.checkpoint.report_file import REPORT, account_of, as_written, without_digests
-from bitwright.checkpoint.writer import write_json, write_tensors
-from bitwright.convert.exported_terms import (
-    common_columns,
-    kept_linears,
-    refuse_activations,
-    refuse_departures,
-    refuse_terms,
-    terms_of,
-    written_model,
-)
-from bitwright.convert.refitting import refitted
-from bitwright.core.convert import relative_error
-from bitwright.core.errors import RecipeError
-from bitwright.core.format import FileFormat, Foreseen, Format, TensorFormat, WriteOptions, typical
-from bitwright.core.json_values import plain
-from bitwright.core.progress import Listener, Progress, silent
+from bitwright.convert.conversion import Conversion
+from bitwright.convert.refusals import refuse
+from bitwright.core.account import Account, ExportAccount, ExportedLinear
+from bitwright.core.format import FileFormat, TensorFormat, WriteOptions
+from bitwright.core.progress import Listener, silent
 from bitwright.core.quantized import Difference
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
-from bitwright.core.tensor_bytes import digest
 from bitwright.formats import QuantizedFolder
 from bitwright.prepare.format_choice import refuse_idle, target
-from bitwright.prepare.places import refuse_output
+from bitwright.prepare.outputs import refuse_output
 from bitwright.stream.memory import peak_memory
-from bitwright.stream.units import block_of
-from bitwright.verification.completeness import require_all_tensors, require_sound_headers
+from bitwright.stream.parts import PartWriter
 from bitwright.verification.engine_files import require_sound_file
 from bitwright.verification.soundness import require_sound
-from bitwright.written.companions import copy_companions, write_config
+from bitwright.written.beside_weights import copy_along, write_config
 from bitwright.written.finishing import bytes_of, leaving_nothing
-
-OUTSIDE = "outside of the blocks"
-KEPT = ("name", "codes", "error", "digest")
-"""What bitwright.json keeps of the account of a linear."""
+from bitwright.written.sink import JOURNAL, Sink
 
 
 @dataclass(frozen=True)
@@ -102,10 +80,11 @@ def export(
     single = isinstance(to, FileFormat) and to.single
     refuse_output(folder, output, overwrite, single)
     model, shard_bytes = QuantizedFolder.open(folder), size_in_bytes(shard_size, "shard size")
-    account = without_digests(account_of(folder))
-    options = WriteOptions(lossy, embeddings, None if base is None else Path(base), account)
+    account = read_account(folder) or Account()
+    along = {} if account == Account() else account.without_digests.to_json()
+    options = WriteOptions(lossy, embeddings, None if base is None else Path(base), along)
     refuse_idle(format, embeddings, base, shard_size)
-    _refuse(model, format, to, options)
+    refuse(model, to, options)
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single) as work:
         if isinstance(to, FileFormat):
             place = work.file if single else work.path
@@ -114,110 +93,43 @@ def export(
             verified = require_sound_file(to, place, model, differences)
         else:
             assert isinstance(to, TensorFormat)
-            differences = _TensorExport(model, to, format, lossy, work, restart).run(shard_bytes, listener)
+            conversion = Conversion(model, PartWriter(work.work, to, to), lossy)
+            differences = _convert(conversion, account, work, restart, shard_bytes, listener)
             verified = require_sound(work.path, _shapes(model))
         bytes_out = bytes_of(work.file if single else work.path)
         work.publish()
     return _summed(model, output, format, differences, bytes_out, verified, monotonic() - start)
 
 
-def _refuse(model: QuantizedFolder, format: str, to: Format, options: WriteOptions) -> None:
-    """Refuses, before the work, what can be told beforehand."""
-    refuse_activations(model, to)
-    if model.described is not None and not options.lossy:
-        refuse_departures(model, to)
-    require_sound_headers(model)
-    if isinstance(to, FileFormat):
-        to.check(model.checkpoint.config, model.folder, options, _foreseen(model))
-        return
-    if model.format is None:
-        raise RecipeError(
-            f"{model.folder} is not quantized: bitwright quantize {model.folder} --format {format} does that"
-        )
-    if model.stacks:
-        raise RecipeError(
-            f"{model.stacks[0]} in {model.folder} is fused over experts, and such weights are not exported; quantize "
-            f"the original with --format {format}"
-        )
-    if model.format_name == format:
-        raise RecipeError(f"{model.folder} is a {format} folder already; name another format")
-    require_all_tensors(model)
-    for name in model.linears:
-        to.check_shape(name, model.shape(name))
-    assert isinstance(to, TensorFormat)
-    refuse_terms(model, format, to, options.lossy)
-
-
-def _foreseen(model: QuantizedFolder) -> Foreseen:
-    first = model.read(typical(model)) if model.linears else None
-    grid, tile = (None, None) if first is None else (first.grid, first.tile)
-    return Foreseen({name: model.shape(name) for name in model.linears}, model.passed, grid, tile)
-
-
-class _TensorExport:
-    """A folder of safetensors: part by part, a block each, noted in a journal, and merged."""
-
-    def __init__(
-        self, model: QuantizedFolder, to: TensorFormat, name: str, lossy: bool, work: OutputFolder, restart: bool
-    ) -> None:
-        self.model, self.to, self.name, self.lossy, self.work = model, to, name, lossy, work
-        checkpoint = model.checkpoint
-        identity = {"model": checkpoint.fingerprint(), "written": checkpoint.modified(), "format": name}
-        self.journal = Journal.open(work.work / JOURNAL, identity, restart=restart)
-        self.units, self.common = _units(model), common_columns(model)
-        self.files = {unit: f"part-{n:05d}.safetensors" for n, unit in enumerate(self.units)}
-
-    def run(self, shard_bytes: int, listener: Listener) -> list[Difference]:
-        """Everything in the work folder's result; what each linear lost."""
-        if not merge_begun(self.work.work):
-            for done, unit in enumerate(self.units):
-                listener(Progress("export", done, len(self.units), unit, peak_memory()))
-                if unit not in self.journal.done:
-                    self._write(unit)
-            listener(Progress("export", len(self.units), len(self.units), "all parts", peak_memory()))
-        merge_shards([self.work.work / file for file in self.files.values()], self.work.path, shard_bytes)
-        rows = [row for unit in self.units for row in self.journal.recorded[unit]["report"]["linears"]]
-        self._write_companions(rows)
-        return [Difference(row["name"], row["codes"], row["error"]) for row in rows]
-
-    def _write(self, unit: str) -> None:
-        linears, passed = self.units[unit]
-        tensors: dict[str, Tensor | Stored] = {name: self.model.checkpoint.stored(name) for name in passed}
-        rows: list[dict[str, Any]] = []
-        for name in linears:
-            weight, lost = refitted(name, read := self.model.read(name), self.to, self.lossy, self.common)
-            tensors |= (made := self.to.encode(name, weight))
-            if self.to.reader is None:  # what is stored are no codes but the weights, rounded to their dtype
-                stored = self.to.decode(made, name, weight.grid).float()
-                lost = replace(lost, error=relative_error(read.dequantize(torch.float32), stored))
-            rows.append(asdict(lost) | terms_of(weight) | {"digest": digest(made)})
-        write_tensors(self.work.work / self.files[unit], tensors)
-        self.journal.record(unit, self.files[unit], {"linears": rows})
-
-    def _write_companions(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        written = written_model(self.model, self.name, rows, kept_linears(self.model))
-        said = write_config(dict(self.model.config), self.to, written, self.work.path)
-        copy_companions(self.model.folder, self.work.path)
-        account = without_digests(account_of(self.model.folder))
-        linears = [{key: row[key] for key in KEPT if key in row} for row in rows]
-        lost = {"read_as": self.model.format_name, "linears": linears}
-        account |= {"format": self.name, "export": lost, **as_written(said)}
-        write_json(self.work.path / REPORT, plain(account))
+def _convert(
+    conversion: Conversion, account: Account, work: OutputFolder, restart: bool, shard_bytes: int, listener: Listener
+) -> list[Difference]:
+    """Make a folder of safetensors in the work folder, or go on with it; what each linear lost."""
+    model, to = conversion.model, conversion.writer.format
+    identity = {"model": model.checkpoint.fingerprint(), "written": model.checkpoint.modified(), "format": to.name}
+    journal = Journal.open(work.work / JOURNAL, identity, restart=restart)
+    sink = Sink(work.work, journal, conversion.units)
+    if not merge_begun(work.work):
+        sink.take(conversion.parts(sink.files, sink.done, listener))
+    merge_shards(sink.parts, work.path, shard_bytes)
+    rows = [row for report in sink.reports for row in report.linears]
+    config = write_config(dict(model.config), to, conversion.written_model(rows), work.path)
+    copy_along(model.folder, work.path)
+    linears = tuple(ExportedLinear(row.name, row.codes_kept, row.weight_error, row.digest) for row in rows)
+    exported = replace(
+        account.without_digests,
+        format=to.name,
+        export=ExportAccount(model.format_name, linears),
+        quantization_config=config,
+    )
+    write_account(work.path, exported)
+    return [Difference(row.name, row.codes_kept, row.weight_error) for row in rows]
 
 
 def _shapes(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:
     """All tensors as they are called, with the shapes that they have, where nothing is quantized."""
     linears = {f"{linear}.weight": model.shape(linear) for linear in model.linears}
     return {name: model.shape(name) for name in model.passed} | linears
-
-
-def _units(model: QuantizedFolder) -> dict[str, tuple[list[str], list[str]]]:
-    """Linears and other tensors by the block that they are in."""
-    found: dict[str, tuple[list[str], list[str]]] = {}
-    for kind, names in enumerate((model.linears, model.passed)):
-        for name in names:
-            found.setdefault(block_of(name) or OUTSIDE, ([], []))[kind].append(name)
-    return found
 
 
 def _summed(

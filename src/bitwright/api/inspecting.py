@@ -1,22 +1,20 @@
 """inspect(): what a model or a quantized folder holds, read from its headers alone."""
 
 import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from bitwright.checkpoint.account_file import read_account
 from bitwright.checkpoint.reader import Checkpoint
-from bitwright.checkpoint.report_file import account_of
-from bitwright.core.errors import CheckpointError
-from bitwright.formats import QuantizedFolder, is_made_dense
+from bitwright.core.scheme import Scheme
+from bitwright.formats import QuantizedFolder, is_read
 from bitwright.model.config import architecture
 from bitwright.model.discover import ROUTER, discover
 from bitwright.model.source import open_checkpoint
 
-PARTS_OF_A_WEIGHT = (
-    "weight", "weight_packed", "weight_scale", "weight_zero_point", "outlier_index", "outlier_value", "outlier_count",
-)  # fmt: skip
 NOT_LINEAR = ("embed", "wte", "wpe", "norm")
 
 
@@ -24,7 +22,7 @@ NOT_LINEAR = ("embed", "wte", "wpe", "norm")
 class LinearSize:
     """A linear on disk; ``bits_per_weight`` counts all that is stored for it, scales, zeros and outliers too.
 
-    ``tile`` is how many output and input features share a scale, None where nothing is packed. A weight that is fused
+    ``tile`` is how many output and input features share a scale, None if nothing is packed. A weight that is fused
     over experts has a ``shape`` of three numbers.
     """
 
@@ -40,8 +38,8 @@ class Inspection:
     """What a folder holds. ``linears`` are the two-dimensional weights that are neither embedding nor norm nor a router
     of experts, and weights that are fused over experts, packed or not.
 
-    ``bits_per_weight`` is over the quantized linears (all linears where none is), ``model_bits_per_weight`` over
-    every parameter of the folder. ``scheme`` is what bitwright.json says, where there is one.
+    ``bits_per_weight`` is over the quantized linears (all linears if none is), ``model_bits_per_weight`` over
+    every parameter of the folder. ``scheme`` is what bitwright.json says, None without one.
     """
 
     path: str
@@ -58,12 +56,15 @@ class Inspection:
 
 
 def inspect(path: Path | str) -> Inspection:
-    """Reads the headers of a model folder; raises CheckpointError for one that is none or is damaged."""
+    """Read the headers of a model folder. Raises CheckpointError for one that is none or is damaged."""
     folder = Path(path)
     checkpoint = open_checkpoint(folder)
-    linears, account = [*_linears(checkpoint), *_packed_by_input(checkpoint)], account_of(folder)
-    quantized = [row for row in linears if row.dtype == "packed"] or linears
-    parameters = _parameters(checkpoint, linears)
+    model = _quantized(checkpoint)
+    packed = [] if model is None else [_packed(model, name) for name in (*model.linears, *model.stacks)]
+    names = set(checkpoint.names if model is None else model.passed)
+    linears = sorted([*packed, *_dense(checkpoint, names)], key=_in_order)
+    parameters = _elements(checkpoint, names) + sum(prod(row.shape) for row in packed)
+    account = read_account(folder)
     return Inspection(
         path=str(folder),
         architecture=architecture(checkpoint.config),
@@ -72,85 +73,56 @@ def inspect(path: Path | str) -> Inspection:
         parameters=parameters,
         weight_bytes=checkpoint.total_bytes,
         quantization=_quantization(checkpoint.config),
-        scheme=None if "scheme" not in account else str(account["scheme"]),
-        bits_per_weight=_mean_bits(quantized),
+        scheme=None if account is None else account.scheme or None,
+        bits_per_weight=_mean_bits(packed or linears),
         model_bits_per_weight=checkpoint.total_bytes * 8 / parameters if parameters else 0.0,
         linears=tuple(linears),
     )
 
 
-def _linears(checkpoint: Checkpoint) -> list[LinearSize]:
-    """Every linear, a packed one by its weight_packed."""
-    shapes = {name: checkpoint.entry(name).shape for name in checkpoint.names}
-    rules = discover(shapes, shapes, {})
-    whole = {name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
-    whole |= {weight.tensor for weight in rules.weights if weight.stacked}
-    whole -= {kept.tensor for kept in rules.kept if kept.why == ROUTER}
-    packed = {name for name in checkpoint.names if name.endswith(".weight_packed")}
-    rows = [_linear(checkpoint, re.sub(r"\.weight(_packed)?$", "", name), name) for name in whole | packed]
-    found = {row.name: row for row in rows if not any(part in row.name.lower() for part in NOT_LINEAR)}
-    return sorted(
-        found.values(), key=lambda row: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", row.name)]
-    )
-
-
-def _packed_by_input(checkpoint: Checkpoint) -> list[LinearSize]:
-    """The linears of a gptq or awq folder, whose words and scales go from input to output."""
-    if not is_made_dense(checkpoint):
-        return []
-    found, rows = QuantizedFolder.open(checkpoint.folder), []
-    for name in found.linears:
-        out, in_ = found.shape(name)
-        groups = checkpoint.entry(f"{name}.scales").shape[0]
-        bits = 8 * sum(checkpoint.nbytes(part) for part in found.stored(name)) / max(1, out * in_)
-        rows.append(LinearSize(name, (out, in_), "packed", bits, (1, in_ // max(1, groups))))
-    return rows
-
-
-def _linear(checkpoint: Checkpoint, name: str, tensor: str) -> LinearSize:
-    """A linear, or a weight fused over experts; ``tensor`` has its weights, packed or in full."""
-    packed = f"{name}.weight_packed" in checkpoint
-    shape = _packed_shape(checkpoint, name) if packed else checkpoint.entry(tensor).shape
-    stored = {tensor, *(part for leaf in PARTS_OF_A_WEIGHT if (part := f"{name}.{leaf}") in checkpoint)}
-    bits = 8 * sum(checkpoint.nbytes(part) for part in stored) / max(1, prod(shape))
-    dtype = "packed" if packed else str(checkpoint.entry(tensor).dtype).removeprefix("torch.")
-    return LinearSize(name, tuple(shape), dtype, bits, _tile(checkpoint, name, shape) if packed else None)
-
-
-def _tile(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The patch that shares a scale: by the number of scales along each dimension, or as the folder says it."""
-    scale = f"{name}.weight_scale"
-    counts = checkpoint.entry(scale).shape if scale in checkpoint else ()
-    if len(counts) != len(shape) or not all(counts):
+def _quantized(checkpoint: Checkpoint) -> QuantizedFolder | None:
+    """The folder as its format reads it; None if it is not quantized, or in a way that no format of ours reads."""
+    if not is_read(checkpoint):
         return None
-    cut = f"{name}.weight_tile"
-    if cut in checkpoint and checkpoint.entry(cut).shape == (2,):
-        rows, columns = checkpoint.read(cut).tolist()
-        return int(rows), int(columns)
-    return shape[-2] // counts[-2], shape[-1] // counts[-1]
+    model = QuantizedFolder.open(checkpoint.folder)
+    return model if model.linears or model.stacks else None
 
 
-def _packed_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """What weight_shape says, [O, I] or [E, A, B]. Raises CheckpointError where the packed words cannot be a weight of
-    that shape."""
-    words = checkpoint.entry(f"{name}.weight_packed").shape
-    said = checkpoint.entry(f"{name}.weight_shape")
-    if not said.dtype.is_floating_point and len(words) in (2, 3) and said.shape == (len(words),):
-        shape = tuple(checkpoint.read(f"{name}.weight_shape").tolist())
-        if shape[:-1] == words[:-1] and shape[-1] > 0:
-            return shape
-    raise CheckpointError(
-        f"{checkpoint.folder}: {name}.weight_shape does not say the shape of {name}.weight_packed, which has "
-        f"{words[-2] if len(words) > 1 else 0} rows; the folder is damaged, quantize the model again"
-    )
+def _packed(model: QuantizedFolder, name: str) -> LinearSize:
+    """A quantized linear [O, I], or a weight that is fused over experts [E, A, B]."""
+    assert model.format is not None
+    shape = model.shape(name)
+    slices = model.outline_slices(name) if name in model.stacks else [model.outline(name)]
+    first = slices[0]
+    outliers = sum(0 if each.outlier_index is None else each.outlier_index.numel() for each in slices)
+    bits = model.format.stored_bits(shape, Scheme(first.grid, first.tile), first.scale.dtype, outliers)
+    return LinearSize(name, tuple(shape), "packed", bits / max(1, prod(shape)), first.tile.size(first.shape))
 
 
-def _parameters(checkpoint: Checkpoint, linears: list[LinearSize]) -> int:
-    """Weights of packed linears by their shape; of everything else floating by its elements."""
-    packed = {row.name for row in linears if row.dtype == "packed"}
-    others = [n for n in checkpoint.names if n.rpartition(".")[0] not in packed]
-    counted = sum(checkpoint.entry(n).elements for n in others if checkpoint.entry(n).dtype.is_floating_point)
-    return counted + sum(prod(row.shape) for row in linears if row.name in packed)
+def _dense(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[LinearSize]:
+    """The linears among these tensors, which are not quantized."""
+    shapes = {name: checkpoint.entry(name).shape for name in names}
+    rules = discover(shapes, shapes, {})
+    linears = {name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
+    linears |= {weight.tensor for weight in rules.weights if weight.stacked}
+    linears -= {kept.tensor for kept in rules.kept if kept.why == ROUTER}
+    for tensor in linears:
+        name = tensor.removesuffix(".weight")
+        if not any(part in name.lower() for part in NOT_LINEAR):
+            entry = checkpoint.entry(tensor)
+            bits = 8 * entry.nbytes / max(1, prod(entry.shape))
+            yield LinearSize(name, entry.shape, str(entry.dtype).removeprefix("torch."), bits)
+
+
+def _in_order(row: LinearSize) -> list[tuple[int, str]]:
+    """Names in the order of the numbers in them."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", row.name)]
+
+
+def _elements(checkpoint: Checkpoint, names: Iterable[str]) -> int:
+    """The parameters among these tensors."""
+    entries = map(checkpoint.entry, names)
+    return sum(entry.elements for entry in entries if entry.dtype.is_floating_point)
 
 
 def _mean_bits(rows: list[LinearSize]) -> float:

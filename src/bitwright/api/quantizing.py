@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -11,27 +11,24 @@ from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun
 from bitwright.checkpoint.output import OutputFolder, begin_anew, work_folder
 from bitwright.checkpoint.writer import write_json, write_tensors
+from bitwright.core.account import Account
 from bitwright.core.errors import ChangedError
-from bitwright.core.progress import Listener, Progress, silent
+from bitwright.core.progress import Listener, silent
 from bitwright.core.recipe import Recipe
-from bitwright.prepare.block_work import BlockWork
-from bitwright.prepare.crew import Crew, crew_of
 from bitwright.prepare.engine_choice import for_engines
-from bitwright.prepare.format_choice import is_single
-from bitwright.prepare.job import Job, prepare
-from bitwright.prepare.places import place_to_save, refuse_output, require_room
-from bitwright.prepare.plan import plan_of
-from bitwright.prepare.tensor_work import TensorWork
+from bitwright.prepare.outputs import place_to_save, refuse_output, require_room
+from bitwright.prepare.plan import notes_of
+from bitwright.prepare.prepared import Prepared, prepare
+from bitwright.prepare.question import Question
+from bitwright.prepare.workers import Workers, workers_for
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.ranks import Ranks
-from bitwright.stream.runner import RunPlan, run
 from bitwright.stream.worker_pool import WorkerPool
 from bitwright.written.account import WRITTEN, identity
 from bitwright.written.finishing import finish
-from bitwright.written.sink import FolderSink
-from bitwright.written.tensor_run import run_tensors
+from bitwright.written.sink import JOURNAL, Sink
 
-TIMINGS, JOURNAL, OTHER_JOURNALS = "bitwright-timings.json", "journal.jsonl", "journal-*.jsonl"
+TIMINGS, OTHER_JOURNALS = "bitwright-timings.json", "journal-*.jsonl"
 
 
 @dataclass(frozen=True)
@@ -74,31 +71,35 @@ def quantize(
     pool: WorkerPool | None = None,
     listener: Listener = silent,
 ) -> Result:
-    """Runs a recipe and writes a folder that its format's clients load. Raises UserError.
+    """Run a recipe and write a folder that its format's clients load. Raises UserError.
 
     Works in ``OUTPUT.partial`` and renames it at the end, so an output that exists is complete. Killed at any
     moment, the same call continues; a changed recipe is refused unless ``restart``. ``workers`` and ``max_memory``
-    ("2GB", of all processes together) are for methods without text, which share tensors out between processes, under
-    torchrun on several machines; the bytes are the same. ``pool`` holds worker processes that are started already.
+    ("2GB", of all processes together) are for methods without calibration data, which share tensors out between
+    processes, under torchrun on several machines; the bytes are the same. ``pool`` holds worker processes that are
+    started already.
     """
     start, output, ranks = monotonic(), Path(output), Ranks.here()
     with ranks.alike():
-        recipe = for_engines(recipe, device)
-        single = is_single(recipe.format)
-        refuse_output(Path(recipe.model), output, overwrite, single)
-        job = prepare(recipe, device)
-        crew = replace(crew_of(job, workers, max_memory, ranks), pool=pool or WorkerPool())
+        question = for_engines(Question.of(recipe), device)
+        refuse_output(Path(recipe.model), output, overwrite, question.single)
+        run = prepare(question, device)
+        crew = Crew(workers_for(run, workers, max_memory, ranks), pool or WorkerPool(), ranks)
     if not ranks.first:
-        return _help(job, output, crew, ranks)
-    saved = None if save_parameters is None else place_to_save(job, Path(save_parameters), output)
-    require_room(job, output)
-    _require_finite(job, listener)
-    with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single) as work:
-        account, timings = _in_folder(job, work, saved, crew, ranks, restart, start, listener)
-        if not single:
+        return _help(run, output, crew)
+    saved = None if save_parameters is None else place_to_save(run, Path(save_parameters), output)
+    require_room(run, output)
+    run.way.check_weights(listener)
+    with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=question.single) as work:
+        journal = Journal.open(work.work / JOURNAL, identity(run), restart=restart)
+        resumed = _adopt_others(journal)
+        with _forgetting_what_changed(work.work):
+            account, beside = _produce(run, work, journal, saved, crew, listener)
+        timings = {"seconds": monotonic() - start, "peak_bytes": peak_memory() + beside, "resumed_units": resumed}
+        if not question.single:
             write_json(work.path / TIMINGS, timings)
         work.publish()
-    return ranks.from_first(_result(job, output, account, timings))
+    return ranks.from_first(_result(run, output, account, timings))
 
 
 def speaks() -> bool:
@@ -106,48 +107,52 @@ def speaks() -> bool:
     return Ranks.here().first
 
 
-def _require_finite(job: Job, listener: Listener) -> None:
-    """Looks for NaN beforehand where hours follow; where minutes do, each tensor is checked when it is read."""
-    if not isinstance(job.work, TensorWork):
-        checkpoint = job.source.checkpoint
-        checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
+@dataclass(frozen=True)
+class Crew:
+    """The processes that work on one result: workers beside this one, and other ranks."""
+
+    workers: Workers
+    pool: WorkerPool
+    ranks: Ranks
+
+    def write_parts(self, run: Prepared, work: Path, journal: Journal, listener: Listener) -> Sink:
+        """Make every part of this rank's share that is not there yet, and note it in the journal."""
+        driver = run.driver(work, self.workers.count, self.pool, self.ranks)
+        sink = Sink(work, journal, driver.units)
+        if not merge_begun(work) or self.ranks.count > 1:  # the ranks ask one another even if nothing is left to do
+            sink.take(driver.parts(sink.files, sink.done, listener))
+        return sink
 
 
-def _in_folder(
-    job: Job,
-    work: OutputFolder,
-    saved: Path | None,
-    crew: Crew,
-    ranks: Ranks,
-    restart: bool,
-    start: float,
-    listener: Listener,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The run itself, or what an earlier one left of it; what bitwright.json says, and what differs from run to run."""
-    journal = Journal.open(work.work / JOURNAL, identity(job), restart=restart)
+def _produce(
+    run: Prepared, work: OutputFolder, journal: Journal, saved: Path | None, crew: Crew, listener: Listener
+) -> tuple[Account, int]:
+    """Everything that becomes the output, in the work folder; the account, and the peak bytes of worker processes."""
+    crew.ranks.from_first(run.source.checkpoint.modified())
+    sink = crew.write_parts(run, work.work, journal, listener)
+    crew.ranks.wait_for_all()
     _adopt_others(journal)
-    resumed = len(journal.recorded)
-    with _forgetting_what_changed(work.work):
-        account, beside = _produce(job, work, FolderSink(work.work, journal, job), saved, crew, ranks, listener)
-    peak = peak_memory() + beside
-    return account, {"seconds": monotonic() - start, "peak_bytes": peak, "resumed_units": resumed}
+    if saved is not None:
+        write_tensors(saved, sink.learned, run.belonging)
+    return finish(run, work, sink, listener), sink.peak_bytes
 
 
-def _help(job: Job, output: Path, crew: Crew, ranks: Ranks) -> Result:
+def _help(run: Prepared, output: Path, crew: Crew) -> Result:
     """What every process but the first does: its share, noted in a journal of its own that the first takes over."""
+    ranks = crew.ranks
     written: dict[str, str] = ranks.from_first(None)  # of the same files elsewhere; it has the folder by now
     work = work_folder(output.resolve())
-    own = identity(job) | {WRITTEN: written}
+    own = identity(run) | {WRITTEN: written}
     journal = Journal.open(work / f"journal-{ranks.index}.jsonl", own, restart=True)
     with _forgetting_what_changed(work):
-        run_tensors(job, FolderSink(work, journal, job), crew, ranks, silent)
+        crew.write_parts(run, work, journal, silent)
     ranks.wait_for_all()
     return ranks.from_first(None)
 
 
 @contextmanager
 def _forgetting_what_changed(work: Path) -> Iterator[None]:
-    """Where the checkpoint changed under the run, parts and shards may be of two models: none of them is used again."""
+    """If the checkpoint changes under the run, parts may be of two models: none of them is used again."""
     try:
         yield
     except ChangedError:
@@ -155,73 +160,33 @@ def _forgetting_what_changed(work: Path) -> Iterator[None]:
         raise
 
 
-def _adopt_others(journal: Journal) -> None:
+def _adopt_others(journal: Journal) -> int:
+    """Take over the units of other ranks; how many are finished."""
     for other in sorted(journal.path.parent.glob(OTHER_JOURNALS)):
         journal.adopt(other)
+    return len(journal.recorded)
 
 
-def _produce(
-    job: Job,
-    work: OutputFolder,
-    sink: FolderSink,
-    saved: Path | None,
-    crew: Crew,
-    ranks: Ranks,
-    listener: Listener,
-) -> tuple[dict[str, Any], int]:
-    """Everything that becomes the output, in the work folder; what bitwright.json says, and the peak bytes of worker
-    processes."""
-    beside = 0
-    ranks.from_first(job.source.checkpoint.modified())
-    if not merge_begun(work.work):
-        beside = _write_tensors(job, sink, crew, ranks, listener)
-    elif ranks.count > 1:
-        run_tensors(job, sink, crew, ranks, listener)  # nothing is left to do, for the others neither
-    ranks.wait_for_all()
-    _adopt_others(sink.journal)
-    if saved is not None:
-        write_tensors(saved, sink.learned(), job.belonging)
-    return finish(job, work, sink, listener), beside
-
-
-def _result(job: Job, output: Path, account: dict[str, Any], timings: dict[str, Any]) -> Result:
-    totals = account["totals"]
-    errors = [block["output_error"] for block in account["blocks"] if block["output_error"] is not None]
+def _result(run: Prepared, output: Path, account: Account, timings: dict[str, Any]) -> Result:
+    errors = [block.output_error for block in account.blocks if block.output_error is not None]
+    totals = account.totals
+    assert totals is not None
     return Result(
         output=str(output),
-        scheme=str(job.scheme),
-        method=job.method,
-        format=account["format"],
-        linears=totals["linears"],
-        per_ic=totals["per_ic"],
-        outliers=totals["outliers"],
-        bits_per_weight=totals["bits_per_weight"],
-        bytes_in=totals["bytes_in"],
-        bytes_out=totals["bytes_out"],
+        scheme=account.scheme,
+        method=account.method,
+        format=account.format,
+        linears=totals.linears,
+        per_ic=totals.per_ic,
+        outliers=totals.outliers,
+        bits_per_weight=totals.bits_per_weight,
+        bytes_in=totals.bytes_in,
+        bytes_out=totals.bytes_out,
         output_error=errors[-1] if errors else None,
         seconds=timings["seconds"],
-        verified=account["verified"],
+        verified=account.verified,
         peak_bytes=timings["peak_bytes"],
         resumed=timings["resumed_units"],
-        notes=tuple(dict.fromkeys((*plan_of(job).notes, *account["notes"]))),
-        fallbacks=tuple(account["fallbacks"]),
+        notes=tuple(dict.fromkeys((*notes_of(run), *account.notes))),
+        fallbacks=account.fallbacks,
     )
-
-
-def _write_tensors(job: Job, sink: FolderSink, crew: Crew, ranks: Ranks, listener: Listener) -> int:
-    """Every part that is not there yet; the peak bytes of worker processes."""
-    if isinstance(job.work, TensorWork):
-        return run_tensors(job, sink, crew, ranks, listener)
-    assert isinstance(job.work, BlockWork)
-    plan = RunPlan(
-        job.scheme,
-        job.configuration.methods,
-        job.scales,
-        job.recipe.quantize_lm_head,
-        job.configuration.training,
-        job.recipe.seed,
-        job.learned,
-        job.arithmetic,
-    )
-    run(job.work.skeleton, plan, sink, tokens=job.tokens, listener=listener)
-    return 0

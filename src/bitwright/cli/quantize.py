@@ -17,7 +17,7 @@ from bitwright.core.scheme import GRAMMAR
 from bitwright.report import screens
 from bitwright.report.progress import ProgressReport
 
-PLACES = ("model", "output", "calibration", "save_parameters", "load_parameters", "base")
+PLACES = ("model", "output", "calibration", "save_parameters", "load_parameters", "allocation", "base")
 ALONE = "For methods without calibration data."
 
 
@@ -62,7 +62,18 @@ def quantize(
         typer.Option(help=f"Quantize these tensors too: names with * and ?, repeatable or with commas. {ALONE}"),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help=f"Leave these tensors as they are; repeatable. {ALONE}")
+        list[str] | None, typer.Option(help="Leave these tensors in full precision; repeatable or with commas.")
+    ] = None,
+    scheme_for: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SCHEME",
+            help="A scheme of their own for the linears that a pattern fits, '*.down_proj=W8A16g128'; repeatable.",
+        ),
+    ] = None,
+    allocation: Annotated[
+        Path | None,
+        typer.Option(help="The scheme of every linear from this file, the allocation.json of a run for instance."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help=f"Processes that share the tensors. {ALONE} [default: as many as pay]")
@@ -123,7 +134,7 @@ def _asked(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     """The keys of the recipe file and of the flags, which win."""
     keys = (*Recipe.keys(), *BESIDE)
     flags = {key: value for key, value in options.items() if key in keys} | dict(settings)
-    flags |= {key: options[key] or None for key in ("include", "exclude")}
+    flags |= {key: options[key] or None for key in ("include", "exclude", "scheme_for")}
     flags["engines"] = ",".join(options["engine"]) if options["engine"] else None
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
     written = read_recipe(options["recipe"]) if options["recipe"] else {}

@@ -3,8 +3,8 @@
 Names are relative to the block, as transformers names them: "self_attn.q_proj".
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -67,6 +67,15 @@ class Topology:
     def linears(self) -> tuple[str, ...]:
         """The names of all linears that are quantized."""
         return tuple(name for group in self.groups for name in group.linears)
+
+    def only(self, linears: Collection[str]) -> "Topology":
+        """The topology with these linears quantized; the others are like its norms.
+
+        A site that has only such others behind it is left out.
+        """
+        groups = (replace(group, linears=tuple(n for n in group.linears if n in linears)) for group in self.groups)
+        sites = (s for s in self.sites if not s.consumers or any(side.module in linears for side in s.consumers))
+        return Topology(tuple(group for group in groups if group.linears), tuple(sites))
 
 
 @dataclass(frozen=True)

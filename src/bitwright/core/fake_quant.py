@@ -59,11 +59,11 @@ class FakeQuantizer:
     """
 
     def __init__(
-        self, tiles: Sequence[Tile], grid: Grid, scale_dtype: torch.dtype, dtype: torch.dtype = torch.float32
+        self, tiles: Sequence[Tile], grids: Sequence[Grid], scale_dtype: torch.dtype, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Take the tile of each weight."""
-        self.tiles, self.grid, self.scale_dtype, self.dtype = tiles, grid, scale_dtype, dtype
-        self._joined: dict[int, tuple[list[Tensor], Tensor]] = {}
+        """Take the tile and the grid of each weight."""
+        self.tiles, self.grids, self.scale_dtype, self.dtype = tiles, grids, scale_dtype, dtype
+        self._joined: dict[_Kind, tuple[list[Tensor], Tensor]] = {}
 
     def __call__(
         self,
@@ -71,36 +71,43 @@ class FakeQuantizer:
         ranges: Sequence[tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]],
     ) -> list[Float[Tensor, "O I"]]:
         """Quantize and dequantize the weights, as ``fake_quantize`` does."""
-        lengths = [_row_length(weight, tile) for weight, tile in zip(weights, self.tiles, strict=True)]
+        kinds = [_kind(weight, tile, grid) for weight, tile, grid in zip(weights, self.tiles, self.grids, strict=True)]
         quantized: dict[int, Tensor] = {}
-        for length in dict.fromkeys(lengths):
-            alike = [n for n, other in enumerate(lengths) if other == length]
-            if length is None or len(alike) == 1:
-                quantized |= {n: self._fake_quantize(weights[n], *ranges[n], self.tiles[n]) for n in alike}
+        for kind in dict.fromkeys(kinds):
+            alike = [n for n, other in enumerate(kinds) if other == kind]
+            if kind is None or len(alike) == 1:
+                for n in alike:
+                    quantized[n] = self._fake_quantize(weights[n], *ranges[n], self.grids[n], self.tiles[n])
                 continue
+            length, grid = kind
             low, high = (torch.cat([ranges[n][end].reshape(-1, 1) for n in alike]) for end in (0, 1))
-            rows = self._fake_quantize(self._rows([weights[n] for n in alike], length), low, high, Tile(1, length))
+            rows = self._rows([weights[n] for n in alike], kind)
+            rows = self._fake_quantize(rows, low, high, grid, Tile(1, length))
             parts = rows.split([weights[n].numel() // length for n in alike])
             quantized |= {n: part.view(weights[n].shape) for n, part in zip(alike, parts, strict=True)}
         return [quantized[n] for n in range(len(weights))]
 
-    def _fake_quantize(self, weight: Tensor, low: Tensor, high: Tensor, tile: Tile) -> Tensor:
-        return fake_quantize(weight, low, high, self.grid, tile, self.scale_dtype, self.dtype)
+    def _fake_quantize(self, weight: Tensor, low: Tensor, high: Tensor, grid: Grid, tile: Tile) -> Tensor:
+        return fake_quantize(weight, low, high, grid, tile, self.scale_dtype, self.dtype)
 
-    def _rows(self, weights: list[Tensor], length: int) -> Float[Tensor, "R n"]:
+    def _rows(self, weights: list[Tensor], kind: "_Kind") -> Float[Tensor, "R n"]:
         """The tiles of some weights as rows; weights that nothing transforms are the same tensors in every step."""
-        before, rows = self._joined.get(length, ([], None))
+        before, rows = self._joined.get(kind, ([], None))
         if rows is None or rows.requires_grad or any(a is not b for a, b in zip_longest(before, weights)):
-            rows = torch.cat([weight.reshape(-1, length) for weight in weights])
-            self._joined[length] = (weights, rows)
+            rows = torch.cat([weight.reshape(-1, kind[0]) for weight in weights])
+            self._joined[kind] = (weights, rows)
         return rows
 
 
-def _row_length(weight: Float[Tensor, "O I"], tile: Tile) -> int | None:
-    """The length of the tiles of a small weight if they are rows; None for any other weight."""
+_Kind = tuple[int, Grid]
+
+
+def _kind(weight: Float[Tensor, "O I"], tile: Tile, grid: Grid) -> _Kind | None:
+    """The length of the tiles of a small weight if they are rows, and its grid; None for any other weight."""
     columns = weight.shape[1]
     length = tile.size((weight.shape[0], columns))[1]
-    return length if tile.out == 1 and columns % length == 0 and weight.numel() <= SMALL else None
+    together = tile.out == 1 and columns % length == 0 and weight.numel() <= SMALL
+    return (length, grid) if together else None
 
 
 def fake_quantize_tokens(x: Float[Tensor, "*B D"], grid: Grid) -> Float[Tensor, "*B D"]:

@@ -172,7 +172,8 @@ class TensorFormat(Format):
     the tensors of a linear, ``encode_stacked(name, slices)`` those of experts in one tensor; ``decode`` gives the
     weight [O, I] as written. Each raises RecipeError for what the format cannot hold. ``config`` is the
     quantization_config, None if the folder is an ordinary model. ``reader`` is None if what is stored are no codes.
-    ``loaded_by_us``: transformers does not load such folders, Bitwright reads and dequantizes them.
+    ``loaded_by_transformers``: it loads such folders, with our plugin or without; others are read and dequantized by
+    Bitwright.
     """
 
     leaves: tuple[str, ...]
@@ -182,7 +183,7 @@ class TensorFormat(Format):
     decode: Callable[[Mapping[str, Tensor], str, Grid], Tensor]
     config: Callable[[WrittenModel], dict[str, Any] | None]
     reader: Reader | None = None
-    loaded_by_us: bool = False
+    loaded_by_transformers: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block, Topology
 from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision
 from bitwright.core.grid import Tile
@@ -97,19 +98,23 @@ class BlockData(Protocol):
 class Context(Generic[S]):
     """What a method sees besides the block.
 
-    ``scale_dtype`` is the dtype that scales are stored in. ``data`` is None without calibration data, and for the
-    output layer.
+    ``allocation`` has the schemes of the block's linears. ``scale_dtype`` is the dtype that scales are stored in.
+    ``data`` is None without calibration data, and for the output layer.
     """
 
     settings: S
-    scheme: Scheme
+    allocation: Allocation
     scale_dtype: torch.dtype
     seed: int = 0
     data: BlockData | None = None
 
+    def scheme(self, linear: str) -> Scheme:
+        """The scheme of a linear that is quantized, by its name in the block."""
+        return self.allocation.scheme(linear)
+
     def with_settings(self, settings: Other) -> "Context[Other]":
         """The context of another method, which has settings of its own."""
-        return Context(settings, self.scheme, self.scale_dtype, self.seed, self.data)
+        return Context(settings, self.allocation, self.scale_dtype, self.seed, self.data)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The outline of a model: the names and shapes of its parameters, known without building it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from bitwright.core.block import Family
 from bitwright.core.decoder import Decoder
-from bitwright.core.weight import Weight
+from bitwright.core.weight import Division, Kept, Weight
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,13 @@ class Outline:
         """All weights that can be quantized: the linears of every block, and the output layer if ``with_head``."""
         names = (*self.linears, self.family.head) if with_head else self.linears
         return [Weight(self.source(f"{name}.weight"), name, self.shapes[f"{name}.weight"]) for name in names]
+
+    def division(self, with_head: bool, names: Iterable[str], why: Callable[[str], str]) -> Division:
+        """The tensors of a checkpoint: what can be quantized, and the others with the reason that ``why`` gives."""
+        weights = self.weights(with_head)
+        copied = {weights[-1].tensor} if with_head and self.tied else set()
+        taken = {weight.tensor for weight in weights} - copied
+        taken |= {
+            f"{weight.name}.weight" for weight in weights
+        }  # an output layer that is tied, and stored all the same
+        return Division(tuple(weights), tuple(Kept(name, why(name)) for name in names if name not in taken))

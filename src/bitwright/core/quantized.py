@@ -3,53 +3,15 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitwright.core.account import BlockReport, LinearReport
 from bitwright.core.block import Family
 from bitwright.core.grid import Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.scheme import Scheme
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """The account of one linear.
-
-    ``tile`` is the rows and columns that share a scale, ``outliers`` how many weights are kept exactly,
-    ``outlier_share`` of all.
-    ``bits_per_weight`` counts all that is packed, scales, zeros and outliers too. ``weight_error`` is
-    ``|W - Wq|^2 / |W|^2``; ``output_error`` is ``|XW' - XWq'|^2 / |XW'|^2`` on the calibration tokens as the
-    full-precision blocks produce them, None without calibration text. ``digest`` is that of the tensors that the
-    linear was stored as (``core/tensor_bytes.py``), "" before it is.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    tile: tuple[int, int]
-    bits_per_weight: float
-    storage_bits: int
-    weight_error: float
-    output_error: float | None
-    outliers: int = 0
-    outlier_share: float = 0.0
-    digest: str = ""
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """The account of one block.
-
-    ``output_error`` is the relative squared error of the block's output against the full-precision path,
-    with everything before it quantized too. ``fallbacks`` are said at the end of a run, never only logged.
-    """
-
-    name: str
-    linears: tuple[LinearReport, ...]
-    output_error: float | None = None
-    fallbacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,8 +40,9 @@ class WrittenModel:
     """What the config of a written model has to say.
 
     ``family`` is None for an architecture that nobody has described. ``dtype`` is that of the scales.
-    ``kept`` are the linears that stay as they are, by their names in the model, and ``departures`` those unlike the
-    others, by their names on disk. ``only_ours``: there are weights that transformers needs our plugin for.
+    ``kept`` are the linears that stay as they are, by their names in the model. ``schemes`` are those of linears that
+    have another scheme than most, and ``departures`` the linears that are not as their scheme says, both by their names
+    on disk. ``only_ours``: there are weights that transformers needs our plugin for.
     """
 
     scheme: Scheme
@@ -88,16 +51,16 @@ class WrittenModel:
     kept: tuple[str, ...] = ()
     departures: Mapping[str, Departure] = field(default_factory=dict)
     only_ours: bool = False
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
 
 
-def departures(scheme: Scheme, rows: Iterable[Mapping[str, Any]]) -> dict[str, Departure]:
-    """The linears that differ from the scheme, from their reports as the journal keeps them."""
-    departing = {}
-    for row in rows:
-        shape, tile = (row["shape"][0], row["shape"][1]), (row["tile"][0], row["tile"][1])
-        if tile != scheme.tile.size(shape) or row["outliers"]:
-            departing[row["name"]] = Departure(tile, row["outliers"])
-    return departing
+def departures(scheme: Scheme, schemes: Mapping[str, Scheme], rows: Iterable[LinearReport]) -> dict[str, Departure]:
+    """The linears that are not as the scheme says, or as their own in ``schemes`` says, from their reports."""
+    return {
+        row.name: Departure(row.tile, row.outliers)
+        for row in rows
+        if row.tile != schemes.get(row.name, scheme).tile.size(row.shape) or row.outliers
+    }
 
 
 @dataclass(frozen=True)
@@ -107,8 +70,9 @@ class Described:
     ``grid`` is that of its linears, in whose ``codes`` they are read; ``kept`` the linears that are not quantized.
     ``variant`` is what else a format needs to know to read its tensors. ``rules`` are regular expressions with the grid
     of linears whose names they match from the beginning; the first that does counts, other linears have ``grid``.
-    ``departures`` are the linears that are said to be unlike the others. ``tile`` is that of the other linears, None
-    where nothing is said of it; ``tiles`` has rules for it like ``rules``.
+    ``grids`` and ``named_tiles`` are those of single linears. ``departures`` are the linears that are said to be unlike
+    the others. ``tile`` is that of the other linears, None if nothing is said of it; ``tiles`` has rules for it like
+    ``rules``.
     """
 
     grid: Grid
@@ -120,9 +84,14 @@ class Described:
     departures: Mapping[str, Departure] = field(default_factory=dict)
     tile: Tile | None = None
     tiles: tuple[tuple[str, Tile | None], ...] = ()
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    named_tiles: Mapping[str, Tile | None] = field(default_factory=dict)
 
     def grid_of(self, linear: str) -> Grid:
         """The grid of one linear."""
+        for name in (linear, f"{linear}.weight"):
+            if name in self.grids:
+                return self.grids[name]
         return next((grid for pattern, grid in self.rules if re.match(pattern, linear)), self.grid)
 
     def tile_of(self, linear: str) -> Tile | None:
@@ -130,6 +99,8 @@ class Described:
         for name in (linear, f"{linear}.weight"):
             if name in self.departures:
                 return Tile(*self.departures[name].tile, ragged=self.tile is not None and self.tile.ragged)
+            if name in self.named_tiles:
+                return self.named_tiles[name]
         return next((tile for pattern, tile in self.tiles if re.match(pattern, linear)), self.tile)
 
 

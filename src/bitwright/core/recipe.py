@@ -20,17 +20,19 @@ class Recipe:
 
     ``method`` None is ``omniquant`` if calibration data is named, else ``rtn``. ``format`` None is
     ``compressed-tensors`` if every linear fits into it, else ``bitwright``. ``seqlen`` None is 2048 tokens, or the
-    model's own maximum if that is shorter. ``include`` and ``exclude`` are patterns of names, in a list or with commas
-    between them, for methods that need no calibration data; ``engines``, written in the same way, is what the result
-    shall run on. ``embeddings`` and ``base`` are for formats made of a finished folder. ``training`` names the preset
-    of the methods' settings.
+    model's own maximum if that is shorter. ``include`` and ``exclude`` are patterns of names, in a list or with
+    commas between them; ``include`` is for methods that need no calibration data. ``scheme_for`` gives linears a
+    scheme of their own: ``PATTERN=SCHEME``, in a list, with commas between them, or as a mapping. ``allocation`` is
+    a file that says the scheme of every linear, such as each run writes; then ``scheme`` may be None. ``engines``,
+    written like patterns, is what the result shall run on. ``embeddings`` and ``base`` are for formats made of a
+    finished folder. ``training`` names the preset of the methods' settings.
 
     Any other keyword is a setting of some method, such as ``epochs=5``: it is kept in ``settings``, and read as an
     attribute. None leaves it to the preset.
     """
 
     model: str
-    scheme: str
+    scheme: str | None
     method: str | None
     format: str | None
     calibration: str | None
@@ -43,6 +45,8 @@ class Recipe:
     settings: Mapping[str, Any] = field(hash=False)
     include: str | list[str] | tuple[str, ...] | None
     exclude: str | list[str] | tuple[str, ...] | None
+    scheme_for: str | list[str] | tuple[str, ...] | dict[str, str] | None
+    allocation: str | None
     load_parameters: str | None
     engines: str | list[str] | tuple[str, ...] | None
     embeddings: str | None
@@ -51,7 +55,7 @@ class Recipe:
     def __init__(
         self,
         model: str,
-        scheme: str,
+        scheme: str | None = None,
         method: str | None = None,
         format: str | None = None,
         calibration: str | None = None,
@@ -64,18 +68,23 @@ class Recipe:
         *,
         include: str | list[str] | tuple[str, ...] | None = None,
         exclude: str | list[str] | tuple[str, ...] | None = None,
+        scheme_for: str | list[str] | tuple[str, ...] | dict[str, str] | None = None,
+        allocation: str | None = None,
         load_parameters: str | None = None,
         engines: str | list[str] | tuple[str, ...] | None = None,
         embeddings: str | None = None,
         base: str | None = None,
         **settings: Any,
     ) -> None:
-        """Check every key. Raises RecipeError for one that is unknown, or has a value of the wrong type."""
+        """Raise RecipeError for an unknown key, and for a value of the wrong type or out of bounds."""
         given = {key: value for key, value in locals().items() if key not in ("self", SETTINGS)}
         for key, value in given.items():
             _require_kind(key, value, _KINDS[key])
+            value = [f"{name}={text}" for name, text in value.items()] if isinstance(value, dict) else value
             joined = ",".join(map(str, value)) or None if isinstance(value, (list, tuple)) else value
             object.__setattr__(self, key, joined)
+        if scheme is None and allocation is None:
+            raise RecipeError(_missing("scheme"))
         object.__setattr__(self, SETTINGS, _asked(settings.pop(SETTINGS, {}) | settings))
         _ = self.shard_bytes
         if calibration == "":
@@ -95,16 +104,15 @@ class Recipe:
     @classmethod
     def keys(cls) -> tuple[str, ...]:
         """All keys in the order in which they are written, settings in the place of ``settings``."""
-        own = [field.name for field in fields(cls)]
-        at = own.index(SETTINGS)
-        return (*own[:at], *known_settings(), *own[at + 1 :])
+        names = [[*known_settings()] if key.name == SETTINGS else [key.name] for key in fields(cls)]
+        return tuple(name for several in names for name in several)
 
     def changed(self, **changes: Any) -> "Recipe":
         """This recipe with some keys changed, settings included: ``recipe.changed(scheme="W3A16", epochs=5)``."""
         return replace(self, **changes)
 
     def patterns(self, key: str) -> tuple[str, ...]:
-        """The patterns of ``include`` or ``exclude``, or the names of ``engines``, one by one."""
+        """The patterns of ``include``, ``exclude`` or ``scheme_for``, or the names of ``engines``, one by one."""
         return tuple(part.strip() for part in (getattr(self, key) or "").split(",") if part.strip())
 
     @property
@@ -119,15 +127,18 @@ class Recipe:
         for key in written:
             if key not in known:
                 raise RecipeError(f"a recipe has no key '{key}'; {nearest(key, known)}")
-        for key in ("model", "scheme"):
-            if written.get(key) is None:
-                raise RecipeError(f"the recipe does not say which {key}: give --{key} or the key '{key}' in the recipe")
+        if written.get("model") is None:
+            raise RecipeError(_missing("model"))
         return cls(**written)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values by ``keys()``, as written into bitwright.json; None for a setting that was not asked for."""
         values = {key: getattr(self, key) for key in _KINDS if key != SETTINGS} | dict(self.settings)
         return {key: values.get(key) for key in self.keys()}
+
+
+def _missing(key: str) -> str:
+    return f"the recipe does not say which {key}: give --{key} or the key '{key}' in the recipe"
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:

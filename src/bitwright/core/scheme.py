@@ -14,7 +14,7 @@ or named after the grid of an engine that has one of its own (``NAMED``): ``mlc:
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import product
 from typing import Final
@@ -77,6 +77,10 @@ class Scheme:
         """Grid of keys and values (dynamic, per token and head, asymmetric)."""
         bits = self.activation_bits if self.kv_bits is None else self.kv_bits
         return None if bits is None or bits == UNQUANTIZED_BITS else Grid.integers(bits)
+
+    def with_activations(self, activation_bits: int | None, kv_bits: int | None) -> "Scheme":
+        """This scheme of weights beside activations and KV cache of these bits."""
+        return replace(self, activation_bits=activation_bits, kv_bits=kv_bits)
 
     @property
     def fixes_axis(self) -> bool:

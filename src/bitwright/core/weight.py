@@ -1,9 +1,10 @@
 """The division of a checkpoint's tensors: which are quantized, and which are kept."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitwright.core.grid import Tile
+from bitwright.core.scheme import Scheme
 
 NO_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
 """The ends of names of tensors that old checkpoints hold and no model reads."""
@@ -40,13 +41,17 @@ class Weight:
     def takes_tiles(self, compared: bool) -> bool:
         """Whether a method may choose its tiles; ``compared`` if it takes the better one for each linear.
 
-        A transposed weight has its groups along the output already. Experts in one tensor share their tile.
+        Slices that are stored transposed have groups along the output already, and experts in one tensor share a tile.
         """
         return not (self.transposed or (self.stacked and compared))
 
     def tile(self, tile: Tile) -> Tile:
         """The scheme's tile, laid on a matrix as it is stored."""
         return tile.transposed if self.transposed else tile
+
+    def scheme(self, scheme: Scheme) -> Scheme:
+        """A scheme, its tile laid on a slice as it is stored."""
+        return replace(scheme, tile=self.tile(scheme.tile))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ dense.
 
 from collections.abc import Mapping
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from bitwright.checkpoint.report_file import account_of
+from bitwright.checkpoint.account_file import read_account
 from bitwright.core.errors import CheckpointError, SchemeError
 from bitwright.core.grid import Grid
 from bitwright.core.registry import format_of, names
@@ -30,35 +31,62 @@ from bitwright.formats import QuantizedFolder, is_made_dense
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.steps.activations import quantize_activations, quantize_attention
 
+TRANSFORMERS, BITWRIGHT = "transformers", "bitwright"
+"""Who loads a folder."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run, and who loaded it: "transformers", or "bitwright" if it took our own decoding."""
+
+    model: PreTrainedModel
+    loader: str
+
 
 def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """Load the model in a folder, original or quantized, ready to run; offline, no remote code.
 
     Plain transformers loads it, the bitwright format through our plugin: packed weights stay packed in memory. Folders
-    in gptq and awq are read by Bitwright and dense in memory. Queries that the folder's config leaves out are quantized
-    on top (``W4A8KV4``).
+    that it does not load (gptq, awq) are read by Bitwright and dense in memory. Queries that the folder's config leaves
+    out are quantized on top (``W4A8KV4``).
     ``dtype`` "auto" is the checkpoint's own if the device is fast with it. Raises CheckpointError.
     """
-    folder = Path(folder)
+    return load_with_loader(Path(folder), device=device, dtype=dtype).model
+
+
+def load_with_loader(folder: Path, *, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Load a folder by transformers, or by our own decoding of its codes if transformers does not load the format.
+
+    Raises CheckpointError for what cannot be loaded so.
+    """
     where, checkpoint = pick_device(device), open_checkpoint(folder)
-    arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)
-    tensors = dense_tensors(QuantizedFolder.open(folder), arithmetic) if is_made_dense(checkpoint) else None
-    model = load_model(folder, arithmetic, where, tensors)
-    quantize_attention(model, left_out(folder), None)
-    return model
+    if is_made_dense(checkpoint):
+        return _load_decoded(folder, device, dtype)
+    model = load_model(folder, pick_dtype(dtype, where, checkpoint.dtype_of_weights), where)
+    queries = left_out(folder)
+    quantize_attention(model, queries, None)
+    return Loaded(model, TRANSFORMERS if queries is None else BITWRIGHT)
+
+
+def _load_decoded(folder: Path, device: str, dtype: str) -> Loaded:
+    """Load a quantized folder by our own reading of its codes, dense. Raises CheckpointError."""
+    where, model = pick_device(device), QuantizedFolder.open(folder)
+    if model.described is None:
+        raise CheckpointError(f"{folder} is not quantized")
+    decoded = _decoded(model, pick_dtype(dtype, where, model.checkpoint.dtype_of_weights), where)
+    quantize_attention(decoded, left_out(folder), None)
+    return Loaded(decoded, BITWRIGHT)
 
 
 def left_out(folder: Path) -> Grid | None:
     """The grid of the queries if the folder's config could not hold it; None otherwise."""
-    account = account_of(folder)
+    account = read_account(folder)
+    if account is None or account.format not in names("formats"):
+        return None
     try:
-        scheme = Scheme.parse(str(account.get("scheme")))
-        name = account.get("format") or account["recipe"]["format"]  # folders of Bitwright 0.1.0 say it there alone
-    except (SchemeError, KeyError, TypeError):
+        return format_of(account.format).queries_left_out(Scheme.parse(account.scheme))
+    except SchemeError:
         return None
-    if name not in names("formats"):
-        return None
-    return format_of(name).queries_left_out(scheme)
 
 
 def load_codes(model: QuantizedFolder) -> PreTrainedModel:
@@ -66,9 +94,13 @@ def load_codes(model: QuantizedFolder) -> PreTrainedModel:
 
     Activations and KV cache are quantized as the folder says. Raises CheckpointError.
     """
-    loaded = load_model(model.folder, torch.float32, torch.device("cpu"), dense_tensors(model, torch.float32))
-    if model.described is not None:
-        quantize_activations(loaded, model.described.activations, model.described.kv, model.linears)
+    return _decoded(model, torch.float32, torch.device("cpu"))
+
+
+def _decoded(model: QuantizedFolder, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    loaded, described = load_model(model.folder, dtype, device, dense_tensors(model, dtype)), model.described
+    if described is not None:
+        quantize_activations(loaded, described.activations, described.kv, model.linears)
     return loaded
 
 

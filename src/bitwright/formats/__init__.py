@@ -25,6 +25,9 @@ CONFIG = "quantization_config"
 SHORT_BYTES = 2**20
 """A list of integers that has no more is read to see whether tensors fit together."""
 
+_DAMAGE = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError)
+"""What arithmetic on tensors that do not fit together raises."""
+
 
 @dataclass(frozen=True)
 class QuantizedFolder:
@@ -82,10 +85,12 @@ class QuantizedFolder:
         """A quantized linear. Raises CheckpointError where its tensors do not fit together."""
         return self._made(linear, self._tensors(linear))
 
-    def look(self, linear: str) -> None:
-        """Raises CheckpointError, as ``read`` does, for what dtypes, shapes and short lists of integers (the order of
-        groups) tell of a linear; neither codes nor scales are read."""
-        self._made(linear, {name: self._outlined(name) for name in self.stored(linear)})
+    def outline(self, linear: str) -> QTensor:
+        """A quantized linear on the meta device: its grid, tile and dtypes, from headers and short lists of integers.
+
+        Raises CheckpointError, as ``read`` does, for what these tell; neither codes nor scales are read.
+        """
+        return self._made(linear, {name: self._outlined(name) for name in self.stored(linear)})
 
     def _made(self, linear: str, tensors: Mapping[str, Tensor]) -> QTensor:
         reader, described = self._quantized()
@@ -97,14 +102,20 @@ class QuantizedFolder:
             check_tiles(found, described.tile_of(linear))
         except CheckpointError as error:  # not damaged, but of a kind that is not read
             raise CheckpointError(f"{self.folder}: {error}") from error
-        except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError, UserError) as error:
+        except (*_DAMAGE, KeyError, UserError) as error:
             raise _damaged(self.folder, linear, tensors, error) from error
         return found
 
     def slices(self, stack: str) -> list[QTensor]:
         """A weight that is fused over experts, slice by slice. Raises CheckpointError as ``read`` does."""
+        return self._slices(stack, self._tensors(stack))
+
+    def outline_slices(self, stack: str) -> list[QTensor]:
+        """The slices of a weight that is fused over experts, as ``outline``."""
+        return self._slices(stack, {name: self._outlined(name) for name in self.stored(stack)})
+
+    def _slices(self, stack: str, tensors: Mapping[str, Tensor]) -> list[QTensor]:
         reader, described = self._quantized()
-        tensors = self._tensors(stack)
         if reader.read_stacked is None:
             raise CheckpointError(
                 f"{self.folder}: {stack} is fused over experts, which Bitwright does not read of {self.format_name}"
@@ -113,7 +124,7 @@ class QuantizedFolder:
             found = reader.read_stacked(tensors, stack, described.grid_of(stack))
             for part in found:
                 check_tiles(part, described.tile_of(stack))
-        except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError, UserError) as error:
+        except (*_DAMAGE, KeyError, UserError) as error:
             raise _damaged(self.folder, stack, tensors, error) from error
         return found
 
@@ -135,7 +146,7 @@ class QuantizedFolder:
                 lambda leaf: self.checkpoint.read(f"{name}.{leaf}"),
                 described.grid_of(name),
             )
-        except (ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        except _DAMAGE as error:
             raise _damaged(self.folder, name, self._tensors(name), error) from error
 
     def stored(self, linear: str) -> list[str]:
@@ -167,8 +178,8 @@ def file_format_of(path: Path) -> FileFormat | None:
     """The format of an engine's own file or folder, None for the folder of a model."""
     if (path / "config.json").is_file():
         return None
-    files = (format for format in formats() if isinstance(format, FileFormat))
-    return next((format for format in files if format.recognizes(path)), None)
+    files = [format for format in formats() if isinstance(format, FileFormat) and format.recognizes(path)]
+    return next((format for format in files if format.suffix == path.suffix), next(iter(files), None))
 
 
 def refuse_engine_file(path: Path) -> None:
@@ -182,13 +193,20 @@ def refuse_engine_file(path: Path) -> None:
     )
 
 
+def is_read(checkpoint: Checkpoint) -> bool:
+    """Whether a folder is quantized in a format that is read."""
+    config = checkpoint.config.get(CONFIG)
+    format = _format_called(config.get("quant_method")) if isinstance(config, dict) else None
+    return format is not None and format.reader is not None
+
+
 def is_made_dense(checkpoint: Checkpoint) -> bool:
     """Whether a folder is loaded through its dequantized weights, since transformers does not load its format."""
     config = checkpoint.config.get(CONFIG)
     if not isinstance(config, dict):
         return False
     format = _format_called(config.get("quant_method"))
-    return format is not None and format.loaded_by_us
+    return format is not None and not format.loaded_by_transformers
 
 
 def check_tiles(weight: QTensor, said: Tile | None) -> None:

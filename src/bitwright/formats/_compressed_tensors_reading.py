@@ -6,7 +6,6 @@ with bits of their own. Codes and zero points are signed there, ours are not on 
 ``2**(bits-1)``.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from math import ceil
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from bitwright.core.quantized import Described
 from bitwright.formats.gptq import check_order, tile_of
 
 T = TypeVar("T")
+PATTERN = "re:"
 PACKED, MIXED = "pack-quantized", "mixed-precision"
 LAYOUTS = (PACKED, "int-quantized", "naive-quantized")
 STRATEGIES = ("tensor", "channel", "group", "block")
@@ -59,9 +59,11 @@ def _described(config: Mapping[str, Any]) -> Described:
         _dynamic(cache, "a KV cache"),
         tuple(config.get("ignore") or ()),
         variant=str(config.get("format") or ""),
-        rules=tuple(_rules(weights)),
+        rules=tuple(_patterns(weights)),
         tile=_of_most(tiles),
-        tiles=tuple(_rules(tiles)),
+        tiles=tuple(_patterns(tiles)),
+        grids=_names(weights),
+        named_tiles=_names(tiles),
     )
 
 
@@ -188,14 +190,16 @@ def _tile(said: Mapping[str, Any]) -> Tile | None:
     return None
 
 
-def _rules(weights: list[tuple[list[str], T]]) -> Iterator[tuple[str, T]]:
-    """Names first, then patterns, as the library does; classes of modules are left to the grid of all others."""
-    yield from ((f"{re.escape(t)}$", grid) for targets, grid in weights for t in targets if not _is_pattern(t))
-    yield from ((t.removeprefix("re:"), grid) for targets, grid in weights for t in targets if _is_pattern(t))
+def _names(weights: list[tuple[list[str], T]]) -> dict[str, T]:
+    """What is said of single modules by their names, and of classes of modules, which no module is called like."""
+    named = [(target, value) for targets, value in weights for target in targets if not target.startswith(PATTERN)]
+    return dict(reversed(named))
 
 
-def _is_pattern(target: str) -> bool:
-    return target.startswith("re:")
+def _patterns(weights: list[tuple[list[str], T]]) -> Iterator[tuple[str, T]]:
+    """What is said of modules whose names fit a regular expression: it counts after names, as in the library."""
+    for targets, value in weights:
+        yield from ((t.removeprefix(PATTERN), value) for t in targets if t.startswith(PATTERN))
 
 
 def _dynamic(said: Any, what: str) -> Grid | None:

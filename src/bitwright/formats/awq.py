@@ -126,6 +126,8 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     """
     scheme = model.scheme
     refuse_scheme(model, "awq")
+    for name, own in model.schemes.items():
+        raise RecipeError(f"{name}: awq has one scheme for all linears, {scheme}, and this is to have {own}")
     if scheme.weight.bits != BITS:
         raise RecipeError(f"awq holds 4 bits, scheme {scheme} asks for {scheme.weight.bits}; take --format gptq")
     return {
@@ -168,5 +170,4 @@ FORMAT = TensorFormat(
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read),
-    loaded_by_us=True,
 )

@@ -24,13 +24,10 @@ from bitwright.formats._compressed_tensors_reading import LEAVES, PACKED, codes_
 from bitwright.formats.bitwright import decode, packed, stored_bytes
 
 INSTEAD = (
-    "compressed-tensors holds neither groups along the output nor outliers, one tile for all linears, and no grid that "
-    "is an engine's own. Leave --format out, or take --format bitwright (transformers loads it after 'import "
-    "bitwright') or --format dense"
+    "compressed-tensors holds neither groups along the output nor outliers, and no grid that is an engine's own. Leave "
+    "--format out, or take --format bitwright (transformers loads it after 'import bitwright') or --format dense"
 )
-
-
-HOLDS = "2 to 8 bits, symmetric or not, per channel or in groups along the input, the same for all linears"
+HOLDS = "2 to 8 bits, symmetric or not, per channel or in groups along the input"
 
 
 def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
@@ -62,20 +59,21 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     if model.departures:
         raise RecipeError(f"{next(iter(model.departures))}: {INSTEAD}")
     scheme, family = model.scheme, model.family
-    groups = {"group_0": _linears(scheme, ["Linear"], None)}
+    linears = [_linears(scheme, ["Linear"], None), *_linears_by_scheme(model)]
     if scheme.kv is not None and family is None:
         raise RecipeError(
             f"scheme {scheme} quantizes keys and values head by head, and nobody has described this architecture to "
             "Bitwright; quantize the original with a scheme without KV"
         )
     kv = None if scheme.kv is None or family is None else _dynamic(scheme.kv, family.head_dim)
-    if scheme.activations is not None and family is not None:
+    quantized_family = None if scheme.activations is None else family
+    if quantized_family is not None:
         # The library takes dimensions 0 and 1 of an input for batch and token: rows of a matrix would share a scale.
-        rows = [_linears(scheme, [f"re:.*{name}$"], width) for name, width in family.flattened]
-        groups = {f"group_{n}": group for n, group in enumerate([*rows, *groups.values()])}
-        if queries_left_out(scheme) is None:
-            groups["attention"] = _group([family.attention_class], None, kv, None)
-            kv = None
+        linears = [_linears(scheme, [f"re:.*{name}$"], width) for name, width in quantized_family.flattened] + linears
+    groups = {f"group_{n}": group for n, group in enumerate(linears)}
+    if quantized_family is not None and queries_left_out(scheme) is None:
+        groups["attention"] = _group([quantized_family.attention_class], None, kv, None)
+        kv = None
     written: dict[str, Any] = {
         "config_groups": groups,
         "quant_method": "compressed-tensors",
@@ -99,6 +97,16 @@ def queries_left_out(scheme: Scheme) -> Grid | None:
     An attention's entry gives queries, keys and values one grid; ``kv_cache_scheme`` leaves the queries alone.
     """
     return None if scheme.kv == scheme.activations else scheme.activations
+
+
+def _linears_by_scheme(model: WrittenModel) -> list[dict[str, Any]]:
+    """A config group for each scheme of single linears, which are named: a name counts before a class."""
+    widths = {} if model.family is None else dict(model.family.flattened)
+    names: dict[tuple[Scheme, int | None], list[str]] = {}
+    for name, scheme in model.schemes.items():
+        width = next((width for end, width in widths.items() if name.endswith(f".{end}")), None)
+        names.setdefault((scheme, width), []).append(name)
+    return [_linears(scheme, targets, width) for (scheme, width), targets in names.items()]
 
 
 def _linears(scheme: Scheme, targets: list[str], features: int | None) -> dict[str, Any]:
@@ -152,4 +160,5 @@ FORMAT = TensorFormat(
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read, codes_may_be_weight=codes_may_be_weight),
+    loaded_by_transformers=True,
 )

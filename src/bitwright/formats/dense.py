@@ -79,4 +79,5 @@ FORMAT = TensorFormat(
     encode_stacked=encode_stacked,
     decode=decode,
     config=quantization_config,
+    loaded_by_transformers=True,
 )

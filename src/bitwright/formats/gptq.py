@@ -84,18 +84,28 @@ def described(config: Mapping[str, Any]) -> Described:
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         raise CheckpointError(f"its rules ('dynamic') are {dynamic!r:.60}, not a table; {READABLE}")
-    rules = tuple(
-        (pattern.removeprefix("+:"), {**config, **rule})
+    rules = {
+        pattern.removeprefix("+:"): {**config, **rule}
         for pattern, rule in dynamic.items()
         if not pattern.startswith("-:") and isinstance(rule, dict)
-    )
+    }
+    named = {name: rule for pattern, rule in rules.items() if (name := _name_of(pattern)) is not None}
+    patterns = {pattern: rule for pattern, rule in rules.items() if _name_of(pattern) is None}
     return Described(
         _grid(config),
         variant=layout,
-        rules=tuple((pattern, _grid(said)) for pattern, said in rules),
+        rules=tuple((pattern, _grid(rule)) for pattern, rule in patterns.items()),
         tile=tile_of(config.get("group_size")),
-        tiles=tuple((pattern, tile_of(said.get("group_size"))) for pattern, said in rules),
+        tiles=tuple((pattern, tile_of(rule.get("group_size"))) for pattern, rule in patterns.items()),
+        grids={name: _grid(rule) for name, rule in named.items()},
+        named_tiles={name: tile_of(rule.get("group_size")) for name, rule in named.items()},
     )
+
+
+def _name_of(pattern: str) -> str | None:
+    """The one name that a pattern of ours stands for; None for a regular expression of somebody else."""
+    name = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
+    return name if pattern == f"^{re.escape(name)}$" else None
 
 
 def tile_of(group: Any) -> Tile | None:
@@ -207,8 +217,9 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     alike."""
     scheme = model.scheme
     refuse_scheme(model, "gptq")
-    if scheme.weight.bits not in BITS:
-        raise RecipeError(f"gptq holds {', '.join(map(str, BITS))} bits, scheme {scheme} asks for others. {INSTEAD}")
+    for each in (scheme, *model.schemes.values()):
+        if each.weight.bits not in BITS:
+            raise RecipeError(f"gptq holds {', '.join(map(str, BITS))} bits, scheme {each} asks for others. {INSTEAD}")
     return {
         "quant_method": "gptq",
         "checkpoint_format": _version(scheme.weight),
@@ -217,7 +228,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         "sym": scheme.weight.symmetric,
         "desc_act": False,
         "pack_dtype": "int32",
-        **said_of_kept(model.kept),
+        **rules(model),
         "meta": {"quantizer": [f"bitwright:{version('bitwright')}"]},
     }
 
@@ -229,6 +240,20 @@ def said_of_kept(kept: Sequence[str]) -> dict[str, Any]:
     return {"lm_head": "lm_head" not in kept} | ({"dynamic": inside} if inside else {})
 
 
+def rules(model: WrittenModel) -> dict[str, Any]:
+    """What ``said_of_kept`` says, and a rule for every linear with a scheme of its own, for GPTQModel and vLLM."""
+    said = said_of_kept(model.kept)
+    own = {
+        f"+:^{re.escape(name)}$": {
+            "bits": scheme.weight.bits,
+            "group_size": scheme.tile.in_,
+            "sym": scheme.weight.symmetric,
+        }
+        for name, scheme in model.schemes.items()
+    }
+    return said | ({"dynamic": own | said.get("dynamic", {})} if own else {})
+
+
 def refuse_scheme(model: WrittenModel, format: str) -> None:
     """Raises RecipeError for what neither gptq nor awq has a place for."""
     scheme = model.scheme
@@ -236,6 +261,12 @@ def refuse_scheme(model: WrittenModel, format: str) -> None:
         raise RecipeError(
             f"format {format} cannot hold the activations or KV cache of scheme {scheme}; use format "
             "compressed-tensors or bitwright, or a scheme with A16"
+        )
+    if any(own.weight.symmetric != scheme.weight.symmetric for own in model.schemes.values()):
+        name = next(n for n, own in model.schemes.items() if own.weight.symmetric != scheme.weight.symmetric)
+        raise RecipeError(
+            f"{name}: {format} has one version for symmetric and one for asymmetric weights, and {model.schemes[name]} "
+            f"is not as {scheme} there; give all linears sym, or none"
         )
     if model.departures or scheme.tile.out != 1:
         first = next(iter(model.departures), f"scheme {scheme}")
@@ -284,5 +315,4 @@ FORMAT = TensorFormat(
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read),
-    loaded_by_us=True,
 )

@@ -14,6 +14,7 @@ and the choice is held against per-OC for all and per-IC for all, so that it is 
 those of the quantized stream. A linear whose output does not divide into groups stays per-OC, which is reported.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,13 +52,13 @@ def decide(block: Block, context: Context[AdaDimSettings], decisions: BlockDecis
     if context.data is None:
         return decisions
     for group in block.topology.groups:
-        able = [name for name in group.linears if _divides(block, name, context.scheme)]
+        able = [name for name in group.linears if _divides(block, name, context.scheme(name))]
         unable = [f"{n}: its output does not divide into groups, stays per-OC" for n in group.linears if n not in able]
         decisions = replace(decisions, fallbacks=(*decisions.fallbacks, *unable))
         if context.settings.axis in (None, "auto") and able:
             chosen = _choose(block, group, able, context, context.data, decisions)
         else:
-            chosen = dict.fromkeys(able if context.settings.axis == "ic" else (), context.scheme.tile.transposed)
+            chosen = _per_ic(able if context.settings.axis == "ic" else (), context)
         decisions = _with_tiles(decisions, chosen)
     return decisions
 
@@ -75,7 +76,7 @@ def _choose(
     parameters = parameters_of(block, decisions)
 
     def error(per_ic: frozenset[str], linears: tuple[str, ...]) -> float:
-        tried = _with_tiles(decisions, dict.fromkeys(per_ic, context.scheme.tile.transposed))
+        tried = _with_tiles(decisions, _per_ic(per_ic, context))
         return module.error(rounded(parameters, linears, context, tried))
 
     chosen = frozenset[str]()
@@ -85,7 +86,11 @@ def _choose(
             chosen |= {name}
     candidates: list[frozenset[str]] = [frozenset(), chosen, frozenset(able)]
     errors = [error(candidate, group.linears) for candidate in candidates]
-    return dict.fromkeys(candidates[errors.index(min(errors))], context.scheme.tile.transposed)
+    return _per_ic(candidates[errors.index(min(errors))], context)
+
+
+def _per_ic(linears: Collection[str], context: Context[AdaDimSettings]) -> Choice:
+    return {name: context.scheme(name).tile.transposed for name in linears}
 
 
 def _with_tiles(decisions: BlockDecisions, chosen: Choice) -> BlockDecisions:

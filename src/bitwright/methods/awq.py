@@ -66,8 +66,9 @@ def _clip(block: Block, context: Context[Settings], data: BlockData, decisions: 
             continue
         hessian = data.moments(linears[0], decisions, drift=False).inputs
         for name in linears:
-            tile = decisions.tile(name, context.scheme)
-            low, high = shrunk(weights[name], SHARES, context.scheme.weight, tile, context.scale_dtype, hessian)
+            scheme = context.scheme(name)
+            tile = decisions.tile(name, scheme)
+            low, high = shrunk(weights[name], SHARES, scheme.weight, tile, context.scale_dtype, hessian)
             decided[name] = replace(decisions.linear(name), low=low, high=high)
     return decisions.with_linears(decided)
 

@@ -46,9 +46,9 @@ def decide(block: Block, context: Context[GPTQSettings], decisions: BlockDecisio
         curved = curvature(moments.inputs, damping=settings.damping, act_order=settings.act_order)
         decided = {}
         for name in group.linears:
-            so_far, tile = decisions.linear(name), decisions.tile(name, context.scheme)
+            so_far, tile = decisions.linear(name), decisions.tile(name, context.scheme(name))
             known = None if so_far.low is None or so_far.high is None else (so_far.low, so_far.high)
-            weight, grid, stored = weights[name], context.scheme.weight, context.scale_dtype
+            weight, grid, stored = weights[name], context.scheme(name).weight, context.scale_dtype
             ranges = Ranges(so_far.inside(weight), known, grid, tile, stored, settings.refine)
             kept = None if so_far.outliers is None else (so_far.outliers, weight)
             codes = compensated(making_good(weight, moments, curved), ranges, curved, kept)

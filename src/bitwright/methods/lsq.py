@@ -38,10 +38,10 @@ class Steps(Learnable):
     def __init__(self, block: Block, context: Context[LSQSettings], decisions: BlockDecisions) -> None:
         """Start at the min-max step of the weights as transformed so far."""
         self.ends = {}
-        grid = context.scheme.weight
         for name, weight in weights_of(block, decisions).items():
-            low, high = minmax(weight, decisions.tile(name, context.scheme))
-            self.ends[name] = span(*affine(low, high, grid, torch.float32), grid)
+            scheme = context.scheme(name)
+            low, high = minmax(weight, decisions.tile(name, scheme))
+            self.ends[name] = span(*affine(low, high, scheme.weight, torch.float32), scheme.weight)
         self.theta = {name: torch.ones_like(low).requires_grad_() for name, (low, _) in self.ends.items()}
         super().__init__({"lsq.step": (self.theta, context.settings.lwc_lr)})
 

@@ -52,7 +52,7 @@ class Clipping(Learnable):
     def __init__(self, block: Block, context: Context[LWCSettings], decisions: BlockDecisions) -> None:
         """Start at sigmoid(4), or at the ranges decided."""
         self.context, self.refines = context, context.settings.refine
-        self.tiles = {n: decisions.tile(n, context.scheme) for n in block.topology.linears}
+        self.tiles = {n: decisions.tile(n, context.scheme(n)) for n in block.topology.linears}
         starts, self.room = {}, dict[str, Range]()
         for name, weight in weights_of(block, decisions).items():
             (b, low), (a, high) = _starts(weight, decisions.linear(name), self.tiles[name])
@@ -89,7 +89,7 @@ class Clipping(Learnable):
     def refine(self, linear: str, weight: Float[Tensor, "O I"], moments: Measured) -> None:
         """Search gamma and beta by coordinate descent."""
         a, b, ends = self.a[linear], self.b[linear], self._ends(linear, weight)
-        grid, dtype = self.context.scheme.weight, self.context.scale_dtype
+        grid, dtype = self.context.scheme(linear).weight, self.context.scale_dtype
         start, measured = (b.sigmoid(), a.sigmoid()), moments(drift=self.context.settings.drift)
         beta, gamma = search(weight, start, grid, self.tiles[linear], dtype, measured, ends)
         a.copy_(gamma.logit())

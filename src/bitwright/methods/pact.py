@@ -35,7 +35,7 @@ class Thresholds(Learnable):
     def __init__(self, block: Block, context: Context[PACTSettings], decisions: BlockDecisions) -> None:
         """Start at the min-max of the weights as transformed so far."""
         weights = weights_of(block, decisions)
-        self.ends = {n: minmax(w, decisions.tile(n, context.scheme)) for n, w in weights.items()}
+        self.ends = {n: minmax(w, decisions.tile(n, context.scheme(n))) for n, w in weights.items()}
         self.low = {name: torch.ones_like(low).requires_grad_() for name, (low, _) in self.ends.items()}
         self.high = {name: torch.ones_like(high).requires_grad_() for name, (_, high) in self.ends.items()}
         rate = context.settings.lwc_lr

@@ -6,7 +6,7 @@ from bitwright.model.source import DTYPES
 
 
 def pick_arithmetic(name: str, device: torch.device, held: torch.dtype) -> torch.dtype:
-    """The dtype that ``precision`` names (``core/training.py``), for blocks that are ``held`` in another on a device.
+    """The dtype that ``precision`` names (``core/training.py``), for blocks that are held in another on a device.
 
     ``auto`` is bfloat16 on a CPU with instructions for it, and elsewhere the dtype that the blocks are held in.
     """

@@ -17,15 +17,19 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Patterns:
-    """Patterns of names with ``*`` and ``?``, as ``--include`` and ``--exclude`` take them."""
+    """Names with ``*`` and ``?``, as ``--include`` and ``--exclude`` take them.
+
+    ``left_out`` are the names of linears that an allocation leaves in full precision; other names there are skipped.
+    """
 
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    left_out: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "Patterns":
+    def of(cls, recipe: Recipe, left_out: frozenset[str] = frozenset()) -> "Patterns":
         """The patterns of a recipe."""
-        return cls(recipe.patterns("include"), recipe.patterns("exclude"))
+        return cls(recipe.patterns("include"), recipe.patterns("exclude"), left_out)
 
 
 def chosen(division: Division, patterns: Patterns, checkpoint: Checkpoint, view: ModelView | None) -> Division:
@@ -50,6 +54,7 @@ def chosen(division: Division, patterns: Patterns, checkpoint: Checkpoint, view:
     for pattern in patterns.exclude:
         names = set(_fitting(pattern, checkpoint.names, "--exclude"))
         _keep(weights, kept, [w for w in weights.values() if w.tensor in names], f"excluded by {pattern}")
+    _keep(weights, kept, [w for w in weights.values() if w.name in patterns.left_out], "left out by --allocation")
     order = {name: at for at, name in enumerate(in_order(checkpoint.names))}
     before = set(division.weights)
     added = [w for w in weights.values() if w not in before]

@@ -125,12 +125,12 @@ def _model_type(checkpoint: Checkpoint) -> str:
     return model_type
 
 
-def _check_blocks(checkpoint: Checkpoint, config: Any) -> None:
+def _check_blocks(checkpoint: Checkpoint, blocks: int) -> None:
     """Raise CheckpointError for an impossible number of blocks, before transformers builds them all."""
-    asked, tensors = getattr(config, "num_hidden_layers", 1), len(checkpoint.names)
-    if not 1 <= asked <= tensors:
+    tensors = len(checkpoint.names)
+    if not 1 <= blocks <= tensors:
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json asks for {asked} blocks (num_hidden_layers), and the weight files hold "
+            f"{checkpoint.folder}/config.json asks for {blocks} blocks (num_hidden_layers), and the weight files hold "
             f"{tensors} tensors in all; the weights belong to another configuration, download both again"
         )
 

@@ -46,7 +46,7 @@ def _packed(name: str, linear: nn.Linear, config: Config) -> PackedLinear:
         with linear.weight.device:
             return PackedLinear(
                 shape,
-                config.weights.grid,
+                config.grid(name),
                 config.tile(name),
                 config.dtype,
                 outliers=outliers,

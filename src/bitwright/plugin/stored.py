@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, SchemeError
+from bitwright.core.grid import Zero
 from bitwright.core.quantized import Described
 from bitwright.formats import bitwright as format
 from bitwright.formats.bitwright.config import Config
@@ -79,7 +80,7 @@ def dequantized(tensors: Mapping[str, Tensor], name: str, config: Config) -> Ten
         if int(counts.min()) < 0 or int(counts.sum()) != tensors[f"{name}.outlier_index"].numel():
             raise CheckpointError(f"{name}.outlier_count is not the number of its outliers; {AGAIN}")
     check_tile(name, tensors.get(f"{name}.weight_tile"), config.tile(name).size((rows, columns)))
-    grid = config.weights.grid
+    grid = config.grid(name)
     slices = format.read_stacked(tensors, name, grid) if stack else [format.read(tensors, name, Described(grid))]
     for q in slices:
         check_numbers(name, q.scale, q.outlier_index, q.outlier_value, rows * columns)
@@ -89,22 +90,22 @@ def dequantized(tensors: Mapping[str, Tensor], name: str, config: Config) -> Ten
 
 def _wanted(checkpoint: Checkpoint, name: str, config: Config) -> dict[str, Kind]:
     """The tensors that ``formats.bitwright`` writes for a weight of this shape, by the ends of their names."""
-    shape, bits, outliers = _shape(checkpoint, name), config.weights.bits, config.outliers(name)
+    shape, grid, outliers = _shape(checkpoint, name), config.grid(name), config.outliers(name)
     *stack, rows, columns = shape
     try:
         p, q = config.tile(name).counts((rows, columns))
     except SchemeError as error:
         raise CheckpointError(f"the tile that the quantization_config says of {name}: {error}; {AGAIN}") from None
     wanted: dict[str, Kind] = {
-        "weight_packed": (torch.int32, (*stack, rows, ceil(columns * bits / WORD_BITS))),
+        "weight_packed": (torch.int32, (*stack, rows, ceil(columns * grid.bits / WORD_BITS))),
         "weight_scale": (config.dtype, (*stack, p, q)),
     }
     if config.tile(name).cut((rows, columns)):
         wanted["weight_tile"] = (torch.int64, (2,))
-    if config.weights.real_minimum:
+    if grid.zero is Zero.REAL:
         wanted["weight_minimum"] = (config.dtype, (*stack, p, q))
-    elif not config.weights.symmetric:
-        wanted["weight_zero_point"] = (torch.int32, (*stack, ceil(p * bits / WORD_BITS), q))
+    elif not grid.symmetric:
+        wanted["weight_zero_point"] = (torch.int32, (*stack, ceil(p * grid.bits / WORD_BITS), q))
     if outliers:
         wanted |= {"outlier_index": (torch.int32, (outliers,)), "outlier_value": (config.dtype, (outliers,))}
         wanted |= {"outlier_count": (torch.int64, tuple(stack))} if stack else {}

@@ -10,43 +10,44 @@ from dataclasses import replace
 from bitwright.core.engine import Engine, Refusal, Way, Workload, engine_named, engines
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat
-from bitwright.core.recipe import Recipe
-from bitwright.prepare.engine_question import Question, formats_of
+from bitwright.prepare.engine_question import EngineQuestion, formats_of
 from bitwright.prepare.format_choice import HOLDS_ALL, is_single, target
 from bitwright.prepare.nearest_scheme import nearest_first
+from bitwright.prepare.question import Question
 
 TABLE = "bitwright engines shows the table"
 
 
-def for_engines(recipe: Recipe, device: str = "auto", workload: Workload | None = None) -> Recipe:
+def for_engines(asked: Question, device: str = "auto") -> Question:
     """Settle the format of a recipe: the first that every engine it names runs, and that takes the model's linears.
 
     The format stays open if they all load the one that holds everything: then it is settled when the methods have
-    decided, as it is without engines. ``workload`` is what the recipe asks of an engine, if that is parsed already.
+    decided, as it is without engines.
 
     Raises RecipeError if an engine is not known, does not run what is asked, or loads another format, and if the model
     does not fit into those that are loaded.
     """
+    recipe = asked.recipe
     if recipe.engines is None:
-        return recipe
+        return asked
     chosen = [engine_named(name) for name in recipe.patterns("engines")]
     if not chosen:
         raise RecipeError(f"engines names none; take {', '.join(engine.name for engine in engines())}, or leave it out")
-    question = Question.of(recipe, device, workload)
+    question = EngineQuestion.of(asked, device)
     for engine in chosen:
         _require_schemes(question, engine)
     if recipe.format is None and all(HOLDS_ALL in formats_of(question.running(engine)) for engine in chosen):
-        return recipe
+        return asked
     ways = [_mixing(question, engine) for engine in chosen]
     obstacles = dict[str, str]()
     for format, obstacle in question.obstacles(ways):
         if obstacle is None:
-            return replace(recipe, format=format)
+            return Question.of(replace(recipe, format=format))
         obstacles[format] = obstacle
     raise _does_not_fit(question, chosen, obstacles) if obstacles else _no_shared_format(question, chosen, ways)
 
 
-def _require_schemes(question: Question, engine: Engine) -> None:
+def _require_schemes(question: EngineQuestion, engine: Engine) -> None:
     """Raise RecipeError if an engine does not load the named format, or if it runs a scheme in no way."""
     ways = question.ways(engine)
     if not ways:
@@ -58,7 +59,7 @@ def _require_schemes(question: Question, engine: Engine) -> None:
             raise _not_run(replace(question, workload=workload), engine, linear)
 
 
-def _mixing(question: Question, engine: Engine) -> list[Way]:
+def _mixing(question: EngineQuestion, engine: Engine) -> list[Way]:
     """The ways in which an engine runs the model's linears beside each other. Raises RecipeError if there is none."""
     running, schemes = question.running(engine), question.model.schemes(question.workload)
     refused: dict[str, list[Way]] = {}
@@ -85,7 +86,7 @@ def _not_loaded(engine: Engine, format: str) -> RecipeError:
     return RecipeError(f"{engine.name} does not load format {format}; it loads {known}. Leave --format out")
 
 
-def _not_run(question: Question, engine: Engine, linear: str | None) -> RecipeError:
+def _not_run(question: EngineQuestion, engine: Engine, linear: str | None) -> RecipeError:
     """The error of an engine that runs a scheme in none of its ways: in each format, the refusal that came last.
 
     ``linear`` is one that has this scheme, None if it is the scheme of all but exceptions.
@@ -104,7 +105,7 @@ def _not_run(question: Question, engine: Engine, linear: str | None) -> RecipeEr
     )
 
 
-def _does_not_fit(question: Question, chosen: Sequence[Engine], obstacles: Mapping[str, str]) -> RecipeError:
+def _does_not_fit(question: EngineQuestion, chosen: Sequence[Engine], obstacles: Mapping[str, str]) -> RecipeError:
     """The error of a model that goes into none of the formats that these engines have in common."""
     able = [engine for engine in chosen if question.named is None and HOLDS_ALL in formats_of(question.running(engine))]
     alone = f", or --engine {able[0].name} alone, in format {HOLDS_ALL}" if able else ""
@@ -116,7 +117,7 @@ def _does_not_fit(question: Question, chosen: Sequence[Engine], obstacles: Mappi
     )
 
 
-def _no_shared_format(question: Question, chosen: Sequence[Engine], ways: Sequence[Sequence[Way]]) -> RecipeError:
+def _no_shared_format(question: EngineQuestion, chosen: Sequence[Engine], ways: Sequence[Sequence[Way]]) -> RecipeError:
     """The error of engines without a format in common: how one run serves them all.
 
     Its result is in a format that ``export`` reads, an engine's own if there is one; exports serve the other engines.
@@ -146,7 +147,7 @@ def _no_shared_format(question: Question, chosen: Sequence[Engine], ways: Sequen
     )
 
 
-def _leave_format_out(question: Question, engine: Engine) -> str:
+def _leave_format_out(question: EngineQuestion, engine: Engine) -> str:
     """That an engine runs the workload in another format than the one that was named; nothing if it does not."""
     if question.named is None:
         return ""
@@ -155,7 +156,7 @@ def _leave_format_out(question: Question, engine: Engine) -> str:
     return f", or leave --format out: {engine.name} runs {question.workload.scheme} in {fits[0]}" if fits else ""
 
 
-def _remedy(question: Question, chosen: Sequence[Engine], known: Collection[str] = ()) -> str:
+def _remedy(question: EngineQuestion, chosen: Sequence[Engine], known: Collection[str] = ()) -> str:
     """What to try: the nearest scheme, and the flags that keep the method from asking for more than that.
 
     ``known`` are obstacles that the message has named already.
@@ -179,7 +180,7 @@ def _remedy(question: Question, chosen: Sequence[Engine], known: Collection[str]
     return f"{remedy} with {' '.join(flags)}" if flags else remedy
 
 
-def _nearest(question: Question, chosen: Sequence[Engine]) -> tuple[Question, str | None] | None:
+def _nearest(question: EngineQuestion, chosen: Sequence[Engine]) -> tuple[EngineQuestion, str | None] | None:
     """The question whose scheme is most like this one's, of those that pass, and None.
 
     A scheme passes if all engines run it, without outliers and in its own tiles, in a format that takes the model. If

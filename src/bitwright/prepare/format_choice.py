@@ -1,11 +1,12 @@
-"""Which format a result is written in: the one that was named; else compressed-tensors where every linear fits into it,
-and bitwright where one does not.
+"""Which format a result is written in: the one that was named; else compressed-tensors if all linears fit into it, and
+bitwright if one does not.
 
 The two share their tensors, so the choice can wait until every method has decided: it is what config.json says.
 """
 
 from collections.abc import Sequence
 
+from bitwright.core.allocation import Allocation
 from bitwright.core.configuration import Configuration
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Format, TensorFormat
@@ -16,6 +17,10 @@ from bitwright.core.registry import format_of
 from bitwright.core.scheme import Scheme
 
 WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
+ELSEWHERE = (
+    f"Leave --format out, or take --format {HOLDS_ALL} (transformers loads it after 'import bitwright') or --format "
+    "dense"
+)
 
 
 def is_single(named: str | None) -> bool:
@@ -37,13 +42,8 @@ def encoder(named: str | None) -> TensorFormat:
     return format
 
 
-def on_the_way(named: str | None) -> str | None:
-    """The name of the format whose tensors are written, None where it is not settled yet."""
-    return HOLDS_ALL if isinstance(target(named), FileFormat) else named
-
-
 def refuse_idle(format: str | None, embeddings: object, base: object, shard_size: str) -> None:
-    """Raises RecipeError for what is asked of a file format where the format is none, and for shards of one."""
+    """Raise RecipeError for what is asked of a file format if the format is none, and for shards of one."""
     files = isinstance(target(format), FileFormat)
     for name, value in (("embeddings", embeddings), ("base", base)):
         if value is not None and not files:
@@ -61,33 +61,43 @@ def not_widely_loaded(weight: str) -> str:
     )
 
 
-def expected(named: str | None, configuration: Configuration, only_ours: str | None = None) -> str:
-    """The format as far as it is known at the start; ``only_ours`` is a weight that transformers needs our plugin for.
+def expected(named: str | None, configuration: Configuration, allocation: Allocation, only_ours: str | None) -> str:
+    """The format as far as it is known at the start: one name, or two.
 
-    Raises RecipeError where the one named may not hold the result.
+    ``only_ours`` is a weight that transformers loads with our plugin only. Raises RecipeError if the format that was
+    named may not hold the result.
     """
     if only_ours and named == WIDELY_LOADED:
-        raise RecipeError(
-            f"{not_widely_loaded(only_ours)} (W4A16g128sym). Leave --format out, or take --format {HOLDS_ALL} "
-            "(transformers loads it after 'import bitwright') or --format dense"
-        )
-    scheme, freedoms = configuration.scheme, configuration.freedoms()
-    outliers = any(freedom.outliers is not None for freedom in freedoms)
-    possible = [scheme.tile, *(tile for freedom in freedoms for tile in freedom.tiles)]
+        raise RecipeError(f"{not_widely_loaded(only_ours)} (W4A16g128sym). {ELSEWHERE}")
     candidate = format_of(WIDELY_LOADED if named is None else named)
-    fits = [candidate.holds(scheme.weight, tile, outliers) for tile in possible]
-    if named is None:
-        must = only_ours or any(freedom.tiles and not freedom.compared for freedom in freedoms)
-        if must or not format_of(WIDELY_LOADED).holds(scheme.weight, scheme.tile, False):
+    all_fit = True
+    for scheme in allocation.distinct:
+        freedoms = configuration.freedoms(scheme)
+        outliers = any(freedom.outliers is not None for freedom in freedoms)
+        possible = [scheme.tile, *(tile for freedom in freedoms for tile in freedom.tiles)]
+        fits = all(candidate.holds(scheme.weight, tile, outliers) for tile in possible)
+        if named is not None and not fits:
+            raise RecipeError(
+                f"format {named} cannot hold {_what(candidate, scheme, possible, outliers)}, which "
+                f"{_asked(scheme, allocation)} and the method ask for: it holds {candidate.holds_what}. {ELSEWHERE}"
+            )
+        must = any(freedom.tiles and not freedom.compared for freedom in freedoms)
+        if named is None and (only_ours or must or not candidate.holds(scheme.weight, scheme.tile, False)):
             return HOLDS_ALL
-        return WIDELY_LOADED if all(fits) else f"{WIDELY_LOADED} or {HOLDS_ALL}"
-    if not all(fits):
+        all_fit &= fits
+    if named is not None and not allocation.uniform and not candidate.mixes:
+        linear, scheme = next(iter(allocation.own.items()))
         raise RecipeError(
-            f"format {named} cannot hold {_what(candidate, scheme, possible, outliers)}, which scheme {scheme} and the "
-            f"method ask for: it holds {candidate.holds_what}. Leave --format out, or take --format {HOLDS_ALL} "
-            "(transformers loads it after 'import bitwright') or --format dense"
+            f"format {named} has one scheme for all linears, and {linear} is to have {scheme} beside "
+            f"{allocation.default}. {ELSEWHERE}"
         )
-    return named
+    return named or (WIDELY_LOADED if all_fit else f"{WIDELY_LOADED} or {HOLDS_ALL}")
+
+
+def _asked(scheme: Scheme, allocation: Allocation) -> str:
+    """A scheme, and the first linear that has it if it is not that of all."""
+    linear = next((name for name, own in allocation.own.items() if own == scheme), None)
+    return f"scheme {scheme}" if linear is None else f"scheme {scheme} of {linear}"
 
 
 def _what(format: Format, scheme: Scheme, tiles: Sequence[Tile], outliers: bool) -> str:
@@ -102,10 +112,12 @@ def _what(format: Format, scheme: Scheme, tiles: Sequence[Tile], outliers: bool)
     return f"{scheme.weight.bits}-bit {kind} weights in these groups"
 
 
-def settled(named: str | None, written: WrittenModel) -> str:
-    """The format of the folder that is written, its every linear known: of file formats, the one on the way."""
+def settled(named: str | None, written: WrittenModel) -> TensorFormat:
+    """The format of the folder that is written, every linear decided: of a file format, the one on the way."""
     if named is not None:
-        return HOLDS_ALL if isinstance(target(named), FileFormat) else named
-    alike, scheme = not (written.departures or written.only_ours), written.scheme
-    fits = alike and format_of(WIDELY_LOADED).holds(scheme.weight, scheme.tile, False)
-    return WIDELY_LOADED if fits else HOLDS_ALL
+        return encoder(named)
+    widely = format_of(WIDELY_LOADED)
+    schemes = (written.scheme, *written.schemes.values())
+    alike = not (written.departures or written.only_ours)
+    fits = alike and all(widely.holds(scheme.weight, scheme.tile, False) for scheme in schemes)
+    return encoder(WIDELY_LOADED if fits else HOLDS_ALL)

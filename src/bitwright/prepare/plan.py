@@ -2,18 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from bitwright.core.qtensor import packed_bits
-from bitwright.core.scheme import Scheme
 from bitwright.core.weight import Weight, starred
 from bitwright.model.config import architecture
-from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED, on_the_way
-from bitwright.prepare.job import Job
-from bitwright.prepare.tensor_work import TensorWork
-from bitwright.prepare.work import foreseen
+from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED, encoder, target
+from bitwright.prepare.prepared import Prepared
+from bitwright.prepare.workers import Workers
 from bitwright.stream.memory import Budget
 
 
@@ -56,82 +53,86 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def plan_of(job: Job) -> Plan:
-    """The plan of a job that is ready."""
-    checkpoint, dtype, work = job.source.checkpoint, job.scales, job.work
-    kept = sum(checkpoint.nbytes(name) for name in foreseen(job.source, work, job.scheme).passed)
-    quantized = sum(job.target.stored_bytes(w.shape, _scheme(job, w), dtype) for w in work.weights)
-    count = sum(prod(weight.shape) for weight in work.weights)
-    bits = sum(w.slices * packed_bits(w.slice, job.scheme.weight, w.tile(job.scheme.tile), dtype) for w in work.weights)
-    budget = work.budget(job.configuration.training)
+def plan_of(run: Prepared, workers: Workers) -> Plan:
+    """The plan of a run that is ready."""
+    weights = run.inventory.weights
+    count = sum(prod(weight.shape) for weight in weights)
+    bits = sum(run.target.stored_bits(weight.shape, run.scheme_of(weight), run.scales) for weight in weights)
     return Plan(
-        model=job.recipe.model,
-        architecture=architecture(checkpoint.config),
-        method=job.method,
-        scheme=str(job.scheme),
-        format=job.expected,
-        settings=job.configuration.values(),
-        blocks=work.blocks,
-        linears=len(work.weights),
+        model=run.recipe.model,
+        architecture=architecture(run.source.checkpoint.config),
+        method=run.method,
+        scheme=str(run.scheme),
+        format=run.expected,
+        settings=run.configuration.values(),
+        blocks=run.inventory.blocks,
+        linears=len(weights),
         quantized_weights=count,
         bits_per_weight=bits / count,
-        bytes_in=checkpoint.total_bytes,
-        bytes_out=kept + quantized,
-        memory=budget,
-        memory_bytes=budget.total,
-        workers=1,
-        calibration_tokens=0 if job.tokens is None else job.tokens.numel(),
-        tensors=tensors_of(job),
-        notes=tuple(_notes(job)),
+        bytes_in=run.source.checkpoint.total_bytes,
+        bytes_out=run.bytes_out,
+        memory=run.way.budget(run.tokens, run.configuration.training),
+        memory_bytes=workers.memory_bytes,
+        workers=workers.count,
+        calibration_tokens=0 if run.tokens is None else run.tokens.numel(),
+        tensors=tensors_of(run),
+        notes=(*notes_of(run), *_outliers_on_top(run)),
     )
 
 
-def _scheme(job: Job, weight: Weight) -> Scheme:
-    return replace(job.scheme, tile=weight.tile(job.scheme.tile))
-
-
-def _notes(job: Job) -> Iterator[str]:
-    if job.note is not None:
-        yield job.note
-    left_out = job.left_out(on_the_way(job.recipe.format) or WIDELY_LOADED)
-    if left_out is not None and job.expected != HOLDS_ALL:
+def notes_of(run: Prepared) -> Iterator[str]:
+    """What a user should know before the run."""
+    if run.note is not None:
+        yield run.note
+    on_the_way = target(WIDELY_LOADED) if run.recipe.format is None else encoder(run.recipe.format)
+    left_out = run.left_out(on_the_way)
+    if left_out is not None and run.expected != HOLDS_ALL:
         yield left_out
-    if job.recipe.quantize_lm_head and job.configuration.needs_text:
-        yield f"the output layer gets min-max ranges, rounded to nearest: {job.method} works on the blocks"
-    if (alone := _keep_their_groups(job)) is not None:
+    if run.recipe.quantize_lm_head and run.configuration.needs_text:
+        yield f"the output layer gets min-max ranges, rounded to nearest: {run.method} works on the blocks"
+    if (alone := _keep_their_groups(run)) is not None:
         yield alone
-    if job.work.copied_head:
+    if run.inventory.copied_head:
         yield "the output layer is tied to the embedding: it is quantized as a copy of its own, the embedding stays"
-    if job.tokens is not None and not job.configuration.needs_text:
-        yield f"{job.method} needs no calibration text; it is used to report output errors"
+    if run.tokens is not None and not run.configuration.needs_text:
+        yield f"{run.method} needs no calibration data; they are used to report output errors"
+    if own := run.allocation.own:
+        counted = Counter(map(str, own.values()))
+        yield "schemes of their own: " + ", ".join(f"{scheme} for {n} linears" for scheme, n in counted.items())
 
 
-def _keep_their_groups(job: Job) -> str | None:
-    """Which weights --axis is not for."""
-    choosing = [freedom for freedom in job.configuration.freedoms() if freedom.tiles]
-    if not choosing or not isinstance(job.work, TensorWork):
-        return None
-    compared = choosing[0].compared
-    names = [weight.name for weight in job.work.weights if not weight.takes_tiles(compared)]
+def _outliers_on_top(run: Prepared) -> Iterator[str]:
+    rules = (freedom.outliers for freedom in run.configuration.freedoms())
+    rule = next((rule for rule in rules if rule is not None), None)
+    if rule is not None:
+        yield f"outliers ({rule}) come on top of these bits and bytes, some 48 bits each"
+
+
+def _keep_their_groups(run: Prepared) -> str | None:
+    """The weights that --axis is not for."""
+    choosing = [freedom for freedom in run.configuration.freedoms() if freedom.tiles]
+    names = [each.name for each in run.inventory.weights if choosing and not each.takes_tiles(choosing[0].compared)]
     if not names:
         return None
+    axis = "auto" if choosing[0].compared else "ic"
     return (
-        f"--axis {'auto' if compared else 'ic'} is for linears of their own, stored [out, in]: {len(names)} keep the "
+        f"--axis {axis} is for linears of their own, stored [out, in]: {len(names)} keep the "
         f"groups of the scheme, as {names[0]} does"
     )
 
 
-def tensors_of(job: Job) -> tuple[TensorKind, ...]:
-    """Every tensor of the checkpoint that a job reads, quantized ones first."""
-    weights = {weight.tensor: _said(weight) for weight in job.work.weights}
-    kept = {name: why for name, why in job.work.kept.items() if name not in weights or job.work.copied_head}
-    entry = job.source.checkpoint.entry
-    counted = Counter((starred(name), entry(name).shape, True, said) for name, said in weights.items())
+def tensors_of(run: Prepared) -> tuple[TensorKind, ...]:
+    """Every tensor of the checkpoint that a run reads, quantized ones first."""
+    inventory, entry = run.inventory, run.source.checkpoint.entry
+    weights = {weight.tensor: _described(weight, run) for weight in inventory.weights}
+    kept = {name: why for name, why in inventory.kept.items() if name not in weights or inventory.copied_head}
+    counted = Counter((starred(name), entry(name).shape, True, text) for name, text in weights.items())
     counted.update((starred(name), entry(name).shape, False, why) for name, why in kept.items())
     return tuple(TensorKind(name, shape, count, done, why) for (name, shape, done, why), count in counted.items())
 
 
-def _said(weight: Weight) -> str:
-    if not weight.stacked:
-        return ""
-    return f"{weight.slices} experts, stored {'[in, out]' if weight.transposed else '[out, in]'}"
+def _described(weight: Weight, run: Prepared) -> str:
+    """What is special about a weight: its own scheme, and how its experts are stored."""
+    own = run.allocation.own.get(weight.name)
+    stacked = f"{weight.slices} experts, stored {'[in, out]' if weight.transposed else '[out, in]'}"
+    return ", ".join(filter(None, (str(own or ""), stacked if weight.stacked else "")))

@@ -24,7 +24,7 @@ def plan(console: Console, result: Any) -> None:
         [
             ("model", f"{result.model} ({result.architecture}, {result.blocks} blocks)"),
             ("method", f"{result.method}, scheme {result.scheme}, format {result.format}"),
-            ("settings", _in_words(result.settings)),
+            ("settings", _settings(result.settings) or None),
             ("linears", f"{result.linears} with {result.quantized_weights:,} weights"),
             ("bits per weight", f"{result.bits_per_weight:.3f} with scales and zero points"),
             ("bytes in", size(result.bytes_in)),
@@ -48,11 +48,10 @@ def plan(console: Console, result: Any) -> None:
     grid(console, "Tensors", ("name", "shape", "how many", "what happens", "why"), rows)
 
 
-def _in_words(settings: Mapping[str, Any]) -> str | None:
-    """The settings of the methods that have a value; None if there are none."""
-    words = {True: "on", False: "off"}
-    shown = {key: words[value] if isinstance(value, bool) else value for key, value in settings.items()}
-    return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None) or None
+def _settings(settings: Mapping[str, object]) -> str:
+    """Settings and their values in words, those that have one."""
+    shown = {key: ("off", "on")[value] if isinstance(value, bool) else value for key, value in settings.items()}
+    return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
 
 
 def result(console: Console, result: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block, Topology
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.errors import RecipeError
@@ -73,13 +74,13 @@ def fold(
     parameters: Mapping[str, Tensor],
     topology: Topology,
     decisions: BlockDecisions,
-    scheme: Scheme,
+    allocation: Allocation,
     stored: torch.dtype,
 ) -> Folded:
     """Everything decided, in the block's ordinary weights, biases and norms and in codes: nothing else remains."""
     full = transform({name: p.float() for name, p in parameters.items()}, topology, decisions)
     linears = {
-        name: quantize_linear(full[f"{name}.weight"], decisions.linear(name), scheme, stored)
+        name: quantize_linear(full[f"{name}.weight"], decisions.linear(name), allocation.scheme(name), stored)
         for name in topology.linears
     }
     weights = {f"{name}.weight" for name in topology.linears}

@@ -36,7 +36,7 @@ def scalable(block: Block) -> tuple[Site, ...]:
 
 def of_inputs(site: Site, stats: Stats, value: Callable[[LinearStats], Tensor]) -> Float[Tensor, " C"]:
     """A statistic of the site's inputs for each free channel, the largest of those that are tied."""
-    return _tied(site, [(side.index, value(stats[side.module])) for side in site.consumers])
+    return _tied(site, [(side.index, value(stats[side.module])) for side in site.consumers if side.module in stats])
 
 
 def of_weights(site: Site, block: Block) -> Float[Tensor, " C"]:

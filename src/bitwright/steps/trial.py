@@ -46,12 +46,14 @@ class Trial:
 def rounded(
     parameters: Mapping[str, Tensor], linears: Sequence[str], context: Context[Any], decisions: BlockDecisions
 ) -> dict[str, Tensor]:
-    """The weights of these linears rounded to nearest within min-max ranges, and their biases."""
+    """The weights of these linears, rounded to nearest in min-max ranges if they are quantized, and their biases."""
     replaced = {}
     for name in linears:
-        decision = LinearDecision(tile=decisions.tile(name, context.scheme))
-        weight = quantize_linear(parameters[f"{name}.weight"], decision, context.scheme, context.scale_dtype)
-        replaced[f"{name}.weight"] = weight.dequantize()
+        weight, scheme = parameters[f"{name}.weight"], context.allocation.of(name)
+        if scheme is not None:
+            decision = LinearDecision(tile=decisions.tile(name, scheme))
+            weight = quantize_linear(weight, decision, scheme, context.scale_dtype).dequantize()
+        replaced[f"{name}.weight"] = weight
         if f"{name}.bias" in parameters:
             replaced[f"{name}.bias"] = parameters[f"{name}.bias"]
     return replaced
@@ -64,5 +66,5 @@ def best(trial: Trial, candidates: list[SiteDecision]) -> SiteDecision:
 
 
 def _enclosing(block: Block, site: Site) -> str:
-    reader = site.consumers[0].module
-    return next(group.enclosing for group in block.topology.groups if reader in group.linears)
+    readers = {side.module for side in site.consumers}
+    return next(group.enclosing for group in block.topology.groups if readers & {*group.linears})

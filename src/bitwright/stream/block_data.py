@@ -7,10 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.method import LinearStats, Moments
-from bitwright.core.scheme import Scheme
 from bitwright.core.training import Training
 from bitwright.steps.apply import fold, parameters_of
 from bitwright.stream.activations import Stream, statistics
@@ -22,11 +22,14 @@ from bitwright.stream.train import Objective
 
 @dataclass(frozen=True)
 class StreamedBlock:
-    """A block and what flows into it: the ``BlockData`` of ``core/method.py``. ``scales`` is the dtype of scales."""
+    """A block and what flows into it: the ``BlockData`` of ``core/method.py``.
+
+    ``allocation`` has the schemes of its linears by their names in it, ``scales`` is the dtype of scales.
+    """
 
     block: Block
     stream: Stream
-    scheme: Scheme
+    allocation: Allocation
     scales: torch.dtype
 
     @cached_property
@@ -42,15 +45,15 @@ class StreamedBlock:
     def moments(self, linear: str, decisions: BlockDecisions, *, drift: bool) -> Moments:
         """The second moments of what a linear will read."""
         block, parameters = self.block, dict(self.block.module.named_parameters())
-        folded = fold(parameters, block.topology, decisions, self.scheme, self.scales)
+        folded = fold(parameters, block.topology, decisions, self.allocation, self.scales)
         inputs, kwargs = self.stream.activations, self.stream.kwargs_of(block)
-        return moments(block, linear, folded, self.scheme, inputs, kwargs, drift=drift)
+        return moments(block, linear, folded, self.allocation.default, inputs, kwargs, drift=drift)
 
     def inspect(self, module: str, decisions: BlockDecisions, tokens: int) -> ModuleInspection:
         """A module on the output of the quantized blocks before."""
         inputs, kwargs = self.stream.activations.quantized, self.stream.kwargs_of(self.block)
         parameters = parameters_of(self.block, decisions)
-        return ModuleInspection(self.block, module, parameters, self.scheme, inputs, kwargs, tokens)
+        return ModuleInspection(self.block, module, parameters, self.allocation.default, inputs, kwargs, tokens)
 
     def objective(self, training: Training) -> Objective:
         """What training is to bring the block's output near to."""

@@ -8,12 +8,18 @@ import queue
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitwright.core.errors import UserError
-from bitwright.stream.tensors import Finished, Started, TensorPlan
+from bitwright.core.progress import Listener, Progress
+from bitwright.stream.memory import peak_memory
+from bitwright.stream.parts import Part
+from bitwright.stream.ranks import Ranks
+from bitwright.stream.tensors import Started, TensorPlan, pipeline
 from bitwright.stream.units import Unit
 from bitwright.stream.worker import Began, Done, Ended, Failed
 from bitwright.stream.worker_pool import WorkerPool
@@ -26,6 +32,10 @@ class WorkerError(UserError):
     """A worker process that ended too early."""
 
 
+class _StoppedError(Exception):
+    """Nobody takes the parts any more."""
+
+
 class _Worker:
     """One process. Its messages, and the news that it is gone, arrive in ``inbox`` with the worker itself."""
 
@@ -33,7 +43,7 @@ class _Worker:
         self, process: "subprocess.Popen[bytes]", plan: TensorPlan, inbox: "queue.Queue[tuple[_Worker, Any]]"
     ) -> None:
         self.process = process
-        self.inbox, self.tensor, self.peak, self.ended = inbox, "", 0, False
+        self.inbox, self.tensor, self.ended = inbox, "", False
         self.send(plan)
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
@@ -61,17 +71,91 @@ class _Worker:
             self.inbox.put((self, None))
 
 
-def work_in_processes(
-    units: Sequence[Unit], plan: TensorPlan, count: int, pool: WorkerPool, started: Started, finished: Finished
-) -> int:
-    """Make the part of every unit, as ``tensors.work`` does; return the peak bytes of all workers together.
+@dataclass(frozen=True)
+class TensorDriver:
+    """A driver that goes through a checkpoint tensor by tensor, in this process or in worker processes.
 
-    Workers come from ``pool`` first. Raises UserError for what a worker met, or if one died; finished parts stay.
+    Workers come from ``pool`` first. Of several ranks each makes its share.
     """
-    waiting, left = iter(units), len(units)
+
+    all_units: Sequence[Unit]
+    plan: TensorPlan
+    workers: int
+    pool: WorkerPool
+    ranks: Ranks
+
+    @property
+    def units(self) -> list[str]:
+        """All tensors, in units."""
+        return [unit.name for unit in self.all_units]
+
+    def parts(self, files: Mapping[str, str], done: Collection[str], listener: Listener) -> Iterator[Part]:
+        """Make this rank's share of the parts.
+
+        Raises UserError for what a worker met, or if one died; finished parts stay.
+        """
+        done = self.ranks.from_first(frozenset(done) if self.ranks.first else None)
+        units = [replace(unit, file=files[unit.name]) for unit in self.all_units if unit.name not in done]
+        todo = self.ranks.share(units)
+        nbytes = {unit.name: unit.nbytes for unit in todo}
+        total, finished = sum(nbytes.values()), 0
+
+        one_at_a_time = threading.Lock()
+
+        def started(tensor: str) -> None:
+            with one_at_a_time:
+                listener(Progress("quantize", finished, total, "bytes", peak_memory(), detail=tensor))
+
+        for part in _in_parts(todo, self.plan, self.workers, self.pool, started):
+            yield part
+            finished += nbytes[part.unit]
+            started("")
+
+
+def _in_parts(
+    units: Sequence[Unit], plan: TensorPlan, workers: int, pool: WorkerPool, started: Started
+) -> Iterator[Part]:
+    if workers == 1 or len(units) < 2:
+        return _in_this_process(units, plan, started)
+    return _in_processes(units, plan, workers, pool, started)
+
+
+def _in_this_process(units: Sequence[Unit], plan: TensorPlan, started: Started) -> Iterator[Part]:
+    """Work in a thread, so that a part is yielded as soon as it is durable, whatever is being read or computed."""
+    durable: queue.SimpleQueue[Part | BaseException | None] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def unless_stopped(tensor: str) -> None:
+        if stop.is_set():
+            raise _StoppedError
+        started(tensor)
+
+    def work() -> None:
+        try:
+            deque(pipeline(units, plan, unless_stopped, durable.put), maxlen=0)
+            durable.put(None)
+        except BaseException as error:
+            durable.put(error)
+
+    thread = threading.Thread(target=work, name="tensors")
+    thread.start()
+    try:
+        while (part := durable.get()) is not None:
+            if isinstance(part, BaseException):
+                raise part
+            yield part
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _in_processes(
+    units: Sequence[Unit], plan: TensorPlan, workers: int, pool: WorkerPool, started: Started
+) -> Iterator[Part]:
+    waiting, left, by_name = iter(units), len(units), {unit.name: unit for unit in units}
     inbox: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
-    with _started(pool, plan, min(count, len(units)), inbox) as workers:
-        for worker in workers * UNITS_PER_WORKER:
+    with _started(pool, plan, min(workers, len(units)), inbox) as processes:
+        for worker in processes * UNITS_PER_WORKER:
             _send_next(worker, waiting)
         while left:
             worker, message = inbox.get()
@@ -79,18 +163,17 @@ def work_in_processes(
                 case Began(tensor):
                     worker.tensor = tensor
                     started(tensor)
-                case Done(unit, report, peak):
-                    worker.peak, left = peak, left - 1
-                    finished(unit, report)
-                    if unit.weights:
+                case Done(part):
+                    left -= 1
+                    if by_name[part.unit].weights:
                         _send_next(worker, waiting)
+                    yield part
                 case Failed(error, text):
                     raise error or RuntimeError(f"a worker failed at {worker.tensor}:\n{text}")
                 case Ended():
                     worker.ended = True
                 case _ if not worker.ended:
                     raise _died(worker, plan)
-        return sum(worker.peak for worker in workers)
 
 
 def _send_next(worker: _Worker, waiting: Iterator[Unit]) -> None:

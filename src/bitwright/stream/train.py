@@ -25,6 +25,7 @@ from bitwright.core.decisions import BlockDecisions
 from bitwright.core.fake_quant import FakeQuantizer
 from bitwright.core.grid import Tile
 from bitwright.core.method import Context, Learnable, Learned, Range
+from bitwright.core.scheme import Scheme
 from bitwright.core.training import Training
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
@@ -67,8 +68,8 @@ def learnables_of(
     learnables: list[Learnable] = []
     for configured in methods:
         assert isinstance(configured.method, Learned)
-        own = context.with_settings(configured.settings(context.scheme))
-        learnables.append(configured.method.learn(block, own, decided))
+        told = context.with_settings(configured.settings(context.allocation.default))
+        learnables.append(configured.method.learn(block, told, decided))
         with torch.no_grad():
             parameters = learnables[-1].transform(parameters)
             decided = learnables[-1].decide(parameters, decided)
@@ -97,10 +98,17 @@ class Trainer:
         held = next(block.module.parameters()).dtype
         self.arithmetic = arithmetic or held
         self.running = running_dtype(held, self.arithmetic)
-        scheme, tiles = context.scheme, [decided.tile(name, context.scheme) for name in block.topology.linears]
-        self.quantizer = FakeQuantizer(tiles, scheme.weight, context.scale_dtype, self.arithmetic)
+        schemes = {name: context.scheme(name) for name in block.topology.linears}
+        tiles = [decided.tile(name, scheme) for name, scheme in schemes.items()]
+        grids = [scheme.weight for scheme in schemes.values()]
+        self.quantizer = FakeQuantizer(tiles, grids, context.scale_dtype, self.arithmetic)
         self.fallbacks: list[str] = []
         self.learned: dict[str, Tensor] = {}
+
+    @property
+    def activations(self) -> Scheme:
+        """A scheme whose activations are those of all linears."""
+        return self.context.allocation.default
 
     def adopt(self, learned: Mapping[str, Tensor]) -> BlockDecisions:
         """The decisions of parameters that an earlier training found; none where it kept the start."""
@@ -116,7 +124,7 @@ class Trainer:
     def run(self) -> BlockDecisions:
         """The best decisions found; what was there before training where nothing better was."""
         zero = self.measure(self.decided)
-        with written_out_attention(self.block, self.arithmetic), quantized_activations(self.block, self.context.scheme):
+        with written_out_attention(self.block, self.arithmetic), quantized_activations(self.block, self.activations):
             self._train()
         loss = self.measure(self.decisions())
         if self.refines:
@@ -140,9 +148,11 @@ class Trainer:
 
     def measure(self, decisions: BlockDecisions) -> float:
         """The objective of the folded block, over all segments."""
-        objective, scheme, losses = self.objective, self.context.scheme, list[float]()
-        written = fold(self.base, self.block.topology, decisions, scheme, self.context.scale_dtype).written()
-        with quantized_activations(self.block, scheme):  # by batches: the outputs of all would be one more stream
+        objective, allocation, losses = self.objective, self.context.allocation, list[float]()
+        written = fold(self.base, self.block.topology, decisions, allocation, self.context.scale_dtype).written()
+        with quantized_activations(
+            self.block, self.activations
+        ):  # by batches: the outputs of all would be one more stream
             for here, batch in forward_batches(self.block, written, objective.inputs.quantized, objective.kwargs):
                 rows = zip(batch.split(1), range(here.start, here.start + len(batch)), strict=True)
                 losses += [float(objective.loss(output, slice(n, n + 1))) for output, n in rows]
@@ -172,12 +182,14 @@ class Trainer:
     def _refine(self, trained: float) -> float:
         """What has a closed form set once more, linear after linear in the order data flows through them; what was
         trained comes back where that is better."""
-        snapshot, scheme, groups = self._snapshot(), self.context.scheme, self.block.topology.groups
+        snapshot, groups = self._snapshot(), self.block.topology.groups
         for done, group in enumerate(groups):
             self._report(self.context.settings.epochs + done, f"refining {group.linears[0]}")
-            folded = fold(self.base, self.block.topology, self.decisions(), scheme, self.context.scale_dtype)
+            folded = fold(
+                self.base, self.block.topology, self.decisions(), self.context.allocation, self.context.scale_dtype
+            )
             inputs, kwargs = self.objective.inputs, self.objective.kwargs
-            measured = cache(partial(moments, self.block, group.linears[0], folded, scheme, inputs, kwargs))
+            measured = cache(partial(moments, self.block, group.linears[0], folded, self.activations, inputs, kwargs))
             for name in group.linears:
                 weight = self.decided.linear(name).inside(folded.full[f"{name}.weight"])
                 for learnable in self.learnables:

@@ -11,16 +11,17 @@ import queue
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import torch
 
 from bitwright.core.errors import UserError
-from bitwright.core.quantized import BlockReport
 from bitwright.stream.memory import peak_memory
-from bitwright.stream.tensors import TensorPlan, work
+from bitwright.stream.parts import Part
+from bitwright.stream.tensors import TensorPlan, pipeline
 from bitwright.stream.units import Unit
 
 
@@ -33,11 +34,9 @@ class Began:
 
 @dataclass(frozen=True)
 class Done:
-    """The part of this unit is durable."""
+    """The part of a unit is durable."""
 
-    unit: Unit
-    report: BlockReport | None
-    peak_bytes: int
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,13 @@ def main() -> None:
     units: queue.Queue[Unit | None] = queue.Queue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer, units), daemon=True).start()
     try:
-        work(
+        whole = pipeline(
             _until_none(units),
             plan,
             lambda tensor: channel.send(Began(tensor)),
-            lambda unit, report: channel.send(Done(unit, report, peak_memory())),
+            lambda part: channel.send(Done(replace(part, process=os.getpid(), peak_bytes=peak_memory()))),
         )
+        deque(whole, maxlen=0)
         channel.send(Ended())
     except UserError as error:
         channel.send(Failed(error, str(error)))

@@ -15,10 +15,7 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def start_workers(workers: int | None) -> "WorkerPool":
-    """Start the worker processes that a user asked for, but no more than this process may use cores.
-
-    The pool is empty for None or a single worker. A run that needs more workers starts them when it knows its model.
-    """
+    """Start so many worker processes, but no more than this process may use cores; none for a single worker."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return WorkerPool(min(workers, cores) if workers is not None and workers > 1 else 0)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bitwright.checkpoint.report_file import written_config
+from bitwright.core.account import Account
 from bitwright.core.errors import UserError
 from bitwright.core.format import TensorFormat
 from bitwright.core.quantized import Described
@@ -15,13 +15,13 @@ SHOWN = 60
 """So much of a value is shown."""
 
 
-def edited(model: QuantizedFolder) -> str | None:
+def edited(model: QuantizedFolder, account: Account | None) -> str | None:
     """In words, how config.json gives the codes another meaning than they were written with; None where it does not,
     and where nobody wrote down what it said.
 
     Keys that change no weight may differ: those that say how to run it, and which linears there are.
     """
-    was, now = written_config(model.folder), model.checkpoint.config.get(CONFIG)
+    was, now = None if account is None else account.quantization_config, model.checkpoint.config.get(CONFIG)
     if was is None or not isinstance(now, dict) or model.described is None:
         return None
     try:

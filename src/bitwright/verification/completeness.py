@@ -106,7 +106,7 @@ def require_sound_headers(model: QuantizedFolder) -> None:
             "counts nobody can tell. Remove one of them, or quantize the original again"
         )
     for linear in model.linears:
-        model.look(linear)
+        model.outline(linear)
 
 
 def _there(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bitwright.checkpoint.report_file import digests_of, is_made_of
+from bitwright.checkpoint.account_file import is_made_of, read_account
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.progress import Listener
 from bitwright.evaluation.loading import load, load_codes
@@ -33,8 +33,9 @@ def verify_folder(folder: Path, against: Path | None, logits: bool, listener: Li
         beside = Beside(model, original)
         beside.look(listener)
         checks.append(settings(model, original))
-        decided = bool(digests_of(model.folder))
-        checks.append(beside.check(decided, sure=logits or (decided and is_made_of(model.folder, original))))
+        account = read_account(model.folder)
+        decided = account is not None and bool(account.digests)
+        checks.append(beside.check(decided, sure=logits or (decided and is_made_of(account, original))))
     if not isinstance(kind := model.config.get("model_type"), str):
         checks.append(Check("logits", False, f"config.json says model_type {kind!r}: no program can load this"))
     elif logits and (why := cannot_run(model.config)) is not None:

@@ -4,11 +4,12 @@ and what is stored is what was decided."""
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bitwright.checkpoint.account_file import ACCOUNT, read_account
 from bitwright.checkpoint.reader import Checkpoint
-from bitwright.checkpoint.report_file import REPORT, account_of, digests_of, is_ours
 from bitwright.core.errors import OutputError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.qtensor import QTensor
+from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder
 from bitwright.stream.memory import peak_memory
 from bitwright.verification.as_written import edited
@@ -79,7 +80,9 @@ class _Looked:
     """At linears one by one: their numbers, what they take, and whether they are what was stored once."""
 
     def __init__(self, model: QuantizedFolder) -> None:
-        self.model, self.decided, self.ours = model, digests_of(model.folder), is_ours(model.folder)
+        self.model, self.account = model, read_account(model.folder)
+        self.decided = {} if self.account is None else self.account.digests
+        self.ours = self.account is not None and bool(self.account.blocks)
         self.wrong, self.unlike = list[str](), list[str]()
         self.true_bits = self.stored_bits = self.weights = 0
 
@@ -91,12 +94,19 @@ class _Looked:
     def read(self, name: str) -> None:
         """Reads one linear, or the slices of a stack."""
         parts = self.model.slices(name) if name in self.model.stacks else [self.model.read(name)]
-        self.true_bits += sum(part.storage_bits for part in parts)
+        self.true_bits += self._needed(name, parts)
         self.stored_bits += 8 * sum(self.model.checkpoint.nbytes(tensor) for tensor in self.model.stored(name))
         self.weights += sum(part.codes.numel() for part in parts)
         self.wrong += [f"{name}: {what}" for part in parts for what in _wrong(part, self.ours)]
         if self.decided and self.model.digest(name) != self.decided.get(name.removesuffix(".weight")):
             self.unlike.append(name)
+
+    def _needed(self, name: str, parts: Sequence[QTensor]) -> int:
+        """The bits that the format stores a linear in."""
+        assert self.model.format is not None
+        whole, part = self.model.shape(name), parts[0]
+        outliers = sum(0 if each.outlier_index is None else each.outlier_index.numel() for each in parts)
+        return self.model.format.stored_bits(whole, Scheme(part.grid, part.tile), part.scale.dtype, outliers)
 
     def glance(self, name: str) -> None:
         """Reads what lies beside a linear's codes."""
@@ -136,9 +146,9 @@ class _Looked:
     def as_decided(self) -> Iterator[Check]:
         """Every linear has the bytes that bitwright.json names, where it names them, and config.json says of them what
         it said then."""
-        meaning = edited(self.model)
-        if (self.model.folder / REPORT).exists() and not account_of(self.model.folder):
-            yield Check("as decided", False, f"{REPORT} cannot be read, and what was decided cannot be told")
+        meaning = edited(self.model, self.account)
+        if (self.model.folder / ACCOUNT).exists() and self.account is None:
+            yield Check("as decided", False, f"{ACCOUNT} cannot be read, and what was decided cannot be told")
         if self.decided or meaning:
             linears = len(self.model.linears) + len(self.model.stacks)
             unlike = [f"{name} is not what bitwright.json says was written" for name in self.unlike]

@@ -2,59 +2,73 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from bitwright.checkpoint.account_file import write_account
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
-from bitwright.checkpoint.report_file import REPORT, as_written, without_digests
-from bitwright.checkpoint.writer import write_json
+from bitwright.core.account import Account
 from bitwright.core.errors import OutputError, UserError
 from bitwright.core.format import FileFormat
-from bitwright.core.json_values import plain
 from bitwright.core.progress import Listener
 from bitwright.core.quantized import Difference
 from bitwright.formats import QuantizedFolder
-from bitwright.prepare.job import Job, write_options
+from bitwright.prepare.prepared import Prepared, settled_format, write_options
 from bitwright.verification.engine_files import require_sound_file
 from bitwright.verification.soundness import require_sound
-from bitwright.written.account import run_account
-from bitwright.written.companions import write_companions
-from bitwright.written.sink import FolderSink
+from bitwright.written.account import account_of
+from bitwright.written.beside_weights import copy_along, write_allocation, write_config
+from bitwright.written.sink import Sink
 
 ON_THE_WAY = "folder"
-"""In the work folder: the quantized folder that a file format is made of."""
+"""The quantized folder that a file format is made of, in the work folder."""
+TOTALS = "totals"
 
 
-def finish(job: Job, work: OutputFolder, sink: FolderSink, listener: Listener) -> dict[str, Any]:
-    """Makes the result in its work folder, every part being there; what bitwright.json says of it."""
-    target = job.target
+def finish(run: Prepared, work: OutputFolder, sink: Sink, listener: Listener) -> Account:
+    """Make the result in its work folder, every part being there; the account of it."""
+    target = run.target
     folder = work.work / ON_THE_WAY if isinstance(target, FileFormat) else work.path
     folder.mkdir(exist_ok=True)
-    kept = [job.source.checkpoint.stored(name) for name in job.work.as_stored]
-    merge_shards(sink.parts(), folder, job.recipe.shard_bytes, kept)
-    said = write_companions(job, sink.reports(), folder)
-    account: dict[str, Any] = plain(run_account(job, sink.reports(), folder) | as_written(said))
-    account["verified"] = require_sound(folder, job.source.checkpoint.shapes)
+    account = _make_folder(run, sink, folder)
     if not isinstance(target, FileFormat):
-        write_json(folder / REPORT, account)
+        write_account(folder, account)
         return account
     place = work.file if target.single else work.path
-    account = without_digests(account)
-    told = {key: value for key, value in account.items() if key != "totals"}
+    account = account.without_digests
+    along = {key: value for key, value in account.to_json().items() if key != TOTALS}
     model = QuantizedFolder.open(folder)
-    differences = target.write(model, place, write_options(job.recipe, told), listener)
-    account["verified"] = require_sound_file(target, place, model, differences)
-    account["totals"]["bytes_out"] = bytes_of(place)
-    account["notes"] = [*account["notes"], *told_of(job.recipe.format, differences)]
+    differences = target.write(model, place, write_options(run.recipe, along), listener)
+    verified = require_sound_file(target, place, model, differences)
+    notes = (*account.notes, *notes_on(run.target.name, differences))
+    assert account.totals is not None
+    account = replace(
+        account, totals=replace(account.totals, bytes_out=bytes_of(place)), notes=notes, verified=verified
+    )
     if not target.single:
-        write_json(work.path / REPORT, account)
+        write_account(work.path, account)
     return account
+
+
+def _make_folder(run: Prepared, sink: Sink, folder: Path) -> Account:
+    """Make a folder of shards with what lies beside them, and read it back; its account, which is not yet written."""
+    checkpoint, inventory = run.source.checkpoint, run.inventory
+    merge_shards(sink.parts, folder, run.recipe.shard_bytes, [checkpoint.stored(name) for name in inventory.as_stored])
+    blocks = sink.reports
+    rows = [row for block in blocks for row in block.linears]
+    config = dict(checkpoint.config)
+    if run.recipe.quantize_lm_head:
+        config["tie_word_embeddings"] = False
+    described = write_config(config, settled_format(run, rows), run.written(rows), folder)
+    copy_along(checkpoint.folder, folder)
+    write_allocation(run.allocation, (*inventory.linears, *inventory.kept_linears), folder)
+    return account_of(run, blocks, folder, described, require_sound(folder, checkpoint.shapes))
 
 
 @contextmanager
 def leaving_nothing(work: OutputFolder) -> Iterator[None]:
-    """Of a file that could not be made of what was read nothing is kept: it is begun anew anyway."""
+    """Keep nothing of a file that could not be made of what was read: it is begun anew anyway."""
     try:
         yield
     except OutputError:
@@ -64,7 +78,7 @@ def leaving_nothing(work: OutputFolder) -> Iterator[None]:
         raise
 
 
-def told_of(format: str | None, differences: Sequence[Difference]) -> list[str]:
+def notes_on(format: str, differences: Sequence[Difference]) -> list[str]:
     """Notes on what a format quantizes by its nature, embeddings mostly, and on the linears whose codes it gave up,
     with the relative squared error."""
     also = [each for each in differences if each.fresh]
@@ -79,6 +93,6 @@ def _with_error(how: str, differences: Sequence[Difference]) -> str:
 
 
 def bytes_of(place: Path) -> int:
-    """Of a file, or of all files in a folder."""
+    """The bytes of a file, or of all files in a folder."""
     files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
     return sum(path.stat().st_size for path in files)

@@ -78,7 +78,9 @@ def described(config: Mapping[str, Any]) -> Described:
     activations, kv = (None if one is None else one.grid for one in (said.activations, said.keys_values))
     unlike = {name: Departure(each.tile, each.outliers) for name, each in said.exceptions.items()}
     tile = Tile(*said.weights.tile, ragged=said.weights.signed_scale)
-    return Described(said.weights.grid, activations, kv, said.modules_to_not_convert, departures=unlike, tile=tile)
+    grids = {name: said.grid(name) for name, each in said.exceptions.items() if each.bits is not None}
+    kept = said.modules_to_not_convert
+    return Described(said.weights.grid, activations, kv, kept, departures=unlike, tile=tile, grids=grids)
 
 
 def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:
@@ -183,12 +185,34 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
             tile=(scheme.tile.out, scheme.tile.in_),
             dtype=DTYPES[model.dtype],
         ),
-        exceptions={name: Exceptional(tile=d.tile, outliers=d.outliers) for name, d in model.departures.items()},
+        exceptions=dict(_exceptions(model)),
         activations=_said(scheme.activations),
         queries=_said(scheme.activations),
         keys_values=_said(scheme.kv),
         modules_to_not_convert=model.kept,
     ).model_dump(mode="json", exclude_defaults=True)  # so that an earlier reader need not know of them
+
+
+def _exceptions(model: WrittenModel) -> Iterator[tuple[str, Exceptional]]:
+    """The linears that are unlike the others: in their tile, their outliers, or their grid."""
+    for name in {**model.departures, **model.schemes}:
+        own = model.schemes.get(name, model.scheme)
+        departure = model.departures.get(name, Departure((own.tile.out, own.tile.in_), 0))
+        if own.weight == model.scheme.weight:
+            yield name, Exceptional(tile=departure.tile, outliers=departure.outliers)
+        else:
+            grid = own.weight
+            real = True if grid.zero is Zero.REAL else None
+            yield (
+                name,
+                Exceptional(
+                    tile=departure.tile,
+                    outliers=departure.outliers,
+                    bits=grid.bits,
+                    symmetric=grid.symmetric,
+                    real_minimum=real,
+                ),
+            )
 
 
 def _slices(tensors: Mapping[str, Tensor], x: str) -> Iterator[dict[str, Tensor]]:
@@ -223,4 +247,5 @@ FORMAT = TensorFormat(
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read, read_stacked=read_stacked),
+    loaded_by_transformers=True,
 )

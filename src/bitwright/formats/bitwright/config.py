@@ -67,11 +67,15 @@ class Weights(Integers):
 
 
 class Exceptional(_Described):
-    """A weight that differs: its own tile, and how many of its numbers are stored exactly. Of a weight that is stacked
-    over experts, the tile is that of a slice, the outliers are those of all slices."""
+    """A weight that differs: its own tile, how many of its numbers are stored exactly, and its integers if they are not
+    those of the other weights. For a weight that is stacked over experts, the tile is that of a slice, the outliers are
+    those of all slices."""
 
     tile: tuple[Extent, Extent]
     outliers: NonNegativeInt
+    bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | None = None
+    symmetric: bool | None = None
+    real_minimum: bool | None = None
 
 
 class Config(_Described):
@@ -103,6 +107,14 @@ class Config(_Described):
         """The tile of a linear or of a slice of stacked experts, by its name in the folder."""
         tile = self.exceptions[linear].tile if linear in self.exceptions else self.weights.tile
         return Tile(*tile, ragged=self.weights.signed_scale)
+
+    def grid(self, linear: str) -> Grid:
+        """The grid of a linear or of stacked experts, by its name in the folder."""
+        own = self.exceptions.get(linear)
+        if own is None or own.bits is None:
+            return self.weights.grid
+        grid = Grid.integers(own.bits, bool(own.symmetric))
+        return replace(grid, zero=Zero.REAL) if own.real_minimum else grid
 
     def outliers(self, linear: str) -> int:
         """How many weights of a linear, or of all slices of stacked experts, are stored exactly."""

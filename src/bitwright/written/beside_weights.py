@@ -1,15 +1,15 @@
-"""What lies beside the weights: config.json, and the files of the original that go along."""
+"""What lies beside the weights: config.json, the allocation, and the files of the original that go along."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bitwright.checkpoint.writer import copy_file, write_json
+from bitwright.core.allocation import Allocation
 from bitwright.core.format import TensorFormat
 from bitwright.core.quantized import WrittenModel
-from bitwright.core.registry import format_of
-from bitwright.prepare.job import Job
 
-CONFIG = "config.json"
+CONFIG, ALLOCATION = "config.json", "allocation.json"
 COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -28,22 +28,10 @@ COPIED = (
 """What goes along besides the weights, as file name patterns."""
 
 
-def write_companions(job: Job, reports: list[dict[str, Any]], folder: Path) -> dict[str, Any] | None:
-    """config.json with its quantization_config, which is returned, and the files that go along."""
-    config = dict(job.source.checkpoint.config)
-    if job.recipe.quantize_lm_head:
-        config["tie_word_embeddings"] = False
-    format = format_of(job.settled_format(reports))
-    assert isinstance(format, TensorFormat)
-    described = write_config(config, format, job.written(reports), folder)
-    copy_companions(job.source.checkpoint.folder, folder)
-    return described
-
-
 def write_config(
     config: dict[str, Any], format: TensorFormat, written: WrittenModel, folder: Path
 ) -> dict[str, Any] | None:
-    """config.json, with what a format has to say of the quantized model; that is returned."""
+    """Write config.json with what a format has to say of the quantized model, and return that."""
     if written.scheme.kv is not None:  # compressed-tensors asks every attention for it
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
     described = format.config(written)
@@ -53,8 +41,13 @@ def write_config(
     return described
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """The files that go along with a model: tokenizer, generation settings, licence."""
+def write_allocation(allocation: Allocation, linears: Iterable[str], folder: Path) -> None:
+    """allocation.json: the scheme of each of these linears, for ``--allocation`` of another run."""
+    write_json(folder / ALLOCATION, allocation.to_json(linears))
+
+
+def copy_along(source: Path, folder: Path) -> None:
+    """Copy the files that go along with a model: tokenizer, generation settings, licence."""
     for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)

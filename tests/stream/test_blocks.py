@@ -1,7 +1,10 @@
-"""The runner's promises: one block in memory, finished units not done again, and reports that are true."""
+"""The promises of the driver that goes block by block: one block in memory, nothing done twice, true reports."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,60 +14,92 @@ from tests.stream.conftest import SkeletonOf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bitwright.core.account import BlockReport
+from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.configuration import Configured
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.method import Closed, Context
 from bitwright.core.progress import Listener, Progress, silent
-from bitwright.core.quantized import QuantizedBlock
+from bitwright.core.registry import find
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import Settings
+from bitwright.core.training import Training
 from bitwright.methods import compose, rtn
 from bitwright.stream import forward, memory, moments
+from bitwright.stream.blocks import BlockDriver
 from bitwright.stream.memory import estimate
-from bitwright.stream.runner import RunPlan, run
+from bitwright.stream.parts import Part, PartWriter, part_file
+from bitwright.stream.run_plan import RunPlan
 from bitwright.stream.skeleton import Skeleton
 
 SCHEME = Scheme.parse("W3A16g32")
 RTN = Configured("rtn", rtn.METHOD)
+NewOutput = Callable[[], "Output"]
 
 
-class Memory:
-    """A sink that keeps everything in a dictionary."""
+@dataclass(frozen=True)
+class Unit:
+    """A unit read back from its part."""
 
-    def __init__(self, units: Mapping[str, QuantizedBlock] | None = None) -> None:
-        self.units = dict(units or {})
-        self.order: list[str] = []
+    report: BlockReport
+    linears: Mapping[str, Tensor]
+    passed: Mapping[str, Tensor]
 
-    def finished(self, unit: str) -> bool:
-        return unit in self.units
 
-    def written(self, unit: str, block: Block) -> Mapping[str, Tensor]:
-        found = self.units[unit]
-        every = {f"{path}.weight": q.dequantize() for path, q in found.linears.items()} | dict(found.passed)
-        return {name: every[block.path(name)] for name, _ in block.module.named_parameters()}
+class Output:
+    """A folder of parts. ``order`` are the units that were made, ``finished`` those that were there before."""
 
-    def write(self, unit: str, result: QuantizedBlock) -> None:
-        self.order.append(unit)
-        self.units[unit] = result
+    def __init__(self, folder: Path, finished: Sequence[str] = ()) -> None:
+        format = find("formats", "bitwright").FORMAT
+        self.writer, self.finished = PartWriter(folder, format, format), finished
+        self.made: dict[str, Part] = {}
+
+    @property
+    def order(self) -> list[str]:
+        return list(self.made)
+
+    @property
+    def units(self) -> dict[str, Unit]:
+        return {unit: self._read(made) for unit, made in self.made.items()}
+
+    def _read(self, made: Part) -> Unit:
+        assert made.report is not None
+        grids = {row.name: SCHEME.weight for row in made.report.linears}
+        tensors = self.writer.read(made.file, grids)
+        linears = {name: tensors[f"{name}.weight"] for name in grids}
+        stored = {f"{name}.{leaf}" for name in grids for leaf in (*self.writer.format.leaves, "weight")}
+        return Unit(made.report, linears, {name: each for name, each in tensors.items() if name not in stored})
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> NewOutput:
+    """Makes outputs in folders of their own."""
+    numbers = count()
+
+    def new() -> Output:
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        return Output(folder)
+
+    return new
 
 
 def go(
     skeleton: Skeleton,
-    sink: Memory,
+    output: Output,
     tokens: Tensor | None,
     methods: Sequence[Configured] = (RTN,),
     with_head: bool = False,
     listener: Listener = silent,
-) -> Memory:
-    run(
-        skeleton,
-        RunPlan(SCHEME, methods, skeleton.checkpoint.dtype_of_weights, with_head),
-        sink,
-        tokens=tokens,
-        listener=listener,
-    )
-    return sink
+    training: Training | None = None,
+) -> Output:
+    allocation = Allocation(SCHEME, {} if with_head else {"lm_head": None})
+    plan = RunPlan(allocation, tuple(methods), skeleton.checkpoint.dtype_of_weights, training)
+    driver = BlockDriver(skeleton, plan, output.writer, tokens)
+    files = {unit: part_file(number) for number, unit in enumerate(driver.units)}
+    output.made |= {made.unit: made for made in driver.parts(files, output.finished, listener)}
+    return output
 
 
 def in_memory(skeleton: Skeleton) -> set[str]:
@@ -72,7 +107,9 @@ def in_memory(skeleton: Skeleton) -> set[str]:
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_one_block_is_in_memory_at_a_time(text: bool, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor) -> None:
+def test_one_block_is_in_memory_at_a_time(
+    text: bool, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor, output: NewOutput
+) -> None:
     made, seen = skeleton(tiny()), []
 
     def spy(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
@@ -81,7 +118,7 @@ def test_one_block_is_in_memory_at_a_time(text: bool, tiny: Checkpoints, skeleto
         return decisions
 
     spying = Closed(summary="", settings=Settings, decides=frozenset({Decision.AXIS}), decide=spy)
-    go(made, Memory(), tokens if text else None, [Configured("spy", spying), RTN], with_head=True)
+    go(made, output(), tokens if text else None, [Configured("spy", spying), RTN], with_head=True)
     assert seen == [
         ("model.layers.0", {"model.layers.0"}, text),
         ("model.layers.1", {"model.layers.1"}, text),
@@ -91,7 +128,7 @@ def test_one_block_is_in_memory_at_a_time(text: bool, tiny: Checkpoints, skeleto
 
 
 def test_without_text_no_forward_pass_is_made(
-    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch, output: NewOutput
 ) -> None:
     made = skeleton(tiny())
 
@@ -99,7 +136,7 @@ def test_without_text_no_forward_pass_is_made(
         raise AssertionError("a forward pass")
 
     monkeypatch.setattr("torch.nn.Module.__call__", refuse)
-    sink = go(made, Memory(), None)
+    sink = go(made, output(), None)
     assert sink.order == ["model.layers.0", "model.layers.1"]
     for result in sink.units.values():
         assert result.report.output_error is None
@@ -107,19 +144,21 @@ def test_without_text_no_forward_pass_is_made(
 
 
 def test_text_changes_no_code_of_a_method_that_needs_none(
-    tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor
+    tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor, output: NewOutput
 ) -> None:
     made = skeleton(tiny())
-    without, with_text = go(made, Memory(), None, with_head=True), go(made, Memory(), tokens, with_head=True)
+    without, with_text = go(made, output(), None, with_head=True), go(made, output(), tokens, with_head=True)
     assert without.order == with_text.order == ["model.layers.0", "model.layers.1", "lm_head"]
     for unit, result in without.units.items():
         for name, q in result.linears.items():
-            assert torch.equal(q.dequantize(), with_text.units[unit].linears[name].dequantize())
+            assert torch.equal(q, with_text.units[unit].linears[name])
 
 
-def test_what_is_passed_through_is_what_the_checkpoint_stores(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
+def test_what_is_passed_through_is_what_the_checkpoint_stores(
+    tiny: Checkpoints, skeleton: SkeletonOf, output: NewOutput
+) -> None:
     made, original = skeleton(tiny()), loaded(tiny(), torch.bfloat16)
-    sink = go(made, Memory(), None, with_head=True)
+    sink = go(made, output(), None, with_head=True)
     for unit in ("model.layers.0", "model.layers.1"):
         passed = sink.units[unit].passed
         assert set(passed) == {f"{unit}.{norm}_layernorm.weight" for norm in ("input", "post_attention")}
@@ -130,17 +169,17 @@ def test_what_is_passed_through_is_what_the_checkpoint_stores(tiny: Checkpoints,
 
 
 @torch.no_grad()
-def test_reports_are_true(tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor) -> None:
+def test_reports_are_true(tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor, output: NewOutput) -> None:
     """Against two models of transformers: the original, and one with the weights that were written.
 
     The output layer has no output errors: its outputs are the logits of every calibration token.
     """
     folder = tiny()
-    sink = go(skeleton(folder), Memory(), tokens, with_head=True)
+    sink = go(skeleton(folder), output(), tokens, with_head=True)
     original, quantized = loaded(folder), loaded(folder)
     for result in sink.units.values():
         for name, q in result.linears.items():
-            quantized.get_parameter(f"{name}.weight").copy_(q.dequantize())
+            quantized.get_parameter(f"{name}.weight").copy_(q)
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, list[Tensor]] = {}
     for model in (original, quantized):
@@ -165,7 +204,7 @@ def test_reports_are_true(tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tenso
         assert [row.name for row in result.report.linears] == list(result.linears)
         for row in result.report.linears:
             w, q = original.get_parameter(f"{row.name}.weight").double(), result.linears[row.name]
-            wq = q.dequantize().double()
+            wq = q.double()
             assert (row.shape, row.tile) == (tuple(w.shape), (1, 32))
             assert row.weight_error == pytest.approx(error(wq, w), rel=1e-4)
             if of_block:
@@ -184,38 +223,39 @@ def error(one: Tensor, other: Tensor) -> float:
 
 @pytest.mark.parametrize("done", [1, 2, 3])
 def test_a_run_goes_on_where_another_stopped(
-    done: int, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor
+    done: int, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor, output: NewOutput
 ) -> None:
     made = skeleton(tiny())
-    whole = go(made, Memory(), tokens, with_head=True)
-    finished = {unit: whole.units[unit] for unit in whole.order[:done]}
-    rest = go(made, Memory(finished), tokens, with_head=True)
+    whole = go(made, output(), tokens, with_head=True)
+    rest = go(made, Output(whole.writer.folder, whole.order[:done]), tokens, with_head=True)
     assert rest.order == whole.order[done:]
     for unit in rest.order:
-        assert rest.units[unit].report == whole.units[unit].report
+        assert rest.made[unit].report == whole.made[unit].report
 
 
 def test_finished_units_are_not_even_read_without_text(
-    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch, output: NewOutput
 ) -> None:
     made = skeleton(tiny())
-    whole = go(made, Memory(), None)
+    whole = go(made, output(), None)
     monkeypatch.setattr(made.checkpoint, "read", lambda *_: pytest.fail("a finished unit was read"))
-    assert go(made, Memory(whole.units), None).order == []
+    assert go(made, Output(whole.writer.folder, whole.order), None).order == []
 
 
-def test_fallbacks_reach_the_report(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
+def test_fallbacks_reach_the_report(tiny: Checkpoints, skeleton: SkeletonOf, output: NewOutput) -> None:
     def falls_back(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
         return BlockDecisions(fallbacks=(f"{block.name}: something else was done",))
 
     method = Closed(summary="", settings=Settings, decides=frozenset({Decision.RANGE}), decide=falls_back)
-    sink = go(skeleton(tiny()), Memory(), None, [Configured("falling back", method)])
+    sink = go(skeleton(tiny()), output(), None, [Configured("falling back", method)])
     assert sink.units["model.layers.1"].report.fallbacks == ("model.layers.1: something else was done",)
 
 
-def test_progress_names_every_unit_and_comes_to_its_end(tiny: Checkpoints, skeleton: SkeletonOf) -> None:
+def test_progress_names_every_unit_and_comes_to_its_end(
+    tiny: Checkpoints, skeleton: SkeletonOf, output: NewOutput
+) -> None:
     heard: list[Progress] = []
-    go(skeleton(tiny()), Memory(), None, with_head=True, listener=heard.append)
+    go(skeleton(tiny()), output(), None, with_head=True, listener=heard.append)
     assert [(p.done, p.total, p.unit) for p in heard[:3]] == [
         (0, 3, "model.layers.0"),
         (1, 3, "model.layers.1"),
@@ -238,13 +278,13 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_output_layer_needs_no_logits_of_all_tokens_at_once(
-    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch, output: NewOutput
 ) -> None:
     tokens = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(forward, "TOKENS_PER_PASS", 256)
     made = skeleton(tiny())
     with Largest() as largest:  # type: ignore[no-untyped-call] # torch's constructor has no types
-        go(made, Memory(), tokens, with_head=True)
+        go(made, output(), tokens, with_head=True)
     assert largest.elements < tokens.numel() * 256 / 2
 
 
@@ -270,7 +310,12 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("methods", ["rtn", "lwc", "let+lwc"])
 @pytest.mark.parametrize("aug_loss", [False, True])
 def test_the_budget_holds_the_activations(
-    methods: str, aug_loss: bool, tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch
+    methods: str,
+    aug_loss: bool,
+    tiny: Checkpoints,
+    skeleton: SkeletonOf,
+    monkeypatch: pytest.MonkeyPatch,
+    output: NewOutput,
 ) -> None:
     """Two streams and the outputs of one pass, where something is trained too; one more with a second target."""
     tokens = torch.randint(0, 256, (128, 128), generator=torch.Generator().manual_seed(0))
@@ -279,16 +324,9 @@ def test_the_budget_holds_the_activations(
     made = skeleton(tiny())
     learned = {"epochs": 1, "aug_loss": aug_loss} if methods != "rtn" else {}
     configuration = compose(methods).settled("bitwright", SCHEME, learned)
-    scales = made.checkpoint.dtype_of_weights
     weights = sum(parameter.numel() * 4 for parameter in made.model.parameters())
     with Live() as live:  # type: ignore[no-untyped-call] # torch's constructor has no types
-        run(
-            made,
-            RunPlan(SCHEME, configuration.methods, scales, False, configuration.training),
-            Memory(),
-            tokens=tokens,
-            listener=silent,
-        )
+        go(made, output(), tokens, configuration.methods, training=configuration.training)
     stream = tokens.numel() * made.model.config.hidden_size * 4
     assert live.peak > 3 * stream > 5 * weights, "activations are what is measured here"
     wanted = estimate(made, tokens.numel(), 128 if methods != "rtn" else 0, aug_loss)

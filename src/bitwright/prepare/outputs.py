@@ -7,20 +7,19 @@ from bitwright.checkpoint.output import refuse_existing, refuse_overlap, require
 from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.format import FileFormat
 from bitwright.model.source import require_folder
-from bitwright.prepare.job import Job
-from bitwright.prepare.parameters import saved_for
-from bitwright.prepare.plan import plan_of
+from bitwright.prepare.learned_parameters import saved_for
+from bitwright.prepare.prepared import Prepared
 
 
-def place_to_save(job: Job, path: Path, output: Path) -> Path:
+def place_to_save(run: Prepared, path: Path, output: Path) -> Path:
     """Refuses, before hours of training, a place where nothing can be saved, or a method with nothing to save.
 
     A file that this very run wrote before it was killed is no obstacle.
     """
-    if not job.configuration.learns:
-        raise RecipeError(f"{job.method} learns nothing, so --save-parameters {path} would stay empty; leave it out")
-    _refuse_within(Path(job.recipe.model), path)
-    if work_folder(output.resolve()).exists() and saved_for(path) == job.belonging:
+    if not run.configuration.learns:
+        raise RecipeError(f"{run.method} learns nothing, so --save-parameters {path} would stay empty; leave it out")
+    _refuse_within(Path(run.recipe.model), path)
+    if work_folder(output.resolve()).exists() and saved_for(path) == run.belonging:
         return path
     if path.exists() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
         found = "exists" if path.exists() else f"cannot be made: {path.absolute().parent} is no folder to write to"
@@ -53,9 +52,9 @@ def _refuse_within(folder: Path, output: Path) -> None:
         )
 
 
-def require_room(job: Job, output: Path) -> None:
+def require_room(run: Prepared, output: Path) -> None:
     """Refuses a disk too small for all parts and one shard beside them, less what an earlier run has written."""
-    total = plan_of(job).bytes_out * (2 if isinstance(job.target, FileFormat) else 1)  # the folder that it is made of
-    in_parts = total - sum(map(job.source.checkpoint.nbytes, job.work.as_stored))
+    total = run.bytes_out * (2 if isinstance(run.target, FileFormat) else 1)  # the folder that it is made of
+    in_parts = total - sum(map(run.source.checkpoint.nbytes, run.inventory.as_stored))
     written = sum(path.stat().st_size for path in work_folder(output.resolve()).rglob("*.safetensors"))
-    require_free(output, max(0, in_parts + min(total, job.recipe.shard_bytes) - written))
+    require_free(output, max(0, in_parts + min(total, run.recipe.shard_bytes) - written))

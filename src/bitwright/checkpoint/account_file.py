@@ -1,0 +1,29 @@
+"""bitwright.json, the account that every folder of Bitwright's holds: written, and read again."""
+
+import json
+from pathlib import Path
+
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.checkpoint.writer import write_json
+from bitwright.core.account import Account
+
+ACCOUNT = "bitwright.json"
+
+
+def read_account(folder: Path) -> Account | None:
+    """Read a folder's account; None if there is none that can be read, because the tensors are what counts."""
+    try:
+        return Account.from_json(json.loads((folder / ACCOUNT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def write_account(folder: Path, account: Account) -> None:
+    """Write a folder's account. Raises OutputError."""
+    write_json(folder / ACCOUNT, account.to_json())
+
+
+def is_made_of(account: Account | None, original: Checkpoint) -> bool:
+    """Whether an account names the weight files of this original."""
+    weights = {name: digest for name, digest in original.fingerprint().items() if name.endswith(".safetensors")}
+    return bool(weights) and account is not None and weights.items() <= account.model.items()

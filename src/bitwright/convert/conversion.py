@@ -1,0 +1,109 @@
+"""The driver of an export: block by block, each linear of a quantized folder as another format holds it."""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import gcd
+
+import torch
+
+from bitwright.convert.refitting import refitted
+from bitwright.core.account import BlockReport, LinearReport
+from bitwright.core.convert import relative_error
+from bitwright.core.errors import RecipeError
+from bitwright.core.progress import Listener, Progress
+from bitwright.core.quantized import WrittenModel, departures
+from bitwright.core.scheme import Scheme
+from bitwright.formats import QuantizedFolder
+from bitwright.model.source import family_of
+from bitwright.model.view import ModelView
+from bitwright.stream.memory import peak_memory
+from bitwright.stream.parts import Encoded, LinearSums, Part, PartWriter
+from bitwright.stream.units import block_of
+
+OUTSIDE = "outside of the blocks"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A quantized folder on its way into another format. ``lossy``: weights that it cannot hold are quantized again."""
+
+    model: QuantizedFolder
+    writer: PartWriter
+    lossy: bool
+
+    @cached_property
+    def contents(self) -> dict[str, tuple[list[str], list[str]]]:
+        """Linears and other tensors by the unit that they are in."""
+        units: dict[str, tuple[list[str], list[str]]] = {}
+        for kind, names in enumerate((self.model.linears, self.model.passed)):
+            for name in names:
+                units.setdefault(block_of(name) or OUTSIDE, ([], []))[kind].append(name)
+        return units
+
+    @property
+    def units(self) -> list[str]:
+        """The blocks, and all that is outside of them."""
+        return list(self.contents)
+
+    @cached_property
+    def common_columns(self) -> int:
+        """What the input features of all linears are multiples of: groups that divide it divide them all."""
+        return gcd(*(self.model.shape(name)[1] for name in self.model.linears))
+
+    def parts(self, files: Mapping[str, str], done: Collection[str], listener: Listener) -> Iterator[Part]:
+        """Convert every unit that is not done; ``files`` are the parts by unit. Raises RecipeError, CheckpointError."""
+        for number, (unit, (linears, passed)) in enumerate(self.contents.items()):
+            listener(Progress("export", number, len(self.units), unit, peak_memory()))
+            if unit not in done:
+                tensors = {name: self.model.checkpoint.stored(name) for name in passed}
+                encoded = [self._encoded(name) for name in linears]
+                yield self.writer.write(unit, files[unit], BlockReport(unit, ()), encoded, tensors)
+        listener(Progress("export", len(self.units), len(self.units), "all parts", peak_memory()))
+
+    def _encoded(self, name: str) -> Encoded:
+        """A linear as the new format stores it, and what it lost against the weight that was read."""
+        format, read = self.writer.format, self.model.read(name)
+        weight, lost = refitted(name, read, format, self.lossy, self.common_columns)
+        tensors, error = format.encode(name, weight), lost.error
+        if format.reader is None:  # what is stored are no codes but the weights, rounded to their dtype
+            stored = format.decode(tensors, name, weight.grid).float()
+            error = relative_error(read.dequantize(torch.float32), stored)
+        sums = LinearSums(name, weight.shape, self.writer)
+        sums.add(weight)
+        report = sums.report(scheme=str(Scheme(weight.grid, weight.tile)))
+        return tensors, replace(report, weight_error=error, codes_kept=lost.codes)
+
+    def written_model(self, rows: Sequence[LinearReport]) -> WrittenModel:
+        """What there is to say of these linears: most have the model's scheme, others one of their own.
+
+        Raises RecipeError for linears with schemes of their own if the format has one for all.
+        """
+        described = self.model.described
+        assert described is not None, "a quantized folder says how"
+        counted = Counter(row.scheme for row in rows)
+        most = max(sorted(counted), key=lambda scheme: counted[scheme])
+        bits = [None if grid is None else grid.bits for grid in (described.activations, described.kv)]
+        schemes = {text: Scheme.parse(text).with_activations(*bits) for text in counted}
+        own = {row.name: schemes[row.scheme] for row in rows if row.scheme != most}
+        if own and not self.writer.format.mixes:
+            raise RecipeError(
+                f"{next(iter(own))}: on another grid than most linears; format {self.writer.format.name} has one for "
+                f"all. Quantize the original with --format {self.writer.format.name}"
+            )
+        family = family_of(self.model.folder)
+        dtype = self.writer.format.scales or self.model.outline(rows[0].name).scale.dtype
+        unlike = departures(schemes[most], own, rows)
+        return WrittenModel(schemes[most], family, dtype, self._kept_linears(), unlike, schemes=own)
+
+    def _kept_linears(self) -> tuple[str, ...]:
+        """The linears that are not quantized, by their names in the model as transformers sees it, else as they were
+        said to be: not every format names all of them."""
+        model = self.model
+        quantized = {f"{linear}.weight" for linear in model.linears}
+        view = ModelView.of(model.checkpoint, (*model.passed, *quantized))
+        if view is None:
+            kept = () if model.described is None else model.described.kept
+            return tuple(sorted({*kept, "lm_head"} - set(model.linears)))
+        return tuple(sorted(view.linears - {view.linear(name) for name in quantized}))

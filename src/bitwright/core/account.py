@@ -1,0 +1,223 @@
+"""The account that is given of a result: ``bitwright.json``, typed from the drivers to the file and back.
+
+A value that comes from a file is distrusted: an account that cannot be read is none, since the tensors are what counts.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import inf
+from typing import Any, TypeVar
+
+from bitwright.core.json_values import plain
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """The account of one linear.
+
+    ``tile`` is the rows and columns that share a scale, ``outliers`` how many weights are kept exactly,
+    ``outlier_share`` their share of all. ``bits_per_weight`` and ``storage_bits`` count all that the format stores for
+    it, scales, zeros and outliers too. ``weight_error`` is ``|W - Wq|^2 / |W|^2``; ``output_error`` is
+    ``|XW' - XWq'|^2 / |XW'|^2`` on the calibration tokens as the full-precision blocks produce them, None without
+    calibration data. ``digest`` is that of the tensors that the linear was stored as, "" before it is. ``scheme`` is
+    set if it is not the scheme of the whole model. An export compares with the weight that it read, Wq instead of W,
+    and ``codes_kept`` says whether that kept its codes.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+    bits_per_weight: float
+    storage_bits: int
+    weight_error: float
+    output_error: float | None
+    outliers: int = 0
+    outlier_share: float = 0.0
+    digest: str = ""
+    scheme: str = ""
+    codes_kept: bool = True
+
+    @property
+    def weights(self) -> int:
+        """The number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "LinearReport":
+        """Read a report that ``to_json`` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        row = {key.name: value[key.name] for key in fields(cls) if key.name in value}
+        error = value["weight_error"]  # JSON has no word for infinity
+        return cls(**row | {"shape": _pair(value["shape"]), "tile": _pair(value["tile"])}
+                   | {"weight_error": inf if error is None else float(error)})  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; what is usual is left out."""
+        usual = {"digest": "", "scheme": "", "codes_kept": True}
+        return {key: value for key, value in asdict(self).items() if key not in usual or value != usual[key]}
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """The account of one block.
+
+    ``output_error`` is the relative squared error of the block's output against the full-precision path,
+    with everything before it quantized too. ``fallbacks`` are shown at the end of a run, never only logged.
+    """
+
+    name: str
+    linears: tuple[LinearReport, ...]
+    output_error: float | None = None
+    fallbacks: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "BlockReport":
+        """Read a report that ``to_json`` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        linears = tuple(map(LinearReport.from_json, value["linears"]))
+        return cls(str(value["name"]), linears, value["output_error"], tuple(value["fallbacks"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"linears": [row.to_json() for row in self.linears]}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all quantized linears; ``per_ic`` have groups along their output. Bytes are those of weight files."""
+
+    linears: int
+    per_ic: int
+    outliers: int
+    quantized_weights: int
+    bits_per_weight: float
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """The segments that a run was calibrated on, and the sha256 of their tokens."""
+
+    segments: int
+    seqlen: int
+    tokens_sha256: str
+
+
+@dataclass(frozen=True)
+class ExportedLinear:
+    """What became of a linear on its way into another format; see ``core.format.Difference``."""
+
+    name: str
+    codes: bool
+    error: float
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class ExportAccount:
+    """What an export added: the format that was read, and its linears."""
+
+    read_as: str
+    linears: tuple[ExportedLinear, ...]
+
+
+@dataclass(frozen=True)
+class Account:
+    """``bitwright.json``: the same recipe, seed and machine give the same bytes of it.
+
+    ``recipe`` and ``settings`` are the plain values that were asked for and settled. ``model`` and ``versions`` are the
+    fingerprint of the original's files and the versions of libraries. ``quantization_config`` is what config.json says
+    of the linears, which somebody may edit there. ``totals`` is None in a file that says its own size.
+    """
+
+    bitwright: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    scheme: str = ""
+    method: str = ""
+    format: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    model: Mapping[str, str] = field(default_factory=dict)
+    calibration: CalibrationData | None = None
+    totals: Totals | None = None
+    notes: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    blocks: tuple[BlockReport, ...] = ()
+    quantization_config: Mapping[str, Any] | None = None
+    verified: str = ""
+    export: ExportAccount | None = None
+
+    @property
+    def linears(self) -> Iterable[LinearReport]:
+        """The reports of all linears that the run quantized."""
+        return (row for block in self.blocks for row in block.linears)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of every quantized linear as it is stored, by its name without ``.weight``.
+
+        They are those of the export, if there is one, else of the run. Folders of others, and of an earlier Bitwright,
+        have none.
+        """
+        rows = self.linears if self.export is None else self.export.linears
+        return {row.name.removesuffix(".weight"): row.digest for row in rows if row.digest}
+
+    @property
+    def without_digests(self) -> "Account":
+        """This account for linears that are stored in another way."""
+        blocks = tuple(
+            replace(block, linears=tuple(replace(row, digest="") for row in block.linears)) for block in self.blocks
+        )
+        return replace(self, blocks=blocks, quantization_config=None, export=None)
+
+    @classmethod
+    def from_json(cls, value: object) -> "Account | None":
+        """Read what ``to_json`` wrote, or an earlier Bitwright; None for anything else."""
+        if not isinstance(value, Mapping):
+            return None
+        try:
+            recipe = value.get("recipe") or {}
+            return cls(
+                **{key: value[key] for key in ("bitwright", "scheme", "method", "seed", "verified") if key in value},
+                recipe=recipe,
+                format=value.get("format") or recipe.get("format") or "",  # Bitwright 0.1.0 says it there alone
+                settings=value.get("settings") or {},
+                versions=value.get("versions") or {},
+                model=value.get("model") or {},
+                calibration=_optional(value.get("calibration"), lambda data: CalibrationData(**data)),
+                totals=_optional(value.get("totals"), lambda totals: Totals(**totals)),
+                notes=tuple(value.get("notes") or ()),
+                fallbacks=tuple(value.get("fallbacks") or ()),
+                blocks=tuple(map(BlockReport.from_json, value.get("blocks") or ())),
+                quantization_config=value.get("quantization_config"),
+                export=_optional(value.get("export"), _export),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values as they stand in the file; an infinite error is null."""
+        written: dict[str, Any] = {key.name: getattr(self, key.name) for key in fields(self)}
+        for key in ("calibration", "totals", "export"):
+            written[key] = None if written[key] is None else asdict(written[key])
+        written["blocks"] = [block.to_json() for block in self.blocks]
+        absent = {key for key in ("totals", "quantization_config", "export", "verified") if not written[key]}
+        result: dict[str, Any] = plain({key: value for key, value in written.items() if key not in absent})
+        return result
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value
+    return int(first), int(second)
+
+
+def _optional(value: Any, read: Callable[[Any], T]) -> T | None:
+    return None if value is None else read(value)
+
+
+def _export(value: Mapping[str, Any]) -> ExportAccount:
+    known = {key.name for key in fields(ExportedLinear)}
+    rows = tuple(ExportedLinear(**{k: v for k, v in row.items() if k in known}) for row in value["linears"])
+    return ExportAccount(str(value["read_as"]), rows)

@@ -1,0 +1,188 @@
+"""Which linears get a scheme of their own, as a recipe says it: by a file, by patterns, or both."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from bitwright.core.allocation import Allocation
+from bitwright.core.errors import CheckpointError, RecipeError, SchemeError, shown
+from bitwright.core.json_values import parse_object
+from bitwright.core.recipe import Recipe
+from bitwright.core.scheme import NAMED, Scheme
+
+LARGEST_FILE = 2**26
+"""Bytes of an allocation file: room for hundreds of thousands of linears."""
+SHOWN = 3
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class AllocationRules:
+    """What a recipe says of the schemes of linears.
+
+    ``default`` is the scheme of linears that nothing else is said of. ``patterns`` are those of ``--scheme-for`` with
+    their schemes. ``named`` is what ``file``, the allocation file, says of each linear; None leaves it in full
+    precision. What a pattern says counts before what the file says.
+    """
+
+    default: Scheme
+    patterns: tuple[tuple[str, Scheme], ...] = ()
+    file: str | None = None
+    named: Mapping[str, Scheme | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "AllocationRules":
+        """Read the rules of a recipe. Raises RecipeError for a file or an entry that says no scheme."""
+        default, named = (None, {}) if recipe.allocation is None else _read(Path(recipe.allocation))
+        if recipe.scheme is not None:
+            default = Scheme.parse(recipe.scheme)
+        assert default is not None, "a recipe has a scheme or an allocation"
+        rules = cls(default, tuple(map(_entry, recipe.patterns("scheme_for"))), recipe.allocation, named)
+        rules._refuse_mixtures()
+        return rules
+
+    @property
+    def mixed(self) -> bool:
+        """Whether anything is said of single linears."""
+        return bool(self.patterns or self.named)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The linears that the file leaves in full precision."""
+        return frozenset(name for name, scheme in self.named.items() if scheme is None)
+
+    def allocation(self, linears: Collection[str], kept_linears: Collection[str], others: Iterable[str]) -> Allocation:
+        """The scheme of every linear of a model; ``kept_linears`` are those that stay in full precision.
+
+        ``others`` are the names of tensors that may be linears that stay, for all that is known.
+
+        Raises RecipeError for a pattern that fits none of the ``linears``, for two patterns that give one of them
+        different schemes, and for a file that names other linears.
+        """
+        kept = {*kept_linears, *others} - {*linears}
+        self._refuse_strangers(linears, kept)
+        schemes: dict[str, Scheme | None] = {name: self.named.get(name, self.default) for name in linears}
+        said_by: dict[str, tuple[str, Scheme]] = {}
+        for pattern, scheme in self.patterns:
+            for name in self._fitting(pattern, linears, kept):
+                other, before = said_by.setdefault(name, (pattern, scheme))
+                if before != scheme:
+                    raise RecipeError(
+                        f"--scheme-for {other}={before} and --scheme-for {pattern}={scheme} both fit {name}, and "
+                        "disagree; make one of the patterns narrower"
+                    )
+                schemes[name] = scheme
+        return Allocation(self.default, schemes | dict.fromkeys(kept_linears))
+
+    def _fitting(self, pattern: str, linears: Collection[str], kept: Collection[str]) -> list[str]:
+        """The linears that a pattern fits. Raises RecipeError if there is none."""
+        fitting = [name for name in linears if _fits(name, pattern)]
+        if fitting:
+            return fitting
+        unquantized = [name for name in kept if _fits(name, pattern)]
+        if unquantized:
+            raise RecipeError(f"--scheme-for {pattern} fits {_some(unquantized)} alone, {_why_kept(unquantized)}")
+        leaves = {linear.rpartition(".")[2]: linear for linear in linears}
+        close = get_close_matches(pattern.rpartition(".")[2].strip("*"), leaves, n=SHOWN, cutoff=0.3)
+        near = ", ".join(leaves[leaf] for leaf in close)
+        hint = f"; near it: {near}" if near else f"; they are called like {next(iter(linears), '')}"
+        raise RecipeError(f"--scheme-for {pattern} fits no linear{hint}; * stands for any text, dots too")
+
+    def _refuse_strangers(self, linears: Collection[str], kept: Collection[str]) -> None:
+        """Raise RecipeError if the file names what is no linear of the model, or one that is not quantized."""
+        known = {*linears, *kept}
+        strange = [name for name in self.named if name not in known]
+        if strange:
+            close = get_close_matches(strange[0], list(known), n=1, cutoff=0.3)
+            hint = f"; it has {close[0]}" if close else ""
+            raise RecipeError(
+                f"--allocation {self.file} is of another model: {_some(strange)} is no linear of this one{hint}. Take "
+                "the allocation.json of this model, or write the names as bitwright inspect --linears shows them"
+            )
+        asked = [name for name, scheme in self.named.items() if scheme is not None and name not in linears]
+        if asked:
+            scheme = self.named[asked[0]]
+            raise RecipeError(f"--allocation {self.file} gives {_some(asked)} {scheme}, {_why_kept(asked)}")
+
+    def _refuse_mixtures(self) -> None:
+        """Raise RecipeError for schemes that cannot be together in one model."""
+        said: list[tuple[str, Scheme]] = [(f"--scheme-for {pattern}={each}", each) for pattern, each in self.patterns]
+        named = {name: scheme for name, scheme in self.named.items() if scheme is not None}
+        said += [(f"--allocation {self.file}: {name} at {scheme}", scheme) for name, scheme in named.items()]
+        bits = (self.default.activation_bits, self.default.kv_bits)
+        for where, scheme in said:
+            if (scheme.activation_bits, scheme.kv_bits) != bits:
+                own = scheme.with_activations(*bits)
+                raise RecipeError(
+                    f"{where} has other activations or KV cache than {self.default}, which are the same in the whole "
+                    f"model; write {own}"
+                )
+            if scheme != self.default and {scheme, self.default} & {*NAMED.values()}:
+                raise RecipeError(
+                    f"{where} beside {self.default}: the grid of an engine is that of the whole model; take one "
+                    "scheme for all, or schemes such as W4A16g32sym"
+                )
+
+
+def _entry(text: str) -> tuple[str, Scheme]:
+    """The pattern and the scheme of an entry. Raises RecipeError, SchemeError."""
+    pattern, equals, scheme = (part.strip() for part in text.partition("="))
+    if not (pattern and equals and scheme):
+        raise RecipeError(f"--scheme-for '{text}' is no PATTERN=SCHEME; write '*.down_proj=W8A16g128'")
+    try:
+        return pattern, Scheme.parse(scheme)
+    except SchemeError as error:
+        raise SchemeError(f"--scheme-for {pattern}: {error}") from None
+
+
+def _read(path: Path) -> tuple[Scheme | None, dict[str, Scheme | None]]:
+    """The default scheme that an allocation file names, if any, and the schemes of its linears. Raises RecipeError."""
+    form = '{"scheme": "W4A16g128", "linears": {"NAME": "W8A16g128", "NAME": null}}'
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise RecipeError(f"--allocation {path}: {path.stat().st_size} bytes are too many; it reads {form}")
+        content = parse_object(path.read_bytes(), f"--allocation {path}")
+    except OSError as error:
+        raise RecipeError(
+            f"--allocation {path} cannot be read: {error.strerror}; it takes a JSON file {form}"
+        ) from None
+    except CheckpointError as error:
+        raise RecipeError(f"{error}; an allocation reads {form}") from None
+    linears = content.get("linears")
+    if not content.keys() <= {"scheme", "linears"} or not isinstance(linears, dict):
+        raise RecipeError(f"--allocation {path}: its keys are {shown(list(content))}; an allocation reads {form}")
+    default = content.get("scheme")
+    if default is None:
+        raise RecipeError(f"--allocation {path} says no scheme for the other linears; an allocation reads {form}")
+    return _scheme(path, "scheme", default), {
+        name: None if text is None else _scheme(path, name, text) for name, text in linears.items()
+    }
+
+
+def _scheme(path: Path, name: str, text: Any) -> Scheme:
+    if not isinstance(text, str):
+        raise RecipeError(f"--allocation {path}: {shown(name)} is {shown(text)}; a scheme is a text such as W4A16g128")
+    try:
+        return Scheme.parse(text)
+    except SchemeError as error:
+        raise SchemeError(f"--allocation {path}: {shown(name)}: {error}") from None
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return any(fnmatchcase(each, pattern) for each in (name, f"{name}.weight"))
+
+
+def _some(names: Collection[str]) -> str:
+    """The first of these names, and how many there are beside it."""
+    first = next(iter(names))
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
+
+
+def _why_kept(names: Collection[str]) -> str:
+    """Why these are not quantized, and what to do, to go on from their names and a comma."""
+    if HEAD in names:
+        return "which is not quantized; --quantize-lm-head quantizes it"
+    return "which --exclude, or the model itself, leaves in full precision; change one of the two"

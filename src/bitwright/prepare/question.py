@@ -1,0 +1,74 @@
+"""What a recipe asks for, parsed once, before any model is looked at."""
+
+from dataclasses import dataclass, replace
+
+from bitwright.core.allocation import Allocation
+from bitwright.core.errors import RecipeError
+from bitwright.core.format import FileFormat, Format, TensorFormat
+from bitwright.core.recipe import Recipe
+from bitwright.core.scheme import Scheme
+from bitwright.methods import Composition, composed_for
+from bitwright.prepare.allocation_rules import AllocationRules
+from bitwright.prepare.format_choice import encoder, target
+from bitwright.prepare.inventory import Inventory
+
+
+@dataclass(frozen=True)
+class Question:
+    """A recipe, parsed.
+
+    ``target`` is the format of the result as far as the recipe says; ``format`` makes the tensors, which is another one
+    if the target is an engine's file, made of a finished folder. ``rules`` say which linears get a scheme of their own.
+    """
+
+    recipe: Recipe
+    scheme: Scheme
+    composition: Composition
+    target: Format
+    format: TensorFormat
+    rules: AllocationRules
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Question":
+        """Parse a recipe. Raises UserError for a scheme, method, format or allocation file that is none."""
+        goal, makes = target(recipe.format), encoder(recipe.format)
+        rules = AllocationRules.of(recipe)
+        question = cls(recipe, rules.default, composed_for(recipe), goal, makes, rules)
+        question._refuse_activations()
+        return replace(question, scheme=question.adapted(rules.default))
+
+    @property
+    def alone(self) -> bool:
+        """Whether every tensor can be quantized by itself: no calibration data, and methods that need none."""
+        return self.recipe.calibration is None and self.composition.data_free
+
+    @property
+    def single(self) -> bool:
+        """Whether the result is one file."""
+        return isinstance(self.target, FileFormat) and self.target.single
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether the model's folder must have a tokenizer: not if the result takes that of its base, and no
+        calibration data are read."""
+        return self.recipe.calibration is not None or self.recipe.base is None or not self.single
+
+    def adapted(self, scheme: Scheme) -> Scheme:
+        """A scheme on the grid that the target's codes are computed against."""
+        return self.target.adapted(scheme) if isinstance(self.target, FileFormat) else scheme
+
+    def _refuse_activations(self) -> None:
+        """Raise RecipeError for quantized activations if the target has a place for weights alone."""
+        scheme = self.scheme
+        if isinstance(self.target, FileFormat) and (scheme.activations or scheme.kv):
+            raise RecipeError(
+                f"format {self.target.name} holds weights alone, and scheme {scheme} quantizes activations or KV cache "
+                f"too; take W{scheme.weight.bits}A16, or --format compressed-tensors"
+            )
+
+    def allocation(self, inventory: Inventory) -> Allocation:
+        """The scheme of every linear of a model. Raises RecipeError as ``AllocationRules.allocation``."""
+        others = (name.removesuffix(".weight") for name in inventory.kept)
+        schemes = self.rules.allocation(inventory.linears, inventory.kept_linears, others).schemes
+        adapted = {name: scheme and self.adapted(scheme) for name, scheme in schemes.items()}
+        return Allocation(self.scheme, {name: each for name, each in adapted.items() if each != self.scheme})

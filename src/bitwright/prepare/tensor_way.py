@@ -1,0 +1,182 @@
+"""A model gone through tensor by tensor: what needs neither calibration data nor a model, whatever the architecture."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.outline import Outline
+from bitwright.core.progress import Listener
+from bitwright.core.recipe import Recipe
+from bitwright.core.training import Training
+from bitwright.core.weight import Division, Weight
+from bitwright.model import discover
+from bitwright.model.chosen_weights import Patterns, chosen
+from bitwright.model.source import Source, pick_device, sequence_length
+from bitwright.model.view import ModelView
+from bitwright.prepare.block_way import OTHER, skeleton_of
+from bitwright.prepare.inventory import Inventory
+from bitwright.prepare.question import Question
+from bitwright.stream.memory import Budget, estimate_tensors
+from bitwright.stream.parallel import TensorDriver
+from bitwright.stream.parts import PartWriter
+from bitwright.stream.ranks import Ranks
+from bitwright.stream.run_plan import RunPlan
+from bitwright.stream.tensors import TensorPlan
+from bitwright.stream.units import Unit, block_of, units
+from bitwright.stream.worker_pool import WorkerPool
+
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class TensorWay:
+    """Every tensor of the checkpoint read in turn, and quantized or copied; see ``way.Way``."""
+
+    source: Source
+    units: tuple[Unit, ...]
+    inventory: Inventory
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    shares_out: bool = True
+
+    @classmethod
+    def open(cls, question: Question, source: Source, device: str) -> "TensorWay":
+        """Find the weights.
+
+        Raises RecipeError for patterns that fit nothing, CheckpointError for weights that do not belong together.
+        """
+        checkpoint, recipe = source.checkpoint, question.recipe
+        view, division, tied = _known(source, recipe, device) if source.family else _discovered(checkpoint, recipe)
+        division = chosen(division, Patterns.of(recipe, question.rules.left_out), checkpoint, view)
+        if not division.weights:
+            raise RecipeError(f"{checkpoint.folder}: nothing to quantize: {_why_nothing(division, checkpoint)}")
+        in_units = tuple(units(division, checkpoint))
+        return cls(source, in_units, _inventory(division, in_units, view, checkpoint, tied), pick_device(device))
+
+    def read_calibration(self, question: Question) -> Int[Tensor, "N T"] | None:
+        """None: no calibration data are needed."""
+        sequence_length(question.recipe.seqlen, self.source.longest)
+        return None
+
+    def budget(self, tokens: Int[Tensor, "N T"] | None, training: Training | None) -> Budget:
+        """The memory that one process needs."""
+        return estimate_tensors(self.units, self.source.checkpoint)
+
+    def check_weights(self, listener: Listener) -> None:
+        """Nothing: each tensor is checked when it is read, since minutes follow and not hours."""
+
+    def driver(
+        self,
+        plan: RunPlan,
+        writer: PartWriter,
+        tokens: Int[Tensor, "N T"] | None,
+        workers: int,
+        pool: WorkerPool,
+        ranks: Ranks,
+    ) -> TensorDriver:
+        """What makes the parts, in this process or in worker processes."""
+        return TensorDriver(
+            self.units, TensorPlan(self.source.checkpoint, plan, str(self.device), writer), workers, pool, ranks
+        )
+
+
+def _inventory(
+    division: Division, in_units: tuple[Unit, ...], view: ModelView | None, checkpoint: Checkpoint, tied: bool
+) -> Inventory:
+    weights = division.weights
+    special, merged = _loaded_by_us(division, view)
+    copied_head = tied and any(weight.name == HEAD for weight in weights)
+    return Inventory(
+        weights=weights,
+        kept={kept.tensor: kept.why for kept in division.kept},
+        kept_linears=_kept_linears(division, view, checkpoint, copied_head),
+        as_stored=[name for unit in in_units if not unit.weights for name in unit.copied],
+        units=[unit.name for unit in in_units],
+        blocks=len({block for unit in in_units if (block := block_of(f"{unit.block}.")) is not None}),
+        copied_head=copied_head,
+        special=special,
+        merged=merged,
+    )
+
+
+def _kept_linears(division: Division, view: ModelView | None, checkpoint: Checkpoint, copied_head: bool) -> list[str]:
+    """Linears of the model as transformers sees it; if it sees none, matrices that are kept, and the output layer."""
+    if view is not None:
+        quantized = {view.linear(weight.tensor) for weight in division.weights}
+        return sorted(view.linears - quantized - ({HEAD} if copied_head else set()))
+    names = {weight.name for weight in division.weights}
+    entry = checkpoint.entry
+    kept = [k.tensor for k in division.kept if len(entry(k.tensor).shape) == 2 and k.why != discover.EMBEDDING]
+    return sorted({*(name.removesuffix(".weight") for name in kept), HEAD} - names)
+
+
+def _loaded_by_us(division: Division, view: ModelView | None) -> tuple[str | None, str | None]:
+    """A weight that transformers cannot load from compressed-tensors, and one that it cannot if it is asymmetric.
+
+    That is the weight of a linear with a class of its own; an expert in a stack, or, if transformers stacks them
+    itself, one with a zero point or beside others that are not quantized (docs/formats/compressed-tensors.md).
+    """
+    stacked = [weight.name for weight in division.weights if weight.stacked]
+    if stacked or view is None:
+        return next(iter(stacked), None), None
+    modules = {weight.name: view.linear(weight.tensor) for weight in division.weights}
+    special = [name for name, module in modules.items() if module and module not in view.ordinary]
+    merged = [weight.name for weight in division.weights if view.merges(weight.tensor)]
+    kept = [k.tensor for k in division.kept if view.merges(k.tensor)]
+    beside = [*merged, *kept] if kept else []
+    return next(iter([*special, *beside]), None), next(iter(merged), None)
+
+
+def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Division, bool]:
+    """The linears of an architecture that is described."""
+    assert source.family is not None
+    outline = Outline.of(source.family, source.decoder) if source.decoder else skeleton_of(source, device).outline
+    source.checkpoint.require_complete(outline)
+    view = ModelView.of_outline(outline, source.checkpoint)
+    reasons = {kept.tensor: kept.why for kept in _by_rules(source.checkpoint).kept}
+    names = source.checkpoint.names
+    division = outline.division(recipe.quantize_lm_head, names, lambda name: reasons.get(name, OTHER))
+    return view, division, recipe.quantize_lm_head and outline.tied
+
+
+def _discovered(checkpoint: Checkpoint, recipe: Recipe) -> tuple[ModelView | None, Division, bool]:
+    """The linears of an architecture that nobody has described."""
+    view, division = ModelView.of(checkpoint), _by_rules(checkpoint)
+    if not recipe.quantize_lm_head:
+        return view, division, False
+    head = discover.head(checkpoint.names)
+    tensor = head or discover.embedding(checkpoint.names)
+    if tensor is None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: which tensor is the output layer cannot be told from the names; leave "
+            "--quantize-lm-head out, and name it with --include PATTERN"
+        )
+    name = "lm_head" if head is None else head.removesuffix(".weight")
+    weight = Weight(tensor, name, checkpoint.entry(tensor).shape)
+    kept = tuple(one for one in division.kept if one.tensor != head)
+    return view, replace(division, weights=(*division.weights, weight), kept=kept), head is None
+
+
+def _why_nothing(division: Division, checkpoint: Checkpoint) -> str:
+    """What became of the matrices, a line for each reason."""
+    matrices = [kept for kept in division.kept if len(checkpoint.entry(kept.tensor).shape) == 2]
+    reasons: dict[str, list[str]] = {}
+    for kept in matrices:
+        reasons.setdefault(kept.why, []).append(kept.tensor)
+    lines = [f"  {len(names)} such as {names[0]}: {why}" for why, names in reasons.items()]
+    remedy = "--include takes more"
+    if any(why.startswith("excluded") for why in reasons):
+        remedy = "--exclude leaves nothing"
+    elif reasons and reasons.keys() <= {discover.EMPTY, discover.UNNAMED}:
+        remedy = "none of them can be the weight of a linear"
+    return "\n".join([f"all of its {len(matrices)} matrices are kept as they are", *lines, remedy])
+
+
+def _by_rules(checkpoint: Checkpoint) -> Division:
+    entries = {name: checkpoint.entry(name) for name in checkpoint.names}
+    floating = [name for name, entry in entries.items() if entry.dtype.is_floating_point]
+    return discover.discover({name: entry.shape for name, entry in entries.items()}, floating, checkpoint.config)

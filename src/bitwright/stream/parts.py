@@ -1,0 +1,174 @@
+"""PartWriter: what a driver has finished, durable on disk, and the account of it.
+
+Drivers (``blocks``, ``tensors``, ``convert``) differ in what they iterate over. All yield ``Part``, and whoever takes
+it need not know which driver it came from. Letters: O output features, I input features, R rows of a panel.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bitwright.checkpoint.ranges import Stored
+from bitwright.checkpoint.writer import write_tensors
+from bitwright.core.account import BlockReport, LinearReport
+from bitwright.core.errors import OutputError
+from bitwright.core.format import Format, TensorFormat
+from bitwright.core.grid import Grid
+from bitwright.core.progress import Listener
+from bitwright.core.qtensor import QTensor
+from bitwright.core.scheme import Scheme
+from bitwright.core.tensor_bytes import digest
+from bitwright.steps.outliers import TELLING
+
+Encoded = tuple[dict[str, Tensor], LinearReport]
+"""The tensors of a linear as they are stored, and its report, still without a digest."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A unit whose part is durable. ``report`` is None if nothing in it is quantized.
+
+    ``process`` is the worker process that made it, and ``peak_bytes`` its peak memory; both 0 if it was this process.
+    """
+
+    unit: str
+    file: str
+    report: BlockReport | None
+    process: int = 0
+    peak_bytes: int = 0
+
+
+Written = Callable[[Part], None]
+"""Is told of each unit as soon as its part is durable, from any thread."""
+
+
+class Driver(Protocol):
+    """A source of parts: from blocks, from tensors, or from a quantized folder."""
+
+    @property
+    def units(self) -> Sequence[str]:
+        """The names of all units, in the order of the model."""
+
+    def parts(self, files: Mapping[str, str], done: Collection[str], listener: Listener) -> Iterator[Part]:
+        """Make every unit that is not done, and yield it once its part is durable. Raises UserError.
+
+        ``files`` are the names of the parts by unit.
+        """
+
+
+class LinearSums:
+    """The account of one linear, or of a weight that is fused over experts, slice by slice and panel by panel."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], writer: "PartWriter") -> None:
+        """``shape`` is [O, I], or [E, A, B] with one slice [A, B] per expert."""
+        self.name, self.shape, self.writer = name, shape, writer
+        self.outliers, self.error, self.size = 0, 0.0, 0.0
+        self.last: QTensor | None = None
+
+    def compare(self, weight: Float[Tensor, "R I"], quantized: QTensor) -> None:
+        """Add what is lost of some rows; a weight on a GPU is compared there."""
+        self.size += _square(weight)
+        self.error += _square(weight - quantized.dequantize().to(weight))
+
+    def add(self, quantized: QTensor) -> QTensor:
+        """Add the outliers of a whole slice, and return it."""
+        self.last = quantized
+        self.outliers += 0 if quantized.outlier_index is None else quantized.outlier_index.numel()
+        return quantized
+
+    def report(self, output_error: float | None = None, scheme: str = "") -> LinearReport:
+        """The report; experts in one tensor count as one linear with the rows of all of them."""
+        assert self.last is not None, "a linear has a slice"
+        weights, last = prod(self.shape), self.last
+        own = Scheme(last.grid, last.tile)
+        bits = self.writer.target.stored_bits(self.shape, own, last.scale.dtype, self.outliers)
+        return LinearReport(
+            name=self.name,
+            shape=(weights // self.shape[-1], self.shape[-1]),
+            tile=last.tile.size(last.shape),
+            bits_per_weight=bits / weights,
+            storage_bits=bits,
+            weight_error=self.error / self.size if self.size else 0.0,
+            output_error=output_error,
+            outliers=self.outliers,
+            outlier_share=self.outliers / weights,
+            scheme=scheme,
+        )
+
+
+@dataclass(frozen=True)
+class PartWriter:
+    """The folder that parts are written into, and their format. It travels to worker processes.
+
+    ``format`` makes the tensors; ``target`` is the format of the result, which counts the bits.
+    """
+
+    folder: Path
+    format: TensorFormat
+    target: Format
+
+    def encoded(self, name: str, weight: QTensor, report: LinearReport) -> Encoded:
+        """A linear as it is stored."""
+        return self.format.encode(name, weight), report
+
+    def write(
+        self,
+        unit: str,
+        file: str,
+        report: BlockReport | None,
+        linears: Sequence[Encoded],
+        passed: Mapping[str, Tensor | Stored],
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> Part:
+        """Write a unit's part: its linears, the tensors that pass as they are, and beside it what training learned.
+
+        ``report`` says what there is to say besides the linears. Raises OutputError.
+        """
+        tensors = dict(passed)
+        for stored, _ in linears:
+            tensors |= stored
+        if learned:
+            write_tensors(self.folder / learned_file(file), learned)
+        write_tensors(self.folder / file, tensors)
+        rows = tuple(replace(row, digest=digest(stored)) for stored, row in linears)
+        return Part(unit, file, None if report is None else replace(report, linears=rows))
+
+    def read(self, file: str, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+        """Read a part back: linears, by their names with their grids, dequantized as ``NAME.weight``; others as stored.
+
+        Raises OutputError for a part that is damaged.
+        """
+        part = self.folder / file
+        try:
+            tensors = load_file(part)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{part}: what an earlier run wrote is damaged: {error}; begin anew with --restart"
+            ) from error
+        return tensors | {f"{name}.weight": self.format.decode(tensors, name, grid) for name, grid in grids.items()}
+
+
+def part_file(number: int) -> str:
+    """The file of the unit of this number, in the order of the model."""
+    return f"part-{number:05d}.safetensors"
+
+
+def learned_file(file: str) -> str:
+    """The file with the learned parameters of a part."""
+    return file.replace("part", "learned")
+
+
+def _square(values: Float[Tensor, "R I"]) -> float:
+    """The sum of the squares, also of values whose squares float32 does not hold."""
+    norm = float(torch.linalg.vector_norm(values))
+    if not TELLING < norm < 1 / TELLING and bool(values.isfinite().all()):
+        norm = float(torch.linalg.vector_norm(values.double()))
+    return norm**2

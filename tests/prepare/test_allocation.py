@@ -1,0 +1,221 @@
+"""A scheme per linear: from flags, recipes and files, through every method and into every format that can mix."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import Checkpoints, contents
+
+import bitwright
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.errors import RecipeError, SchemeError
+from bitwright.core.recipe import Recipe
+from bitwright.evaluation.loading import load_codes
+from bitwright.formats import QuantizedFolder
+
+DOWN, Q = "mlp.down_proj", "self_attn.q_proj"
+BLOCKS = ("model.layers.0", "model.layers.1")
+MIXED: dict[str, Any] = {"scheme_for": [f"*.{DOWN}=W8A16g32", f"*.0.{Q}=W3A16g16"], "exclude": "*.1.self_attn.o_proj"}
+
+
+def own_scheme(linear: str) -> str | None:
+    """The scheme of a linear under ``MIXED`` and the default W4A16g32."""
+    if linear.endswith(DOWN):
+        return "W8A16g32"
+    if linear == f"{BLOCKS[0]}.{Q}":
+        return "W3A16g16"
+    return None if linear == f"{BLOCKS[1]}.self_attn.o_proj" else "W4A16g32"
+
+
+@pytest.mark.parametrize("method", [
+    "rtn", "gptq", "awq", "adadim", "lwc", "lsq", "pact", "easyquant", "smoothquant", "osplus", "let+lwc", "equalize",
+    "adadim+gptq", "awq+gptq", "equalize+easyquant+gptq",
+])  # fmt: skip
+def test_every_method_quantizes_each_linear_to_its_own_scheme(method: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    text: dict[str, Any] = (
+        {} if method in ("rtn", "easyquant") else {"calibration": "builtin", "samples": 2, "seqlen": 32}
+    )
+    learns: dict[str, Any] = {"epochs": 1} if {"lwc", "lsq", "pact"} & {*method.split("+")} else {}
+    recipe = Recipe(str(tiny(num_key_value_heads=4)), "W4A16g32", method, "bitwright", **MIXED, **text, **learns)
+    bitwright.quantize(recipe, tmp_path / "out")
+    model, original = QuantizedFolder.open(tmp_path / "out"), Checkpoint.open(tiny(num_key_value_heads=4))
+    assert len(model.linears) == 13
+    for linear in model.linears:
+        scheme, quantized = own_scheme(linear), model.read(linear)
+        assert scheme is not None and quantized.grid.bits == int(scheme[1])
+        assert max(quantized.tile.size(quantized.shape)) == int(scheme.split("g")[1])
+        weight = original.read(f"{linear}.weight").float()
+        if method in ("rtn", "easyquant"):  # others look at the output, or move scales between linears
+            error = float((quantized.dequantize(torch.float32) - weight).norm() / weight.norm())
+            assert error < {3: 0.5, 4: 0.2, 8: 0.02}[quantized.grid.bits]
+    left = "model.layers.1.self_attn.o_proj.weight"
+    assert left in model.passed
+    if method in ("rtn", "gptq", "easyquant"):
+        assert torch.equal(model.tensor(left), original.read(left))
+
+
+def test_a_linear_in_full_precision_keeps_its_dtype_when_a_transform_moves_it(
+    tiny: Checkpoints, tmp_path: Path
+) -> None:
+    """Its neighbours are scaled, so its columns are too; the format stores scales in float16."""
+    recipe = Recipe(str(tiny(num_key_value_heads=4)), "W4A16g32sym", "smoothquant", "gptq", "builtin", 2, 32)
+    bitwright.quantize(replace(recipe, exclude="*.k_proj"), tmp_path / "out")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    now, before = (Checkpoint.open(folder).read(name) for folder in (tmp_path / "out", Path(recipe.model)))
+    assert now.dtype == before.dtype == torch.bfloat16
+    ratio = now.float() / before.float()
+    assert ratio.mean(dim=0).max() > 1.05 * ratio.mean(dim=0).min()
+    assert (ratio.std(dim=0) < 0.01 * ratio.mean(dim=0)).all(), "whole columns are scaled"
+
+
+@pytest.mark.parametrize("format", [None, "compressed-tensors", "bitwright", "gptq", "dense", "gguf"])
+@pytest.mark.parametrize("calibration", [None, "builtin"])
+def test_every_format_that_mixes(
+    format: str | None, calibration: str | None, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    mix: dict[str, Any] = {"scheme_for": {f"*.{DOWN}": "W8A16g32sym"}, "exclude": "*.1.self_attn.o_proj"}
+    recipe = Recipe(
+        str(tiny(num_key_value_heads=4, eos_token_id=0)), "W4A16g32sym", "rtn", format, calibration, 2, 32, **mix
+    )
+    out = tmp_path / ("out.gguf" if format == "gguf" else "out")
+    result = bitwright.quantize(recipe, out)
+    assert result.linears == 13
+    checked = bitwright.verify(out, recipe.model) if format != "dense" else None
+    assert checked is None or checked.passed, checked
+    if format == "gguf":
+        return
+    rows = {row.name: row for row in bitwright.inspect(out).linears}
+    if format != "dense":
+        down, up = rows[f"{BLOCKS[0]}.{DOWN}"], rows[f"{BLOCKS[0]}.mlp.up_proj"]
+        assert down.bits_per_weight > 8 > 5 > up.bits_per_weight > 4
+        assert rows["model.layers.1.self_attn.o_proj"].dtype != "packed"
+        loaded, ours = bitwright.load(out, device="cpu", dtype="float32"), load_codes(QuantizedFolder.open(out))
+        tokens = torch.arange(24)[None]
+        with torch.inference_mode():
+            logits = ours(tokens).logits
+            apart = (loaded(tokens).logits - logits).square().mean().sqrt() / logits.std()
+        assert apart < 0.01, "what transformers computes is what was written"
+
+
+def test_an_export_keeps_the_schemes(tiny: Checkpoints, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny(num_key_value_heads=4)), "W4A16g32sym", "rtn", scheme_for=f"*.{DOWN}=W8A16g32sym")
+    bitwright.quantize(recipe, tmp_path / "first")
+    for number, format in enumerate(("gptq", "bitwright", "compressed-tensors")):
+        source = tmp_path / ("first" if not number else str(number - 1))
+        exported = bitwright.export(source, tmp_path / str(number), format=format)
+        assert exported.exact == exported.linears == 14
+    before, after = (QuantizedFolder.open(tmp_path / name) for name in ("first", "2"))
+    for linear in before.linears:
+        assert before.read(linear).grid == after.read(linear).grid
+        assert torch.equal(before.read(linear).codes, after.read(linear).codes)
+
+
+@pytest.mark.parametrize("calibration", [None, "builtin"])
+def test_what_a_run_writes_repeats_it(calibration: str | None, tiny: Checkpoints, tmp_path: Path) -> None:
+    method = "rtn" if calibration is None else "gptq"
+    recipe = Recipe(str(tiny()), "W4A16g32", method, "bitwright", calibration, 2, 32, quantize_lm_head=True, **MIXED)
+    recipe = replace(recipe, scheme_for=f"{recipe.scheme_for},lm_head=W8A16")
+    bitwright.quantize(recipe, tmp_path / "first")
+    written = json.loads((tmp_path / "first/allocation.json").read_text())
+    assert written["scheme"] == "W4A16g32" and len(written["linears"]) == 15
+    assert written["linears"]["lm_head"] == "W8A16"
+    assert written["linears"] == {name: own_scheme(name) for name in written["linears"]} | {"lm_head": "W8A16"}
+    again = replace(
+        recipe, scheme=None, scheme_for=None, exclude=None, allocation=str(tmp_path / "first/allocation.json")
+    )
+    bitwright.quantize(again, tmp_path / "second")
+    first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
+    assert first.pop("bitwright.json") != second.pop("bitwright.json"), "the recipes differ"
+    assert first == second
+
+
+def test_a_pattern_counts_before_the_file(tiny: Checkpoints, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"scheme": "W4A16g32", "linears": {f"{BLOCKS[0]}.{DOWN}": "W8A16"}}))
+    recipe = Recipe(str(tiny()), method="rtn", allocation=str(file), scheme_for=f"*.{DOWN}=W2A16g16")
+    bitwright.quantize(recipe, tmp_path / "out")
+    model = QuantizedFolder.open(tmp_path / "out")
+    assert [model.read(f"{block}.{DOWN}").grid.bits for block in BLOCKS] == [2, 2]
+
+
+def test_killed_it_goes_on_and_another_allocation_does_not(tiny: Checkpoints, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny()), "W4A16g32", "rtn", scheme_for=f"*.{DOWN}=W8A16")
+    with pytest.raises(KeyboardInterrupt):
+        bitwright.quantize(recipe, tmp_path / "out", listener=_stopping)
+    with pytest.raises(bitwright.UserError, match=r"begun with other settings:(?s:.)*scheme_for"):
+        bitwright.quantize(replace(recipe, scheme_for=f"*.{DOWN}=W3A16"), tmp_path / "out")
+    bitwright.quantize(recipe, tmp_path / "out")
+    assert QuantizedFolder.open(tmp_path / "out").read(f"{BLOCKS[0]}.{DOWN}").grid.bits == 8
+
+
+def _stopping(progress: Any) -> None:
+    if progress.done:
+        raise KeyboardInterrupt
+
+
+def test_the_plan_counts_it(tiny: Checkpoints) -> None:
+    plain = bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn"))
+    mixed = bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn", scheme_for="*=W8A16g32"))
+    assert mixed.bits_per_weight == plain.bits_per_weight + 4 + 4 / 32 and mixed.bytes_out > plain.bytes_out
+    assert "schemes of their own: W8A16g32 for 14 linears" in mixed.notes
+
+
+@pytest.mark.parametrize("calibration", [None, "builtin"])
+@pytest.mark.parametrize(("how", "says"), [
+    ({"scheme_for": "*.down=W8A16"}, r"--scheme-for \*\.down fits no linear; near it: .*down_proj.*\* stands for any"),
+    ({"scheme_for": "W8A16"}, "--scheme-for 'W8A16' is no PATTERN=SCHEME; write"),
+    ({"scheme_for": "*.down_proj=W9A16"}, r"--scheme-for \*\.down_proj: scheme 'W9A16' asks for weights of 9 bits"),
+    (
+        {"scheme_for": "*.0.*=W8A16,*.q_proj=W3A16"},
+        r"\*\.0\.\*=W8A16 and --scheme-for \*\.q_proj=W3A16 both fit model\.layers\.0\.self_attn\.q_proj, and disagree",
+    ),
+    ({"scheme_for": "lm_head=W8A16"}, r"--scheme-for lm_head fits lm_head alone, .*--quantize-lm-head quantizes it"),
+    ({"scheme_for": "*.q_proj=W8A16", "exclude": "*.q_proj"}, r"fits .*q_proj and 1 more alone, which --exclude"),
+    ({"scheme_for": "*.q_proj=W4A8"}, r"has other activations or KV cache than W4A16g32.*; write W4A16"),
+    ({"scheme_for": "*.q_proj=mlc:q4f16_1"}, "the grid of an engine is that of the whole model"),
+    (
+        {"scheme_for": "*.q_proj=W4A16g48"},
+        r"q_proj \[64, 64\] under scheme W4A16g48: .*groups of 48; what divides them",
+    ),
+    (
+        {"scheme_for": "*.q_proj=W8A16g32", "format": "awq"},
+        r"format awq cannot hold 8-bit asymmetric weights in these groups, which scheme W8A16g32 of .*q_proj",
+    ),
+    (
+        {"scheme_for": "*.q_proj=W4A16g64", "format": "awq"},
+        r"format awq has one scheme for all linears, and .*q_proj is to have W4A16g64 beside W4A16g32",
+    ),
+    ({"scheme_for": "*.q_proj=W8A16g32", "engines": "vllm"}, r"vllm cannot run"),
+    ({"exclude": "*.k"}, r"--exclude \*\.k fits no tensor of the checkpoint"),
+    ({"exclude": "*"}, r"nothing to quantize"),
+])  # fmt: skip
+def test_refused_before_the_work(
+    how: dict[str, Any], says: str, calibration: str | None, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    method = "rtn" if calibration is None else "gptq"
+    recipe = Recipe(str(tiny()), "W4A16g32", method, calibration=calibration, samples=2, seqlen=32)
+    with pytest.raises((RecipeError, SchemeError), match=f"(?s){says}"):
+        bitwright.quantize(recipe.changed(**how), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ("", "not JSON"), ("[]", "a JSON object was expected"), ("{}", "its keys are"),
+    ('{"linears": {}}', "says no scheme for the other linears"),
+    ('{"scheme": "W4A16", "linears": {"model.layers.9.mlp.up_proj": "W8A16"}}', r"model: model\S+ is no linear"),
+    ('{"scheme": "W4A16", "linears": {"lm_head": "W8A16"}}', "gives lm_head W8A16, .*--quantize-lm-head"),
+    ('{"scheme": "W4A16", "linears": {"model.layers.0.mlp.up_proj": 8}}', "is 8; a scheme is a text"),
+    ('{"scheme": "W4A16", "linears": {"model.layers.0.mlp.up_proj": "W8"}}', "up_proj': 'W8' is no scheme"),
+    ('{"scheme": "W4A16", "linears": {"model.layers.0.mlp.up_proj": "W8A8"}}', "other activations"),
+    ('{"scheme": "W4A16", "linears": {}, "more": 1}', "its keys are"),
+])  # fmt: skip
+def test_a_file_that_is_no_allocation_of_this_model(content: str, says: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    recipe = Recipe(str(tiny()), method="rtn", allocation=str(tmp_path / "a.json"))
+    with pytest.raises((RecipeError, SchemeError), match=f"(?s)--allocation .*a.json.*{says}"):
+        bitwright.plan(recipe)
+    with pytest.raises(RecipeError, match=r"--allocation .*b\.json cannot be read: No such file"):
+        bitwright.plan(replace(recipe, allocation=str(tmp_path / "b.json")))

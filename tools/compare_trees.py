@@ -47,6 +47,7 @@ ALLOWED = (
     Allowed("a key that a recipe has gained", "recipe.*", NEW),
     Allowed("computed in one place", "blocks.*.linears.*.weight_error", CLOSE),
     Allowed("what a run allocated is said", "<file>", NEW, file="allocation.json"),
+    Allowed("what workers had done when they were killed", "result.resumed", file=OUTCOME, case="killed/workers"),
 )
 """What may differ between the two trees. ``outcome.json`` is the result of a call, or its message."""
 
@@ -86,8 +87,8 @@ class Side:
     def missing(self, chosen: Sequence[Case], made_of: Mapping[str, str]) -> list[Case]:
         """List the cases that have not been performed yet as they are now."""
         notes = {case.name: self._note(case.name) for case in chosen}
-        kept = [name for name, note in notes.items() if note.is_file() and note.read_text() == made_of[name]]
-        return [case for case in chosen if case.name not in kept]
+        known = [name for name, note in notes.items() if note.is_file() and note.read_text() == made_of[name]]
+        return [c for c in chosen if c.name not in known or not (self.folder / c.name / OUTCOME).is_file()]
 
     def outcome(self, name: str) -> dict[str, Any]:
         """Return what the call of a case returned, or why it did not."""

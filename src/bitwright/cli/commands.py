@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bitwright.cli.console import err, out, show
-from bitwright.cli.options import FORMATS, MEASURED_ENGINES, SHARDS, Base, Device, Embeddings, Json
+from bitwright.cli.options import FORMATS, MEASURED_ENGINES, SHARDS, Base, Described, Device, Embeddings, Json
 from bitwright.cli.quantize import quantize
 from bitwright.cli.settings import WithSettings
 from bitwright.report import engines_screen, screens
@@ -113,10 +113,10 @@ def inspect(
     show(api.inspect(path), lambda console, found: screens.inspection(console, found, linears), as_json)
 
 
-@app.command()
+@app.command(cls=Described)
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a quantized model, whoever quantized it.")],
-    format: Annotated[str, typer.Option(help=FORMATS)],
+    format: Annotated[str, typer.Option(help=f"{FORMATS}.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder or file to write; must not exist.")],
     lossy: Annotated[
         bool, typer.Option("--lossy", help="Quantize weights that the format cannot hold once more; says what it adds.")
@@ -187,7 +187,7 @@ def verify(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(cls=Described)
 def bench(
     model: Annotated[Path, typer.Argument(help="Folder of a model, or a .gguf file.")],
     against: Annotated[
@@ -195,7 +195,7 @@ def bench(
         typer.Option(help="The original, measured in turn with it; for llama.cpp a .gguf file or a folder."),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help=f"{' or '.join(MEASURED_ENGINES)}. [default: what runs this kind of model]")
+        str | None, typer.Option(help=f"{MEASURED_ENGINES}. [default: what runs this kind of model]")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to generate, at batch 1.")] = 512,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,

@@ -1,16 +1,16 @@
 """The options that several commands take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-
-from bitwright.core.engine import engines
+from typer.core import TyperCommand
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
-FORMATS = "compressed-tensors, bitwright, dense, gptq, awq, gguf, mlc."
-ENGINES = [engine.name for engine in engines()]
-MEASURED_ENGINES = [engine.name for engine in engines() if engine.bench]
+BESIDE = ("output", "save_parameters", "workers", "max_memory")
+"""Keys of ``quantize`` that are no part of the recipe: where the result goes, and how the run goes about it."""
+FORMATS, ENGINES, MEASURED_ENGINES = "{formats}", "{engines}", "{measured_engines}"
+"""Stand in help texts for lists that ``Described`` fills in."""
 Embeddings = Annotated[
     str | None,
     typer.Option(
@@ -27,3 +27,27 @@ Base = Annotated[
 ]
 SHARDS = "Largest weight file; not of gguf and mlc."
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+
+
+class Described(TyperCommand):
+    """A command whose help lists formats and engines: they are looked up when the command itself is called."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """All options, their help filled in."""
+        params: list[Any] = super().get_params(ctx)
+        for option in params:
+            help = getattr(option, "help", None) or ""
+            if "{" in help:
+                option.help = help.format(**_lists())
+        return params
+
+
+def _lists() -> dict[str, str]:
+    from bitwright.core.engine import engines
+    from bitwright.core.registry import names
+
+    return {
+        "formats": ", ".join(names("formats")),
+        "engines": ", ".join(engine.name for engine in engines()),
+        "measured_engines": " or ".join(engine.name for engine in engines() if engine.bench),
+    }

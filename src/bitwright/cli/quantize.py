@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bitwright.cli.console import err, show
-from bitwright.cli.options import ENGINES, FORMATS, SHARDS, Base, Device, Embeddings, Json
-from bitwright.cli.recipe_file import BESIDE, read_recipe
+from bitwright.cli.options import BESIDE, ENGINES, FORMATS, SHARDS, Base, Device, Embeddings, Json
 from bitwright.cli.settings import SETTINGS, WORKERS
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
@@ -31,7 +30,7 @@ def quantize(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help=f"{FORMATS} [default: compressed-tensors, bitwright where it must]"),
+        typer.Option(help=f"{FORMATS}. [default: compressed-tensors, bitwright if it must]"),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -89,7 +88,7 @@ def quantize(
     ] = None,
     engine: Annotated[
         list[str] | None,
-        typer.Option(help=f"Runs on this: {', '.join(ENGINES)}; repeatable; chooses --format."),
+        typer.Option(help=f"Runs on this: {ENGINES}; repeatable; chooses --format."),
     ] = None,
     embeddings: Embeddings = None,
     base: Base = None,
@@ -137,8 +136,14 @@ def _asked(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     flags |= {key: options[key] or None for key in ("include", "exclude", "scheme_for")}
     flags["engines"] = ",".join(options["engine"]) if options["engine"] else None
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
-    written = read_recipe(options["recipe"]) if options["recipe"] else {}
+    written = _written(options["recipe"]) if options["recipe"] else {}
     return _at_home(written | {key: value for key, value in flags.items() if value is not None})
+
+
+def _written(path: Path) -> dict[str, Any]:
+    from bitwright.cli.recipe_file import read_recipe  # with a parser that most calls do without
+
+    return read_recipe(path)
 
 
 def _at_home(asked: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,11 @@ from typing import Any
 
 import yaml
 
+from bitwright.cli.options import BESIDE
 from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.recipe import Recipe
 
 OUTPUT = "output"
-BESIDE = (OUTPUT, "save_parameters", "workers", "max_memory")
-"""Keys that are no part of the recipe: where the result goes, and how the run goes about it."""
 
 
 class OnceEach(yaml.SafeLoader):

@@ -13,9 +13,8 @@ from typing import Annotated, Any
 
 import typer
 import typer.main
-from typer.core import TyperCommand
 
-from bitwright.cli.recipe_file import parsed
+from bitwright.cli.options import Described
 from bitwright.core.errors import RecipeError
 from bitwright.core.settings import Known, known_settings
 
@@ -25,7 +24,7 @@ BEFORE = "training"
 """The option that the settings come after."""
 
 
-class WithSettings(TyperCommand):
+class WithSettings(Described):
     """A command that takes the settings of all methods, beside the options of its function."""
 
     _settings: list[Any] | None = None
@@ -101,6 +100,8 @@ def _workers(args: Sequence[str]) -> int | None:
 
     A run with calibration data has none, and neither has one that writes nothing.
     """
+    from bitwright.cli.recipe_file import parsed
+
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--workers", "--calibration", "--recipe"):
         parser.add_argument(flag)

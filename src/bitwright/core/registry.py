@@ -5,7 +5,9 @@ a part of another.
 """
 
 import pkgutil
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
 def names(room: str) -> tuple[str, ...]:
     """The names registered in a room ("methods", "formats", "families"), as a user writes them."""
-    package = import_module(f"bitwright.{room}")
-    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"))
+    files = pkgutil.iter_modules(_places(f"bitwright.{room}"))
+    return tuple(sorted(file.name.replace("_", "-") for file in files if file.name[0] != "_"))
 
 
 def modules(room: str) -> dict[str, ModuleType]:
@@ -43,6 +45,15 @@ def find(room: str, name: str) -> ModuleType:
     if name not in names(room):
         raise RecipeError(f"there is no {room.rstrip('s')} '{name}'; {nearest(name, names(room))}")
     return _module(room, name)
+
+
+def _places(package: str) -> list[str]:
+    """The folders of a package, which is not imported for it: that may take torch."""
+    if package in sys.modules:
+        return list(sys.modules[package].__path__)
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations is not None
+    return list(spec.submodule_search_locations)
 
 
 def _module(room: str, name: str) -> ModuleType:

@@ -98,8 +98,11 @@ class Conversion:
         return WrittenModel(schemes[most], family, dtype, self._kept_linears(), unlike, schemes=own)
 
     def _kept_linears(self) -> tuple[str, ...]:
-        """The linears that are not quantized, by their names in the model as transformers sees it, else as they were
-        said to be: not every format names all of them."""
+        """The linears that are not quantized, by their names in the model.
+
+        They are those that transformers sees; if it sees no model, those that the folder names, and not every format
+        names all of them.
+        """
         model = self.model
         quantized = {f"{linear}.weight" for linear in model.linears}
         view = ModelView.of(model.checkpoint, (*model.passed, *quantized))

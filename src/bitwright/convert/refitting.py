@@ -1,4 +1,4 @@
-"""A quantized weight in terms that another format holds: exactly where that can be, else quantized once more."""
+"""A quantized weight in terms that another format holds: exactly if that can be, else quantized once more."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -22,10 +22,10 @@ GROUPS = (128, 64, 32)
 def refitted(
     name: str, weight: QTensor, format: TensorFormat, lossy: bool, common: int = 0
 ) -> tuple[QTensor, Difference]:
-    """The weight as a format holds it, and what it lost. Groups that it did not have divide ``common``, so that all
-    linears of a model get the same.
+    """The weight as a format holds it, and what it lost.
 
-    Raises RecipeError where its codes cannot be kept, unless ``lossy``.
+    Groups that it did not have divide ``common``, so that all linears of a model get the same. Raises RecipeError if
+    its codes cannot be kept, unless ``lossy``.
     """
     exact = _exactly(weight, format, common)
     if exact is not None:
@@ -40,14 +40,14 @@ def refitted(
 
 
 def _exactly(weight: QTensor, format: TensorFormat, common: int) -> QTensor | None:
-    """The same codes on the first terms that fit."""
+    """The weight's own codes on the first terms that fit; None if there are none."""
     outliers = weight.outlier_index is not None and weight.outlier_index.numel() > 0
     scaled = with_scales(weight, format.scales or weight.scale.dtype)
     if not scaled.scale.isfinite().all() or (scaled.scale == 0).any():
         return None
     for grid, tile in product(_grids(weight.grid), _tiles(weight, common)):
-        if format.holds(grid, tile, outliers) and (found := _on(scaled, grid, tile)) is not None:
-            return found
+        if format.holds(grid, tile, outliers) and (moved := _on(scaled, grid, tile)) is not None:
+            return moved
     return None
 
 
@@ -88,7 +88,7 @@ def _again(name: str, weight: QTensor, format: TensorFormat, common: int) -> QTe
 
 
 def _nearest(weight: QTensor, format: TensorFormat, common: int) -> tuple[Grid, Tile] | None:
-    """The bits nearest to the weight's, more rather than fewer; its own tile where that is held."""
+    """The bits nearest to the weight's, more rather than fewer; its own tile if that is held."""
     bits = sorted(range(MIN_BITS, MAX_BITS + 1), key=lambda b: (abs(b - weight.grid.bits), -b))
     grids = (
         Grid.integers(b, symmetric)

@@ -62,8 +62,10 @@ def _refuse_activations(model: QuantizedFolder, to: Format) -> None:
 
 
 def _refuse_departures(model: QuantizedFolder, to: Format) -> None:
-    """Raises RecipeError, before anything is written, for linears that a format holds on no grid: with outliers, or
-    in groups along the output, as far as config.json names them."""
+    """Raise RecipeError, before anything is written, for linears that a format holds on no grid.
+
+    Those have outliers, or groups along the output, as far as config.json names them.
+    """
     described = model.described
     grids = [Grid.integers(*kind) for kind in product(range(MIN_BITS, MAX_BITS + 1), (False, True))]
     assert described is not None

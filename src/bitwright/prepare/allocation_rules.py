@@ -109,11 +109,11 @@ class AllocationRules:
 
     def _refuse_mixtures(self) -> None:
         """Raise RecipeError for schemes that cannot be together in one model."""
-        said: list[tuple[str, Scheme]] = [(f"--scheme-for {pattern}={each}", each) for pattern, each in self.patterns]
+        entries = [(f"--scheme-for {pattern}={scheme}", scheme) for pattern, scheme in self.patterns]
         named = {name: scheme for name, scheme in self.named.items() if scheme is not None}
-        said += [(f"--allocation {self.file}: {name} at {scheme}", scheme) for name, scheme in named.items()]
+        entries += [(f"--allocation {self.file}: {name} at {scheme}", scheme) for name, scheme in named.items()]
         bits = (self.default.activation_bits, self.default.kv_bits)
-        for where, scheme in said:
+        for where, scheme in entries:
             if (scheme.activation_bits, scheme.kv_bits) != bits:
                 own = scheme.with_activations(*bits)
                 raise RecipeError(
@@ -172,7 +172,7 @@ def _scheme(path: Path, name: str, text: Any) -> Scheme:
 
 
 def _fits(name: str, pattern: str) -> bool:
-    return any(fnmatchcase(each, pattern) for each in (name, f"{name}.weight"))
+    return any(fnmatchcase(spelling, pattern) for spelling in (name, f"{name}.weight"))
 
 
 def _some(names: Collection[str]) -> str:

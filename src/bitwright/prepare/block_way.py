@@ -61,7 +61,7 @@ class BlockWay:
 
     @property
     def device(self) -> torch.device:
-        """Where the forward passes run."""
+        """The device of the forward passes."""
         return self.skeleton.device
 
     @property

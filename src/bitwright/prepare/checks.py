@@ -52,8 +52,8 @@ def check_names(source: Source, inventory: Inventory, format: TensorFormat) -> N
     """
     if format.reader is None:
         return
-    written = [each for each in (format, target(WIDELY_LOADED), target(HOLDS_ALL)) if isinstance(each, TensorFormat)]
-    leaves, codes = {leaf for each in written for leaf in each.leaves}, {each.codes for each in written}
+    formats = [other for other in (format, target(WIDELY_LOADED), target(HOLDS_ALL)) if isinstance(other, TensorFormat)]
+    leaves, codes = {leaf for written in formats for leaf in written.leaves}, {written.codes for written in formats}
     quantized, checkpoint = {*inventory.linears}, source.checkpoint
     for name in checkpoint.names:
         stem, _, leaf = name.rpartition(".")

@@ -48,7 +48,7 @@ class ModelLimits:
         }
 
     def schemes(self, workload: Workload) -> Schemes:
-        """The scheme of every linear; None is one that is left in full precision."""
+        """The scheme of every linear, None for those left in full precision."""
         quantized = {weight.name: workload.scheme for weight in self.inventory.weights}
         return {**quantized, **dict.fromkeys(self.inventory.kept_linears), **workload.exceptions}
 
@@ -96,8 +96,8 @@ class EngineQuestion:
         ``ways`` are those of each engine. The obstacle is None if the model goes into the format.
         """
         for format in formats_of(ways[0]):
-            if all(format in formats_of(each) for each in ways):
-                loading = [way for each in ways for way in each if way.format == format]
+            if all(format in formats_of(of_engine) for of_engine in ways):
+                loading = [way for of_engine in ways for way in of_engine if way.format == format]
                 yield format, self.model.obstacle(self.workload, format, loading)
 
 

@@ -1,7 +1,7 @@
-"""Which format a result is written in: the one that was named; else compressed-tensors if all linears fit into it, and
-bitwright if one does not.
+"""The choice of the format that a result is written in.
 
-The two share their tensors, so the choice can wait until every method has decided: it is what config.json says.
+It is the format that was named; else compressed-tensors if all linears fit into it, and bitwright if one does not. The
+two share their tensors, so the choice can wait until every method has decided: it is what config.json says.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ from bitwright.core.errors import RecipeError
 
 
 def belonging(checkpoint: Checkpoint, scheme: str, method: str, sites: str) -> dict[str, str]:
-    """What parameters belong to; ``sites`` is where their transforms act."""
+    """What parameters belong to; ``sites`` names the sites of their transforms."""
     weights = {k: v for k, v in checkpoint.fingerprint().items() if k != "config.json"}
     digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
     return {"scheme": scheme, "method": method, "sites": sites, "model_sha256": digest}
@@ -33,21 +33,24 @@ def saved_for(path: Path) -> dict[str, str]:
 
 
 class LearnedParameters:
-    """The parameters in a file; ``learned(block)`` gives those of a block, none where training kept its start."""
+    """The parameters in a file; ``learned(block)`` gives those of a block, none if training kept its start."""
 
     def __init__(self, path: Path, wanted_by: Mapping[str, str]) -> None:
-        """Raises RecipeError for a file that is none, or was saved for another model, scheme, method or sites."""
+        """Read what the file was saved for.
+
+        Raises RecipeError for a file that is none, or was saved for another model, scheme, method or sites.
+        """
         try:
             with safe_open(path, framework="pt") as file:
-                found, self._names = file.metadata() or {}, list(file.keys())
+                saved, self._names = file.metadata() or {}, list(file.keys())
         except (OSError, SafetensorError) as error:
             raise RecipeError(
                 f"{path} cannot be read as learned parameters: {error}; --save-parameters makes such a file"
             ) from None
         for key, wanted in wanted_by.items():
-            if found.get(key) != wanted:
+            if saved.get(key) != wanted:
                 raise RecipeError(
-                    f"{path} was saved for {key.removesuffix('_sha256')} {_shown(found.get(key))}, this run is for "
+                    f"{path} was saved for {key.removesuffix('_sha256')} {_shown(saved.get(key))}, this run is for "
                     f"{_shown(wanted)}; load it with what it was saved with, or train anew"
                 )
         self.path = path

@@ -1,4 +1,4 @@
-"""Where a run is to write: refused before the work what could not be written after it."""
+"""The output of a run, checked before the work: what could not be written after it is refused."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from bitwright.prepare.prepared import Prepared
 
 
 def place_to_save(run: Prepared, path: Path, output: Path) -> Path:
-    """Refuses, before hours of training, a place where nothing can be saved, or a method with nothing to save.
+    """Refuse, before hours of training, a place where nothing can be saved, or a method with nothing to save.
 
     A file that this very run wrote before it was killed is no obstacle.
     """
@@ -22,14 +22,13 @@ def place_to_save(run: Prepared, path: Path, output: Path) -> Path:
     if work_folder(output.resolve()).exists() and saved_for(path) == run.belonging:
         return path
     if path.exists() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        found = "exists" if path.exists() else f"cannot be made: {path.absolute().parent} is no folder to write to"
-        raise OutputError(f"--save-parameters {path} {found}; name a new file in a folder that is there")
+        obstacle = "exists" if path.exists() else f"cannot be made: {path.absolute().parent} is no folder to write to"
+        raise OutputError(f"--save-parameters {path} {obstacle}; name a new file in a folder that is there")
     return path
 
 
 def refuse_output(model: Path, output: Path, overwrite: bool, single: bool = False) -> None:
-    """Refuses what can be told of an output, a folder or a ``single`` file, from its path alone, before anything is
-    read. Raises OutputError."""
+    """Refuse an output, a folder or a ``single`` file, that its path alone rules out. Raises OutputError."""
     require_folder(model)
     try:
         refuse_overlap(model, output)
@@ -40,12 +39,12 @@ def refuse_output(model: Path, output: Path, overwrite: bool, single: bool = Fal
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
         raise OutputError(f"{output}: cannot be written: {error}; choose another output") from None
     if not (around.is_dir() and os.access(around, os.W_OK | os.X_OK)):
-        found = "may not be written to" if around.is_dir() else "is a file"
-        raise OutputError(f"{output}: cannot be made: {around} {found}; check permissions, or choose another output")
+        obstacle = "may not be written to" if around.is_dir() else "is a file"
+        raise OutputError(f"{output}: cannot be made: {around} {obstacle}; check permissions, or choose another output")
 
 
 def _refuse_within(folder: Path, output: Path) -> None:
-    """Raises OutputError for something written in the very folder that is read."""
+    """Raise OutputError for something written in the very folder that is read."""
     if folder.resolve() in output.resolve().parents:
         raise OutputError(
             f"{output}: lies in {folder}, which is read and would be changed by it; choose a place outside of it"
@@ -53,7 +52,7 @@ def _refuse_within(folder: Path, output: Path) -> None:
 
 
 def require_room(run: Prepared, output: Path) -> None:
-    """Refuses a disk too small for all parts and one shard beside them, less what an earlier run has written."""
+    """Refuse a disk too small for all parts and one shard beside them, less what an earlier run has written."""
     total = run.bytes_out * (2 if isinstance(run.target, FileFormat) else 1)  # the folder that it is made of
     in_parts = total - sum(map(run.source.checkpoint.nbytes, run.inventory.as_stored))
     written = sum(path.stat().st_size for path in work_folder(output.resolve()).rglob("*.safetensors"))

@@ -16,8 +16,11 @@ from bitwright.stream.memory import Budget
 
 @dataclass(frozen=True)
 class TensorKind:
-    """``count`` tensors of one shape whose names differ where ``name`` has ``*``; ``why`` is empty for what is
-    quantized, and says why another is kept."""
+    """Tensors of one shape and alike in name.
+
+    There are ``count`` of them; their names differ where ``name`` has ``*``. ``why`` is empty for what is quantized,
+    and says why another is kept.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -111,7 +114,8 @@ def _outliers_on_top(run: Prepared) -> Iterator[str]:
 def _keep_their_groups(run: Prepared) -> str | None:
     """The weights that --axis is not for."""
     choosing = [freedom for freedom in run.configuration.freedoms() if freedom.tiles]
-    names = [each.name for each in run.inventory.weights if choosing and not each.takes_tiles(choosing[0].compared)]
+    weights = run.inventory.weights if choosing else ()
+    names = [weight.name for weight in weights if not weight.takes_tiles(choosing[0].compared)]
     if not names:
         return None
     axis = "auto" if choosing[0].compared else "ic"
@@ -132,7 +136,7 @@ def tensors_of(run: Prepared) -> tuple[TensorKind, ...]:
 
 
 def _described(weight: Weight, run: Prepared) -> str:
-    """What is special about a weight: its own scheme, and how its experts are stored."""
+    """The particulars of a weight: its own scheme, and how its experts are stored."""
     own = run.allocation.own.get(weight.name)
     stacked = f"{weight.slices} experts, stored {'[in, out]' if weight.transposed else '[out, in]'}"
     return ", ".join(filter(None, (str(own or ""), stacked if weight.stacked else "")))

@@ -101,7 +101,7 @@ class Prepared:
         """The bytes of the result's weights, outliers left out."""
         checkpoint, weights = self.source.checkpoint, self.inventory.weights
         passed = self.inventory.foreseen(checkpoint.names, self.allocation).passed
-        stored = (self.target.stored_bytes(each.shape, self.scheme_of(each), self.scales) for each in weights)
+        stored = (self.target.stored_bytes(weight.shape, self.scheme_of(weight), self.scales) for weight in weights)
         return sum(map(checkpoint.nbytes, passed)) + sum(stored)
 
     def scheme_of(self, weight: Weight) -> Scheme:

@@ -49,8 +49,10 @@ class Question:
 
     @property
     def needs_tokenizer(self) -> bool:
-        """Whether the model's folder must have a tokenizer: not if the result takes that of its base, and no
-        calibration data are read."""
+        """Whether the model's folder must have a tokenizer.
+
+        It need not if the result takes that of its base, and no calibration data are read.
+        """
         return self.recipe.calibration is not None or self.recipe.base is None or not self.single
 
     def adapted(self, scheme: Scheme) -> Scheme:
@@ -71,4 +73,4 @@ class Question:
         others = (name.removesuffix(".weight") for name in inventory.kept)
         schemes = self.rules.allocation(inventory.linears, inventory.kept_linears, others).schemes
         adapted = {name: scheme and self.adapted(scheme) for name, scheme in schemes.items()}
-        return Allocation(self.scheme, {name: each for name, each in adapted.items() if each != self.scheme})
+        return Allocation(self.scheme, {name: scheme for name, scheme in adapted.items() if scheme != self.scheme})

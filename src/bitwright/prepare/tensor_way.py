@@ -157,7 +157,7 @@ def _discovered(checkpoint: Checkpoint, recipe: Recipe) -> tuple[ModelView | Non
         )
     name = "lm_head" if head is None else head.removesuffix(".weight")
     weight = Weight(tensor, name, checkpoint.entry(tensor).shape)
-    kept = tuple(one for one in division.kept if one.tensor != head)
+    kept = tuple(entry for entry in division.kept if entry.tensor != head)
     return view, replace(division, weights=(*division.weights, weight), kept=kept), head is None
 
 

@@ -30,7 +30,7 @@ class Way(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the arithmetic is done."""
+        """The device of the arithmetic."""
 
     @property
     def dtype(self) -> torch.dtype:

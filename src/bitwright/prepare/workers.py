@@ -31,12 +31,12 @@ def workers_for(run: Prepared, workers: int | None, max_memory: str | None, rank
     limit = None if max_memory is None else size_in_bytes(max_memory, "max memory")
     if workers is not None and (type(workers) is not int or workers < 1):
         raise RecipeError(f"workers {workers!r}: at least one is needed, and a whole number")
-    each = run.way.budget(run.tokens, run.configuration.training)
+    process = run.way.budget(run.tokens, run.configuration.training)
     if not run.way.shares_out:
         _refuse(run, workers, max_memory, ranks)
-        return Workers(1, each.total)
+        return Workers(1, process.total)
     count = 1 if run.way.device.type != "cpu" else workers or _worth_while(run, ranks)
-    alone, beside = each.total, each.total - RUNTIME_BYTES + WORKER_BYTES
+    alone, beside = process.total, process.total - RUNTIME_BYTES + WORKER_BYTES
     if limit is not None and limit < alone:
         smaller = ", or leave that tensor as it is with --exclude" if limit > RUNTIME_BYTES else ""
         raise RecipeError(

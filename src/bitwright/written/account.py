@@ -1,4 +1,4 @@
-"""What is said of a run: bitwright.json, and what tells one run from another before it is continued."""
+"""The account of a run, bitwright.json, and what tells one run from another before it is continued."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from bitwright.model.arithmetic import name_of
 from bitwright.prepare.prepared import Prepared, settled_format
 
 EXPECTED_SHARE = 0.01
-"""Of weights beyond three standard deviations, in trained models."""
+"""The share of weights beyond three standard deviations in trained models."""
 WRITTEN = "written"
 """The key of an identity under which stands when the model's files were written to."""
 LOST = 0.5

@@ -79,16 +79,18 @@ def leaving_nothing(work: OutputFolder) -> Iterator[None]:
 
 
 def notes_on(format: str, differences: Sequence[Difference]) -> list[str]:
-    """Notes on what a format quantizes by its nature, embeddings mostly, and on the linears whose codes it gave up,
-    with the relative squared error."""
-    also = [each for each in differences if each.fresh]
-    without = [each for each in differences if not (each.fresh or each.codes)]
+    """What a format changed, for the notes, with the relative squared error.
+
+    That is what it quantizes by its nature, embeddings mostly, and the linears whose codes it gave up.
+    """
+    also = [difference for difference in differences if difference.fresh]
+    without = [difference for difference in differences if not (difference.fresh or difference.codes)]
     ways = ((also, "quantizes {} too"), (without, "has no place for the codes of {}"))
     return [f"format {format} {_with_error(how, these)}" for these, how in ways if these]
 
 
 def _with_error(how: str, differences: Sequence[Difference]) -> str:
-    names, most = ", ".join(each.name for each in differences), max(each.error for each in differences)
+    names, most = ", ".join(lost.name for lost in differences), max(lost.error for lost in differences)
     return f"{how.format(names)}: relative error at most {most:.3g}, squared"
 
 

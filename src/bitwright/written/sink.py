@@ -49,8 +49,8 @@ class Sink:
     def learned(self) -> dict[str, Tensor]:
         """The parameters that training found, as ``BLOCK/GROUP/NAME``."""
         files = {unit: self.folder / learned_file(file) for unit, file in self.files.items()}
-        found = {unit: load_file(file) for unit, file in files.items() if file.exists()}
-        return {f"{unit}/{name}": tensor for unit, tensors in found.items() for name, tensor in tensors.items()}
+        learned = {unit: load_file(file) for unit, file in files.items() if file.exists()}
+        return {f"{unit}/{name}": tensor for unit, tensors in learned.items() for name, tensor in tensors.items()}
 
     @property
     def peak_bytes(self) -> int:

@@ -24,8 +24,10 @@ SEQLEN, WINDOWS, NEW_TOKENS = 512, 24, 48
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One model of the demonstration. ``bits_per_weight`` counts the linears with scales and zeros; ``seconds`` is
-    the time that quantizing took."""
+    """One model of the demonstration.
+
+    ``bits_per_weight`` counts the linears with scales and zeros; ``seconds`` is the time that quantizing took.
+    """
 
     method: str
     scheme: str
@@ -48,7 +50,7 @@ class Demonstration:
 
 
 def demo(output: Path | str | None = None, *, listener: Listener = silent) -> Demonstration:
-    """Quantizes the embedded model, keeps the folders under ``output`` where one is named, and measures them."""
+    """Quantize the embedded model, keep the folders under ``output`` if one is named, and measure them."""
     with TemporaryDirectory(prefix="bitwright-demo-") as temporary:
         folder = Path(output or temporary)
         for scheme in SCHEMES:

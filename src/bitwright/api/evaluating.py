@@ -27,7 +27,7 @@ class Evaluation:
 
     ``loader`` is "transformers", or "bitwright" if the folder is dequantized by Bitwright (gptq, awq), and if
     queries are quantized that its config leaves out.
-    ``text`` and ``measurement`` are None where only tasks were asked for, ``tasks`` empty where only a text was.
+    ``text`` and ``measurement`` are None if only tasks were asked for, ``tasks`` empty if only a text was.
     """
 
     folder: str
@@ -62,7 +62,7 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a folder, original or quantized, by the papers' protocol, and accuracy on tasks of lm-eval.
 
-    ``text`` None is the embedded one, or none where tasks are asked for. ``seqlen`` None is 2048 tokens or the model's
+    ``text`` None is the embedded one, or none if tasks are asked for. ``seqlen`` None is 2048 tokens or the model's
     own maximum; ``windows`` None is the whole text. With a reference also the divergence from it, and its accuracy.
 
     ``task_files`` are lm-eval's YAML files, or folders of them, whose tasks become known; ``limit`` documents are taken
@@ -117,7 +117,7 @@ class _Pair:
 
     @classmethod
     def open(cls, folder: Path, reference: Path | None, device: str, dtype: str) -> "_Pair":
-        """Refuses what cannot be loaded, before the text is read."""
+        """Refuse what cannot be loaded, before the text is read."""
         checkpoint = open_checkpoint(folder)
         config = model_config(folder)
         where = pick_device(device)
@@ -158,8 +158,9 @@ def _score(
     file: Path,
     listener: Listener,
 ) -> tuple[tuple[TaskScore, ...], tuple[str, ...]]:
-    """The model's scores, and beside them the original's. The model is taken out of the list, so that the original is
-    loaded when it has left memory.
+    """The model's scores, and beside them the original's.
+
+    The model is taken out of the list, so that the original is loaded when it has left memory.
     """
     scores, notes = score(asked, prepared, pair.folder, models.pop(), file, listener)
     if pair.reference is None:
@@ -173,11 +174,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check_reference(folder: Path, vocabulary: int) -> None:
-    """Refuses a reference that cannot be the original before the text is read and anything is loaded."""
+    """Refuse a reference that cannot be the original, before the text is read and anything is loaded."""
     open_checkpoint(folder)
-    found = model_config(folder).vocab_size
-    if found != vocabulary:
+    size = model_config(folder).vocab_size
+    if size != vocabulary:
         raise UserError(
-            f"the reference {folder} has a vocabulary of {found}, the model one of {vocabulary}; "
+            f"the reference {folder} has a vocabulary of {size}, the model one of {vocabulary}; "
             "the reference must be the model that was quantized"
         )

@@ -70,11 +70,11 @@ def export(
     restart: bool = False,
     listener: Listener = silent,
 ) -> Exported:
-    """Writes a quantized folder, whoever quantized it, in another format. Raises UserError.
+    """Write a quantized folder, whoever quantized it, in another format. Raises UserError.
 
     Weights that the format cannot hold exactly are refused unless ``lossy``. ``embeddings`` and ``base`` are for
     formats that are a file (``core.quantized.WriteOptions``). Killed, the same call
-    continues where the format is a folder of tensors, and begins anew where it is a file.
+    continues if the format is a folder of tensors, and begins anew if it is a file.
     """
     start, folder, output, to = monotonic(), Path(folder), Path(output), target(format)
     single = isinstance(to, FileFormat) and to.single
@@ -127,7 +127,7 @@ def _convert(
 
 
 def _shapes(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:
-    """All tensors as they are called, with the shapes that they have, where nothing is quantized."""
+    """The shapes of all tensors by their names in a model in which nothing is quantized."""
     linears = {f"{linear}.weight": model.shape(linear) for linear in model.linears}
     return {name: model.shape(name) for name in model.passed} | linears
 
@@ -141,21 +141,21 @@ def _summed(
     verified: str,
     seconds: float,
 ) -> Exported:
-    lost, also = ([each for each in differences if each.fresh is fresh] for fresh in (False, True))
-    worst = max(lost, key=lambda one: one.error, default=None)
+    lost, also = ([linear for linear in differences if linear.fresh is fresh] for fresh in (False, True))
+    worst = max(lost, key=lambda linear: linear.error, default=None)
     return Exported(
         folder=str(model.folder),
         output=str(output),
         read_as=model.format_name,
         format=format,
         linears=len(lost),
-        exact=sum(one.codes and one.error == 0 for one in lost),
-        codes_kept=sum(one.codes for one in lost),
+        exact=sum(linear.codes and linear.error == 0 for linear in lost),
+        codes_kept=sum(linear.codes for linear in lost),
         largest_error=0.0 if worst is None else worst.error,
         largest_in=worst.name if worst is not None and worst.error else None,
-        mean_error=sum(one.error for one in lost) / max(1, len(lost)),
-        also_quantized=tuple(each.name for each in also),
-        also_error=max((each.error for each in also), default=0.0),
+        mean_error=sum(linear.error for linear in lost) / max(1, len(lost)),
+        also_quantized=tuple(tensor.name for tensor in also),
+        also_error=max((tensor.error for tensor in also), default=0.0),
         bytes_in=model.checkpoint.total_bytes,
         bytes_out=bytes_out,
         verified=verified,

@@ -35,8 +35,10 @@ class LinearSize:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a folder holds. ``linears`` are the two-dimensional weights that are neither embedding nor norm nor a router
-    of experts, and weights that are fused over experts, packed or not.
+    """What a folder holds.
+
+    ``linears`` are the two-dimensional weights that are neither embedding nor norm nor a router of experts, and weights
+    that are fused over experts, packed or not.
 
     ``bits_per_weight`` is over the quantized linears (all linears if none is), ``model_bits_per_weight`` over
     every parameter of the folder. ``scheme`` is what bitwright.json says, None without one.
@@ -94,7 +96,7 @@ def _packed(model: QuantizedFolder, name: str) -> LinearSize:
     shape = model.shape(name)
     slices = model.outline_slices(name) if name in model.stacks else [model.outline(name)]
     first = slices[0]
-    outliers = sum(0 if each.outlier_index is None else each.outlier_index.numel() for each in slices)
+    outliers = sum(0 if part.outlier_index is None else part.outlier_index.numel() for part in slices)
     bits = model.format.stored_bits(shape, Scheme(first.grid, first.tile), first.scale.dtype, outliers)
     return LinearSize(name, tuple(shape), "packed", bits / max(1, prod(shape)), first.tile.size(first.shape))
 
@@ -131,7 +133,7 @@ def _mean_bits(rows: list[LinearSize]) -> float:
 
 
 def _quantization(config: dict[str, Any]) -> str | None:
-    found = config.get("quantization_config")
-    if not isinstance(found, dict):
+    described = config.get("quantization_config")
+    if not isinstance(described, dict):
         return None
-    return " ".join(str(found[key]) for key in ("quant_method", "format") if key in found)
+    return " ".join(str(described[key]) for key in ("quant_method", "format") if key in described)

@@ -1,4 +1,4 @@
-"""verify(): is a quantized folder or file what it claims to be, whoever wrote it?"""
+"""verify(): whether a quantized folder or file is what it claims to be, whoever wrote it."""
 
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from bitwright.verification.folder import verify_folder
 def verify(
     folder: Path | str, against: Path | str | None = None, *, logits: bool = True, listener: Listener = silent
 ) -> Verification:
-    """Looks at every quantized linear of a folder, at what it takes on disk, and, with ``logits``, at what the folder
-    computes when transformers loads it, beside our own decoding of its codes; or at an engine's own file (gguf, mlc).
+    """Check a quantized folder, or an engine's own file (gguf, mlc).
+
+    Of a folder: every quantized linear, what it takes on disk, and, with ``logits``, what the folder computes when
+    transformers loads it, beside our own decoding of its codes.
 
     Of an architecture that transformers does not know, nothing can be computed, and the check says so.
 
     ``against`` is the original: its tensors must all be there, quantized or as they were, and how far weights and
-    logits are from it is measured; where its weights tell nothing and logits are left out, the check of weights is not
+    logits are from it is measured; if its weights tell nothing and logits are left out, the check of weights is not
     passed. A file's may also be the quantized folder that it was made of. Raises
     CheckpointError for a folder or a file that cannot be read at all, and for an original of another model.
     """

@@ -168,7 +168,8 @@ def packed(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype, outliers:
     """Bits of the codes, scales, zero points and outliers of a weight [O, I] or [E, A, B]."""
     *stack, rows, columns = shape
     alone = packed_bits((rows, columns), scheme.weight, scheme.tile, dtype)
-    return prod(stack) * alone + outliers * (8 * dtype.itemsize + OUTLIER_INDEX_BITS)
+    counts = 8 * SIZE_BYTES * prod(stack) if stack and outliers else 0  # how many outliers each slice has
+    return prod(stack) * alone + outliers * (8 * dtype.itemsize + OUTLIER_INDEX_BITS) + counts
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:

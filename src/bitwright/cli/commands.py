@@ -110,7 +110,7 @@ def inspect(
     """Say what a folder holds: architecture, blocks, linears, sizes, true bits per weight."""
     from bitwright import api
 
-    show(api.inspect(path), lambda console, found: screens.inspection(console, found, linears), as_json)
+    show(api.inspect(path), lambda console, result: screens.inspection(console, result, linears), as_json)
 
 
 @app.command(cls=Described)
@@ -132,7 +132,7 @@ def export(
     from bitwright import api
 
     with ProgressReport(err) as listener:
-        found = api.export(
+        result = api.export(
             folder,
             output,
             format=format,
@@ -144,7 +144,7 @@ def export(
             restart=restart,
             listener=listener,
         )
-    show(found, screens.exported, as_json)
+    show(result, screens.exported, as_json)
 
 
 @app.command()
@@ -152,11 +152,11 @@ def engines(as_json: Json = False) -> None:
     """Show what each engine runs, and with which version of it that was looked at."""
     from bitwright import api
 
-    found = api.engines()
+    result = api.engines()
     if as_json:
-        print(json.dumps([asdict(engine) for engine in found], indent=2))
+        print(json.dumps([asdict(engine) for engine in result], indent=2))
     else:
-        engines_screen.engines(out, found)
+        engines_screen.engines(out, result)
 
 
 @app.command()
@@ -176,14 +176,16 @@ def verify(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Check that a quantized folder or file is what it claims to be: complete, sound, no larger than its bits,
-    computing what its codes say. Exit code 2 where it is not."""
+    """Check that a quantized folder or file is what it claims to be. Exit code 2 if it is not.
+
+    It must be complete, sound, no larger than its bits, and compute what its codes say.
+    """
     from bitwright import api
 
     with ProgressReport(err) as listener:
-        found = api.verify(folder, against, logits=logits, listener=listener)
-    show(found, screens.verification, as_json)
-    if not found.passed:
+        result = api.verify(folder, against, logits=logits, listener=listener)
+    show(result, screens.verification, as_json)
+    if not result.passed:
         raise typer.Exit(2)
 
 
@@ -213,12 +215,14 @@ def bench(
     device: Annotated[str, typer.Option(help="transformers: auto, cpu, cuda, cuda:1 ...")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure speed and memory: weights, running memory, tokens per second when generating and when reading a prompt,
-    the original beside it in the same run."""
+    """Measure speed and memory, the original beside it in the same run.
+
+    That is weights, running memory, tokens per second when generating and when reading a prompt.
+    """
     from bitwright import api
 
     with ProgressReport(err) as listener:
-        found = api.bench(
+        result = api.bench(
             model,
             against,
             engine=engine,
@@ -232,7 +236,7 @@ def bench(
             library=library,
             listener=listener,
         )
-    show(found, screens.bench, as_json)
+    show(result, screens.bench, as_json)
 
 
 @app.command()

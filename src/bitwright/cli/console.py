@@ -1,4 +1,4 @@
-"""Where a command prints: results to standard output, everything else to error."""
+"""The consoles of a command: results go to standard output, everything else to error."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ class _Console(Console):
     """A console that leaves it to ``entry.py`` what happens when nobody reads on."""
 
     def on_broken_pipe(self) -> None:
-        """Raises BrokenPipeError, again."""
+        """Raise BrokenPipeError again."""
         raise
 
 
@@ -22,9 +22,9 @@ WIDE = 1000  # characters; in a pipe or a file no path is to be broken into line
 out, err = _Console(width=None if Console().is_terminal else WIDE), Console(stderr=True)
 
 
-def show(found: Any, screen: Callable[[Console, Any], None], as_json: bool) -> None:
-    """Prints a result, as JSON or by its screen."""
+def show(result: Any, screen: Callable[[Console, Any], None], as_json: bool) -> None:
+    """Print a result, as JSON or by its screen."""
     if as_json:
-        print(json.dumps(plain(asdict(found)), indent=2))  # ASCII: a path of any bytes can be printed anywhere
+        print(json.dumps(plain(asdict(result)), indent=2))  # ASCII: a path of any bytes can be printed anywhere
     else:
-        screen(out, found)
+        screen(out, result)

@@ -24,8 +24,11 @@ class Interrupted(BaseException):
 
 
 def main() -> NoReturn:
-    """Runs the command line: exit code 0, 2 for what a user can mend, 1 for a bug, 130 when interrupted, 141 where what
-    reads the output has had enough of it."""
+    """Run the command line and exit.
+
+    Exit code 0; 2 for what a user can mend, 1 for a bug, 130 when interrupted, 141 if what reads the output has had
+    enough of it.
+    """
     signal.signal(signal.SIGINT, _interrupt)
     # compressed-tensors draws a bar per loaded model with tqdm, which reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -50,7 +53,7 @@ def main() -> NoReturn:
 
 
 def _run() -> None:
-    """Raises BrokenPipeError also where click has made an exit code of it."""
+    """Raise BrokenPipeError also if click has made an exit code of it."""
     try:
         app()
     except SystemExit as ended:
@@ -72,7 +75,7 @@ def _silenced() -> bool:
 def _unread(number: int) -> bool:
     poll = select.poll()
     poll.register(number, 0)
-    return any(said & (select.POLLERR | select.POLLHUP) for _, said in poll.poll(0))
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _mendable(error: Exception) -> str | None:

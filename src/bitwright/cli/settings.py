@@ -19,7 +19,7 @@ from bitwright.core.errors import RecipeError
 from bitwright.core.settings import Known, known_settings
 
 SETTINGS, WORKERS = "bitwright.settings", "bitwright.workers"
-"""Where a call of the command keeps the settings that were given, and the processes that were started."""
+"""Keys under which a call of the command keeps the settings that were given, and the processes that were started."""
 BEFORE = "training"
 """The option that the settings come after."""
 
@@ -58,7 +58,7 @@ def _options() -> list[Any]:
     """An option for each setting, which keeps what it is given for ``SETTINGS``."""
 
     def settings(**_: Any) -> None:
-        """Takes every setting."""
+        """Take every setting."""
 
     hints = {key: _annotation(key, known) for key, known in known_settings().items()}
     parameters = [Parameter(key, Parameter.KEYWORD_ONLY, default=None, annotation=hints[key]) for key in hints]

@@ -21,7 +21,7 @@ class Axis(Settings):
 
 @dataclass(frozen=True)
 class Sites(Settings):
-    """Where a transform acts."""
+    """The sites at which a transform acts."""
 
     sites: str = setting("paper", "where to transform: paper (the sites of the paper) or all", choices=("paper", "all"))
 

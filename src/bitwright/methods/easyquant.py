@@ -103,7 +103,7 @@ def decide(
     if context.outliers is not None:
         decided = replace(decided, outliers=outliers(weight, context.outliers))
     tried = [_ranged(weight, context, replace(decided, tile=tile)) for tile in _possible(weight, context)]
-    return min(tried, key=lambda one: _lost(weight, context, one)) if len(tried) > 1 else tried[0]
+    return min(tried, key=lambda decision: _lost(weight, context, decision)) if len(tried) > 1 else tried[0]
 
 
 def _possible(weight: Float[Tensor, "O I"], context: WeightContext[EasyQuantSettings]) -> list[Tile]:
@@ -129,9 +129,9 @@ def _range(weight: Float[Tensor, "O I"], tile: Tile, context: WeightContext[Easy
 
 
 def _lost(weight: Float[Tensor, "O I"], context: WeightContext[EasyQuantSettings], decided: LinearDecision) -> float:
-    """|| W - W_q ||^2"""
-    made = quantize_linear(weight, decided, context.scheme, context.scale_dtype).dequantize(torch.float32)
-    return float(torch.linalg.vector_norm(weight - made).double() ** 2)
+    """|| W - W_q ||^2."""
+    dequantized = quantize_linear(weight, decided, context.scheme, context.scale_dtype).dequantize(torch.float32)
+    return float(torch.linalg.vector_norm(weight - dequantized).double() ** 2)
 
 
 METHOD = DataFree(

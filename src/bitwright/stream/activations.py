@@ -83,14 +83,14 @@ def enter(skeleton: Skeleton, tokens: Int[Tensor, "N T"]) -> Stream:
 def statistics(block: Block, stream: Stream) -> tuple[dict[str, LinearStats], Tensor]:
     """Statistics of every linear's input on the full-precision path, and the block's full-precision outputs."""
     sums: dict[str, _Sums] = {group.linears[0]: _Sums() for group in block.topology.groups}
-    hooks = [block.linear(name).register_forward_pre_hook(found.add) for name, found in sums.items()]
+    hooks = [block.linear(name).register_forward_pre_hook(running.add) for name, running in sums.items()]
     try:
         outputs = forward_all(block, {}, stream.activations.reference, stream.kwargs_of(block))
     finally:
         for hook in hooks:
             hook.remove()
-    found = {name: sums[group.linears[0]].result() for group in block.topology.groups for name in group.linears}
-    return found, outputs
+    inputs = {name: sums[group.linears[0]].result() for group in block.topology.groups for name in group.linears}
+    return inputs, outputs
 
 
 class _Sums:
@@ -101,7 +101,7 @@ class _Sums:
         self.least = self.most = self.magnitude = torch.zeros(())
 
     def add(self, _: nn.Module, args: tuple[Tensor]) -> None:
-        """Takes in one batch; a forward pre-hook."""
+        """Take in one batch; a forward pre-hook."""
         x = args[0].detach().flatten(0, -2).float()
         low, high = x.aminmax(dim=0)
         self.least = torch.minimum(low, self.least) if self.tokens else low

@@ -31,7 +31,9 @@ def moments(
     through the block as folded, with its activations quantized. Without drift C is zero.
     """
     place = next(block.module.parameters())
-    full, written = ({name: p.to(place) for name, p in found.items()} for found in (folded.full, folded.written()))
+    full, written = (
+        {name: p.to(place) for name, p in parameters.items()} for parameters in (folded.full, folded.written())
+    )
     count, rows = len(inputs.quantized), max(1, TOKENS_PER_PASS // inputs.quantized.shape[1])
     features = block.weight(linear).shape[1]
     second, cross = (torch.zeros(features, features, device=place.device) for _ in range(2))

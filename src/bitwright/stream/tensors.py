@@ -50,7 +50,7 @@ class TensorPlan:
 
 
 Started = Callable[[str], None]
-"""Is told of each tensor before its arithmetic."""
+"""A listener that hears of each tensor before its arithmetic."""
 
 
 def pipeline(units: Iterable[Unit], plan: TensorPlan, started: Started, written: Written) -> Iterator[Unit]:
@@ -62,7 +62,7 @@ def pipeline(units: Iterable[Unit], plan: TensorPlan, started: Started, written:
     with ThreadPoolExecutor(1, "behind") as behind, ThreadPoolExecutor(1, "aside") as aside:
         writing, copying = list[Future[None]](), list[Future[None]]()
         for _, read in groupby(_one_ahead(_read(units, plan)), lambda item: item[0].name):
-            quantized = _made(read, plan, started)
+            quantized = _quantized_unit(read, plan, started)
             if not quantized.unit.weights:
                 copying.append(aside.submit(_write, quantized, plan, written))
             else:
@@ -115,7 +115,7 @@ class _Quantized:
     linears: list[Encoded] = field(default_factory=list)
 
 
-def _made(read: Iterator[_Read], plan: TensorPlan, started: Started) -> _Quantized:
+def _quantized_unit(read: Iterator[_Read], plan: TensorPlan, started: Started) -> _Quantized:
     """Quantize and encode the linears of a unit."""
     first = next(read)
     unit = _Quantized(first[0])

@@ -68,8 +68,8 @@ def learnables_of(
     learnables: list[Learnable] = []
     for configured in methods:
         assert isinstance(configured.method, Learned)
-        told = context.with_settings(configured.settings(context.allocation.default))
-        learnables.append(configured.method.learn(block, told, decided))
+        own = context.with_settings(configured.settings(context.allocation.default))
+        learnables.append(configured.method.learn(block, own, decided))
         with torch.no_grad():
             parameters = learnables[-1].transform(parameters)
             decided = learnables[-1].decide(parameters, decided)
@@ -77,7 +77,7 @@ def learnables_of(
 
 
 class Trainer:
-    """Trains the learnables of one block."""
+    """The training of one block's learnables."""
 
     def __init__(
         self,
@@ -89,8 +89,11 @@ class Trainer:
         report: Callable[[float, str], None] = lambda part, detail: None,
         arithmetic: torch.dtype | None = None,
     ) -> None:
-        """``decided`` is what methods before these have decided; ``report`` hears of every epoch. ``arithmetic`` is
-        what a step's matrix products are computed in, the block's own dtype where nothing is said."""
+        """Start from ``decided``, what methods before these have decided.
+
+        ``report`` hears of every epoch. ``arithmetic`` is what a step's matrix products are computed in, the block's
+        own dtype if nothing is said.
+        """
         self.block, self.learnables, self.context = block, learnables, context
         self.decided, self.objective, self.report = decided, objective, report
         self.base = {name: p.detach().float() for name, p in block.module.named_parameters()}
@@ -111,7 +114,7 @@ class Trainer:
         return self.context.allocation.default
 
     def adopt(self, learned: Mapping[str, Tensor]) -> BlockDecisions:
-        """The decisions of parameters that an earlier training found; none where it kept the start."""
+        """The decisions of parameters that an earlier training found; none if it kept the start."""
         if not learned:
             return self.decided
         with torch.no_grad():
@@ -122,7 +125,7 @@ class Trainer:
         return self.decisions()
 
     def run(self) -> BlockDecisions:
-        """The best decisions found; what was there before training where nothing better was."""
+        """The best decisions found; what was there before training if nothing better was."""
         zero = self.measure(self.decided)
         with written_out_attention(self.block, self.arithmetic), quantized_activations(self.block, self.activations):
             self._train()
@@ -132,9 +135,9 @@ class Trainer:
         if not loss < zero:
             self.fallbacks.append(f"nothing better than the start was found ({loss:.4g}, start {zero:.4g}): start kept")
             return replace(self.decided, fallbacks=(*self.decided.fallbacks, *self.fallbacks))
-        found, parameters = self.decisions(), [learnable.parameters for learnable in self.learnables]
-        self.learned = {name: p.detach().clone() for found_in in parameters for name, p in found_in.items()}
-        return replace(found, fallbacks=(*found.fallbacks, *self.fallbacks))
+        best, parameters = self.decisions(), [learnable.parameters for learnable in self.learnables]
+        self.learned = {name: p.detach().clone() for named in parameters for name, p in named.items()}
+        return replace(best, fallbacks=(*best.fallbacks, *self.fallbacks))
 
     def decisions(self) -> BlockDecisions:
         """What the parameters as they are now decide."""
@@ -159,8 +162,10 @@ class Trainer:
         return sum(losses) / len(losses)
 
     def substituted(self) -> dict[str, Tensor]:
-        """The block's parameters, transformed and fake-quantized, in what a step runs in; differentiable in every
-        learnable."""
+        """The block's parameters, transformed and fake-quantized, in the dtype that a step runs in.
+
+        They are differentiable in every learnable.
+        """
         parameters: Mapping[str, Tensor] = self.base
         for learnable in self.learnables:
             parameters = learnable.transform(parameters)
@@ -169,19 +174,21 @@ class Trainer:
         inside = {name: self.decided.linear(name).inside(whole[name]) for name in names}
         ranges = [self._range(name, inside[name], tile) for name, tile in zip(names, self.quantizer.tiles, strict=True)]
         quantized = {name: p.to(self.running) for name, p in parameters.items()}
-        for name, made in zip(names, self.quantizer(list(inside.values()), ranges), strict=True):
+        for name, fake in zip(names, self.quantizer(list(inside.values()), ranges), strict=True):
             kept = self.decided.linear(name).outliers
-            quantized[f"{name}.weight"] = made if kept is None else whole[name].to(made.dtype).where(kept, made)
+            quantized[f"{name}.weight"] = fake if kept is None else whole[name].to(fake.dtype).where(kept, fake)
         return quantized
 
     def _range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
-        """What is learned of a linear's range, or else min-max."""
+        """The learned range of a linear, or else min-max."""
         learned = (learnable.range(linear, weight, tile) for learnable in self.learnables)
-        return next((found for found in learned if found is not None), None) or minmax(weight, tile)
+        return next((ends for ends in learned if ends is not None), None) or minmax(weight, tile)
 
     def _refine(self, trained: float) -> float:
-        """What has a closed form set once more, linear after linear in the order data flows through them; what was
-        trained comes back where that is better."""
+        """Set what has a closed form once more, linear after linear in the order data flows through them.
+
+        What was trained comes back if that is better.
+        """
         snapshot, groups = self._snapshot(), self.block.topology.groups
         for done, group in enumerate(groups):
             self._report(self.context.settings.epochs + done, f"refining {group.linears[0]}")
@@ -231,8 +238,8 @@ class Trainer:
             sums = torch.zeros(())
             order = torch.randperm(count, generator=generator)
             for rows in order.split(training.batch_size):
-                one = slice(int(rows), int(rows) + 1) if len(rows) == 1 else rows  # which copies nothing
-                sums += self._step(one, optimizer) * len(rows)
+                segments = slice(int(rows), int(rows) + 1) if len(rows) == 1 else rows  # which copies nothing
+                sums += self._step(segments, optimizer) * len(rows)
                 scheduler.step()
             losses.append(float(sums) / count)
             self._report(len(losses), f"epoch {len(losses)}/{training.epochs} loss {losses[-1]:.4g}")

@@ -17,7 +17,6 @@ NOT_YET = frozenset(
     {
         "families",
         "formats",
-        "steps",
         "verification",
     }
 )

@@ -1,7 +1,7 @@
 """Activations quantized as they pass: the input of every linear per token; queries, keys and values per token and head.
 
 Nothing of it is folded, it happens whenever the model runs: in training, in the quantized stream, and in a loaded model
-where its format cannot ask transformers for it. Queries, keys and values go through transformers' own attention
+if its format cannot ask transformers for it. Queries, keys and values go through transformers' own attention
 interface, after the rotary embedding; the softmax output is left alone.
 """
 
@@ -38,7 +38,7 @@ def quantized_activations(block: Block, scheme: Scheme) -> Iterator[None]:
 
 
 def quantize_activations(model: nn.Module, inputs: Grid | None, cache: Grid | None, linears: Iterable[str]) -> None:
-    """Has a model quantize the inputs of these linears, and its queries, keys and values, for good."""
+    """Have a model quantize the inputs of these linears, and its queries, keys and values, for good."""
     if inputs is not None:
         hook, wanted = _input_hook(inputs), set(linears)
         for name, module in model.named_modules():
@@ -48,7 +48,7 @@ def quantize_activations(model: nn.Module, inputs: Grid | None, cache: Grid | No
 
 
 def quantize_attention(module: nn.Module, queries: Grid | None, cache: Grid | None) -> Callable[[], None]:
-    """Has every attention under a module quantize its queries, and its keys and values; returns what undoes it.
+    """Have every attention under a module quantize its queries, and its keys and values; return what undoes it.
 
     Every attention notes its grids, and their configuration names our attention function, which calls the one named
     before.

@@ -59,13 +59,13 @@ def weights_of(block: Block, decisions: BlockDecisions) -> dict[str, Float[Tenso
     return {name: moved[f"{name}.weight"] for name in block.topology.linears}
 
 
-def require_held(name: str, weight: Float[Tensor, "O I"], made: QTensor) -> None:
-    """Raises RecipeError for a weight that its scales' dtype cannot hold."""
-    if made.cuts(weight):
-        dtype = str(made.scale.dtype).removeprefix("torch.")
+def require_held(name: str, weight: Float[Tensor, "O I"], codes: QTensor) -> None:
+    """Raise RecipeError for a weight that its scales' dtype cannot hold."""
+    if codes.cuts(weight):
+        dtype = str(codes.scale.dtype).removeprefix("torch.")
         raise RecipeError(
             f"{name}: has weights of {float(weight.abs().max()):.3g}, and {dtype}, in which their scales are to be "
-            f"stored, ends at {torch.finfo(made.scale.dtype).max:.3g}; leave it as it is with --exclude, or take a "
+            f"stored, ends at {torch.finfo(codes.scale.dtype).max:.3g}; leave it as it is with --exclude, or take a "
             "--format that stores scales in the checkpoint's dtype: bitwright, or compressed-tensors"
         )
 

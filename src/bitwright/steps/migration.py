@@ -47,30 +47,33 @@ def of_weights(site: Site, block: Block) -> Float[Tensor, " C"]:
 
 def balanced(site: Site, block: Block, stats: Stats, alpha: float) -> Float[Tensor, " C"]:
     """SmoothQuant's scale; on the CPU."""
-    x = of_inputs(site, stats, lambda found: found.absmax).clamp(min=SMALLEST)
+    x = of_inputs(site, stats, lambda inputs: inputs.absmax).clamp(min=SMALLEST)
     w = of_weights(site, block).clamp(min=SMALLEST)
     return (x.pow(alpha) / w.pow(1 - alpha)).clamp(SMALLEST, LARGEST)
 
 
 def centred(site: Site, stats: Stats) -> Float[Tensor, " C"] | None:
-    """The middle of each channel's range where the site can absorb a shift, else None; on the CPU."""
+    """The middle of each channel's range if the site can absorb a shift, else None; on the CPU."""
     if not site.shift:
         return None
-    return (of_inputs(site, stats, lambda found: found.max) - of_inputs(site, stats, lambda found: -found.min)) / 2
+    return (of_inputs(site, stats, lambda inputs: inputs.max) - of_inputs(site, stats, lambda inputs: -inputs.min)) / 2
 
 
 def equalized(site: Site, block: Block, least: float) -> Float[Tensor, " C"]:
-    """The scale that makes producers and consumers alike in size, of channels where it departs at least ``least`` times
-    from what it is of most; 1 elsewhere. Powers of two, which every dtype multiplies by exactly; on the CPU."""
-    made = _tied(site, [(side.index, _size_of_rows(block, side.module)) for side in site.producers])
+    """The scale that makes producers and consumers alike in size; on the CPU.
+
+    It is 1 for channels whose scale departs less than ``least`` times from what it is of most. All are powers of two,
+    which every dtype multiplies by exactly.
+    """
+    produced = _tied(site, [(side.index, _size_of_rows(block, side.module)) for side in site.producers])
     read = _tied(site, [(side.index, block.weight(side.module).float().norm(dim=0)) for side in site.consumers])
-    scale = (made.clamp(min=SMALLEST) / read.clamp(min=SMALLEST)).sqrt()
+    scale = (produced.clamp(min=SMALLEST) / read.clamp(min=SMALLEST)).sqrt()
     power = (scale / scale.median()).log2()
     return torch.exp2(power.round() * (power.abs() >= torch.tensor(least).log2())).clamp(SMALLEST, LARGEST)
 
 
 def _size_of_rows(block: Block, module: str) -> Float[Tensor, " C"]:
-    """Of each output channel: the norm of a linear's row, or the gain of a norm."""
+    """The size of each output channel: the norm of a linear's row, or the gain of a norm."""
     weight = block.module.get_submodule(module).get_parameter("weight").detach().float()
     return weight.norm(dim=1) if weight.dim() == 2 else weight.abs()
 

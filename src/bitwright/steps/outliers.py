@@ -14,7 +14,7 @@ from bitwright.core.panels import panels
 TELLING = 1e-15
 """Float32 does not hold the squares of deviations well if they are smaller than this, or larger than 1 over it."""
 Panels = Callable[[], Iterable[Float[Tensor, "R I"]]]
-"""Yields the panels of a weight, on one device, each time it is called."""
+"""A function whose every call yields the panels of a weight, on one device."""
 
 
 def bounds_of(

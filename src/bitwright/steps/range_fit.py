@@ -32,8 +32,11 @@ POLISHED, PASSES = 2, 4
 TOGETHER, PART = 2**21, 2**17
 """Weights whose tiles are decided at a time, and of them how many each thread of a processor passes over at a time."""
 PIECE = 2**12
-"""Tiles are halved into pieces of this length up to twice it, where they can be. A piece is summed up in float32, the
-pieces of a tile in float64: as exact as needed, and the same whatever the number of threads."""
+"""The least length of the pieces that tiles are halved into, if they can be.
+
+A piece is summed up in float32, the pieces of a tile in float64: as exact as needed, and the same whatever the number
+of threads.
+"""
 FEW, MANY = 3, 4
 """Bits."""
 Steps = tuple[Float[Tensor, "S M"], Float[Tensor, "S M"]]
@@ -41,8 +44,10 @@ Steps = tuple[Float[Tensor, "S M"], Float[Tensor, "S M"]]
 
 
 def alignment_at(bits: int) -> float:
-    """Lambda as it is by default: how much more errors along a tile's own weights count. Measured in
-    docs/methods/easyquant.md."""
+    """Lambda as it is by default: how much more errors along a tile's own weights count.
+
+    Measured in docs/methods/easyquant.md.
+    """
     return 16.0 if bits < ALIGNED_BITS else 64.0
 
 
@@ -91,7 +96,7 @@ class _Fit:
             sums = self._sums(h, z, polishing=True)
             tried.append((self._loss(h, sums), h, z))
             h, z = self._polished(h, z, sums)
-        h, z = _first(1, *(torch.cat(each) for each in zip(*tried, exact, strict=True)))
+        h, z = _first(1, *(torch.cat(trials) for trials in zip(*tried, exact, strict=True)))
         return h[0], z[0]
 
     def _own(self, part: slice) -> Float[Tensor, "2 m*pieces"]:
@@ -100,26 +105,28 @@ class _Fit:
         return torch.stack([self._norm(w / self.most[part, None]), self._by_piece(w)])
 
     def _starts(self) -> Steps:
-        """Shares of min-max, under either sign where the scale has one; last, the largest magnitude as h: a tile of one
-        value, or that and zeros, is exact."""
+        """Shares of min-max, under either sign if the scale has one; last, the largest magnitude as h.
+
+        With that a tile of one value, or of one value and zeros, is exact.
+        """
         shares = torch.tensor(_shares(self.grid), device=self.low.device).T[:, :, None]
         h, z = affine(shares[0] * self.low, shares[1] * self.high, self.grid, self.dtype)
         h = torch.cat([h, *([-h] if self.grid.signed_scale else []), self.most[None].to(self.dtype)]).float()
         return h, torch.zeros_like(h) if z is None else torch.cat([z, (-self.low > self.high)[None]]).float()
 
     def _sums(self, h: Float[Tensor, "S M"], z: Float[Tensor, "S M"], *, polishing: bool) -> Float[Tensor, "K S M"]:
-        """Of (e / h)^2; of q W where that is asked for; for polishing of q^2 and of q."""
-        found, ends = [], (self.grid.qmin - z, self.grid.qmax - z)
+        """Sums of (e / h)^2; of q W if that is asked for; for polishing of q^2 and of q."""
+        sums, ends = [], (self.grid.qmin - z, self.grid.qmax - z)
         for part in self.parts:
             w = self.weights[part]
             room = self.room[0, : len(w)], self.room[1, : len(w)]
             trials = zip(*(steps[:, part, None] for steps in (h, *ends)), strict=True)
-            found.append(torch.stack([self._trial(w, room, trial, polishing) for trial in trials], dim=1))
-        return self._whole(found)
+            sums.append(torch.stack([self._trial(w, room, trial, polishing) for trial in trials], dim=1))
+        return self._whole(sums)
 
-    def _whole(self, found: list[Float[Tensor, "K *S m*pieces"]]) -> Float[Tensor, "K *S M"]:
+    def _whole(self, parts: list[Float[Tensor, "K *S m*pieces"]]) -> Float[Tensor, "K *S M"]:
         """Sums over tiles of norms and sums over pieces, which alternate."""
-        sums = torch.cat(found, dim=-1).double()
+        sums = torch.cat(parts, dim=-1).double()
         sums[::2] *= sums[::2]
         return sums.view(*sums.shape[:-1], len(self.weights), -1).sum(-1)
 
@@ -161,19 +168,19 @@ class _Fit:
             to = (z - shift).nan_to_num(0.0, 0.0, 0.0).round().clamp(self.grid.qmin, self.grid.qmax)
             by, z = z - to, to.float()
             qq, qw = qq + by * (2 * q + by * self.n), qw + by * self.total
-        found = ((1 + self.alignment) * qw / (qq + k * qw.square())).to(self.dtype).float()
-        return found.where(found.isfinite() & (found * h > 0), h), z
+        best = ((1 + self.alignment) * qw / (qq + k * qw.square())).to(self.dtype).float()
+        return best.where(best.isfinite() & (best * h > 0), h), z
 
 
 def _first(
     count: int, losses: Float[Tensor, "S M"], h: Float[Tensor, "S M"], z: Float[Tensor, "S M"]
 ) -> tuple[Float[Tensor, "count M"], Float[Tensor, "count M"]]:
-    """Of each tile, the steps that lose least, that many of them."""
-    found = []
+    """The ``count`` steps of each tile that lose least."""
+    indices = []
     for _ in range(count):
-        found.append(losses.min(0, keepdim=True).indices)
-        losses = losses.scatter(0, found[-1], torch.inf)
-    at = torch.cat(found)
+        indices.append(losses.min(0, keepdim=True).indices)
+        losses = losses.scatter(0, indices[-1], torch.inf)
+    at = torch.cat(indices)
     return h.gather(0, at), z.gather(0, at)
 
 

@@ -40,8 +40,9 @@ def search(
     moments: Moments,
     ends: Range | None = None,
 ) -> Range:
-    """How far each tile's range reaches, as shares in (0, 1) of ``ends``: its smallest and its largest weight, where
-    nothing else is said.
+    """How far each tile's range reaches, as shares in (0, 1) of ``ends``.
+
+    ``ends`` are its smallest and its largest weight if nothing else is said.
 
     ``start`` are such shares; a sweep on an even grid for both ends together and for each alone, one more for each
     alone, then two sweeps of small relative moves.
@@ -69,8 +70,10 @@ def shrunk(
     scale_dtype: torch.dtype,
     hessian: Float[Tensor, "I I"],
 ) -> Range:
-    """Both ends of each tile's range, cut at whichever share of its largest magnitude changes the tile's own part of
-    the output least (AWQ's clip search, arXiv 2306.00978); of equals, the first."""
+    """Both ends of each tile's range, cut at a share of its largest magnitude (AWQ's clip search, arXiv 2306.00978).
+
+    It is the share that changes the tile's own part of the output least; of equals, the first.
+    """
     tiles, (low, high) = tiled(weight, tile), minmax(weight, tile)
     most, columns, missing = torch.maximum(-low, high), tiles.shape[3], tiles[0, 0].numel() - weight.shape[1]
     hessian = _filled_up(hessian, missing, missing)
@@ -136,7 +139,7 @@ class _Descent:
         return _per_tile((difference @ hessian + slope) * difference, self.tiles.shape[1])
 
     def _difference(self, q: int, low: Float[Tensor, "*C P"], high: Float[Tensor, "*C P"]) -> Float[Tensor, "*C O Ti"]:
-        """What is lost of a column of tiles with these shares."""
+        """W - Wq of a column of tiles with these shares."""
         ends = low * self.ends[0][:, q], high * self.ends[1][:, q]
         return _lost(self.tiles[:, :, q], *ends, self.grid, self.scale_dtype)
 
@@ -167,12 +170,12 @@ def _lost(
 
 
 def _per_tile(values: Float[Tensor, "*C O Ti"], rows: int) -> Float[Tensor, "*C P"]:
-    each = values.sum(dim=-1)
-    return each.view(*each.shape[:-1], -1, rows).sum(dim=-1)
+    sums = values.sum(dim=-1)
+    return sums.view(*sums.shape[:-1], -1, rows).sum(dim=-1)
 
 
 def _moved(shares: Float[Tensor, " P"], to: list[float | None], relative: bool) -> Float[Tensor, "C P"]:
-    """Where the moves of one end lead; None leaves it where it is."""
+    """The shares that the moves of one end lead to; None leaves it as it is."""
     if to[0] is None:
         return shares.expand(len(to), -1)
     factors = torch.tensor(to, device=shares.device)[:, None]
@@ -182,6 +185,6 @@ def _moved(shares: Float[Tensor, " P"], to: list[float | None], relative: bool) 
 def _chosen(
     tried: Shaped[Tensor, "C P *N"], which: Int[Tensor, " P"], better: Bool[Tensor, " P"], kept: Shaped[Tensor, "P *N"]
 ) -> Shaped[Tensor, "P *N"]:
-    """Each tile's best of what was tried, where that is better than what it has."""
+    """Each tile's best of what was tried, if that is better than what it has."""
     best = tried[which, torch.arange(len(which), device=which.device)]
     return best.where(better.view(-1, *[1] * (kept.ndim - 1)), kept)

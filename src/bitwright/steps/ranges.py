@@ -33,31 +33,31 @@ class _MinMax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         tiles, low, high = ctx.saved_tensors
-        made = torch.empty_like(tiles)
-        for weight, least, most, down, up, into in in_cache(tiles, low, high, *gradients, made):
+        gradient = torch.empty_like(tiles)
+        for weight, least, most, down, up, into in in_cache(tiles, low, high, *gradients, gradient):
             at_least, at_most = (
                 torch.eq(weight, end[:, None, :, None], out=torch.empty_like(weight)) for end in (least, most)
             )
             torch.mul(at_least, (down / at_least.sum((1, 3)))[:, None, :, None], out=into)
             into.addcmul_(at_most, (up / at_most.sum((1, 3)))[:, None, :, None])
-        return made
+        return gradient
 
 
 def nearest_to_weights(
     weight: Float[Tensor, "O I"], grid: Grid, tile: Tile, scale_dtype: torch.dtype, *, norm: float = 2.0
 ) -> tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]:
-    """Of each tile, the range whose rounded weights are nearest, sum |W - Wq|^p, among shares of its two ends.
+    """The range of each tile whose rounded weights are nearest, sum |W - Wq|^p, among shares of its two ends.
 
     Min-max is among them, so it is never worse than that.
     """
     tiles, (low, high) = tiled(weight, tile), minmax(weight, tile)
     shares = torch.cartesian_prod(SHARES, SHARES).T[:, :, None, None].to(low)
     at_once = max(1, TOGETHER // (shares.shape[1] * tiles[0].numel()))
-    found = [
+    ranges = [
         _nearest(part[0], part[1], part[2], shares, grid, scale_dtype, norm)
         for part in zip(*(x.split(at_once) for x in (tiles, low, high)), strict=True)
     ]
-    lows, highs = zip(*found, strict=True)
+    lows, highs = zip(*ranges, strict=True)
     return torch.cat(lows), torch.cat(highs)
 
 

@@ -19,7 +19,7 @@ from bitwright.core.qtensor import affine, integer_zero, offset, quantize
 from bitwright.steps.ranges import minmax, nearest_to_weights
 
 DAMPING, HARDER, TRIES, LAZY = 0.01, 10.0, 4, 128
-EACH = Tile(1, 1)
+SINGLE = Tile(1, 1)
 Steps = tuple[Float[Tensor, "O Q"], Int[Tensor, "O Q"] | None]
 """Scales and zero points, one for each row of each tile."""
 
@@ -99,8 +99,10 @@ def curvature(hessian: Float[Tensor, "I I"], *, damping: float = DAMPING, act_or
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
             if not failed and upper.isfinite().all():
-                said = f"Hessian not positive definite: damping {share:g} instead of {damping:g}" if attempt else None
-                return Curvature(order, upper.float(), inverse.float(), said)
+                fallback = (
+                    f"Hessian not positive definite: damping {share:g} instead of {damping:g}" if attempt else None
+                )
+                return Curvature(order, upper.float(), inverse.float(), fallback)
         share *= HARDER
     alone = torch.diag(diagonal[order].rsqrt().nan_to_num(nan=1.0)).float()
     return Curvature(order, alone, None, "Hessian unusable: rounded to nearest instead")
@@ -110,7 +112,7 @@ def curvature(hessian: Float[Tensor, "I I"], *, damping: float = DAMPING, act_or
 def compensated(
     weight: Float[Tensor, "O I"],
     ranges: Ranges,
-    found: Curvature,
+    solved: Curvature,
     kept: tuple[Bool[Tensor, "O I"], Float[Tensor, "O I"]] | None = None,
 ) -> Int[Tensor, "O I"]:
     """Codes of a weight rounded, its error moved on column by column; the ranges they are on are then ``ranges``'s.
@@ -118,8 +120,8 @@ def compensated(
     ``kept`` are the weights that become no codes, and the values they have whatever was moved on to them. Updates
     reach the columns outside of a batch of 128 only at its end (lazy batches), which changes nothing.
     """
-    columns, factor, at = weight.shape[1], found.factor, found.order.tolist()
-    w = weight.float()[:, found.order].clone()
+    columns, factor, at = weight.shape[1], solved.factor, solved.order.tolist()
+    w = weight.float()[:, solved.order].clone()
     codes = torch.empty_like(w, dtype=torch.int8 if ranges.grid.symmetric else torch.uint8)
     for start in range(0, columns, LAZY):
         end = min(start + LAZY, columns)
@@ -129,7 +131,7 @@ def compensated(
             here = slice(at[j], at[j] + 1)
             inside = column if kept is None else column.masked_fill(kept[0][:, here], 0.0)
             h, z = ranges.of(at[j], inside)
-            codes[:, j : j + 1] = quantize(inside, h, z, ranges.grid, EACH)
+            codes[:, j : j + 1] = quantize(inside, h, z, ranges.grid, SINGLE)
             zero = integer_zero(h, z, ranges.grid)
             levels = codes[:, j : j + 1].float() if zero is None else codes[:, j : j + 1].float() - zero.float()
             stands, moved = levels * h, offset(h, z, ranges.grid)
@@ -140,17 +142,17 @@ def compensated(
             errors[:, j - start] = ((column - stands) / factor[j, j])[:, 0]
             w[:, j:end] -= errors[:, j - start, None] * factor[j, j:end]
         w[:, end:] -= errors @ factor[start:end, end:]
-    return codes[:, torch.argsort(found.order)]
+    return codes[:, torch.argsort(solved.order)]
 
 
 @torch.no_grad()
-def making_good(weight: Float[Tensor, "O I"], moments: Moments, found: Curvature) -> Float[Tensor, "O I"]:
+def making_good(weight: Float[Tensor, "O I"], moments: Moments, solved: Curvature) -> Float[Tensor, "O I"]:
     """The weight whose product with what the quantized linear reads, X', is nearest to W X: W + W C H^-1.
 
     Rounding it instead of W makes good what the quantized linears before have changed in X'. Where H has no usable
     inverse, W itself.
     """
-    if found.inverse is None or not moments.drift.any():
+    if solved.inverse is None or not moments.drift.any():
         return weight
-    moved = weight + (weight @ moments.drift) @ found.inverse
+    moved = weight + (weight @ moments.drift) @ solved.inverse
     return moved if moved.isfinite().all() else weight

@@ -19,8 +19,11 @@ from bitwright.steps.apply import parameters_of, quantize_linear
 from bitwright.steps.transform import apply_site, spread
 
 TOKENS = 2**13
-"""The most tokens that candidates are judged on. Four times as many changed nothing for AdaDim, and brought AWQ to a KL
-divergence of 0.0785 instead of 0.0789 (en-llama, W2A16g128)."""
+"""The most tokens that candidates are judged on.
+
+Four times as many changed nothing for AdaDim, and brought AWQ to a KL divergence of 0.0785 instead of 0.0789 (en-llama,
+W2A16g128).
+"""
 
 
 class Trial:

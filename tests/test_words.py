@@ -15,9 +15,9 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 NOT_YET = frozenset(
     {
-        "families",
         "formats",
-        "verification",
+        "verification/engine_files.py",
+        "verification/findings.py",  # Check.found is public
     }
 )
 """Rooms, or single files ("core/scheme.py"), that have not been edited yet. Remove a line to have the rules hold."""

@@ -1,4 +1,4 @@
-"""What is known of architectures: one short file each, named after the ``model_type`` of a model's config.json.
+"""Descriptions of architectures: one short file each, named after the ``model_type`` of a model's config.json.
 
 A file ends with ``ARCHITECTURE = Architecture(decoder, family)``; either may be left out. ``decoder`` reads the
 config.json of a decoder like Llama's (``core/decoder.py``): GGUF and MLC files are written from it. ``family`` says

@@ -36,8 +36,11 @@ def _sites(model: Decoder) -> tuple[Site, ...]:
 
 
 def query_key(model: Decoder) -> Site:
-    """q.k: rotary positions mix channels c and c + head_dim/2 of a head, so they share a scale; the query heads of one
-    key head share its scales."""
+    """The site q.k, between queries and keys.
+
+    Rotary positions mix channels c and c + head_dim/2 of a head, so they share a scale; the query heads of one key head
+    share its scales.
+    """
     width, half = model.head_dim, model.head_dim // 2
     keys = tuple(h * half + c % half for h in range(model.kv_heads) for c in range(width))
     queries = tuple(_key_head(h, model) * half + c % half for h in range(model.heads) for c in range(width))
@@ -46,8 +49,11 @@ def query_key(model: Decoder) -> Site:
 
 
 def value_output(model: Decoder) -> Site:
-    """v->o: every query head of a group reads the same value head. Attention rows sum to 1, so a shift passes if there
-    are biases to absorb it."""
+    """The site v->o, between values and the output projection.
+
+    Every query head of a group reads the same value head. Attention rows sum to 1, so a shift passes if there are
+    biases to absorb it.
+    """
     width = model.head_dim
     read = tuple(_key_head(h, model) * width + c for h in range(model.heads) for c in range(width))
     shift = model.qkv_bias and model.o_bias

@@ -1,1 +1,1 @@
-"""Is a folder or a file what it claims to be?"""
+"""Proof that a folder or a file is what it claims to be."""

@@ -1,4 +1,4 @@
-"""What config.json says of the codes of a folder, beside what it said when they were written."""
+"""A check that config.json still gives the codes of a folder the meaning they were written with."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,14 @@ from bitwright.formats import CONFIG, QuantizedFolder
 
 METHOD = "quant_method"
 SHOWN = 60
-"""So much of a value is shown."""
+"""Characters of a value that are shown."""
 
 
 def edited(model: QuantizedFolder, account: Account | None) -> str | None:
-    """In words, how config.json gives the codes another meaning than they were written with; None where it does not,
-    and where nobody wrote down what it said.
+    """How config.json gives the codes another meaning than they were written with, in words.
 
-    Keys that change no weight may differ: those that say how to run it, and which linears there are.
+    None if it does not, and if nobody wrote down what it said. Keys that change no weight may differ: those that say
+    how to run it, and which linears there are.
     """
     was, now = None if account is None else account.quantization_config, model.checkpoint.config.get(CONFIG)
     if was is None or not isinstance(now, dict) or model.described is None:
@@ -36,13 +36,13 @@ def edited(model: QuantizedFolder, account: Account | None) -> str | None:
 
 
 def _described(config: Mapping[str, Any]) -> Described | None:
-    """What a quantization_config says; None for a format whose folders are not read. Raises UserError."""
+    """The description in a quantization_config; None for a format whose folders are not read. Raises UserError."""
     format = format_of(str(config.get(METHOD)))
     return format.reader.described(config) if isinstance(format, TensorFormat) and format.reader else None
 
 
 def _meaning(model: QuantizedFolder, described: Described) -> tuple[Any, ...]:
-    """What codes are read by; groups are held against the tensors themselves."""
+    """The settings that codes are read by; groups are checked against the tensors themselves."""
     grids = [described.grid_of(name) for name in (*model.linears, *model.stacks)]
     return described.variant, described.activations, described.kv, grids
 

@@ -1,4 +1,4 @@
-"""A quantized folder beside the original: how far every weight is from what it was made of."""
+"""A quantized folder beside the original: the relative squared error of every weight."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,10 +15,13 @@ from bitwright.verification.findings import MOVED, SCALES_MOVED, Check, undecide
 
 Pair = tuple[Tensor, Tensor]
 ANOTHER = 0.9
-"""A weight with a relative squared error of that or more is not the original's: of a weight of zeros it is 1, of
-another one of the same size 2. Two bits per channel lose less than half of that."""
+"""The relative squared error from which on a weight is not the original's.
+
+That of a weight of zeros is 1, that of another weight of the same size 2. Two bits per channel lose less than half of
+this.
+"""
 ROWS_BYTES = 64 * 2**20
-"""A tensor is read so much at a time."""
+"""Bytes of a tensor that are read at a time."""
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Beside:
     others: dict[str, float] = field(default_factory=dict)
 
     def look(self, listener: Listener) -> None:
-        """Reads every tensor that both have."""
+        """Read every tensor that both have."""
         names = (*self.model.linears, *self.model.stacks, *self.model.passed)
         for done, name in enumerate(names):
             listener(Progress("verify", done, len(names), name, peak_memory(), detail="beside the original"))
@@ -48,35 +51,38 @@ class Beside:
 
     @property
     def mean(self) -> float | None:
-        """Of the errors of the quantized linears."""
+        """The mean error of the quantized linears; None if there are none."""
         return sum(self.linears.values()) / len(self.linears) if self.linears else None
 
     def check(self, decided: bool, sure: bool) -> Check:
-        """Whether every weight is the original's. ``decided``: of the linears that is known better, and none is
-        refused. ``sure``: where scales were moved, something else tells whether this is the original."""
+        """Whether every weight is the original's.
+
+        ``decided``: linears are known to be right from elsewhere, and none is refused. ``sure``: if scales were moved,
+        something else tells whether this is the original.
+        """
         errors = self.others if decided else self.linears | self.others
         worst = max(errors, key=errors.__getitem__, default=None)
         if self.worst is None or self.mean is None:
             return Check("weights", True, "not looked at: the original has none of these tensors")
         most = f"relative error at most {self.linears[self.worst]:.3g} (in {self.worst})"
-        said = f"{len(self.linears)} linears, {most}, {self.mean:.3g} on average"
+        summary = f"{len(self.linears)} linears, {most}, {self.mean:.3g} on average"
         moved = max((e for n, e in self.others.items() if len(self.model.shape(n)) == 1), default=0.0) > MOVED
         if moved and not sure:
-            return undecided(said)
+            return undecided(summary)
         if moved:
-            said += f"; {SCALES_MOVED}"
+            summary += f"; {SCALES_MOVED}"
         elif worst is not None and errors[worst] >= ANOTHER:
             return Check("weights", False, f"{worst} is not the original's: a relative error of {errors[worst]:.3g}")
-        return Check("weights", True, said)
+        return Check("weights", True, summary)
 
     def _tensor(self, linear: str) -> str | None:
-        """The original's tensor of a linear or stack; of an output layer that is tied there, the embedding."""
+        """The original's tensor of a linear or stack; for an output layer that is tied there, the embedding."""
         tied = [name for name in self.original.names if name.endswith(("embed_tokens.weight", "wte.weight"))]
         names = (f"{linear}.weight", linear, *(tied if linear in HEADS else ()))
         return next((name for name in names if name in self.original), None)
 
     def _of_linear(self, linear: str, tensor: str) -> Iterator[Pair]:
-        """The whole linear, or slice by slice."""
+        """The whole linear, or a stack slice by slice."""
         if linear not in self.model.stacks:
             yield self.original.read(tensor), self.model.read(linear).dequantize(torch.float32)
             return
@@ -96,7 +102,7 @@ class Beside:
 
 
 def error_in_parts(pairs: Iterable[Pair]) -> float:
-    """``|W - Wq|^2 / |W|^2`` of a tensor in parts, each as it was and as it is."""
+    """``|W - Wq|^2 / |W|^2`` of a tensor in parts: pairs of original and quantized values."""
     gone = size = 0.0
     for before, after in pairs:
         was = before.float()

@@ -1,5 +1,7 @@
-"""Whether a folder has every tensor that it needs, in its shape, and no other: beside an original, and by the
-architecture that its config.json names."""
+"""Whether a folder has every tensor that it needs, in its shape, and no other.
+
+It is held against an original, and against the architecture that its config.json names.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,14 +17,14 @@ from bitwright.verification.findings import Check, first, lacking
 
 Shapes = Mapping[str, tuple[int, ...]]
 HEADS = ("lm_head", "embed_out")
-"""Output layers that share the embedding's weight where the config says so."""
+"""Output layers that share the embedding's weight if the config says so."""
 UNUSED = (*NO_WEIGHTS, "attn.bias", "attention.bias")
-"""How tensors end that old checkpoints hold and no model reads."""
+"""Endings of the names of tensors that old checkpoints hold and no model reads."""
 
 
 @dataclass(frozen=True)
 class _Wrong:
-    """Names that are missing; others, in words: in another shape, or of no use."""
+    """Missing tensors by name, and odd ones in words: in another shape, or of no use."""
 
     missing: list[str]
     odd: list[str]
@@ -32,30 +34,33 @@ class _Wrong:
 
 
 def complete(model: QuantizedFolder, original: Shapes | None, by_config: bool = True) -> Check:
-    """Everything that the model needs is there in its shape, and nothing else: as in ``original``, the tensors where
-    nothing is quantized, and, with ``by_config``, as transformers sees the architecture."""
+    """Check that all tensors that the model needs are there in their shapes, and no others.
+
+    They are those of ``original``, where nothing is quantized, and, with ``by_config``, those that transformers' model
+    of this architecture has.
+    """
     there = _there(model)
-    wrong, said = _Wrong([], []), list[str]()
+    wrong, passed = _Wrong([], []), list[str]()
     if original is not None:
-        wrong, said = _beside(model, there, original), [f"all {len(original)} tensors of the original"]
+        wrong, passed = _beside(model, there, original), [f"all {len(original)} tensors of the original"]
     if by_config and not str(wrong):
         if blocks := _too_many_blocks(model):
             return Check("complete", False, blocks)
         view = ModelView.of(model.checkpoint, there)
         if view is not None:
             wrong = _by_architecture(model, there, view)
-            said.append(f"all {len(there)} tensors of the architecture, in their shapes")
+            passed.append(f"all {len(there)} tensors of the architecture, in their shapes")
         elif original is None:
             return Check(
                 "complete", True, "not looked at: transformers does not know this architecture; --against tells"
             )
-    return Check("complete", not str(wrong), str(wrong) or "; ".join(said))
+    return Check("complete", not str(wrong), str(wrong) or "; ".join(passed))
 
 
 def require_all_tensors(model: QuantizedFolder) -> None:
-    """Raises CheckpointError for a tensor that the architecture in config.json needs and the folder lacks.
+    """Raise CheckpointError for a tensor that the architecture in config.json needs and the folder lacks.
 
-    Tensors that it has no use for are nobody's harm, and architectures that transformers does not know are let pass.
+    Tensors that it does not use do no harm, and architectures that transformers does not know pass.
     """
     there, wrong = _there(model), _too_many_blocks(model)
     if wrong is None and (view := ModelView.of(model.checkpoint, there)) is not None:
@@ -65,7 +70,7 @@ def require_all_tensors(model: QuantizedFolder) -> None:
 
 
 def require_same_model(model: QuantizedFolder, original: Checkpoint) -> None:
-    """Raises CheckpointError where a tensor of a folder has another shape in the original: it was made of another."""
+    """Raise CheckpointError if a tensor of a folder has another shape in the original: it was made of another."""
     if (how := original.config.get("quantization_config")) is not None:
         method = how.get("quant_method", "?") if isinstance(how, dict) else "?"
         raise CheckpointError(f"{original.folder} is quantized itself ({method}); --against takes the original")
@@ -81,13 +86,13 @@ def require_same_model(model: QuantizedFolder, original: Checkpoint) -> None:
 
 
 def settings(model: QuantizedFolder, original: Checkpoint) -> Check:
-    """Whether a folder computes with its weights as the original does with its own, as far as both say."""
+    """Check that a folder computes with its weights as the original does with its own, as far as both say."""
     unlike = apart(model.config, original.config, SETTINGS)
     return Check("settings", not unlike, unlike or "those of the original's config.json")
 
 
 def twice(model: QuantizedFolder) -> list[str]:
-    """The linears that are there quantized and in full precision too."""
+    """The linears that are there twice: quantized and in full precision."""
     dense, passed = ".weight", set(model.passed)
     return [
         x
@@ -97,12 +102,14 @@ def twice(model: QuantizedFolder) -> list[str]:
 
 
 def require_sound_headers(model: QuantizedFolder) -> None:
-    """Raises CheckpointError, little being read, for a linear that is there twice, and for linears whose tensors do not
-    fit together by their dtypes and shapes."""
-    if found := twice(model):
-        full = next(name for name in (f"{found[0]}.weight", found[0]) if name in model.checkpoint)
+    """Raise CheckpointError for a linear that is there twice, and for tensors of a linear that do not fit together.
+
+    Only dtypes and shapes are compared, so that little is read.
+    """
+    if double := twice(model):
+        full = next(name for name in (f"{double[0]}.weight", double[0]) if name in model.checkpoint)
         raise CheckpointError(
-            f"{model.folder}: {found[0]} is there twice, quantized and in full precision ({full}), and which of them "
+            f"{model.folder}: {double[0]} is there twice, quantized and in full precision ({full}), and which of them "
             "counts nobody can tell. Remove one of them, or quantize the original again"
         )
     for linear in model.linears:
@@ -110,23 +117,23 @@ def require_sound_headers(model: QuantizedFolder) -> None:
 
 
 def _there(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:
-    """All tensors by their names where nothing is quantized. A stack may be called ``X.weight``: see ``_called``."""
+    """All shapes by the names in a model that is not quantized. A stack may be called ``X.weight``: see ``_called``."""
     linears = {f"{linear}.weight": model.shape(linear) for linear in model.linears}
     return {name: model.shape(name) for name in (*model.passed, *model.stacks)} | linears
 
 
 def _beside(model: QuantizedFolder, there: Shapes, original: Shapes) -> _Wrong:
-    """Against the tensors of the original; an output layer that was quantized as a copy of the embedding is none."""
+    """Compare with the tensors of the original; an output layer quantized as a copy of the embedding is not odd."""
     here = {_called(name, model, original): shape for name, shape in there.items()}
     missing = sorted(set(original) - set(here))
     odd = [f"{name} is {list(shape)}, the original's {list(original[name])}"
            for name, shape in here.items() if name in original and shape != original[name]]  # fmt: skip
     more = [name for name in here if name not in original and name.removesuffix(".weight") not in HEADS]
-    return _Wrong(missing, [*odd, *(f"{said} of the original" for said in _of_no_use(model, more))])
+    return _Wrong(missing, [*odd, *(f"{words} of the original" for words in _of_no_use(model, more))])
 
 
 def _by_architecture(model: QuantizedFolder, there: Shapes, view: ModelView) -> _Wrong:
-    """Against the parameters of the model that config.json describes."""
+    """Compare with the parameters of the model that config.json describes."""
     places = {name: _called(view.places[name], model, view.shapes) for name in there}
     tied = {f"{head}.weight" for head in HEADS} if view.tied else set()
     missing = sorted(view.needed - set(places.values()) - tied)
@@ -135,17 +142,19 @@ def _by_architecture(model: QuantizedFolder, there: Shapes, view: ModelView) -> 
            if name not in view.converted and view.shapes.get(places[name], shape) != shape]  # fmt: skip
     more = [name for name, place in places.items() if place not in view.shapes
             and not any(re.search(pattern, place) for pattern in view.ignored)]  # fmt: skip
-    return _Wrong(missing, [*odd, *(f"{said} of the architecture" for said in _of_no_use(model, more))])
+    return _Wrong(missing, [*odd, *(f"{words} of the architecture" for words in _of_no_use(model, more))])
 
 
 def _called(name: str, model: QuantizedFolder, wanted: Shapes) -> str:
-    """A name as it is wanted: only what it is a stack of tells whether that ends in ``.weight``."""
+    """The name that is wanted for a tensor: that of a stack may or may not end in ``.weight``."""
     return f"{name}.weight" if name not in wanted and f"{name}.weight" in wanted else name
 
 
 def _of_no_use(model: QuantizedFolder, names: list[str]) -> Iterator[str]:
-    """In words the tensors that nobody asked for. Biases of zeros, which some tools give every linear, change
-    nothing."""
+    """The tensors that nobody asked for, in words.
+
+    Biases of zeros, which some tools give every linear, change nothing and are left out.
+    """
     for name in names:
         zeros = name.endswith(".bias") and name.removesuffix(".bias") in model.linears and not model.tensor(name).any()
         if not zeros and not name.endswith(UNUSED):
@@ -154,7 +163,7 @@ def _of_no_use(model: QuantizedFolder, names: list[str]) -> Iterator[str]:
 
 
 def _too_many_blocks(model: QuantizedFolder) -> str | None:
-    """Blocks that cannot be, before transformers builds them all."""
+    """The error of a config.json with more blocks than tensors, found before transformers builds them all."""
     blocks, tensors = model.config.get("num_hidden_layers"), len(model.checkpoint.names)
     if isinstance(blocks, int) and blocks > tensors:
         return f"config.json counts {blocks} blocks (num_hidden_layers), and there are {tensors} tensors in all"

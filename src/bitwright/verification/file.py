@@ -1,4 +1,4 @@
-"""verify() of an engine's own file: alone, and beside a folder, its weights decoded and compared one by one."""
+"""``verify`` for an engine's own file: alone, or beside a folder, its weights decoded and compared one by one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +19,19 @@ from bitwright.verification.findings import MOVED, SCALES_MOVED, Check, Verifica
 from bitwright.verification.random_tokens import divergence_from, logits_of, of_chance, random_tokens
 
 FROM_QUANTIZED, FROM_ORIGINAL = 0.5, 1.0
-"""How large the relative squared error of a tensor may be: beside codes that were kept, or quantized once more (an
-embedding in two bits); and beside the original's weights. 2 is that of another weight altogether."""
+"""The relative squared error that a tensor must stay below, beside a quantized folder and beside the original.
+
+The codes of a quantized folder were kept, or quantized once more (an embedding in two bits). 2 is the error of another
+weight altogether.
+"""
 
 
 def verify_file(format: FileFormat, path: Path, against: Path | None, logits: bool, listener: Listener) -> Verification:
-    """What is true of a file; beside a folder also how far its weights are from the folder's, and, with ``logits``, its
-    logits, computed by transformers on the folder's config. Raises CheckpointError for a file that cannot be read."""
+    """Check an engine's file; see ``bitwright.verify``.
+
+    Beside a folder its weights are compared with the folder's, and, with ``logits``, its logits, which transformers
+    computes with the folder's config. Raises CheckpointError for a file that cannot be read.
+    """
     file = format.open(path)
     checks = file_structure(file, listener)
     if (damaged := file.checksums()) is not None:
@@ -35,8 +41,8 @@ def verify_file(format: FileFormat, path: Path, against: Path | None, logits: bo
         model = QuantizedFolder.open(against)
         checks += beside.look(file, model, logits, listener)
         if logits and all(check.passed for check in checks):
-            found, divergence = _logits(file, model, listener)
-            checks.append(found)
+            check, divergence = _logits(file, model, listener)
+            checks.append(check)
     worst = max(beside.errors, key=beside.errors.__getitem__, default=None)
     return Verification(
         folder=str(path),
@@ -59,8 +65,10 @@ class _Beside:
     errors: dict[str, float] = field(default_factory=dict)
 
     def look(self, file: EngineFile, model: QuantizedFolder, logits: bool, listener: Listener) -> list[Check]:
-        """Settings, names, weights; ``logits``: whether they are looked at afterwards. Raises CheckpointError where the
-        file's weights cannot be told apart."""
+        """Compare settings, names and weights; ``logits``: whether logits are compared afterwards.
+
+        Raises CheckpointError if the file's weights cannot be told apart.
+        """
         if not file.names:
             raise CheckpointError(f"{file.path}: cannot be compared with {model.folder}: {file.unknown}")
         unlike = file.unlike(model.config)
@@ -79,18 +87,18 @@ class _Beside:
         worst = max(self.errors, key=self.errors.__getitem__)
         mean = sum(self.errors.values()) / len(self.errors)
         most = f"relative error at most {self.errors[worst]:.3g} (in {worst})"
-        said = f"{len(self.errors)} tensors, {most}, {mean:.3g} on average"
+        summary = f"{len(self.errors)} tensors, {most}, {mean:.3g} on average"
         allowed = FROM_QUANTIZED if model.format is not None else FROM_ORIGINAL
         vectors = (error for name, error in self.errors.items() if len(file.shape(name)) == 1)
         if model.format is None and max(vectors, default=0.0) > MOVED:
             if not logits:
-                return undecided(said)
-            said, allowed = f"{said}; {SCALES_MOVED}, logits alone tell", float("inf")
-        return Check("weights", self.errors[worst] < allowed, said)
+                return undecided(summary)
+            summary, allowed = f"{summary}; {SCALES_MOVED}, logits alone tell", float("inf")
+        return Check("weights", self.errors[worst] < allowed, summary)
 
 
 def _in(model: QuantizedFolder, name: str) -> Tensor | None:
-    """A tensor of a folder as it computes, in float32 where it was quantized; None for one that it does not have."""
+    """A tensor of a folder, dequantized to float32 if it is quantized; None if the folder does not have it."""
     linear = name.removesuffix(".weight")
     if linear in model.linears:
         return model.read(linear).dequantize(torch.float32)
@@ -98,15 +106,16 @@ def _in(model: QuantizedFolder, name: str) -> Tensor | None:
 
 
 def _logits(file: EngineFile, model: QuantizedFolder, listener: Listener) -> tuple[Check, float | None]:
-    """What the file's weights compute in transformers' model of the folder's config, beside the folder's own."""
+    """Compare the logits of the file's weights, in transformers' model of the folder's config, with the folder's."""
     tokens, name = random_tokens(model.folder), "against the folder" if model.format else "against the original"
     try:
         ours = logits_of(lambda: _loaded(file, model), tokens, listener, "the file's weights")
         reference = logits_of(lambda: _reference(model), tokens, listener, "the folder")
     except UserError as error:
         return Check(name, False, str(error)), None
-    found = divergence_from(reference, ours)
-    return Check(name, found < of_chance(reference), f"KL {found:.4f} nats per token on random tokens"), found
+    divergence = divergence_from(reference, ours)
+    summary = f"KL {divergence:.4f} nats per token on random tokens"
+    return Check(name, divergence < of_chance(reference), summary), divergence
 
 
 def _loaded(file: EngineFile, model: QuantizedFolder) -> PreTrainedModel:
@@ -119,7 +128,7 @@ def _reference(model: QuantizedFolder) -> PreTrainedModel:
 
 
 def _whole(file: EngineFile, name: str) -> Tensor:
-    found = torch.empty(file.shape(name))
+    tensor = torch.empty(file.shape(name))
     for rows, values in file.values(name):
-        found[rows] = values
-    return found
+        tensor[rows] = values
+    return tensor

@@ -1,16 +1,16 @@
-"""What ``verify`` says of a folder or a file: the checks that were made, and findings in words."""
+"""The result of ``verify``: the checks of a folder or a file, and findings in words."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 MOVED = 1e-4
-"""Vectors (norms) with a larger relative squared error than that were changed on purpose."""
+"""The relative squared error above which vectors (norms) were changed on purpose."""
 SCALES_MOVED = "norms are not the original's: scales were moved between tensors"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at, whether it is as it should be, and what was found."""
+    """One check: its name, whether it passed, and what was found."""
 
     name: str
     passed: bool
@@ -19,7 +19,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What is true of a folder, or of an engine's file.
+    """The checks of a folder, or of an engine's file, and its errors.
 
     ``kl_divergence`` (nats per token, on random tokens) is None without an original; so are ``largest_error``, the
     tensor that it is in, and ``mean_error``: ``|W - Wx|^2 / |W|^2`` of every quantized linear of a folder, of every
@@ -43,22 +43,22 @@ class Verification:
         return all(check.passed for check in self.checks)
 
 
-def undecided(said: str) -> Check:
-    """The check of weights that tell nothing, where logits are left out: nobody is told yes."""
+def undecided(errors: str) -> Check:
+    """The failed check of weights that tell nothing, if logits are left out."""
     return Check(
         "weights",
         False,
-        f"not decided: {said}; {SCALES_MOVED}, or it is another model, and logits alone tell: leave --no-logits out",
+        f"not decided: {errors}; {SCALES_MOVED}, or it is another model, and logits alone tell: leave --no-logits out",
     )
 
 
 def lacking(missing: Sequence[str]) -> str:
-    """In words what is not there, "" for nothing."""
+    """The missing tensors in words; "" if there are none."""
     return _and_others(f"{missing[0]} is not there", len(missing)) if missing else ""
 
 
 def first(texts: Sequence[str]) -> str:
-    """The first of several findings, and how many more there are."""
+    """The first of several findings, and how many more there are; "" if there are none."""
     return _and_others(texts[0], len(texts)) if texts else ""
 
 

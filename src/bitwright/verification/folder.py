@@ -1,4 +1,4 @@
-"""verify() of a quantized folder, whoever wrote it."""
+"""``verify`` for a quantized folder, whoever wrote it."""
 
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from bitwright.verification.random_tokens import cannot_run, divergence_from, lo
 from bitwright.verification.soundness import structure
 
 LOGITS_APART, WITH_ACTIVATIONS = 0.01, 0.5
-"""How far logits of two decoders of the same codes may lie apart, root mean square over standard deviation: in float32,
-and where activations are quantized, which may round the other way."""
+"""How far logits of two decoders of the same codes may lie apart, root mean square over standard deviation.
+
+The first is for float32, the second for quantized activations, which may round the other way.
+"""
 
 
 def verify_folder(folder: Path, against: Path | None, logits: bool, listener: Listener) -> Verification:
@@ -41,8 +43,8 @@ def verify_folder(folder: Path, against: Path | None, logits: bool, listener: Li
     elif logits and (why := cannot_run(model.config)) is not None:
         checks.append(Check("logits", True, f"not run: {why}"))
     elif logits and all(check.passed for check in checks):
-        found, divergence = _logits(model, None if original is None else original.folder, listener)
-        checks += found
+        logits_checks, divergence = _logits(model, None if original is None else original.folder, listener)
+        checks += logits_checks
     return Verification(
         folder=str(folder),
         format=model.format_name,
@@ -58,7 +60,7 @@ def verify_folder(folder: Path, against: Path | None, logits: bool, listener: Li
 
 
 def _logits(model: QuantizedFolder, original: Path | None, listener: Listener) -> tuple[list[Check], float | None]:
-    """What the folder computes on random tokens, beside our own decoding, and beside the original."""
+    """Compare the folder's logits on random tokens with those of our own decoding, and with the original's."""
     tokens = random_tokens(model.folder)
     checks, divergence = list[Check](), None
     ours = logits_of(lambda: load_codes(model), tokens, listener, "our decoding")
@@ -70,10 +72,10 @@ def _logits(model: QuantizedFolder, original: Path | None, listener: Listener) -
         return [Check("loads", False, str(error))], None
     apart = float((theirs - ours).square().mean().sqrt() / ours.std())
     allowed = WITH_ACTIVATIONS if model.described and model.described.activations else LOGITS_APART
-    said = f"as loaded and as we decode the codes: {apart:.2g} standard deviations apart (at most {allowed})"
+    summary = f"as loaded and as we decode the codes: {apart:.2g} standard deviations apart (at most {allowed})"
     if is_made_dense(model.checkpoint):
-        said = "finite; our own decoding alone was run, transformers leaves this format to gptqmodel"
-    checks.append(Check("logits", apart <= allowed, said))
+        summary = "finite; our own decoding alone was run, transformers leaves this format to gptqmodel"
+    checks.append(Check("logits", apart <= allowed, summary))
     if original is not None:
         reference = logits_of(lambda: load(original, device="cpu", dtype="float32"), tokens, listener, "the original")
         divergence = divergence_from(reference, theirs)

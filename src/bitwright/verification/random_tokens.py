@@ -1,4 +1,4 @@
-"""What models compute on the same random tokens, and how far apart that is: all that ``verify`` needs of a text."""
+"""Logits of models on the same random tokens, and how far apart they are; ``verify`` needs no text."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ TOKENS, SEED = 64, 0
 
 
 def cannot_run(config: Mapping[str, Any]) -> str | None:
-    """Why nothing can be computed with a model of this config.json, however sound: transformers has no class for it."""
+    """Why a model with this config.json cannot run, however sound: transformers has no class for it; None if it can."""
     kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         return f"transformers does not know the architecture '{kind}'"
@@ -28,7 +28,7 @@ def cannot_run(config: Mapping[str, Any]) -> str | None:
 
 
 def random_tokens(folder: Path) -> Int[Tensor, "1 T"]:
-    """The same for every folder with as many tokens in its vocabulary."""
+    """Random tokens, equal for all folders with as many tokens in their vocabularies."""
     vocabulary = int(model_config(folder).vocab_size)
     return torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(SEED))
 
@@ -37,20 +37,20 @@ def random_tokens(folder: Path) -> Int[Tensor, "1 T"]:
 def logits_of(
     make: Callable[[], PreTrainedModel], tokens: Int[Tensor, "1 T"], listener: Listener, what: str
 ) -> Float[Tensor, "T V"]:
-    """Of a model that is held for no longer than this takes."""
+    """The logits of a model, which is in memory for no longer than this takes."""
     listener(Progress("verify", 0, 1, "logits", peak_memory(), detail=what))
     model = make()
-    found: Tensor = model(tokens, use_cache=False).logits[0].float()
-    return found
+    logits: Tensor = model(tokens, use_cache=False).logits[0].float()
+    return logits
 
 
-def divergence_from(reference: Float[Tensor, "T V"], found: Float[Tensor, "T V"]) -> float:
+def divergence_from(reference: Float[Tensor, "T V"], logits: Float[Tensor, "T V"]) -> float:
     """KL divergence in nats per token."""
-    log_p, log_q = reference.log_softmax(-1), found.log_softmax(-1)
+    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def of_chance(logits: Float[Tensor, "T V"]) -> float:
-    """KL of a model that knows nothing, all tokens alike, from one with these logits."""
+    """KL divergence, in nats per token, of a model to which all tokens are alike from one with these logits."""
     log_p = logits.log_softmax(-1)
     return float((log_p.exp() * log_p).sum(-1).mean()) + torch.tensor(float(logits.shape[-1])).log().item()

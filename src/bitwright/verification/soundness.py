@@ -1,5 +1,7 @@
-"""What can be told of a written folder without running it: everything is there once, shapes fit, scales are numbers,
-and what is stored is what was decided."""
+"""Checks of a written folder without running it.
+
+Every tensor is there once, shapes fit, scales are numbers, and what is stored is what was decided.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,67 +19,71 @@ from bitwright.verification.completeness import Shapes, complete, twice
 from bitwright.verification.findings import Check, first
 
 OVERHEAD, SMALL_LINEARS, HEADERS = 1.02, 1.0, 0.01
-"""Of what linears take on disk over their true bits: shapes, group indices; in bits, of small ones; of what files take
-beside their tensors."""
+"""Limits of what is stored beside codes and scales.
+
+The ratio of a linear's bits on disk (shapes, group indices) to those it needs; bits per weight more for small linears;
+and what files take beside their tensors, as a fraction of them.
+"""
 WHOLE_BYTES, SAMPLES = 16 * 2**20, 16
-"""A tensor that is not quantized and has more is looked at in so many places, where a look is to be short."""
+"""A tensor that is not quantized and has more bytes is read at so many places, if the check is to be short."""
 MODELS = ("model*.safetensors", "pytorch_model*.bin")
-"""How files with the weights of a model are called."""
+"""Patterns of the names of files with the weights of a model."""
 SCALES = ("weight_scale", "scales")
-"""How the names of scales end."""
+"""Endings of the names of scales."""
 
 
 def structure(
     model: QuantizedFolder, original: Shapes | None = None, listener: Listener = silent
 ) -> tuple[list[Check], float]:
-    """What can be told without running the model, everything being read; and the true bits per weight.
+    """Check all that can be checked without running the model; the checks, and the true bits per weight.
 
-    ``original`` are the shapes that all tensors together must have where nothing is quantized, by their names.
+    Every tensor is read. ``original`` holds the shapes that the tensors must have, by their names in a model
+    that is not quantized.
     """
-    looked, linears = _Looked(model), (*model.linears, *model.stacks)
+    reading, linears = _Reading(model), (*model.linears, *model.stacks)
     names = (*linears, *model.passed)
     for done, name in enumerate(names):
         listener(Progress("verify", done, len(names), name, peak_memory()))
         if done < len(linears):
-            looked.read(name)
+            reading.read(name)
         else:
-            looked.passed(name, whole=True)
+            reading.passed(name, whole=True)
     listener(Progress("verify", len(names), len(names), "all tensors", peak_memory()))
-    checks = [_once(model), complete(model, original), looked.numbers(), looked.on_disk()]
-    return [*checks, *looked.as_decided()], looked.bits_per_weight
+    checks = [_once(model), complete(model, original), reading.numbers(), reading.on_disk()]
+    return [*checks, *reading.as_decided()], reading.bits_per_weight
 
 
 def require_sound(folder: Path, original: Shapes) -> str:
-    """Looks at a folder that has just been written: names, shapes, scales, not codes; says what was found, in a line.
+    """Check a folder that has just been written: names, shapes and scales, not codes; the findings in a line.
 
-    Raises OutputError where a check fails: nobody is to load what is silently broken.
+    Raises OutputError if a check fails: nobody is to load what is silently broken.
     """
     model = QuantizedFolder.open(folder)
-    looked = _Looked(model)
+    reading = _Reading(model)
     for name in (*model.linears, *model.stacks):
-        looked.glance(name)
+        reading.glance(name)
     for name in model.passed:
-        looked.passed(name, whole=False)
-    checks = [complete(model, original, by_config=False), looked.numbers()]
+        reading.passed(name, whole=False)
+    checks = [complete(model, original, by_config=False), reading.numbers()]
     if model.format is not None:
         checks.append(_once(model))
     return published_only_if(checks)
 
 
 def published_only_if(checks: Sequence[Check]) -> str:
-    """What was found, in a line. Raises OutputError where a check failed."""
+    """The findings of checks, in a line. Raises OutputError if one failed."""
     failed = [check for check in checks if not check.passed]
     if failed:
-        said = "; ".join(f"{check.name}: {check.found}" for check in failed)
+        failures = "; ".join(f"{check.name}: {check.found}" for check in failed)
         raise OutputError(
-            f"what was written is not sound, and is not published: {said}. This is a fault of Bitwright or of the "
+            f"what was written is not sound, and is not published: {failures}. This is a fault of Bitwright or of the "
             "disk; begin anew with --restart, and report it if it happens again"
         )
     return "; ".join(check.found for check in checks)
 
 
-class _Looked:
-    """At linears one by one: their numbers, what they take, and whether they are what was stored once."""
+class _Reading:
+    """Linears read one by one: their numbers, their bits, and whether they are as they were written."""
 
     def __init__(self, model: QuantizedFolder) -> None:
         self.model, self.account = model, read_account(model.folder)
@@ -88,11 +94,11 @@ class _Looked:
 
     @property
     def bits_per_weight(self) -> float:
-        """What everything that was read needs."""
+        """Bits per weight that the linears read so far need."""
         return self.true_bits / max(1, self.weights)
 
     def read(self, name: str) -> None:
-        """Reads one linear, or the slices of a stack."""
+        """Read one linear, or the slices of a stack."""
         parts = self.model.slices(name) if name in self.model.stacks else [self.model.read(name)]
         self.true_bits += self._needed(name, parts)
         self.stored_bits += 8 * sum(self.model.checkpoint.nbytes(tensor) for tensor in self.model.stored(name))
@@ -105,47 +111,49 @@ class _Looked:
         """The bits that the format stores a linear in."""
         assert self.model.format is not None
         whole, part = self.model.shape(name), parts[0]
-        outliers = sum(0 if each.outlier_index is None else each.outlier_index.numel() for each in parts)
+        outliers = sum(0 if weight.outlier_index is None else weight.outlier_index.numel() for weight in parts)
         return self.model.format.stored_bits(whole, Scheme(part.grid, part.tile), part.scale.dtype, outliers)
 
     def glance(self, name: str) -> None:
-        """Reads what lies beside a linear's codes."""
+        """Read what lies beside a linear's codes."""
         checkpoint, stored = self.model.checkpoint, self.model.stored(name)
         if not min(self.model.shape(name)) or not all(checkpoint.nbytes(tensor) for tensor in stored):
             self.wrong.append(f"{name}: is empty")
         for tensor in (tensor for tensor in stored if checkpoint.entry(tensor).dtype.is_floating_point):
-            found = checkpoint.read(tensor)
-            if not found.isfinite().all():
+            values = checkpoint.read(tensor)
+            if not values.isfinite().all():
                 self.wrong.append(f"{tensor}: NaN or infinite")
-            elif tensor.endswith(SCALES) and self.ours and self._unsigned(name) and (found < 0).any():
+            elif tensor.endswith(SCALES) and self.ours and self._unsigned(name) and (values < 0).any():
                 self.wrong.append(f"{tensor}: negative")
 
     def passed(self, name: str, whole: bool) -> None:
-        """Reads a tensor that is not quantized, or, unless it is to be ``whole``, places in a large one."""
+        """Read a tensor that is not quantized; if it is large, and not to be read ``whole``, only some places."""
         if not _is_finite(self.model.checkpoint, name, whole):
             self.wrong.append(f"{name}: NaN or infinite")
 
     def numbers(self) -> Check:
-        """Shapes fit, scales are finite and not zero, and so is what is not quantized."""
+        """Check that shapes fit, that scales are finite and not zero, and that other tensors are finite."""
         return Check("scales and shapes", not self.wrong, first(self.wrong) or "scales finite, shapes fit")
 
     def on_disk(self) -> Check:
-        """What is on disk for the linears is what they need, and the files hold no more than their tensors."""
+        """Check that the linears take no more on disk than they need, and that the files hold nothing but tensors."""
         checkpoint = self.model.checkpoint
         files = {checkpoint.file(name) for name in checkpoint.names}
         on_disk, held = sum(path.stat().st_size for path in files), checkpoint.total_bytes
         stored = self.stored_bits / max(1, self.weights)
-        said = f"{stored:.3f} bits per weight stored, {self.bits_per_weight:.3f} needed; {on_disk:,} bytes in files"
+        summary = f"{stored:.3f} bits per weight stored, {self.bits_per_weight:.3f} needed; {on_disk:,} bytes in files"
         strays = {path.name for pattern in MODELS for path in checkpoint.folder.glob(pattern)} - {f.name for f in files}
         if strays:
             return Check("size on disk", False, f"{min(strays)} lies beside the weights, and none of them is in it")
         fits = stored <= self.bits_per_weight * OVERHEAD + SMALL_LINEARS
         passed = fits and on_disk - held <= HEADERS * held + 2**20 * len(files)
-        return Check("size on disk", passed, said if passed else f"{said}, of which tensors are {held:,}")
+        return Check("size on disk", passed, summary if passed else f"{summary}, of which tensors are {held:,}")
 
     def as_decided(self) -> Iterator[Check]:
-        """Every linear has the bytes that bitwright.json names, where it names them, and config.json says of them what
-        it said then."""
+        """Check that linears have the bytes that bitwright.json records, and that config.json has not changed since.
+
+        Yields no check if nothing was recorded.
+        """
         meaning = edited(self.model, self.account)
         if (self.model.folder / ACCOUNT).exists() and self.account is None:
             yield Check("as decided", False, f"{ACCOUNT} cannot be read, and what was decided cannot be told")
@@ -172,9 +180,9 @@ def _is_finite(checkpoint: Checkpoint, name: str, whole: bool) -> bool:
 
 
 def _wrong(part: QTensor, ours: bool) -> Iterator[str]:
-    """What is wrong with the numbers of a weight.
+    """The faults in the numbers of a weight, in words.
 
-    Where there is no sign, some tools (AutoRound) still give a group a negative scale to spend the extra code of a
+    On a grid without signs some tools (AutoRound) still give a group a negative scale to spend the extra code of a
     symmetric grid on the other side; Bitwright does not, and nobody gives one to every group.
     """
     negative = part.scale < 0
@@ -193,9 +201,9 @@ def _wrong(part: QTensor, ours: bool) -> Iterator[str]:
 
 
 def _once(model: QuantizedFolder) -> Check:
-    """No weight is there twice, quantized and in full."""
+    """Check that no weight is there twice, quantized and in full precision."""
     linears, double = len(model.linears) + len(model.stacks), twice(model)
-    found = f"{linears} linears, each once" if linears else "no quantized linear at all"
+    summary = f"{linears} linears, each once" if linears else "no quantized linear at all"
     if double:
-        found = f"{double[0]} is quantized, and there in full precision too"
-    return Check("no duplicates", bool(linears) and not double, found)
+        summary = f"{double[0]} is quantized, and there in full precision too"
+    return Check("no duplicates", bool(linears) and not double, summary)

@@ -30,7 +30,7 @@ class TighterSettings(Settings):
     tightness: float = setting(0.95, "share of a range that is kept", above=0, most=1)
 
 def decide(weight, context, decided):
-    low, high = minmax(weight, decided.tile or context.scheme.tile)
+    low, high = minmax(decided.inside(weight), decided.tile or context.scheme.tile)
     return replace(decided, low=low * context.settings.tightness, high=high * context.settings.tightness)
 
 METHOD = DataFree(

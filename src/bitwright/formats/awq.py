@@ -34,7 +34,7 @@ from bitwright.formats.gptq import (
 
 BITS, IN_WORD = 4, 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight outputs stands where in a word, from the lowest bits on."""
+"""The order of eight outputs in a word, from the lowest bits on."""
 LEAVES = ("qweight", "qzeros", "scales")
 """How the names of a weight's tensors end; the first is always there."""
 SCALES: torch.dtype | None = torch.float16
@@ -100,14 +100,14 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
 
 
 def check_shape(name: str, shape: tuple[int, ...]) -> None:
-    """Raises RecipeError for a weight whose outputs do not fill whole words, or that is fused over experts."""
+    """Raise RecipeError for a weight whose outputs do not fill whole words, or that is fused over experts."""
     if len(shape) > 2:
         encode_stacked(name, range(shape[0]))
     refuse_sizes(name, shape, (IN_WORD, 1), "awq")
 
 
 def encode_stacked(name: str, slices: Sized) -> NoReturn:
-    """Raises RecipeError: the format's tensors are two-dimensional."""
+    """Raise RecipeError: the format's tensors are two-dimensional."""
     raise RecipeError(f"{name}: awq holds no weight that is fused over {len(slices)} experts. {INSTEAD}")
 
 
@@ -119,8 +119,9 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
-    """The ``quantization_config`` of config.json. Raises RecipeError for activations, bits other than 4, and linears
-    that are not all alike.
+    """The ``quantization_config`` of config.json.
+
+    Raises RecipeError for activations, bits other than 4, and linears that are not all alike.
 
     ``dynamic`` is for GPTQModel, which takes no notice of ``modules_to_not_convert``; ``lm_head`` for vLLM.
     """

@@ -79,8 +79,8 @@ def described(config: Mapping[str, Any]) -> Described:
     layout = config.get("checkpoint_format") or config.get("format") or V1
     words = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
     if layout not in (V1, V2) or words != "int32" or config.get("is_marlin_format"):
-        found = "marlin" if config.get("is_marlin_format") else layout
-        raise CheckpointError(f"checkpoint_format {found}, codes in {words} words; {READABLE}")
+        kind = "marlin" if config.get("is_marlin_format") else layout
+        raise CheckpointError(f"checkpoint_format {kind}, codes in {words} words; {READABLE}")
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         raise CheckpointError(f"its rules ('dynamic') are {dynamic!r:.60}, not a table; {READABLE}")
@@ -103,15 +103,15 @@ def described(config: Mapping[str, Any]) -> Described:
 
 
 def _name_of(pattern: str) -> str | None:
-    """The one name that a pattern of ours stands for; None for a regular expression of somebody else."""
+    """The name that a pattern of Bitwright's own stands for; None for any other regular expression."""
     name = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
     return name if pattern == f"^{re.escape(name)}$" else None
 
 
 def tile_of(group: Any) -> Tile | None:
-    """What a group_size says: -1 is one group per channel; None where nothing is said.
+    """The tile of a group_size: -1 is one group per channel; None if there is no group_size.
 
-    Raises CheckpointError for what is no size of a group.
+    Raises CheckpointError for anything that is not the size of a group.
     """
     if group is None:
         return None
@@ -149,17 +149,17 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
 
 
 def check_shapes(tensors: Mapping[str, Tensor], name: str, wanted: Mapping[str, tuple[int, int]]) -> None:
-    """Raises ValueError for words of another shape than the scales call for."""
+    """Raise ValueError for words of another shape than the scales call for."""
     for leaf, shape in wanted.items():
-        found = tensors[f"{name}.{leaf}"]
-        if found.dtype != torch.int32 or tuple(found.shape) != shape:
-            raise ValueError(f"{leaf} is {found.dtype} {list(found.shape)}, the others call for int32 {list(shape)}")
+        words = tensors[f"{name}.{leaf}"]
+        if words.dtype != torch.int32 or tuple(words.shape) != shape:
+            raise ValueError(f"{leaf} is {words.dtype} {list(words.shape)}, the others call for int32 {list(shape)}")
 
 
 def on_grid(
     codes: Int[Tensor, "O I"], scale: Float[Tensor, "O Q"], zero: Int[Tensor, "O Q"], grid: Grid, tile: Tile
 ) -> QTensor:
-    """A linear of unsigned codes: symmetric where the grid says so and every zero point lies in the middle.
+    """A linear of unsigned codes: symmetric if the grid says so and every zero point lies in the middle.
 
     Tensors without data have no middle.
     """
@@ -170,7 +170,7 @@ def on_grid(
 
 
 def half(name: str, weight: QTensor) -> Float[Tensor, "O Q"]:
-    """The scales in float16, none of them 0 that was not. Raises RecipeError where a weight would be infinite."""
+    """The scales in float16, none of them 0 that was not. Raises RecipeError if a weight would be infinite."""
     stored = weight.scale.to(torch.float16)
     furthest = -weight.grid.qmin if weight.grid.symmetric else weight.grid.steps
     if not bool((stored * furthest).isfinite().all()):
@@ -183,14 +183,14 @@ def half(name: str, weight: QTensor) -> Float[Tensor, "O Q"]:
 
 
 def check_shape(name: str, shape: tuple[int, ...]) -> None:
-    """Raises RecipeError for a weight whose sizes do not fill whole words, or that is fused over experts."""
+    """Raise RecipeError for a weight whose sizes do not fill whole words, or that is fused over experts."""
     if len(shape) > 2:
         encode_stacked(name, range(shape[0]))
     refuse_sizes(name, shape, (MULTIPLE, MULTIPLE), "gptq")
 
 
 def refuse_sizes(name: str, shape: tuple[int, ...], multiples: tuple[int, int], format: str) -> None:
-    """Raises RecipeError for a linear [O, I] whose sizes are not multiples of these."""
+    """Raise RecipeError for a linear [O, I] whose sizes are not multiples of ``multiples``."""
     for size, multiple, which in zip(shape, multiples, ("output", "input"), strict=True):
         if size % multiple:
             raise RecipeError(
@@ -200,7 +200,7 @@ def refuse_sizes(name: str, shape: tuple[int, ...], multiples: tuple[int, int], 
 
 
 def encode_stacked(name: str, slices: Sized) -> NoReturn:
-    """Raises RecipeError: the format's tensors are two-dimensional."""
+    """Raise RecipeError: the format's tensors are two-dimensional."""
     raise RecipeError(f"{name}: gptq holds no weight that is fused over {len(slices)} experts. {INSTEAD}")
 
 
@@ -213,13 +213,15 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
-    """The ``quantization_config`` of config.json. Raises RecipeError for activations, and for linears that are not all
-    alike."""
+    """The ``quantization_config`` of config.json.
+
+    Raises RecipeError for activations, and for linears that are not all alike.
+    """
     scheme = model.scheme
     refuse_scheme(model, "gptq")
-    for each in (scheme, *model.schemes.values()):
-        if each.weight.bits not in BITS:
-            raise RecipeError(f"gptq holds {', '.join(map(str, BITS))} bits, scheme {each} asks for others. {INSTEAD}")
+    for asked in (scheme, *model.schemes.values()):
+        if asked.weight.bits not in BITS:
+            raise RecipeError(f"gptq holds {', '.join(map(str, BITS))} bits, scheme {asked} asks for others. {INSTEAD}")
     return {
         "quant_method": "gptq",
         "checkpoint_format": _version(scheme.weight),
@@ -234,15 +236,17 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
 
 
 def said_of_kept(kept: Sequence[str]) -> dict[str, Any]:
-    """Linears that are left alone, as rules for GPTQModel, and whether the output layer is packed; what else is, vLLM
-    sees in the tensors."""
+    """Linears that are left alone, as rules for GPTQModel, and whether the output layer is packed.
+
+    vLLM sees in the tensors which other linears are packed.
+    """
     inside = {f"-:^{re.escape(name)}$": dict[str, Any]() for name in kept if name != "lm_head"}
     return {"lm_head": "lm_head" not in kept} | ({"dynamic": inside} if inside else {})
 
 
 def rules(model: WrittenModel) -> dict[str, Any]:
-    """What ``said_of_kept`` says, and a rule for every linear with a scheme of its own, for GPTQModel and vLLM."""
-    said = said_of_kept(model.kept)
+    """The entries of ``said_of_kept``, and a rule for every linear with a scheme of its own, for GPTQModel and vLLM."""
+    entries = said_of_kept(model.kept)
     own = {
         f"+:^{re.escape(name)}$": {
             "bits": scheme.weight.bits,
@@ -251,11 +255,11 @@ def rules(model: WrittenModel) -> dict[str, Any]:
         }
         for name, scheme in model.schemes.items()
     }
-    return said | ({"dynamic": own | said.get("dynamic", {})} if own else {})
+    return entries | ({"dynamic": own | entries.get("dynamic", {})} if own else {})
 
 
 def refuse_scheme(model: WrittenModel, format: str) -> None:
-    """Raises RecipeError for what neither gptq nor awq has a place for."""
+    """Raise RecipeError for a model that neither gptq nor awq has a place for."""
     scheme = model.scheme
     if scheme.activations is not None or scheme.kv is not None:
         raise RecipeError(
@@ -277,11 +281,11 @@ def _version(grid: Grid) -> str:
     return V1 if grid.symmetric else V2
 
 
-def _grid(said: Mapping[str, Any]) -> Grid:
-    bits = said.get("bits")
+def _grid(config: Mapping[str, Any]) -> Grid:
+    bits = config.get("bits")
     if isinstance(bits, bool) or bits not in BITS:
         raise CheckpointError(f"codes of {bits!r} bits; {READABLE}")
-    return Grid.integers(int(bits), bool(said.get("sym", True)))
+    return Grid.integers(int(bits), bool(config.get("sym", True)))
 
 
 def _groups(columns: int, groups: int) -> Int32[Tensor, " I"]:
@@ -289,8 +293,10 @@ def _groups(columns: int, groups: int) -> Int32[Tensor, " I"]:
 
 
 def check_order(name: str, g_idx: Tensor | None, columns: int, groups: int) -> None:
-    """Refuses groups that are not runs of neighbouring input channels; some writers leave g_idx out, or say nothing in
-    it, all -1. Raises CheckpointError."""
+    """Raise CheckpointError for groups that are not runs of neighbouring input channels.
+
+    Some writers leave g_idx out, or write -1 for every channel.
+    """
     if g_idx is None or torch.equal(g_idx.int(), _groups(columns, groups)) or bool((g_idx == -1).all()):
         return
     raise CheckpointError(

@@ -67,9 +67,9 @@ def _described(config: Mapping[str, Any]) -> Described:
     )
 
 
-def _of_most(said: list[tuple[list[str], T]]) -> T:
-    """What is said of classes of modules, else what is said first."""
-    return next((one for targets, one in said if any(target[:1].isupper() for target in targets)), said[0][1])
+def _of_most(groups: list[tuple[list[str], T]]) -> T:
+    """The value for classes of modules, else the first value."""
+    return next((value for targets, value in groups if any(target[:1].isupper() for target in targets)), groups[0][1])
 
 
 def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:
@@ -84,7 +84,7 @@ def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor
 
 
 def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTensor:
-    """The QTensor of one linear; on a symmetric grid where its zero points are none or 0.
+    """The QTensor of one linear; on a symmetric grid if its zero points are none or 0.
 
     Raises ValueError for tensors that do not fit together, CheckpointError for groups out of order (``actorder``).
     """
@@ -134,16 +134,16 @@ def _zeros(stored: Tensor | None, scale: Float[Tensor, "P Q"], bits: int) -> Int
 
 
 def _unpacked(words: Int[Tensor, "R W"], grid: Grid, columns: int) -> Int[Tensor, "R C"]:
-    """Codes of rows of words, dense as they are today, or none cut as they once were."""
-    found = words.shape[1]
+    """Codes of rows of words: dense, as they are today, or no code split between words, as was once usual."""
+    count = words.shape[1]
     if words.dtype != torch.int32:
         raise ValueError(f"words of dtype {words.dtype}, not int32")
-    if found == ceil(columns * grid.bits / WORD_BITS):
+    if count == ceil(columns * grid.bits / WORD_BITS):
         return unpack(words, grid, columns)
-    if found == ceil(columns / (WORD_BITS // grid.bits)):
+    if count == ceil(columns / (WORD_BITS // grid.bits)):
         apart: Tensor = unpack_apart(words, grid.bits, columns) - 2 ** (grid.bits - 1)
         return apart.view(torch.int8)
-    raise ValueError(f"{found} words for {columns} codes of {grid.bits} bits")
+    raise ValueError(f"{count} words for {columns} codes of {grid.bits} bits")
 
 
 def _raised(signed: Int[Tensor, "P Q"], middle: int) -> Int[Tensor, "P Q"]:
@@ -151,7 +151,7 @@ def _raised(signed: Int[Tensor, "P Q"], middle: int) -> Int[Tensor, "P Q"]:
 
 
 def _check_whole(config: Mapping[str, Any]) -> None:
-    """Refuses what a whole folder is: another layout, sparse, turned, not compressed."""
+    """Raise CheckpointError for a folder in another layout, sparse, transformed or not compressed."""
     layout, sparse = config.get("format"), config.get("sparsity_config") or {}
     if layout is not None and layout not in (*LAYOUTS, MIXED):
         raise CheckpointError(f"weights stored as {layout}; {READABLE}")
@@ -165,53 +165,53 @@ def _check_whole(config: Mapping[str, Any]) -> None:
 
 def _weights(group: Mapping[str, Any], config: Mapping[str, Any]) -> Grid:
     """The grid of one group of linears."""
-    said, layout = group["weights"], group.get("format") or config.get("format")
-    bits, kind, strategy = said.get("num_bits"), said.get("type", "int"), said.get("strategy") or "tensor"
+    weights, layout = group["weights"], group.get("format") or config.get("format")
+    bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy") or "tensor"
     whole = isinstance(bits, int) and not isinstance(bits, bool) and MIN_BITS <= bits <= MAX_BITS
     if layout not in LAYOUTS or kind != "int" or strategy not in STRATEGIES or not whole:
         raise CheckpointError(
             f"weights of {bits} bits, type {kind}, strategy {strategy}, stored as {layout}; {READABLE}"
         )
-    return Grid.integers(bits, bool(said.get("symmetric", True)))
+    return Grid.integers(bits, bool(weights.get("symmetric", True)))
 
 
-def _tile(said: Mapping[str, Any]) -> Tile | None:
-    """The weights that share a scale; None where that is not said."""
-    group = said.get("group_size")
-    match said.get("strategy"):
+def _tile(weights: Mapping[str, Any]) -> Tile | None:
+    """The weights that share a scale; None if the config does not tell."""
+    group = weights.get("group_size")
+    match weights.get("strategy"):
         case "tensor":
             return Tile(FULL, FULL)
         case "channel":
             return Tile(1, FULL)
         case "group":
             return tile_of(group)
-        case "block" if (block := said.get("block_structure")) is not None:
+        case "block" if (block := weights.get("block_structure")) is not None:
             return Tile(int(block[0]), int(block[1]))
     return None
 
 
 def _names(weights: list[tuple[list[str], T]]) -> dict[str, T]:
-    """What is said of single modules by their names, and of classes of modules, which no module is called like."""
+    """The values for single modules by their names, and for classes of modules, which no module is called like."""
     named = [(target, value) for targets, value in weights for target in targets if not target.startswith(PATTERN)]
     return dict(reversed(named))
 
 
 def _patterns(weights: list[tuple[list[str], T]]) -> Iterator[tuple[str, T]]:
-    """What is said of modules whose names fit a regular expression: it counts after names, as in the library."""
+    """The values for modules whose names fit a regular expression: they count after names, as in the library."""
     for targets, value in weights:
         yield from ((t.removeprefix(PATTERN), value) for t in targets if t.startswith(PATTERN))
 
 
-def _dynamic(said: Any, what: str) -> Grid | None:
-    """The grid of what is quantized as the model runs."""
-    if not said:
+def _dynamic(args: Any, what: str) -> Grid | None:
+    """The grid of activations or of a KV cache that is quantized as the model runs."""
+    if not args:
         return None
-    bits = said.get("num_bits")
-    if said.get("type", "int") != "int" or said.get("dynamic") is not True or not MIN_BITS <= (bits or 0) <= MAX_BITS:
+    bits = args.get("num_bits")
+    if args.get("type", "int") != "int" or args.get("dynamic") is not True or not MIN_BITS <= (bits or 0) <= MAX_BITS:
         raise CheckpointError(
-            f"{what} of {bits} bits, type {said.get('type')}, dynamic {said.get('dynamic')}; {READABLE}"
+            f"{what} of {bits} bits, type {args.get('type')}, dynamic {args.get('dynamic')}; {READABLE}"
         )
-    return Grid.integers(int(bits), bool(said.get("symmetric", True)))
+    return Grid.integers(int(bits), bool(args.get("symmetric", True)))
 
 
 def codes_may_be_weight(described: Described) -> bool:

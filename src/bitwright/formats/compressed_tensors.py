@@ -43,7 +43,7 @@ def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
 
 
 def encode_stacked(name: str, slices: Sequence[QTensor]) -> NoReturn:
-    """Raises RecipeError: the format's tensors are two-dimensional."""
+    """Raise RecipeError: the format's tensors are two-dimensional."""
     raise RecipeError(
         f"{name}: compressed-tensors holds no weight that is fused over {len(slices)} experts. Leave --format out, or "
         "take --format bitwright (transformers loads it after 'import bitwright') or --format dense"
@@ -92,7 +92,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
 
 
 def queries_left_out(scheme: Scheme) -> Grid | None:
-    """The grid of the queries where the config has no place for it.
+    """The grid of the queries if the config has no place for it.
 
     An attention's entry gives queries, keys and values one grid; ``kv_cache_scheme`` leaves the queries alone.
     """
@@ -110,7 +110,7 @@ def _linears_by_scheme(model: WrittenModel) -> list[dict[str, Any]]:
 
 
 def _linears(scheme: Scheme, targets: list[str], features: int | None) -> dict[str, Any]:
-    """One config group; activations per token, or, the same said so that it holds for rows too, per ``features``."""
+    """One config group; activations per token, or per ``features``, which comes to the same and holds for rows too."""
     group = None if scheme.tile.in_ == FULL else scheme.tile.in_
     weights = _args(scheme.weight, "channel" if group is None else "group", group, dynamic=False)
     inputs = None if scheme.activations is None else _dynamic(scheme.activations, features)

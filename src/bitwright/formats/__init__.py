@@ -23,10 +23,10 @@ from bitwright.core.tensor_bytes import digest
 
 CONFIG = "quantization_config"
 SHORT_BYTES = 2**20
-"""A list of integers that has no more is read to see whether tensors fit together."""
+"""A list of integers up to this size is read to see whether tensors fit together."""
 
 _DAMAGE = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError)
-"""What arithmetic on tensors that do not fit together raises."""
+"""Exceptions that arithmetic raises on tensors that do not fit together."""
 
 
 @dataclass(frozen=True)
@@ -45,30 +45,33 @@ class QuantizedFolder:
 
     @classmethod
     def open(cls, folder: Path) -> "QuantizedFolder":
-        """Raises CheckpointError for a folder that is none, is damaged, or is quantized in a way that is not known."""
+        """Open a folder, quantized or not.
+
+        Raises CheckpointError if it is not a folder, is damaged, or is quantized in a way that is not known.
+        """
         checkpoint = Checkpoint.open(folder)
-        said = checkpoint.config.get(CONFIG)
-        if said is None:
+        config = checkpoint.config.get(CONFIG)
+        if config is None:
             return cls(checkpoint, None, None, (), (), _in_order(checkpoint.names))
-        format = _format_of(folder, said)
-        described = _described(folder, format, said)
-        found = _found(checkpoint, format, described)
-        theirs = {f"{name}.{end}" for name in found for end in format.leaves}
-        first = {name: [f"{name}.{leaf}" for leaf in format.leaves if f"{name}.{leaf}" in checkpoint] for name in found}
-        stacks = {name for name, stored in first.items() if len(checkpoint.entry(stored[0]).shape) == 3}
+        format = _format_of(folder, config)
+        described = _described(folder, format, config)
+        weights = _quantized_weights(checkpoint, format, described)
+        theirs = {f"{name}.{end}" for name in weights for end in format.leaves}
+        stored = {name: [f"{name}.{x}" for x in format.leaves if f"{name}.{x}" in checkpoint] for name in weights}
+        stacks = {name for name, tensors in stored.items() if len(checkpoint.entry(tensors[0]).shape) == 3}
         passed = [name for name in checkpoint.names if name not in theirs]
         return cls(
             checkpoint,
             format,
             described,
-            _in_order(found - stacks),
+            _in_order(weights - stacks),
             _in_order(stacks),
             _in_order(passed),
         )
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The folder itself."""
         return self.checkpoint.folder
 
     @property
@@ -78,33 +81,33 @@ class QuantizedFolder:
 
     @property
     def format_name(self) -> str:
-        """The format as a user writes it; "dense" where nothing is quantized."""
+        """The format as a user writes it; "dense" if nothing is quantized."""
         return "dense" if self.format is None else self.format.name
 
     def read(self, linear: str) -> QTensor:
-        """A quantized linear. Raises CheckpointError where its tensors do not fit together."""
-        return self._made(linear, self._tensors(linear))
+        """A quantized linear. Raises CheckpointError if its tensors do not fit together."""
+        return self._read(linear, self._tensors(linear))
 
     def outline(self, linear: str) -> QTensor:
         """A quantized linear on the meta device: its grid, tile and dtypes, from headers and short lists of integers.
 
         Raises CheckpointError, as ``read`` does, for what these tell; neither codes nor scales are read.
         """
-        return self._made(linear, {name: self._outlined(name) for name in self.stored(linear)})
+        return self._read(linear, {name: self._outlined(name) for name in self.stored(linear)})
 
-    def _made(self, linear: str, tensors: Mapping[str, Tensor]) -> QTensor:
+    def _read(self, linear: str, tensors: Mapping[str, Tensor]) -> QTensor:
         reader, described = self._quantized()
         try:
-            found = reader.read(tensors, linear, described)
+            weight = reader.read(tensors, linear, described)
             rows, columns = self.shape(linear)
-            if found.shape != (rows, columns):
-                raise ValueError(f"codes {list(found.shape)}, a shape of {rows} x {columns}")
-            check_tiles(found, described.tile_of(linear))
+            if weight.shape != (rows, columns):
+                raise ValueError(f"codes {list(weight.shape)}, a shape of {rows} x {columns}")
+            check_tiles(weight, described.tile_of(linear))
         except CheckpointError as error:  # not damaged, but of a kind that is not read
             raise CheckpointError(f"{self.folder}: {error}") from error
         except (*_DAMAGE, KeyError, UserError) as error:
             raise _damaged(self.folder, linear, tensors, error) from error
-        return found
+        return weight
 
     def slices(self, stack: str) -> list[QTensor]:
         """A weight that is fused over experts, slice by slice. Raises CheckpointError as ``read`` does."""
@@ -121,19 +124,19 @@ class QuantizedFolder:
                 f"{self.folder}: {stack} is fused over experts, which Bitwright does not read of {self.format_name}"
             )
         try:
-            found = reader.read_stacked(tensors, stack, described.grid_of(stack))
-            for part in found:
+            slices = reader.read_stacked(tensors, stack, described.grid_of(stack))
+            for part in slices:
                 check_tiles(part, described.tile_of(stack))
         except (*_DAMAGE, KeyError, UserError) as error:
             raise _damaged(self.folder, stack, tensors, error) from error
-        return found
+        return slices
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as it is stored."""
         return self.checkpoint.read(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a quantized linear [O, I] or stack [E, A, B], or of another tensor; little more than its header is read.
+        """The shape of a quantized linear [O, I] or stack [E, A, B], or of another tensor, mostly from its header.
 
         Raises CheckpointError for a tensor that is not there.
         """
@@ -183,7 +186,7 @@ def file_format_of(path: Path) -> FileFormat | None:
 
 
 def refuse_engine_file(path: Path) -> None:
-    """Raise CheckpointError for an engine's own file or folder where the folder of a model is read."""
+    """Raise CheckpointError for an engine's own file or folder in place of the folder of a model."""
     format = file_format_of(path)
     if format is None or (path.is_file() and path.suffix != format.suffix):
         return
@@ -209,9 +212,8 @@ def is_made_dense(checkpoint: Checkpoint) -> bool:
     return format is not None and not format.loaded_by_transformers
 
 
-def check_tiles(weight: QTensor, said: Tile | None) -> None:
-    """Raises ValueError where scales and zero points of a weight are not one for each tile, or its tiles are not those
-    that config.json names."""
+def check_tiles(weight: QTensor, configured: Tile | None) -> None:
+    """Raise ValueError if the tiles of a weight are not as config.json has them, or lack a scale or zero point."""
     if not weight.scale.is_floating_point():
         raise ValueError(f"scales of dtype {weight.scale.dtype}")
     counts, scales = weight.tile.counts(weight.shape), tuple(weight.scale.shape)
@@ -219,17 +221,17 @@ def check_tiles(weight: QTensor, said: Tile | None) -> None:
         raise ValueError(f"scales {list(scales)} for {counts[0]} x {counts[1]} tiles")
     if weight.zero is not None and tuple(weight.zero.shape) != scales:
         raise ValueError(f"zero points for {list(weight.zero.shape)} tiles, scales for {list(scales)}")
-    found, wanted = weight.tile.size(weight.shape), (said or weight.tile).size(weight.shape)
-    if any(one != min(other, most) for one, other, most in zip(found, wanted, weight.shape, strict=True)):
-        raise ValueError(f"{_tile(found)} weights share a scale, config.json says {_tile(wanted)}")
+    stored, wanted = weight.tile.size(weight.shape), (configured or weight.tile).size(weight.shape)
+    if any(size != min(want, most) for size, want, most in zip(stored, wanted, weight.shape, strict=True)):
+        raise ValueError(f"{_tile(stored)} weights share a scale, config.json says {_tile(wanted)}")
 
 
 def _tile(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def _found(checkpoint: Checkpoint, format: TensorFormat, described: Described) -> set[str]:
-    """The weights of which a tensor is there that no other weight has: one that is not whole is seen all the same.
+def _quantized_weights(checkpoint: Checkpoint, format: TensorFormat, described: Described) -> set[str]:
+    """The weights with a tensor that only quantized weights have, even if their other tensors are missing.
 
     Not those that are there in full, with something beside them that happens to be called as a part of a quantized one.
     """
@@ -240,14 +242,14 @@ def _found(checkpoint: Checkpoint, format: TensorFormat, described: Described) -
     return {stem for stem in stems if f"{stem}.weight" not in checkpoint or f"{stem}.{format.codes}" in checkpoint}
 
 
-def _format_of(folder: Path, said: Any) -> TensorFormat:
+def _format_of(folder: Path, config: Any) -> TensorFormat:
     """The format that a quantization_config names. Raises CheckpointError for one that is not read."""
-    format = _format_called(said.get("quant_method")) if isinstance(said, dict) else None
+    format = _format_called(config.get("quant_method")) if isinstance(config, dict) else None
     if format is None:
-        found = f"quant_method {said.get('quant_method')!r}" if isinstance(said, dict) else repr(said)
-        readable = [each.name for each in formats() if isinstance(each, TensorFormat) and each.reader is not None]
+        method = f"quant_method {config.get('quant_method')!r}" if isinstance(config, dict) else repr(config)
+        readable = [entry.name for entry in formats() if isinstance(entry, TensorFormat) and entry.reader is not None]
         raise CheckpointError(
-            f"{folder}: is quantized in a way that Bitwright does not read: config.json says {found}. It reads "
+            f"{folder}: is quantized in a way that Bitwright does not read: config.json says {method}. It reads "
             f"{', '.join(readable)} folders"
         )
     return format
@@ -267,9 +269,9 @@ def _described(folder: Path, format: TensorFormat, config: Any) -> Described:
         raise CheckpointError(f"{folder}: {error}") from None
 
 
-def _in_order(found: Any) -> tuple[str, ...]:
+def _in_order(tensors: Any) -> tuple[str, ...]:
     """Names by the numbers in them: layer 2 before layer 10."""
-    return tuple(sorted(found, key=lambda name: [(int(p), "") if p.isdecimal() else (-1, p) for p in _parts(name)]))
+    return tuple(sorted(tensors, key=lambda name: [(int(p), "") if p.isdecimal() else (-1, p) for p in _parts(name)]))
 
 
 def _parts(name: str) -> Sequence[str]:
@@ -277,13 +279,13 @@ def _parts(name: str) -> Sequence[str]:
 
 
 def _damaged(folder: Path, linear: str, tensors: Mapping[str, Tensor], error: Exception) -> CheckpointError:
-    found = ", ".join(f"{name.removeprefix(linear + '.')} {list(t.shape)}" for name, t in tensors.items())
+    shapes = ", ".join(f"{name.removeprefix(linear + '.')} {list(t.shape)}" for name, t in tensors.items())
     if isinstance(error, KeyError):
         return CheckpointError(
-            f"{folder}: there is no tensor {error.args[0]}, of {linear} there are {found}; the folder is damaged, "
+            f"{folder}: there is no tensor {error.args[0]}, of {linear} there are {shapes}; the folder is damaged, "
             "download or quantize it again"
         )
     return CheckpointError(
-        f"{folder}: the tensors of {linear} do not fit together ({found}): {error}; the folder is damaged, download or "
-        "quantize it again"
+        f"{folder}: the tensors of {linear} do not fit together ({shapes}): {error}; the folder is damaged, download "
+        "or quantize it again"
     )

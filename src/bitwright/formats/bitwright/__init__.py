@@ -8,8 +8,8 @@ Tensors of a linear X [O, I] with P x Q tiles and K outliers: ``X.weight_packed`
 ``X.weight_zero_point`` (asymmetric grids; ``X.weight_minimum`` if zeros are real numbers), ``X.weight_shape``,
 as compressed-tensors packs and names them (32
 codes in exactly ``bits`` int32 words, zero points along the output dimension), and
-``X.outlier_index``, ``X.outlier_value`` where K > 0. O / P by I / Q is the tile: no reader has to be told; where the
-last tile of a row is cut short, ``X.weight_tile`` says it.
+``X.outlier_index``, ``X.outlier_value`` if K > 0. O / P by I / Q is the tile: no field holds it; if the
+last tile of a row is cut short, ``X.weight_tile`` does.
 
 A weight that is fused over experts, N [E, A, B], is E such linears [A, B], their tensors stacked; X is N without an
 ending ``.weight``.
@@ -74,13 +74,13 @@ def decode(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Float[Tensor
 
 def described(config: Mapping[str, Any]) -> Described:
     """What the quantization_config of a folder says. Raises CheckpointError for one that cannot be read."""
-    said = Config.parse(config)
-    activations, kv = (None if one is None else one.grid for one in (said.activations, said.keys_values))
-    unlike = {name: Departure(each.tile, each.outliers) for name, each in said.exceptions.items()}
-    tile = Tile(*said.weights.tile, ragged=said.weights.signed_scale)
-    grids = {name: said.grid(name) for name, each in said.exceptions.items() if each.bits is not None}
-    kept = said.modules_to_not_convert
-    return Described(said.weights.grid, activations, kv, kept, departures=unlike, tile=tile, grids=grids)
+    parsed = Config.parse(config)
+    activations, kv = (None if entry is None else entry.grid for entry in (parsed.activations, parsed.keys_values))
+    unlike = {name: Departure(linear.tile, linear.outliers) for name, linear in parsed.exceptions.items()}
+    tile = Tile(*parsed.weights.tile, ragged=parsed.weights.signed_scale)
+    grids = {name: parsed.grid(name) for name, linear in parsed.exceptions.items() if linear.bits is not None}
+    kept = parsed.modules_to_not_convert
+    return Described(parsed.weights.grid, activations, kv, kept, departures=unlike, tile=tile, grids=grids)
 
 
 def shape(stored: Callable[[str], tuple[int, ...]], read: Callable[[str], Tensor], grid: Grid) -> tuple[int, ...]:
@@ -114,7 +114,7 @@ def _read(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> QTensor:
 
 
 def _check_words(leaf: str, words: Tensor, wanted: tuple[int, int]) -> None:
-    """Raises ValueError for words of another shape than the others call for: fewer would be read as zeros."""
+    """Raise ValueError for words of another shape than the other tensors call for: fewer would be read as zeros."""
     if words.dtype != torch.int32 or tuple(words.shape) != wanted:
         raise ValueError(f"{leaf} is {words.dtype} {list(words.shape)}, the others call for int32 {list(wanted)}")
 
@@ -153,7 +153,7 @@ def read_stacked(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> list[Q
 
 
 def stem(name: str) -> str:
-    """What the tensors of a weight are called after: its own name without an ending ``.weight``."""
+    """The name that the tensors of a weight are called after: its own, without an ending ``.weight``."""
     return name.removesuffix(".weight")
 
 
@@ -187,9 +187,9 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
             dtype=DTYPES[model.dtype],
         ),
         exceptions=dict(_exceptions(model)),
-        activations=_said(scheme.activations),
-        queries=_said(scheme.activations),
-        keys_values=_said(scheme.kv),
+        activations=_integers(scheme.activations),
+        queries=_integers(scheme.activations),
+        keys_values=_integers(scheme.kv),
         modules_to_not_convert=model.kept,
     ).model_dump(mode="json", exclude_defaults=True)  # so that an earlier reader need not know of them
 
@@ -230,7 +230,7 @@ def _slices(tensors: Mapping[str, Tensor], x: str) -> Iterator[dict[str, Tensor]
         yield part
 
 
-def _said(grid: Grid | None) -> Integers | None:
+def _integers(grid: Grid | None) -> Integers | None:
     return None if grid is None else Integers(bits=grid.bits, symmetric=grid.symmetric)
 
 

@@ -173,7 +173,7 @@ def test_the_plan_counts_it(tiny: Checkpoints) -> None:
         r"\*\.0\.\*=W8A16 and --scheme-for \*\.q_proj=W3A16 both fit model\.layers\.0\.self_attn\.q_proj, and disagree",
     ),
     ({"scheme_for": "lm_head=W8A16"}, r"--scheme-for lm_head fits lm_head alone, .*--quantize-lm-head quantizes it"),
-    ({"scheme_for": "*.q_proj=W8A16", "exclude": "*.q_proj"}, r"fits .*q_proj and 1 more alone, which --exclude"),
+    ({"scheme_for": "*.q_proj=W8A16", "exclude": "*.q_proj"}, r"fits .*q_proj and 1 more alone, .* --exclude says"),
     ({"scheme_for": "*.q_proj=W4A8"}, r"has other activations or KV cache than W4A16g32.*; write W4A16"),
     ({"scheme_for": "*.q_proj=mlc:q4f16_1"}, "the grid of an engine is that of the whole model"),
     (
@@ -204,7 +204,8 @@ def test_refused_before_the_work(
 
 @pytest.mark.parametrize(("content", "says"), [
     ("", "not JSON"), ("[]", "a JSON object was expected"), ("{}", "its keys are"),
-    ('{"linears": {}}', "says no scheme for the other linears"),
+    ('{"linears": {}}', "says no scheme for the other linears; give --scheme"),
+    ('{"scheme": "W4A16", "linears": []}', r"its linears are \[\]"),
     ('{"scheme": "W4A16", "linears": {"model.layers.9.mlp.up_proj": "W8A16"}}', r"model: model\S+ is no linear"),
     ('{"scheme": "W4A16", "linears": {"lm_head": "W8A16"}}', "gives lm_head W8A16, .*--quantize-lm-head"),
     ('{"scheme": "W4A16", "linears": {"model.layers.0.mlp.up_proj": 8}}', "is 8; a scheme is a text"),
@@ -219,3 +220,23 @@ def test_a_file_that_is_no_allocation_of_this_model(content: str, says: str, tin
         bitwright.plan(recipe)
     with pytest.raises(RecipeError, match=r"--allocation .*b\.json cannot be read: No such file"):
         bitwright.plan(replace(recipe, allocation=str(tmp_path / "b.json")))
+
+
+def test_what_counts_before_what(tiny: Checkpoints, tmp_path: Path) -> None:
+    """--exclude before --scheme-for before the file; --quantize-lm-head before the file's null."""
+    down = [f"{block}.{DOWN}" for block in BLOCKS]
+    linears = {down[0]: None, f"{BLOCKS[0]}.{Q}": "W8A16", "lm_head": None}
+    (tmp_path / "a.json").write_text(json.dumps({"linears": linears}))
+    recipe = Recipe(str(tiny()), "W4A16g32", "rtn", allocation=str(tmp_path / "a.json"), quantize_lm_head=True)
+    recipe = replace(recipe, scheme_for="*.up_proj,*.down_proj=W2A16g16", exclude=f"*.0.{Q},{down[1]}")
+    bitwright.quantize(recipe, tmp_path / "out")
+    model = QuantizedFolder.open(tmp_path / "out")
+    bits = {name: model.read(name).grid.bits for name in model.linears}
+    assert (bits[down[0]], bits[f"{BLOCKS[1]}.mlp.up_proj"], bits["lm_head"]) == (2, 2, 4)
+    assert not {down[1], f"{BLOCKS[0]}.{Q}"} & bits.keys() and len(bits) == 13
+
+
+def test_a_tied_output_layer_can_be_excluded(tiny: Checkpoints) -> None:
+    recipe = Recipe(str(tiny(tie_word_embeddings=True)), "W4A16g32", "rtn", quantize_lm_head=True)
+    assert bitwright.plan(recipe).linears == 15
+    assert bitwright.plan(replace(recipe, exclude="lm_head")).linears == 14

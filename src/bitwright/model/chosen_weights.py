@@ -52,8 +52,10 @@ def chosen(division: Division, patterns: Patterns, checkpoint: Checkpoint, view:
                 weights[name.removesuffix(".weight")] = weight(name, shapes, hidden_size(checkpoint.config))
                 del kept[name]
     for pattern in patterns.exclude:
-        names = set(_fitting(pattern, checkpoint.names, "--exclude"))
-        _keep(weights, kept, [w for w in weights.values() if w.tensor in names], f"excluded by {pattern}")
+        linears = {f"{w.name}.weight": w for w in weights.values()}  # a tied output layer has a name and no tensor
+        names = set(_fitting(pattern, [*checkpoint.names, *linears], "--exclude"))
+        gone = [w for name, w in linears.items() if w.tensor in names or name in names]
+        _keep(weights, kept, gone, f"excluded by {pattern}")
     _keep(weights, kept, [w for w in weights.values() if w.name in patterns.left_out], "left out by --allocation")
     order = {name: at for at, name in enumerate(in_order(checkpoint.names))}
     before = set(division.weights)

@@ -1,6 +1,6 @@
 """Which linears get a scheme of their own, as a recipe says it: by a file, by patterns, or both."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -25,13 +25,15 @@ class AllocationRules:
 
     ``default`` is the scheme of linears that nothing else is said of. ``patterns`` are those of ``--scheme-for`` with
     their schemes. ``named`` is what ``file``, the allocation file, says of each linear; None leaves it in full
-    precision. What a pattern says counts before what the file says.
+    precision. What a pattern says counts before what the file says, and ``excluded``, the patterns of ``--exclude``,
+    before both.
     """
 
     default: Scheme
     patterns: tuple[tuple[str, Scheme], ...] = ()
     file: str | None = None
     named: Mapping[str, Scheme | None] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe) -> "AllocationRules":
@@ -39,8 +41,12 @@ class AllocationRules:
         default, named = (None, {}) if recipe.allocation is None else _read(Path(recipe.allocation))
         if recipe.scheme is not None:
             default = Scheme.parse(recipe.scheme)
-        assert default is not None, "a recipe has a scheme or an allocation"
-        rules = cls(default, tuple(map(_entry, recipe.patterns("scheme_for"))), recipe.allocation, named)
+        if default is None:
+            raise RecipeError(f"--allocation {recipe.allocation} says no scheme for the other linears; give --scheme")
+        if recipe.quantize_lm_head and named.get(HEAD, default) is None:
+            del named[HEAD]
+        patterns = tuple(_entries(recipe.patterns("scheme_for")))
+        rules = cls(default, patterns, recipe.allocation, named, recipe.patterns("exclude"))
         rules._refuse_mixtures()
         return rules
 
@@ -51,8 +57,9 @@ class AllocationRules:
 
     @property
     def left_out(self) -> frozenset[str]:
-        """The linears that the file leaves in full precision."""
-        return frozenset(name for name, scheme in self.named.items() if scheme is None)
+        """The linears that the file leaves in full precision, and no pattern quantizes."""
+        names = (name for name, scheme in self.named.items() if scheme is None)
+        return frozenset(name for name in names if not any(_fits(name, pattern) for pattern, _ in self.patterns))
 
     def allocation(self, linears: Collection[str], kept_linears: Collection[str], others: Iterable[str]) -> Allocation:
         """The scheme of every linear of a model; ``kept_linears`` are those that stay in full precision.
@@ -102,7 +109,8 @@ class AllocationRules:
                 f"--allocation {self.file} is of another model: {_some(strange)} is no linear of this one{hint}. Take "
                 "the allocation.json of this model, or write the names as bitwright inspect --linears shows them"
             )
-        asked = [name for name, scheme in self.named.items() if scheme is not None and name not in linears]
+        kept_by_file = [name for name, scheme in self.named.items() if scheme is not None and name not in linears]
+        asked = [name for name in kept_by_file if not any(_fits(name, pattern) for pattern in self.excluded)]
         if asked:
             scheme = self.named[asked[0]]
             raise RecipeError(f"--allocation {self.file} gives {_some(asked)} {scheme}, {_why_kept(asked)}")
@@ -127,15 +135,27 @@ class AllocationRules:
                 )
 
 
-def _entry(text: str) -> tuple[str, Scheme]:
-    """The pattern and the scheme of an entry. Raises RecipeError, SchemeError."""
-    pattern, equals, scheme = (part.strip() for part in text.partition("="))
-    if not (pattern and equals and scheme):
-        raise RecipeError(f"--scheme-for '{text}' is no PATTERN=SCHEME; write '*.down_proj=W8A16g128'")
-    try:
-        return pattern, Scheme.parse(scheme)
-    except SchemeError as error:
-        raise SchemeError(f"--scheme-for {pattern}: {error}") from None
+def _entries(texts: Iterable[str]) -> Iterator[tuple[str, Scheme]]:
+    """The pattern and the scheme of each entry; patterns with commas between them share one scheme.
+
+    Raises RecipeError, SchemeError.
+    """
+    waiting = list[str]()
+    for text in texts:
+        pattern, equals, scheme = (part.strip() for part in text.partition("="))
+        waiting.append(pattern)
+        if not (pattern and scheme) and equals:
+            break
+        if equals:
+            try:
+                yield from ((name, Scheme.parse(scheme)) for name in waiting)
+            except SchemeError as error:
+                raise SchemeError(f"--scheme-for {pattern}: {error}") from None
+            waiting = []
+    if waiting:
+        raise RecipeError(
+            f"--scheme-for '{','.join(waiting)}' is no PATTERN=SCHEME; write '*.down_proj=W8A16g128' (in quotes)"
+        )
 
 
 def _read(path: Path) -> tuple[Scheme | None, dict[str, Scheme | None]]:
@@ -151,15 +171,13 @@ def _read(path: Path) -> tuple[Scheme | None, dict[str, Scheme | None]]:
         ) from None
     except CheckpointError as error:
         raise RecipeError(f"{error}; an allocation reads {form}") from None
-    linears = content.get("linears")
-    if not content.keys() <= {"scheme", "linears"} or not isinstance(linears, dict):
+    linears, default = content.get("linears"), content.get("scheme")
+    if not content.keys() <= {"scheme", "linears"} or "linears" not in content:
         raise RecipeError(f"--allocation {path}: its keys are {shown(list(content))}; an allocation reads {form}")
-    default = content.get("scheme")
-    if default is None:
-        raise RecipeError(f"--allocation {path} says no scheme for the other linears; an allocation reads {form}")
-    return _scheme(path, "scheme", default), {
-        name: None if text is None else _scheme(path, name, text) for name, text in linears.items()
-    }
+    if not isinstance(linears, dict):
+        raise RecipeError(f"--allocation {path}: its linears are {shown(linears)}; an allocation reads {form}")
+    named = {name: None if text is None else _scheme(path, name, text) for name, text in linears.items()}
+    return None if default is None else _scheme(path, "scheme", default), named
 
 
 def _scheme(path: Path, name: str, text: Any) -> Scheme:
@@ -185,4 +203,4 @@ def _why_kept(names: Collection[str]) -> str:
     """Why these are not quantized, and what to do, to go on from their names and a comma."""
     if HEAD in names:
         return "which is not quantized; --quantize-lm-head quantizes it"
-    return "which --exclude, or the model itself, leaves in full precision; change one of the two"
+    return "which stays in full precision: --exclude says so, or it is no linear that can be quantized"

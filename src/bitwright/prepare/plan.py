@@ -101,7 +101,9 @@ def notes_of(run: Prepared) -> Iterator[str]:
         yield f"{run.method} needs no calibration data; they are used to report output errors"
     if own := run.allocation.own:
         counted = Counter(map(str, own.values()))
-        yield "schemes of their own: " + ", ".join(f"{scheme} for {n} linears" for scheme, n in counted.items())
+        yield "schemes of their own: " + ", ".join(
+            f"{scheme} for {n} linear{'s' if n > 1 else ''}" for scheme, n in counted.items()
+        )
 
 
 def _outliers_on_top(run: Prepared) -> Iterator[str]:

@@ -12,7 +12,7 @@ _NEXT = {
     "gguf": "llama-cli -m {output} -p PROMPT, or any other program on llama.cpp",
     "mlc": "mlc_llm chat {output}, or compile it for a phone (docs/formats/mlc.md)",
 }
-_BY_BITWRIGHT = "bitwright.load, which quantizes the queries too; the folder's config could not say so"
+_BY_BITWRIGHT = "bitwright.load: transformers alone does not load this format, or leaves the queries as they are"
 
 
 def plan(console: Console, result: Any) -> None:

@@ -81,7 +81,7 @@ def test_order_of_the_file_system_does_not_matter(tmp_path: Path, monkeypatch: p
     before = texts.evaluation_text(tmp_path), texts.calibration_text(tmp_path), texts.training_text(tmp_path)
     for name in ("glob", "rglob"):
         forwards = getattr(Path, name)
-        monkeypatch.setattr(Path, name, lambda self, pattern, find=forwards: reversed(list(find(self, pattern))))
+        monkeypatch.setattr(Path, name, lambda self, *how, find=forwards, **more: reversed([*find(self, *how, **more)]))
     assert before == (texts.evaluation_text(tmp_path), texts.calibration_text(tmp_path), texts.training_text(tmp_path))
 
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from tests.conftest import Checkpoints
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.configuration import Configured
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.method import Context, DataFree, WeightContext
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.settings import Settings
 from bitwright.methods import compose
 from bitwright.model.source import Source

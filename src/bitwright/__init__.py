@@ -25,5 +25,6 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from bitwright import api
 
-        return getattr(api, name)
+        value = globals()[name] = getattr(api, name)
+        return value
     raise AttributeError(f"module 'bitwright' has no attribute {name!r}")

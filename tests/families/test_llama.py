@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.block import Outline
 from bitwright.core.decoder import Config, Decoder
-from bitwright.core.outline import Outline
 from bitwright.core.registry import architecture_of
 from bitwright.families import llama
 from bitwright.model.plain_config import plain_decoder

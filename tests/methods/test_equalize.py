@@ -8,12 +8,11 @@ from tests.conftest import Checkpoints, changed, measured
 from tests.streamed import Streamed
 
 import bitwright
-from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.errors import RecipeError
 from bitwright.core.method import Context
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.settings import Settings
 from bitwright.methods import equalize
 from bitwright.steps.apply import fold

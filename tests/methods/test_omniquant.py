@@ -13,11 +13,10 @@ from tests.streamed import Streamed, configured, context_of
 from torch import Tensor
 
 import bitwright
-from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block, Topology
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.errors import OutputError, RecipeError
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.training import Training
 from bitwright.methods import compose
 from bitwright.model.source import Source

@@ -3,12 +3,11 @@
 import torch
 from torch import nn
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block, LinearGroup, Topology
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.grid import Grid, Tile
 from bitwright.core.method import WeightContext
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.settings import Settings
 from bitwright.methods.rtn import METHOD
 from bitwright.steps.apply import fold, quantize_linear

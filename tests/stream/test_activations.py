@@ -11,10 +11,9 @@ from tests.conftest import Checkpoints, loaded
 from tests.stream.conftest import SkeletonOf
 from torch import Tensor
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, SiteDecision
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 from bitwright.steps.activations import GRIDS
 from bitwright.steps.apply import Folded, fold
 from bitwright.stream import forward

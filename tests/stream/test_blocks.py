@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitwright.core.account import BlockReport
-from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.configuration import Configured
 from bitwright.core.decisions import BlockDecisions, Decision
 from bitwright.core.method import Closed, Context
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.registry import find
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.settings import Settings
 from bitwright.core.training import Training
 from bitwright.methods import compose, rtn

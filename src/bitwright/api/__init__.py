@@ -7,62 +7,68 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitwright.api.benching import Bench, bench
-    from bitwright.api.demonstrating import Demonstration, demo
-    from bitwright.api.evaluating import Evaluation, evaluate
-    from bitwright.api.exporting import Exported, export
-    from bitwright.api.inspecting import Inspection, inspect
-    from bitwright.api.planning import plan
-    from bitwright.api.quantizing import Result, quantize, speaks
-    from bitwright.api.verifying import verify
-    from bitwright.core.engine import Engine, engines
-    from bitwright.evaluation.loading import load
-    from bitwright.methods import describe_methods
-    from bitwright.prepare.plan import Plan
-    from bitwright.stream.worker_pool import start_workers
-    from bitwright.verification.findings import Verification
+    from bitwright.api.benching import Bench as Bench
+    from bitwright.api.benching import bench as bench
+    from bitwright.api.demonstrating import Demonstration as Demonstration
+    from bitwright.api.demonstrating import demo as demo
+    from bitwright.api.evaluating import Evaluation as Evaluation
+    from bitwright.api.evaluating import evaluate as evaluate
+    from bitwright.api.exporting import Exported as Exported
+    from bitwright.api.exporting import export as export
+    from bitwright.api.inspecting import Inspection as Inspection
+    from bitwright.api.inspecting import inspect as inspect
+    from bitwright.api.planning import plan as plan
+    from bitwright.api.quantizing import Result as Result
+    from bitwright.api.quantizing import quantize as quantize
+    from bitwright.api.quantizing import speaks as speaks
+    from bitwright.api.verifying import verify as verify
+    from bitwright.core.engine import Engine as Engine
+    from bitwright.core.engine import engines as engines
+    from bitwright.evaluation.loading import load as load
+    from bitwright.methods import describe_methods as describe_methods
+    from bitwright.prepare.plan import Plan as Plan
+    from bitwright.stream.worker_pool import start_workers as start_workers
+    from bitwright.verification.findings import Verification as Verification
 
 _HOMES = {
-    "bitwright.api.benching": ("Bench", "bench"),
-    "bitwright.api.demonstrating": ("Demonstration", "demo"),
-    "bitwright.api.evaluating": ("Evaluation", "evaluate"),
-    "bitwright.api.exporting": ("Exported", "export"),
-    "bitwright.api.inspecting": ("Inspection", "inspect"),
+    "bitwright.api.benching": (
+        "Bench",
+        "bench",
+    ),
+    "bitwright.api.demonstrating": (
+        "Demonstration",
+        "demo",
+    ),
+    "bitwright.api.evaluating": (
+        "Evaluation",
+        "evaluate",
+    ),
+    "bitwright.api.exporting": (
+        "Exported",
+        "export",
+    ),
+    "bitwright.api.inspecting": (
+        "Inspection",
+        "inspect",
+    ),
     "bitwright.api.planning": ("plan",),
-    "bitwright.api.quantizing": ("Result", "quantize", "speaks"),
+    "bitwright.api.quantizing": (
+        "Result",
+        "quantize",
+        "speaks",
+    ),
     "bitwright.api.verifying": ("verify",),
-    "bitwright.core.engine": ("Engine", "engines"),
+    "bitwright.core.engine": (
+        "Engine",
+        "engines",
+    ),
     "bitwright.evaluation.loading": ("load",),
     "bitwright.methods": ("describe_methods",),
-    "bitwright.stream.worker_pool": ("start_workers",),
     "bitwright.prepare.plan": ("Plan",),
+    "bitwright.stream.worker_pool": ("start_workers",),
     "bitwright.verification.findings": ("Verification",),
 }
-
-__all__ = [
-    "Bench",
-    "Demonstration",
-    "Engine",
-    "Evaluation",
-    "Exported",
-    "Inspection",
-    "Plan",
-    "Result",
-    "Verification",
-    "bench",
-    "demo",
-    "describe_methods",
-    "engines",
-    "evaluate",
-    "export",
-    "inspect",
-    "load",
-    "plan",
-    "quantize",
-    "speaks",
-    "start_workers",
-    "verify",
-]
+__all__ = sorted(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
@@ -70,4 +76,5 @@ def __getattr__(name: str) -> Any:
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'bitwright.api' has no attribute {name!r}")
-    return getattr(import_module(home), name)
+    value = globals()[name] = getattr(import_module(home), name)
+    return value

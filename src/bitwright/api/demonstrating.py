@@ -15,7 +15,7 @@ from bitwright.core.progress import Listener, silent
 from bitwright.core.recipe import Recipe
 from bitwright.demo import MODEL_DIR
 from bitwright.evaluation.loading import load
-from bitwright.prepare.outputs import refuse_output
+from bitwright.prepare.resources import refuse_output
 
 SCHEMES = ("W4A16g128", "W3A16g128", "W2A16g128")
 PROMPT = 'def read_file(path):\n    """Read'

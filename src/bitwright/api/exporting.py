@@ -18,7 +18,7 @@ from bitwright.core.quantized import Difference
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
 from bitwright.formats import QuantizedFolder
 from bitwright.prepare.format_choice import refuse_idle, target
-from bitwright.prepare.outputs import refuse_output
+from bitwright.prepare.resources import refuse_output
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.parts import PartWriter
 from bitwright.verification.engine_files import require_sound_file

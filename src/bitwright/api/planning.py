@@ -5,12 +5,13 @@ from bitwright.prepare.engine_choice import for_engines
 from bitwright.prepare.plan import Plan, plan_of
 from bitwright.prepare.prepared import prepare
 from bitwright.prepare.question import Question
-from bitwright.prepare.workers import workers_for
+from bitwright.prepare.resources import workers_for
 from bitwright.stream.ranks import Ranks
 
 
 def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_memory: str | None = None) -> Plan:
     """What ``quantize`` would do with this recipe; reads no weight and writes nothing. Raises UserError."""
     with Ranks.here().alike():
-        run = prepare(for_engines(Question.of(recipe), device), device)
+        question = Question.of(recipe)
+        run = prepare(question if recipe.engines is None else for_engines(question, device), device)
         return plan_of(run, workers_for(run, workers, max_memory, Ranks()))

@@ -16,11 +16,10 @@ from bitwright.core.errors import ChangedError
 from bitwright.core.progress import Listener, silent
 from bitwright.core.recipe import Recipe
 from bitwright.prepare.engine_choice import for_engines
-from bitwright.prepare.outputs import place_to_save, refuse_output, require_room
 from bitwright.prepare.plan import notes_of
 from bitwright.prepare.prepared import Prepared, prepare
 from bitwright.prepare.question import Question
-from bitwright.prepare.workers import Workers, workers_for
+from bitwright.prepare.resources import Workers, place_to_save, refuse_output, require_room, workers_for
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.ranks import Ranks
 from bitwright.stream.worker_pool import WorkerPool
@@ -81,10 +80,12 @@ def quantize(
     """
     start, output, ranks = monotonic(), Path(output), Ranks.here()
     with ranks.alike():
-        question = for_engines(Question.of(recipe), device)
+        question = Question.of(recipe)
+        if recipe.engines is not None:
+            question = for_engines(question, device)
         refuse_output(Path(recipe.model), output, overwrite, question.single)
         run = prepare(question, device)
-        crew = Crew(workers_for(run, workers, max_memory, ranks), pool or WorkerPool(), ranks)
+        crew = Crew(workers_for(run, workers, max_memory, ranks), pool, ranks)
     if not ranks.first:
         return _help(run, output, crew)
     saved = None if save_parameters is None else place_to_save(run, Path(save_parameters), output)
@@ -112,7 +113,7 @@ class Crew:
     """The processes that work on one result: workers beside this one, and other ranks."""
 
     workers: Workers
-    pool: WorkerPool
+    pool: WorkerPool | None
     ranks: Ranks
 
     def write_parts(self, run: Prepared, work: Path, journal: Journal, listener: Listener) -> Sink:

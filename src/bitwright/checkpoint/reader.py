@@ -13,8 +13,8 @@ import torch
 from bitwright.checkpoint.header import Header, TensorEntry
 from bitwright.checkpoint.layout import CONFIG, INDEX, find_weights, read_bytes, read_config
 from bitwright.checkpoint.ranges import Stored, is_finite_tensor, read_into, require_finite
+from bitwright.core.block import Outline
 from bitwright.core.errors import CheckpointError, nearest
-from bitwright.core.outline import Outline
 from bitwright.core.tensor_bytes import memory_of
 
 SAMPLE_BYTES = 64 * 1024

@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block, Topology
 from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision
 from bitwright.core.grid import Tile
 from bitwright.core.outlier_rule import Bounds, OutlierRule
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.settings import Setting, Settings
 from bitwright.core.training import Training
 

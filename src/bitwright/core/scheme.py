@@ -1,4 +1,4 @@
-"""Schemes: what is quantized, to how many bits, and which weights share a scale.
+"""Schemes: what is quantized, to how many bits, and which weights share a scale. An allocation: which linear has which.
 
 A scheme is written ``W<bits>A<bits>[KV<bits>][g<size>[ic]][sym|asym|real]``:
 
@@ -13,8 +13,8 @@ or named after the grid of an engine that has one of its own (``NAMED``): ``mlc:
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import product
 from typing import Final
@@ -178,3 +178,54 @@ def _common_schemes() -> Iterator[str]:
         yield f"W{bits}A16{group}{symmetry}"
     for bits, activation, cache in product(weights, (8, 6, 4), ("", "KV4", "KV8", "KV16")):
         yield f"W{bits}A{activation}{cache}"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A scheme for every linear of a model.
+
+    ``schemes`` are those of linears that have another one than ``default``, by their names in the model; None leaves a
+    linear in full precision.
+    """
+
+    default: Scheme
+    schemes: Mapping[str, Scheme | None] = field(default_factory=dict)
+
+    def of(self, linear: str) -> Scheme | None:
+        """The scheme of a linear; None if it stays in full precision."""
+        return self.schemes.get(linear, self.default)
+
+    def scheme(self, linear: str) -> Scheme:
+        """The scheme of a linear that is quantized."""
+        scheme = self.of(linear)
+        assert scheme is not None, f"{linear} is not quantized"
+        return scheme
+
+    def within(self, block: str) -> "Allocation":
+        """The schemes of a block's linears by their names in the block; "" is the model itself."""
+        prefix = f"{block}." if block else ""
+        own = {name: scheme for name, scheme in self.schemes.items() if name.startswith(prefix)}
+        return Allocation(self.default, {name.removeprefix(prefix): scheme for name, scheme in own.items()})
+
+    @property
+    def distinct(self) -> tuple[Scheme, ...]:
+        """Every scheme once, the default first."""
+        return tuple(dict.fromkeys((self.default, *filter(None, self.schemes.values()))))
+
+    @property
+    def own(self) -> dict[str, Scheme]:
+        """The schemes of quantized linears that have another one than the default."""
+        return {name: scheme for name, scheme in self.schemes.items() if scheme not in (None, self.default)}
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all quantized linears have one scheme."""
+        return not self.own
+
+    def to_json(self, linears: Iterable[str]) -> dict[str, object]:
+        """``allocation.json``: ``{"scheme": default, "linears": {name: scheme or null}}`` for these linears."""
+        schemes = {linear: self.of(linear) for linear in linears}
+        return {
+            "scheme": str(self.default),
+            "linears": {linear: None if scheme is None else str(scheme) for linear, scheme in schemes.items()},
+        }

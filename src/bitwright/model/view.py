@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bitwright.checkpoint.reader import Checkpoint
-from bitwright.core.outline import Outline
+from bitwright.core.block import Outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,11 +7,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError, shown
 from bitwright.core.json_values import parse_object
 from bitwright.core.recipe import Recipe
-from bitwright.core.scheme import NAMED, Scheme
+from bitwright.core.scheme import NAMED, Allocation, Scheme
 
 LARGEST_FILE = 2**26
 """Bytes of an allocation file: room for hundreds of thousands of linears."""

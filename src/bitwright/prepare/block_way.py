@@ -22,8 +22,8 @@ from bitwright.model.source import (
     tokenize,
 )
 from bitwright.model.view import ModelView
-from bitwright.prepare.inventory import Inventory
 from bitwright.prepare.question import Question
+from bitwright.prepare.way import Inventory
 from bitwright.stream.blocks import BlockDriver
 from bitwright.stream.memory import Budget, estimate, peak_memory
 from bitwright.stream.parts import PartWriter
@@ -105,7 +105,7 @@ class BlockWay:
         writer: PartWriter,
         tokens: Int[Tensor, "N T"] | None,
         workers: int,
-        pool: WorkerPool,
+        pool: WorkerPool | None,
         ranks: Ranks,
     ) -> BlockDriver:
         """What makes the parts; one process does it."""
@@ -124,9 +124,10 @@ def skeleton_of(source: Source, device: str) -> Skeleton:
 def _inventory(question: Question, source: Source, skeleton: Skeleton) -> Inventory:
     outline, with_head = skeleton.outline, question.recipe.quantize_lm_head
     head = outline.family.head
-    everything = outline.division(with_head, source.checkpoint.names, lambda _: OTHER)
-    patterns = Patterns.of(question.recipe, question.rules.left_out)
-    division = chosen(everything, patterns, source.checkpoint, ModelView.of_outline(outline, source.checkpoint))
+    division = outline.division(with_head, source.checkpoint.names, lambda _: OTHER)
+    if question.rules.excluded or question.rules.left_out:
+        patterns = Patterns.of(question.recipe, question.rules.left_out)
+        division = chosen(division, patterns, source.checkpoint, ModelView.of_outline(outline, source.checkpoint))
     quantized = {weight.name for weight in division.weights}
     within = tuple(f"{name}." for name in outline.blocks)
     stored = [name for name in source.checkpoint.names if not name.startswith(within)]

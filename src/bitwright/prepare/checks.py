@@ -3,16 +3,15 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.format import Format, TensorFormat
 from bitwright.core.grid import Tile
 from bitwright.core.registry import described
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.weight import Weight, starred
 from bitwright.model.source import DTYPES, Source
 from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED, target
-from bitwright.prepare.inventory import Inventory
+from bitwright.prepare.way import Inventory
 
 
 def check_scheme(source: Source, scheme: Scheme) -> None:

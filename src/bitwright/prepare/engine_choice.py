@@ -28,8 +28,6 @@ def for_engines(asked: Question, device: str = "auto") -> Question:
     does not fit into those that are loaded.
     """
     recipe = asked.recipe
-    if recipe.engines is None:
-        return asked
     chosen = [engine_named(name) for name in recipe.patterns("engines")]
     if not chosen:
         raise RecipeError(f"engines names none; take {', '.join(engine.name for engine in engines())}, or leave it out")

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.engine import Engine, Way, Workload
 from bitwright.core.errors import RecipeError, SchemeError
 from bitwright.core.mixing import Schemes
+from bitwright.core.scheme import Allocation
 from bitwright.model.source import open_checkpoint, require_folder
 from bitwright.prepare.checks import check_shapes
 from bitwright.prepare.format_choice import WIDELY_LOADED, not_widely_loaded, target
-from bitwright.prepare.inventory import Inventory
+from bitwright.prepare.prepared import opened
 from bitwright.prepare.question import Question
-from bitwright.prepare.way import opened
+from bitwright.prepare.way import Inventory
 
 
 @dataclass(frozen=True)
@@ -115,5 +115,5 @@ def _workload(question: Question, limits: ModelLimits) -> Workload:
     freedoms = settled.freedoms(scheme)
     outliers = any(freedom.outliers is not None for freedom in freedoms)
     tiles = [tile for freedom in freedoms for tile in freedom.tiles]
-    own = question.allocation(limits.inventory).own if question.rules.mixed else {}
+    own = limits.inventory.allocation(question).own if question.rules.mixed else {}
     return Workload(scheme, model_type, outliers, tiles, own)

@@ -6,7 +6,6 @@ two share their tensors, so the choice can wait until every method has decided: 
 
 from collections.abc import Sequence
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.configuration import Configuration
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Format, TensorFormat
@@ -14,7 +13,7 @@ from bitwright.core.grid import Tile
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.recipe import SHARD_SIZE
 from bitwright.core.registry import format_of
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 
 WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
 ELSEWHERE = (

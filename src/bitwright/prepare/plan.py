@@ -10,7 +10,7 @@ from bitwright.core.weight import Weight, starred
 from bitwright.model.config import architecture
 from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED, encoder, target
 from bitwright.prepare.prepared import Prepared
-from bitwright.prepare.workers import Workers
+from bitwright.prepare.resources import Workers
 from bitwright.stream.memory import Budget
 
 

@@ -11,24 +11,24 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.core.account import LinearReport
-from bitwright.core.allocation import Allocation
 from bitwright.core.configuration import Configuration
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Format, TensorFormat, WriteOptions
 from bitwright.core.grid import Tile
 from bitwright.core.quantized import WrittenModel, departures
 from bitwright.core.recipe import Recipe
-from bitwright.core.scheme import UNQUANTIZED_BITS, Scheme
+from bitwright.core.scheme import UNQUANTIZED_BITS, Allocation, Scheme
 from bitwright.core.weight import Weight
-from bitwright.model.arithmetic import pick_arithmetic
 from bitwright.model.source import Source
+from bitwright.prepare.block_way import BlockWay
 from bitwright.prepare.checks import check_dtypes, check_names, check_scheme, check_shapes
 from bitwright.prepare.format_choice import expected, refuse_idle, settled
-from bitwright.prepare.inventory import Inventory
 from bitwright.prepare.learned_parameters import LearnedParameters, belonging
 from bitwright.prepare.question import Question
-from bitwright.prepare.way import Way, opened
+from bitwright.prepare.tensor_way import TensorWay
+from bitwright.prepare.way import Inventory, Way
 from bitwright.stream.parts import Driver, PartWriter
+from bitwright.stream.precision import pick_arithmetic
 from bitwright.stream.ranks import Ranks
 from bitwright.stream.run_plan import RunPlan
 from bitwright.stream.worker_pool import WorkerPool
@@ -108,7 +108,7 @@ class Prepared:
         """The scheme of a weight, its tile laid on slices as they are stored."""
         return weight.scheme(self.allocation.scheme(weight.name))
 
-    def driver(self, folder: Path, workers: int, pool: WorkerPool, ranks: Ranks) -> Driver:
+    def driver(self, folder: Path, workers: int, pool: WorkerPool | None, ranks: Ranks) -> Driver:
         """What makes the parts in a work folder."""
         plan = RunPlan(
             self.allocation,
@@ -139,13 +139,23 @@ class Prepared:
         )
 
 
+def opened(question: Question, device: str, *, tokenizer: bool) -> tuple[Source, Way]:
+    """The model of a recipe, and the way that its methods take through it; no weight is read.
+
+    Raises UserError, also, with ``tokenizer``, if the model has none.
+    """
+    source = Source.open(Path(question.recipe.model), to_build=not question.alone, tokenizer=tokenizer)
+    way = TensorWay.open(question, source, device) if question.alone else BlockWay.open(question, source, device)
+    return source, way
+
+
 def prepare(question: Question, device: str = "auto") -> Prepared:
     """Check a recipe against the model without reading any weight. Raises UserError."""
     recipe = question.recipe
     refuse_idle(recipe.format, recipe.embeddings, recipe.base, recipe.shard_size)
     source, way = opened(question, device, tokenizer=question.needs_tokenizer)
     inventory, checkpoint = way.inventory, source.checkpoint
-    allocation = question.allocation(inventory)
+    allocation = inventory.allocation(question)
     topology = source.family.topology if source.family else None
     fitted, note = question.composition.fitted(question.scheme, topology, recipe.settings)
     configuration = fitted.settled(recipe.training, question.scheme, recipe.settings)
@@ -153,7 +163,8 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
     check_scheme(source, question.scheme)
     check_dtypes(source, inventory)
     scales = _scales(question, source, inventory)
-    question.format.config(_written(source, inventory, allocation, scales))  # refuses what it has no words for
+    if recipe.format is not None:  # else one is taken that has words for everything
+        question.format.config(_written(source, inventory, allocation, scales))
     check_names(source, inventory, question.format)
     check_shapes(inventory, allocation, lambda scheme: _tiles(configuration, scheme), question.target)
     if isinstance(question.target, FileFormat):

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Format, TensorFormat
 from bitwright.core.recipe import Recipe
@@ -10,7 +9,6 @@ from bitwright.core.scheme import Scheme
 from bitwright.methods import Composition, composed_for
 from bitwright.prepare.allocation_rules import AllocationRules
 from bitwright.prepare.format_choice import encoder, target
-from bitwright.prepare.inventory import Inventory
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,3 @@ class Question:
                 f"format {self.target.name} holds weights alone, and scheme {scheme} quantizes activations or KV cache "
                 f"too; take W{scheme.weight.bits}A16, or --format compressed-tensors"
             )
-
-    def allocation(self, inventory: Inventory) -> Allocation:
-        """The scheme of every linear of a model. Raises RecipeError as ``AllocationRules.allocation``."""
-        others = (name.removesuffix(".weight") for name in inventory.kept)
-        schemes = self.rules.allocation(inventory.linears, inventory.kept_linears, others).schemes
-        adapted = {name: scheme and self.adapted(scheme) for name, scheme in schemes.items()}
-        return Allocation(self.scheme, {name: scheme for name, scheme in adapted.items() if scheme != self.scheme})

@@ -7,8 +7,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.block import Outline
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.outline import Outline
 from bitwright.core.progress import Listener
 from bitwright.core.recipe import Recipe
 from bitwright.core.training import Training
@@ -18,8 +18,8 @@ from bitwright.model.chosen_weights import Patterns, chosen
 from bitwright.model.source import Source, pick_device, sequence_length
 from bitwright.model.view import ModelView
 from bitwright.prepare.block_way import OTHER, skeleton_of
-from bitwright.prepare.inventory import Inventory
 from bitwright.prepare.question import Question
+from bitwright.prepare.way import Inventory
 from bitwright.stream.memory import Budget, estimate_tensors
 from bitwright.stream.parallel import TensorDriver
 from bitwright.stream.parts import PartWriter
@@ -75,12 +75,16 @@ class TensorWay:
         writer: PartWriter,
         tokens: Int[Tensor, "N T"] | None,
         workers: int,
-        pool: WorkerPool,
+        pool: WorkerPool | None,
         ranks: Ranks,
     ) -> TensorDriver:
         """What makes the parts, in this process or in worker processes."""
         return TensorDriver(
-            self.units, TensorPlan(self.source.checkpoint, plan, str(self.device), writer), workers, pool, ranks
+            self.units,
+            TensorPlan(self.source.checkpoint, plan, str(self.device), writer),
+            workers,
+            pool or WorkerPool(),
+            ranks,
         )
 
 

@@ -1,24 +1,73 @@
-"""The way through a model: block by block, or tensor by tensor. Nobody asks afterwards which of them it is."""
+"""The way of a run through a model: block by block, or tensor by tensor. Nobody asks afterwards which of them it is."""
 
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.core.format import Foreseen
 from bitwright.core.progress import Listener
+from bitwright.core.scheme import Allocation
 from bitwright.core.training import Training
-from bitwright.model.source import Source
-from bitwright.prepare.block_way import BlockWay
-from bitwright.prepare.inventory import Inventory
+from bitwright.core.weight import Weight
 from bitwright.prepare.question import Question
-from bitwright.prepare.tensor_way import TensorWay
 from bitwright.stream.memory import Budget
 from bitwright.stream.parts import Driver, PartWriter
 from bitwright.stream.ranks import Ranks
 from bitwright.stream.run_plan import RunPlan
 from bitwright.stream.worker_pool import WorkerPool
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The tensors of a checkpoint as a run will treat them, told from names, shapes and dtypes.
+
+    ``weights`` are what will be quantized, in the order of the model; ``kept`` the tensors that stay as they are, and
+    why; ``kept_linears`` the linears among them, by their names in the model. ``as_stored`` are the tensors that are in
+    no part: they are copied from the checkpoint at the end. ``units`` are the names of what is written part by part,
+    in the order of the model; ``blocks`` is the number of decoder blocks. ``copied_head``: an output layer that shares
+    its weight with the embedding gets a weight of its own.
+
+    ``special`` is a weight that transformers loads only with our plugin, whatever its codes; ``merged`` one that it
+    also loads without if it is symmetric. None if there is no such weight.
+    """
+
+    weights: Sequence[Weight]
+    kept: Mapping[str, str]
+    kept_linears: Sequence[str]
+    as_stored: Sequence[str]
+    units: Sequence[str]
+    blocks: int
+    copied_head: bool
+    special: str | None = None
+    merged: str | None = None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The names of the linears that will be quantized."""
+        return tuple(weight.name for weight in self.weights)
+
+    def allocation(self, question: Question) -> Allocation:
+        """The scheme of every linear. Raises RecipeError as ``AllocationRules.allocation``."""
+        others = (name.removesuffix(".weight") for name in self.kept)
+        schemes = question.rules.allocation(self.linears, self.kept_linears, others).schemes
+        adapted = {name: scheme and question.adapted(scheme) for name, scheme in schemes.items()}
+        default = question.scheme
+        return Allocation(default, {name: scheme for name, scheme in adapted.items() if scheme != default})
+
+    def only_ours(self, allocation: Allocation) -> str | None:
+        """A weight that transformers loads only with our plugin; None if there is none."""
+        symmetric = all(scheme.weight.symmetric for scheme in allocation.distinct)
+        return self.special or (None if symmetric else self.merged)
+
+    def foreseen(self, names: Iterable[str], allocation: Allocation) -> Foreseen:
+        """The quantized model as far as names and shapes tell; ``names`` are all tensors of the checkpoint."""
+        linears = {weight.name: weight.shape for weight in self.weights}
+        passed = [name for name in names if name.removesuffix(".weight") not in linears]
+        return Foreseen(linears, passed, allocation.default.weight, allocation.default.tile)
 
 
 class Way(Protocol):
@@ -55,17 +104,7 @@ class Way(Protocol):
         writer: PartWriter,
         tokens: Int[Tensor, "N T"] | None,
         workers: int,
-        pool: WorkerPool,
+        pool: WorkerPool | None,
         ranks: Ranks,
     ) -> Driver:
         """What makes the parts."""
-
-
-def opened(question: Question, device: str, *, tokenizer: bool) -> tuple[Source, Way]:
-    """The model of a recipe, and the way that its methods take through it; no weight is read.
-
-    Raises UserError, also, with ``tokenizer``, if the model has none.
-    """
-    source = Source.open(Path(question.recipe.model), to_build=not question.alone, tokenizer=tokenizer)
-    way = TensorWay.open(question, source, device) if question.alone else BlockWay.open(question, source, device)
-    return source, way

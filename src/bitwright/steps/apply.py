@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block, Topology
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.errors import RecipeError
 from bitwright.core.qtensor import QTensor, affine, quantize
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 from bitwright.steps.ranges import minmax
 from bitwright.steps.transform import apply_site
 

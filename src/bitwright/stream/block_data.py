@@ -7,10 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.method import LinearStats, Moments
+from bitwright.core.scheme import Allocation
 from bitwright.core.training import Training
 from bitwright.steps.apply import fold, parameters_of
 from bitwright.stream.activations import Stream, statistics

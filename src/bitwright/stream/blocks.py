@@ -13,12 +13,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.core.account import BlockReport
-from bitwright.core.allocation import Allocation
 from bitwright.core.block import Block
 from bitwright.core.configuration import Configured
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.method import Closed, Context, Learned, WeightContext
 from bitwright.core.progress import Listener, Progress
+from bitwright.core.scheme import Allocation
 from bitwright.core.training import Training
 from bitwright.steps.apply import Folded, fold, require_held, weights_of
 from bitwright.steps.outliers import bounds_of

@@ -22,6 +22,25 @@ MOST_SCORES = 2**22
 """The number of attention scores of one step above which the fused attention, which never holds them all, is kept."""
 
 
+def pick_arithmetic(name: str, device: torch.device, held: torch.dtype) -> torch.dtype:
+    """The dtype that ``precision`` names (``core/training.py``), for blocks that are held in another on a device.
+
+    ``auto`` is bfloat16 on a CPU with instructions for it, and elsewhere the dtype that the blocks are held in.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if device.type == "cpu" and multiplies_bfloat16() else held
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (AVX512_BF16, AMX), and torch the library for them.
+
+    Without them torch computes such products more slowly than in float32. A torch that cannot tell counts as without.
+    """
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.backends.mkldnn.is_available() and any(check is not None and check() for check in checks)
+
+
 def running_dtype(block: torch.dtype, arithmetic: torch.dtype) -> torch.dtype:
     """The dtype that a block held in ``block`` runs in, if its products are computed in ``arithmetic``."""
     return block if block == arithmetic else torch.float32

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.core.allocation import Allocation
 from bitwright.core.configuration import Configured
+from bitwright.core.scheme import Allocation
 from bitwright.core.training import Training
 
 

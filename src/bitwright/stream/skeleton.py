@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.checkpoint.reader import Checkpoint
-from bitwright.core.block import Block, Family, LinearGroup, Topology
-from bitwright.core.outline import Outline
+from bitwright.core.block import Block, Family, LinearGroup, Outline, Topology
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

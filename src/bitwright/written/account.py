@@ -12,7 +12,6 @@ import torch
 
 from bitwright.calibration.tokens import fingerprint
 from bitwright.core.account import Account, BlockReport, CalibrationData, LinearReport, Totals
-from bitwright.model.arithmetic import name_of
 from bitwright.prepare.prepared import Prepared, settled_format
 
 EXPECTED_SHARE = 0.01
@@ -91,14 +90,14 @@ def _along_the_output(run: Prepared, rows: Sequence[LinearReport]) -> int:
 
 
 def _arithmetic(run: Prepared) -> str:
-    trained = "" if run.arithmetic is None else f", training in {name_of(run.arithmetic)}"
-    return f"{run.way.device.type} {name_of(run.way.dtype)}{trained}"
+    trained = "" if run.arithmetic is None else f", training in {_name(run.arithmetic)}"
+    return f"{run.way.device.type} {_name(run.way.dtype)}{trained}"
 
 
 def _settings(run: Prepared) -> dict[str, Any]:
     """What the methods were told, ``auto`` replaced by what it came to."""
     settings = run.configuration.values()
-    return settings if run.arithmetic is None else settings | {"precision": name_of(run.arithmetic)}
+    return settings if run.arithmetic is None else settings | {"precision": _name(run.arithmetic)}
 
 
 def _lost(run: Prepared, rows: Sequence[LinearReport]) -> str | None:
@@ -137,3 +136,7 @@ def _calibration(run: Prepared) -> CalibrationData | None:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

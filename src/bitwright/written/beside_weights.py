@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.checkpoint.writer import copy_file, write_json
-from bitwright.core.allocation import Allocation
 from bitwright.core.format import TensorFormat
 from bitwright.core.quantized import WrittenModel
+from bitwright.core.scheme import Allocation
 
 CONFIG, ALLOCATION = "config.json", "allocation.json"
 COPIED = (

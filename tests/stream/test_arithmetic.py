@@ -11,10 +11,10 @@ from tests.conftest import Checkpoints
 import bitwright
 from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.progress import Progress
-from bitwright.model import arithmetic
-from bitwright.model.arithmetic import pick_arithmetic
 from bitwright.prepare.prepared import prepare
 from bitwright.prepare.question import Question
+from bitwright.stream import precision
+from bitwright.stream.precision import pick_arithmetic
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PROBES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -48,14 +48,14 @@ def test_a_torch_that_cannot_tell_counts_as_unable(missing: str, monkeypatch: py
         else:
             monkeypatch.setattr(torch.cpu, probe, lambda: True, raising=False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: missing != "library")
-    assert not arithmetic.multiplies_bfloat16()
+    assert not precision.multiplies_bfloat16()
 
 
 @pytest.mark.parametrize("able", [True, False])
 def test_the_account_says_what_auto_came_to(
     able: bool, recipe: bitwright.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: able)
     bitwright.quantize(recipe, tmp_path / "out")
     account = json.loads((tmp_path / "out" / "bitwright.json").read_text())
     assert account["settings"]["precision"] == ("bfloat16" if able else "float32")
@@ -68,11 +68,11 @@ def test_a_run_is_not_continued_in_another_arithmetic(
         if progress.stage == "quantize" and progress.done == 1:
             raise Killed
 
-    monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
     with pytest.raises(Killed):
         bitwright.quantize(recipe, tmp_path / "out", listener=stop)
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(arithmetic, "multiplies_bfloat16", lambda: False)
+        elsewhere.setattr(precision, "multiplies_bfloat16", lambda: False)
         with pytest.raises(
             OutputError, match="arithmetic: 'cpu float32, training in bfloat16' -> 'cpu float32, training in float32'"
         ):
@@ -81,7 +81,7 @@ def test_a_run_is_not_continued_in_another_arithmetic(
 
 
 def test_what_is_not_trained_is_the_same_everywhere(recipe: bitwright.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
     assert prepare(Question.of(recipe)).arithmetic == torch.bfloat16
     assert prepare(Question.of(recipe.changed(scheme="W3A16", method="lwc", epochs=None))).arithmetic is None
     assert prepare(Question.of(recipe.changed(method="rtn", epochs=None))).arithmetic is None

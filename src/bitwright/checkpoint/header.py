@@ -168,42 +168,48 @@ def _checked_metadata(path: Path, claim: object) -> dict[str, str]:
 
 def _checked_entry(path: Path, name: str, claim: object, data_start: int) -> TensorEntry:
     """Check one tensor's claims against each other, not yet against the file."""
-    where = f"{path}: tensor {shown(name)}"
+    try:
+        return _entry(name, claim, data_start)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: tensor {shown(name)}: {error}") from None
+
+
+def _entry(name: str, claim: object, data_start: int) -> TensorEntry:
     if not isinstance(claim, dict) or set(claim) != TENSOR_KEYS:
-        raise CheckpointError(f"{where}: expected exactly {', '.join(sorted(TENSOR_KEYS))}, found {shown(claim)}")
+        raise CheckpointError(f"expected exactly {', '.join(sorted(TENSOR_KEYS))}, found {shown(claim)}")
     dtype = DTYPES.get(claim["dtype"]) if isinstance(claim["dtype"], str) else None
     if dtype is None:
-        raise CheckpointError(f"{where}: unknown dtype {shown(claim['dtype'])}. Known: {', '.join(sorted(DTYPES))}")
-    shape = _checked_shape(where, claim["shape"], dtype.itemsize)
-    start, end = _checked_offsets(where, claim["data_offsets"])
+        raise CheckpointError(f"unknown dtype {shown(claim['dtype'])}. Known: {', '.join(sorted(DTYPES))}")
+    shape = _checked_shape(claim["shape"], dtype.itemsize)
+    start, end = _checked_offsets(claim["data_offsets"])
     entry = TensorEntry(name, dtype, shape, data_start + start, data_start + end)
     if entry.nbytes != end - start:
         raise CheckpointError(
-            f"{where}: {claim['dtype']} of shape {shown(list(shape))} takes {entry.nbytes} bytes, but its offsets "
+            f"{claim['dtype']} of shape {shown(list(shape))} takes {entry.nbytes} bytes, but its offsets "
             f"[{shown(start)}, {shown(end)}] hold {shown(end - start)}"
         )
     return entry
 
 
-def _checked_shape(where: str, claim: object, itemsize: int) -> tuple[int, ...]:
+def _checked_shape(claim: object, itemsize: int) -> tuple[int, ...]:
     """A shape that torch can hold: at most 64 sizes, none negative, strides below 2^63 even if a size is 0."""
     if not isinstance(claim, list) or not all(_is_size(size) for size in claim):
-        raise CheckpointError(f"{where}: the shape must be a list of integers >= 0, found {shown(claim)}")
+        raise CheckpointError(f"the shape must be a list of integers >= 0, found {shown(claim)}")
     if len(claim) > MAX_RANK:
-        raise CheckpointError(f"{where}: {len(claim)} dimensions; more than {MAX_RANK} cannot be held")
+        raise CheckpointError(f"{len(claim)} dimensions; more than {MAX_RANK} cannot be held")
     strides = math.prod(max(min(size, MAX_ELEMENTS), 1) for size in claim)  # capped: no numbers of megabytes
     if max(claim, default=0) > MAX_ELEMENTS or strides * itemsize > MAX_ELEMENTS:
-        raise CheckpointError(f"{where}: the shape {shown(claim)} has more elements than 63 bits can count")
+        raise CheckpointError(f"the shape {shown(claim)} has more elements than 63 bits can count")
     return tuple(claim)
 
 
-def _checked_offsets(where: str, claim: object) -> tuple[int, int]:
+def _checked_offsets(claim: object) -> tuple[int, int]:
     """Start and end of a tensor in bytes from the beginning of the data, 0 <= start <= end."""
     if not isinstance(claim, list) or len(claim) != 2 or not all(_is_size(offset) for offset in claim):
-        raise CheckpointError(f"{where}: data_offsets must be two integers >= 0, found {shown(claim)}")
+        raise CheckpointError(f"data_offsets must be two integers >= 0, found {shown(claim)}")
     start, end = claim
     if start > end:
-        raise CheckpointError(f"{where}: data_offsets are reversed: {shown(claim)}")
+        raise CheckpointError(f"data_offsets are reversed: {shown(claim)}")
     return start, end
 
 

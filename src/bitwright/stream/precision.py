@@ -1,9 +1,9 @@
 """The arithmetic of training steps: matrix products in a short dtype, everything else in float32.
 
 Masters, fake quantization, norms, the residual path and the loss stay in float32; the inputs of linears and attention
-are rounded to the short dtype. That is torch's autocast, with two additions: weights arrive in the short dtype already
-(``core/fake_quant.py`` writes them so), and attention over few tokens is written out, because torch's fused attention
-for CPUs takes twice as long there.
+are rounded to the short dtype. This is torch's autocast with two additions. Weights are in the short dtype already
+(``core/fake_quant.py`` writes them so). Attention over few tokens is computed as two products and a softmax, because
+torch's fused attention for CPUs takes twice as long.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,11 +19,11 @@ from bitwright.core.block import Block
 
 WRITTEN_OUT = "bitwright_written_out"
 MOST_SCORES = 2**22
-"""The number of attention scores of one step above which the fused attention, which never holds them all, is kept."""
+"""Above this number of attention scores in one step, the fused attention stays: it never holds them all."""
 
 
 def running_dtype(block: torch.dtype, arithmetic: torch.dtype) -> torch.dtype:
-    """The dtype that a block held in ``block`` runs in, if its products are computed in ``arithmetic``."""
+    """The dtype in which a block of dtype ``block`` runs, if its products are computed in ``arithmetic``."""
     return block if block == arithmetic else torch.float32
 
 
@@ -45,7 +45,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[None]:
-    """Write attention over few tokens out as two products and a softmax, if a CPU computes in a short dtype."""
+    """A context: if a CPU computes in a short dtype, attention over few tokens is two products and a softmax."""
     attention = [m for m in block.module.modules() if hasattr(m, "config") and hasattr(m, "scaling")]
     place = next(block.module.parameters()).device
     if arithmetic == torch.float32 or place.type != "cpu" or not attention:

@@ -79,7 +79,7 @@ def leaving_nothing(work: OutputFolder) -> Iterator[None]:
 
 
 def notes_on(format: str, differences: Sequence[Difference]) -> list[str]:
-    """Notes on the tensors that a format changed, with the relative squared errors.
+    """The notes on tensors that a format changed, with the relative squared errors.
 
     These are tensors that only this format quantizes, mostly embeddings, and linears whose codes were not kept.
     """

@@ -32,7 +32,7 @@ def write_config(
     config: dict[str, Any], format: TensorFormat, written: WrittenModel, folder: Path
 ) -> dict[str, Any] | None:
     """Write config.json with the format's description of the quantized model, and return that description."""
-    if written.scheme.kv is not None:  # compressed-tensors reads this key for every attention
+    if written.scheme.kv is not None:  # compressed-tensors reads num_key_value_heads for every attention
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
     described = format.config(written)
     if described is not None:

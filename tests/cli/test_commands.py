@@ -303,9 +303,9 @@ class TestUsage:
 
     @pytest.mark.parametrize("command", ["quantize", "export"])
     def test_help_of_files(self, run: Run, command: str) -> None:
-        said = " ".join(run(command, "--help").out.replace("│", " ").split())
-        assert "older or file" in said and "mlc-chat-config.json" in said and "not of gguf and mlc" in said
-        assert "mlc: f16, with 4 bits" in said
+        said = " ".join(run(command, "--help").out.replace("│", " ").split()).replace("- ", "-")
+        assert "older or file" in said and "mlc-chat-config.json" in said and "not for gguf and mlc" in said
+        assert "mlc: f16 (at 4 bits only)" in said
 
     @pytest.mark.parametrize("arguments", [[], ["-h"], ["quantize", "--help"]])
     def test_help(self, run: Run, arguments: list[str]) -> None:

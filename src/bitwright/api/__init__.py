@@ -1,6 +1,6 @@
-"""What Bitwright does, as functions: the command line and Python call the same ones.
+"""The functions that users call, from Python or through the command line.
 
-Each is loaded when it is first used: measuring takes transformers, quantizing without text does not.
+Each is imported when it is first used, because only some of them need transformers.
 """
 
 from importlib import import_module
@@ -72,7 +72,7 @@ __all__ = sorted(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    """A function or a class from the file that it lives in."""
+    """Import a function or a class from its file."""
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'bitwright.api' has no attribute {name!r}")

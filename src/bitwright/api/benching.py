@@ -1,4 +1,4 @@
-"""bench(): speed and memory of a model, and of the original beside it in the same run."""
+"""bench(): measure speed and memory of a model, and of the original in the same run."""
 
 import os
 import sys
@@ -33,10 +33,11 @@ TRANSFORMERS = (sys.executable, "-m", "bitwright.evaluation.transformers_speed")
 
 @dataclass(frozen=True)
 class Bench:
-    """A measurement. ``rows`` are the model and, if there is one, the original; without it, the ratios are None.
+    """The speed and memory of a model, and of the original if one is named.
 
-    ``weight_ratio`` and ``memory_ratio`` are the model's bytes over the original's, the speedups its tokens per second
-    over the original's.
+    ``rows`` are the model and the original. ``weight_ratio`` and ``memory_ratio`` are the model's bytes divided by the
+    original's. The speedups are the model's tokens per second divided by the original's. Without an original, ratios
+    and speedups are None.
     """
 
     engine: str
@@ -56,7 +57,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class _Lengths:
-    """Tokens to read, tokens to generate, and threads to do it with."""
+    """The number of tokens to read, of tokens to generate, and of threads."""
 
     prompt: int
     tokens: int
@@ -65,7 +66,7 @@ class _Lengths:
 
 @dataclass(frozen=True)
 class _Program:
-    """What times a model: the command of its process and the request, but for the model; where and in what it runs."""
+    """A program that times a model: its command, the request without the model, its device and dtype."""
 
     command: tuple[str, ...]
     request: Mapping[str, Any]
@@ -73,7 +74,7 @@ class _Program:
     dtype: str | None
 
     def contender(self, role: str, name: Path, loaded: Path) -> Contender:
-        """A model that is shown under one name, and loaded from the same place or from another."""
+        """A model to be measured: it is shown as ``name``, and loaded from ``loaded``."""
         return Contender(role, str(name), self.command, {**self.request, "model": str(loaded)})
 
 
@@ -92,16 +93,17 @@ def bench(
     library: Path | str | None = None,
     listener: Listener = silent,
 ) -> Bench:
-    """Measure speed and memory of a model, and of the original that it stands ``against``, in turn.
+    """Measure speed and memory of a model, and in turn of the original, ``against``.
 
-    That is: bytes of weights, bytes while running, tokens per second when generating ``tokens`` from an empty context
-    at batch 1, and tokens per second when reading a ``prompt``.
+    Measured are the bytes of the weights, the bytes of memory while running, the tokens per second when generating
+    ``tokens`` tokens from an empty context at batch 1, and the tokens per second when reading a prompt of ``prompt``
+    tokens.
 
-    Engine transformers (None for a folder) takes folders, llama.cpp (None for a .gguf file) files. For llama.cpp,
-    ``against`` may be an unquantized folder, which is written as F16 for the while; ``python`` is an interpreter that
-    has xllamacpp, ``library`` the shared library of a llama.cpp built elsewhere. ``device`` and ``dtype`` are for
-    transformers. ``dtype`` "auto" is 16 bits: the checkpoint's own dtype if it has 16 bits, else bfloat16. Raises
-    UserError.
+    Engine transformers measures folders, llama.cpp measures .gguf files; None chooses by the kind of model. For
+    llama.cpp, ``against`` may be an unquantized folder, which becomes a temporary F16 file. ``python`` is an
+    interpreter that has xllamacpp, ``library`` the shared library of a llama.cpp built elsewhere. ``device`` and
+    ``dtype`` are for transformers. ``dtype`` "auto" is the checkpoint's own dtype if it has 16 bits, else bfloat16.
+    Raises UserError.
     """
     for name, value in (("tokens", tokens), ("prompt", prompt), ("rounds", rounds), ("threads", threads)):
         if value is not None and value < 1:
@@ -125,7 +127,7 @@ def bench(
 
 
 def _transformers(model: Path, against: Path | None, lengths: _Lengths, device: str, dtype: str) -> _Program:
-    """Settle device and dtype. Raises UserError, before any process is started, for what cannot be loaded."""
+    """Choose device and dtype. Raises UserError, before any process starts, if a model cannot be loaded."""
     where, stored = pick_device(device), open_checkpoint(model).dtype_of_weights
     sixteen = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
     arithmetic = str(sixteen if dtype == "auto" else pick_dtype(dtype, where, stored)).removeprefix("torch.")
@@ -141,7 +143,7 @@ def _transformers(model: Path, against: Path | None, lengths: _Lengths, device: 
 
 
 def _require_room(folder: Path, tokens: int) -> None:
-    """Raise UserError if a model takes fewer tokens than are asked for."""
+    """Raise UserError if more tokens are asked for than a model takes."""
     longest = getattr(model_config(folder), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise UserError(
@@ -156,9 +158,9 @@ def _llama_cpp(lengths: _Lengths, python: Path | str | None, library: Path | str
 
 
 def _gguf_original(model: Path, against: Path, stack: ExitStack, listener: Listener) -> Path:
-    """The original as a GGUF file: itself, or an unquantized folder written in F16 for as long as ``stack`` lives.
+    """The original as a GGUF file; a folder is written as F16 to a file that is removed when ``stack`` is closed.
 
-    Raises CheckpointError if it is another model, or quantized.
+    Raises CheckpointError if it is another model, or a quantized folder.
     """
     require_same_in_files(model, against)
     if not against.is_dir():

@@ -1,4 +1,4 @@
-"""demo(): the embedded model at 16, 4, 3 and 2 bits, each measured from its written folder."""
+"""demo(): quantize the embedded model at 4, 3 and 2 bits, and measure each written folder beside the original."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,10 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """The rows, the prompt that every model completes, and over how many windows of which length was measured."""
+    """The rows of the demonstration, and the prompt that every model completes.
+
+    Perplexity and divergence are measured over ``windows`` windows of ``seqlen`` tokens.
+    """
 
     prompt: str
     windows: int
@@ -50,7 +53,7 @@ class Demonstration:
 
 
 def demo(output: Path | str | None = None, *, listener: Listener = silent) -> Demonstration:
-    """Quantize the embedded model, keep the folders under ``output`` if one is named, and measure them."""
+    """Quantize and measure the embedded model; the folders are kept in ``output``, if it is named."""
     with TemporaryDirectory(prefix="bitwright-demo-") as temporary:
         folder = Path(output or temporary)
         for scheme in SCHEMES:
@@ -82,7 +85,7 @@ def _row(method: str, scheme: str, folder: Path, seconds: float | None, listener
 
 
 def complete(folder: Path, prompt: str) -> str:
-    """What a model writes after the prompt, greedily."""
+    """Complete a prompt with a model, greedily."""
     model = load(folder, device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = tokenizer(prompt, return_tensors="pt").input_ids

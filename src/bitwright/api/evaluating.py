@@ -1,4 +1,4 @@
-"""evaluate(): the numbers of a written folder, as its users load it."""
+"""evaluate(): measure a written folder, loaded as its users load it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from bitwright.model.source import check_vocabulary, open_checkpoint, pick_devic
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, and what it was made of: the folder, the text, the dtype of the arithmetic, bytes on disk.
+    """The measurements of a folder, with its text, the dtype of the arithmetic, and its bytes on disk.
 
-    ``loader`` is "transformers", or "bitwright" if the folder is dequantized by Bitwright (gptq, awq), and if
-    queries are quantized that its config leaves out.
-    ``text`` and ``measurement`` are None if only tasks were asked for, ``tasks`` empty if only a text was.
+    ``loader`` is "transformers" or "bitwright". It is "bitwright" if Bitwright dequantizes the folder (gptq, awq), or
+    quantizes the queries because the folder's config cannot say so. ``text`` and ``measurement`` are None if only
+    tasks were asked for; ``tasks`` is empty if only a text was.
     """
 
     folder: str
@@ -60,14 +60,15 @@ def evaluate(
     dtype: str = "auto",
     listener: Listener = silent,
 ) -> Evaluation:
-    """Perplexity of a folder, original or quantized, by the papers' protocol, and accuracy on tasks of lm-eval.
+    """Measure the perplexity of a folder, original or quantized, as the papers do, and its accuracy on lm-eval's tasks.
 
-    ``text`` None is the embedded one, or none if tasks are asked for. ``seqlen`` None is 2048 tokens or the model's
-    own maximum; ``windows`` None is the whole text. With a reference also the divergence from it, and its accuracy.
+    If ``text`` is None, the embedded text is measured, or no text if tasks are asked for. ``seqlen`` None is 2048
+    tokens, or the model's maximum if that is shorter. ``windows`` None is the whole text. With a ``reference``, the
+    divergence from it and its own accuracy are measured too.
 
-    ``task_files`` are lm-eval's YAML files, or folders of them, whose tasks become known; ``limit`` documents are taken
-    of each task, with ``shots`` examples (None: the task's own number). Answers are kept while they come, so that a run
-    which was killed goes on: in the file ``answers``, or in the user's cache until the run is done. Raises UserError.
+    ``task_files`` are lm-eval's YAML files, or folders of them; their tasks can be named in ``tasks``. Each task asks
+    ``limit`` documents, with ``shots`` examples (None: the task's own number). Every answer is kept at once, so that a
+    killed run goes on: in the file ``answers``, or in the user's cache until the run is done. Raises UserError.
     """
     asked = TaskOptions(
         names=tuple(tasks),
@@ -89,7 +90,7 @@ def evaluate(
         loaded = pair.load(pair.folder)
         models = [loaded.model]
         loader = loaded.loader
-        del loaded  # the tasks give the model up as soon as they can
+        del loaded  # so that the tasks can free the model
         measured = None if cut is None else _measure(pair, models[0], cut, listener)
         scores, notes = ((), ()) if file is None else _score(pair, models, asked, prepared, file, listener)
     return Evaluation(
@@ -108,7 +109,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Pair:
-    """A folder and the original beside it, which are loaded alike."""
+    """A folder and, if there is one, the original; both are loaded with one dtype on one device."""
 
     folder: Path
     reference: Path | None
@@ -117,7 +118,7 @@ class _Pair:
 
     @classmethod
     def open(cls, folder: Path, reference: Path | None, device: str, dtype: str) -> "_Pair":
-        """Refuse what cannot be loaded, before the text is read."""
+        """Check both folders before the text is read. Raises UserError for what cannot be loaded."""
         checkpoint = open_checkpoint(folder)
         config = model_config(folder)
         where = pick_device(device)
@@ -128,16 +129,16 @@ class _Pair:
 
     @property
     def folders(self) -> list[Path]:
-        """Both, or the one there is."""
+        """The folder, and the original if there is one."""
         return [self.folder] if self.reference is None else [self.folder, self.reference]
 
     def load(self, folder: Path) -> Loaded:
-        """One of the two, ready to run."""
+        """Load one of the two folders, ready to run."""
         return load_with_loader(folder, device=str(self.where), dtype=_name(self.arithmetic))
 
 
 def _windows(folder: Path, text: str, seqlen: int | None, windows: int | None) -> Int[Tensor, "W T"]:
-    """The text as the model reads it."""
+    """The text as windows of the model's tokens."""
     config = model_config(folder)
     length = sequence_length(seqlen, getattr(config, "max_position_embeddings", None))
     tokens = tokenize(folder, text_of(text, "evaluation"))
@@ -160,7 +161,7 @@ def _score(
 ) -> tuple[tuple[TaskScore, ...], tuple[str, ...]]:
     """The model's scores, and beside them the original's.
 
-    The model is taken out of the list, so that the original is loaded when it has left memory.
+    The model is removed from the list, so that it leaves memory before the original is loaded.
     """
     scores, notes = score(asked, prepared, pair.folder, models.pop(), file, listener)
     if pair.reference is None:
@@ -174,7 +175,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check_reference(folder: Path, vocabulary: int) -> None:
-    """Refuse a reference that cannot be the original, before the text is read and anything is loaded."""
+    """Refuse a reference that cannot be the original, before the text is read and a model is loaded."""
     open_checkpoint(folder)
     size = model_config(folder).vocab_size
     if size != vocabulary:

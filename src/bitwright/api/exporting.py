@@ -1,4 +1,4 @@
-"""export(): a quantized folder in another format, its codes kept."""
+"""export(): write a quantized folder in another format, its codes kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,12 +30,12 @@ from bitwright.written.sink import JOURNAL, Sink
 
 @dataclass(frozen=True)
 class Exported:
-    """What ``export`` made. Sizes in bytes.
+    """The result of an export; sizes are in bytes.
 
-    Of ``linears``, ``exact`` compute the same weights, ``codes_kept`` have the same codes; the rest was quantized once
-    more. Errors are ``|Wq - Wx|^2 / |Wq|^2`` between the weights that were read and those of the new format.
-    ``also_quantized`` are the tensors that had no codes and have some in this format, embeddings mostly, and
-    ``also_error`` the largest error among them.
+    Of ``linears``, ``exact`` compute the same weights, and ``codes_kept`` have the same codes; the rest was quantized
+    again. Errors are ``|Wq - Wx|^2 / |Wq|^2`` between the weights Wq that were read and the weights Wx of the new
+    format. ``also_quantized`` are the tensors, mostly embeddings, that got codes only in this format; ``also_error`` is
+    the largest error among them.
     """
 
     folder: str
@@ -70,11 +70,11 @@ def export(
     restart: bool = False,
     listener: Listener = silent,
 ) -> Exported:
-    """Write a quantized folder, whoever quantized it, in another format. Raises UserError.
+    """Write a quantized folder, from any tool, in another format. Raises UserError.
 
     Weights that the format cannot hold exactly are refused unless ``lossy``. ``embeddings`` and ``base`` are for
-    formats that are a file (``core.quantized.WriteOptions``). Killed, the same call
-    continues if the format is a folder of tensors, and begins anew if it is a file.
+    formats that are a file (``core.format.WriteOptions``). After a kill, the same call continues if the format is a
+    folder of tensors, and begins anew if it is a file.
     """
     start, folder, output, to = monotonic(), Path(folder), Path(output), target(format)
     single = isinstance(to, FileFormat) and to.single
@@ -104,7 +104,7 @@ def export(
 def _convert(
     conversion: Conversion, account: Account, work: OutputFolder, restart: bool, shard_bytes: int, listener: Listener
 ) -> list[Difference]:
-    """Make a folder of safetensors in the work folder, or go on with it; what each linear lost."""
+    """Make a folder of safetensors in the work folder, or go on with it; return what each linear lost."""
     model, to = conversion.model, conversion.writer.format
     identity = {"model": model.checkpoint.fingerprint(), "written": model.checkpoint.modified(), "format": to.name}
     journal = Journal.open(work.work / JOURNAL, identity, restart=restart)
@@ -127,7 +127,7 @@ def _convert(
 
 
 def _shapes(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors by their names in a model in which nothing is quantized."""
+    """The shapes of all tensors as a model in full precision has them, by name."""
     linears = {f"{linear}.weight": model.shape(linear) for linear in model.linears}
     return {name: model.shape(name) for name in model.passed} | linears
 

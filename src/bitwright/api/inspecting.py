@@ -1,4 +1,4 @@
-"""inspect(): what a model or a quantized folder holds, read from its headers alone."""
+"""inspect(): list what a model folder holds, original or quantized, from its headers alone."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -20,10 +20,11 @@ NOT_LINEAR = ("embed", "wte", "wpe", "norm")
 
 @dataclass(frozen=True)
 class LinearSize:
-    """A linear on disk; ``bits_per_weight`` counts all that is stored for it, scales, zeros and outliers too.
+    """A linear on disk.
 
-    ``tile`` is how many output and input features share a scale, None if nothing is packed. A weight that is fused
-    over experts has a ``shape`` of three numbers.
+    ``bits_per_weight`` counts codes, scales, zeros and outliers. ``tile`` is the number of output and of input
+    features that share a scale; it is None if the linear is not quantized. A weight that is fused over experts has a
+    ``shape`` of three numbers.
     """
 
     name: str
@@ -35,13 +36,14 @@ class LinearSize:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a folder holds.
+    """The contents of a model folder.
 
-    ``linears`` are the two-dimensional weights that are neither embedding nor norm nor a router of experts, and weights
-    that are fused over experts, packed or not.
+    ``linears`` are the two-dimensional weights that are neither embedding nor norm nor a router of experts, and the
+    weights that are fused over experts, quantized or not.
 
-    ``bits_per_weight`` is over the quantized linears (all linears if none is), ``model_bits_per_weight`` over
-    every parameter of the folder. ``scheme`` is what bitwright.json says, None without one.
+    ``bits_per_weight`` is that of the quantized linears together (of all linears if none is quantized),
+    ``model_bits_per_weight`` that of all parameters of the folder. ``scheme`` comes from bitwright.json; it is None
+    without that file.
     """
 
     path: str
@@ -58,7 +60,7 @@ class Inspection:
 
 
 def inspect(path: Path | str) -> Inspection:
-    """Read the headers of a model folder. Raises CheckpointError for one that is none or is damaged."""
+    """Read the headers of a model folder. Raises CheckpointError if it is no model folder, or is damaged."""
     folder = Path(path)
     checkpoint = open_checkpoint(folder)
     model = _quantized(checkpoint)
@@ -83,7 +85,7 @@ def inspect(path: Path | str) -> Inspection:
 
 
 def _quantized(checkpoint: Checkpoint) -> QuantizedFolder | None:
-    """The folder as its format reads it; None if it is not quantized, or in a way that no format of ours reads."""
+    """Open a quantized folder by its format; None if it is not quantized, or in a format that we do not read."""
     if not is_read(checkpoint):
         return None
     model = QuantizedFolder.open(checkpoint.folder)
@@ -117,12 +119,12 @@ def _dense(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[LinearSiz
 
 
 def _in_order(row: LinearSize) -> list[tuple[int, str]]:
-    """Names in the order of the numbers in them."""
+    """The sort key of a linear: its name, in which numbers count as numbers."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", row.name)]
 
 
 def _elements(checkpoint: Checkpoint, names: Iterable[str]) -> int:
-    """The parameters among these tensors."""
+    """The number of parameters in these tensors."""
     entries = map(checkpoint.entry, names)
     return sum(entry.elements for entry in entries if entry.dtype.is_floating_point)
 

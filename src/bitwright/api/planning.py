@@ -1,4 +1,4 @@
-"""plan(): what ``quantize`` would do with a recipe."""
+"""plan(): say what ``quantize`` would do with a recipe."""
 
 from bitwright.core.recipe import Recipe
 from bitwright.prepare.engine_choice import for_engines
@@ -10,7 +10,7 @@ from bitwright.stream.ranks import Ranks
 
 
 def plan(recipe: Recipe, device: str = "auto", workers: int | None = None, max_memory: str | None = None) -> Plan:
-    """What ``quantize`` would do with this recipe; reads no weight and writes nothing. Raises UserError."""
+    """Plan a run of ``quantize``; this reads no weight and writes nothing. Raises UserError."""
     with Ranks.here().alike():
         question = Question.of(recipe)
         run = prepare(question if recipe.engines is None else for_engines(question, device), device)

@@ -1,4 +1,4 @@
-"""quantize(): a model folder in, a smaller model folder out."""
+"""quantize(): write a smaller model from a model folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,10 +32,11 @@ TIMINGS, OTHER_JOURNALS = "bitwright-timings.json", "journal-*.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """What ``quantize`` made. Sizes in bytes; ``bits_per_weight`` is over the quantized linears, all counted.
+    """The result of a run; sizes are in bytes.
 
-    ``per_ic`` linears have their groups along the output; ``outliers`` weights are kept exactly; ``verified`` is what
-    was found when the folder was read back.
+    ``bits_per_weight`` is that of the quantized linears together; it counts scales, zeros and outliers. ``per_ic`` is
+    the number of linears whose groups go along the output, ``outliers`` the number of weights that are kept exactly.
+    ``verified`` says what was checked when the folder was read back.
     """
 
     output: str
@@ -70,13 +71,14 @@ def quantize(
     pool: WorkerPool | None = None,
     listener: Listener = silent,
 ) -> Result:
-    """Run a recipe and write a folder that its format's clients load. Raises UserError.
+    """Run a recipe and write the quantized model. Raises UserError.
 
-    Works in ``OUTPUT.partial`` and renames it at the end, so an output that exists is complete. Killed at any
-    moment, the same call continues; a changed recipe is refused unless ``restart``. ``workers`` and ``max_memory``
-    ("2GB", of all processes together) are for methods without calibration data, which share tensors out between
-    processes, under torchrun on several machines; the bytes are the same. ``pool`` holds worker processes that are
-    started already.
+    The work is done in ``OUTPUT.partial``, which is renamed at the end, so an output that exists is complete. After a
+    kill at any moment, the same call continues; a changed recipe is refused unless ``restart``.
+
+    Methods without calibration data divide the tensors among processes, under torchrun on several machines; the bytes
+    of the result do not depend on their number. ``workers`` is the number of processes, ``max_memory`` ("2GB") bounds
+    the memory of all of them together. ``pool`` holds worker processes that have been started already.
     """
     start, output, ranks = monotonic(), Path(output), Ranks.here()
     with ranks.alike():
@@ -104,20 +106,20 @@ def quantize(
 
 
 def speaks() -> bool:
-    """Whether this process is the one to say what came of it: of those that torchrun starts, the first."""
+    """Whether this process shows the result: of the processes that torchrun starts, only the first does."""
     return Ranks.here().first
 
 
 @dataclass(frozen=True)
 class Crew:
-    """The processes that work on one result: workers beside this one, and other ranks."""
+    """The processes that work on one result: worker processes, and other ranks."""
 
     workers: Workers
     pool: WorkerPool | None
     ranks: Ranks
 
     def write_parts(self, run: Prepared, work: Path, journal: Journal, listener: Listener) -> Sink:
-        """Make every part of this rank's share that is not there yet, and note it in the journal."""
+        """Write the missing parts of this rank's share, and note them in the journal."""
         driver = run.driver(work, self.workers.count, self.pool, self.ranks)
         sink = Sink(work, journal, driver.units)
         if not merge_begun(work) or self.ranks.count > 1:  # the ranks ask one another even if nothing is left to do
@@ -128,7 +130,7 @@ class Crew:
 def _produce(
     run: Prepared, work: OutputFolder, journal: Journal, saved: Path | None, crew: Crew, listener: Listener
 ) -> tuple[Account, int]:
-    """Everything that becomes the output, in the work folder; the account, and the peak bytes of worker processes."""
+    """Make the result in the work folder; return its account, and the peak bytes of the worker processes."""
     crew.ranks.from_first(run.source.checkpoint.modified())
     sink = crew.write_parts(run, work.work, journal, listener)
     crew.ranks.wait_for_all()
@@ -139,9 +141,9 @@ def _produce(
 
 
 def _help(run: Prepared, output: Path, crew: Crew) -> Result:
-    """What every process but the first does: its share, noted in a journal of its own that the first takes over."""
+    """Make the share of a rank that is not the first. It has its own journal, which the first rank takes over."""
     ranks = crew.ranks
-    written: dict[str, str] = ranks.from_first(None)  # of the same files elsewhere; it has the folder by now
+    written: dict[str, str] = ranks.from_first(None)  # the first rank's times, and it has made the folder
     work = work_folder(output.resolve())
     own = identity(run) | {WRITTEN: written}
     journal = Journal.open(work / f"journal-{ranks.index}.jsonl", own, restart=True)
@@ -153,7 +155,7 @@ def _help(run: Prepared, output: Path, crew: Crew) -> Result:
 
 @contextmanager
 def _forgetting_what_changed(work: Path) -> Iterator[None]:
-    """If the checkpoint changes under the run, parts may be of two models: none of them is used again."""
+    """Discard all parts if the checkpoint changes during the run: they may belong to two models."""
     try:
         yield
     except ChangedError:
@@ -162,7 +164,7 @@ def _forgetting_what_changed(work: Path) -> Iterator[None]:
 
 
 def _adopt_others(journal: Journal) -> int:
-    """Take over the units of other ranks; how many are finished."""
+    """Take over the finished units of other ranks; return the number of all that are finished."""
     for other in sorted(journal.path.parent.glob(OTHER_JOURNALS)):
         journal.adopt(other)
     return len(journal.recorded)

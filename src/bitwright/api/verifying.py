@@ -1,4 +1,4 @@
-"""verify(): whether a quantized folder or file is what it claims to be, whoever wrote it."""
+"""verify(): check that a quantized folder or file, from any tool, is what it claims to be."""
 
 from pathlib import Path
 
@@ -14,15 +14,15 @@ def verify(
 ) -> Verification:
     """Check a quantized folder, or an engine's own file (gguf, mlc).
 
-    Of a folder: every quantized linear, what it takes on disk, and, with ``logits``, what the folder computes when
-    transformers loads it, beside our own decoding of its codes.
+    Checked are every quantized linear of a folder and its size on disk. With ``logits``, transformers also loads the
+    folder, and its logits are compared with our own decoding of the codes. If transformers does not know the
+    architecture, nothing can be computed, and the check says so.
 
-    Of an architecture that transformers does not know, nothing can be computed, and the check says so.
+    ``against`` is the original; for a file, it may be the quantized folder that the file was made of. All of its
+    tensors must be there, quantized or as they were, and the errors of weights and logits against it are measured. If
+    the weights tell nothing and ``logits`` is False, the check of weights is not passed.
 
-    ``against`` is the original: its tensors must all be there, quantized or as they were, and how far weights and
-    logits are from it is measured; if its weights tell nothing and logits are left out, the check of weights is not
-    passed. A file's may also be the quantized folder that it was made of. Raises
-    CheckpointError for a folder or a file that cannot be read at all, and for an original of another model.
+    Raises CheckpointError for a folder or a file that cannot be read at all, and for an original of another model.
     """
     original = None if against is None else Path(against)
     if (format := file_format_of(Path(folder))) is not None:

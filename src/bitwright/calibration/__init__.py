@@ -1,1 +1,1 @@
-"""Calibration data: text to tokens to segments."""
+"""Calibration data: from text to tokens, from tokens to segments."""

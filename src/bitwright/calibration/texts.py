@@ -18,7 +18,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 and
 
 
 def text_of(source: str, purpose: str) -> str:
-    """Read the text that ``--calibration`` or ``--text`` names; ``builtin`` is the embedded model's own.
+    """Read the text that ``--calibration`` or ``--text`` names; ``builtin`` is the embedded model's text.
 
     ``purpose`` is "calibration" or "evaluation". Raises CalibrationError.
     """
@@ -43,7 +43,7 @@ def read_text(source: str) -> str:
     path = Path(source)
     try:
         path.exists()
-    except OSError as error:  # too long for a name: perhaps the text itself
+    except OSError as error:  # the name is too long; perhaps it is a text
         raise CalibrationError(f"'{source[:60]}...' cannot be read: {error.strerror}; write it to a file") from None
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())

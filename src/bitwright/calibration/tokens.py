@@ -1,4 +1,4 @@
-"""Text to tokens, and tokens to calibration segments."""
+"""Tokenize text, and draw calibration segments from the tokens."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from bitwright.core.errors import CalibrationError
 PIECE, OVERLAP = 2**16, 2**12
 """The length of a piece of text and of the overlap of two, in characters."""
 AROUND = 16
-"""The number of tokens that have to agree on each side of a seam."""
+"""The number of tokens that must agree on each side of a joint."""
 SEEDS = 2**63
 """The number of seeds that torch's generator accepts."""
 
@@ -22,10 +22,9 @@ def tokens_of(
 ) -> Int[Tensor, " M"]:
     """Tokenize a long text piece by piece; the result is what ``encode`` gives for the whole text.
 
-    At once, a tokenizer takes some 200 times the memory of the text. Each piece begins ``overlap`` characters before
-    the one before it ends, and the overlap is tokenized alone too. In the middle of the overlap, far from the ends of
-    both pieces, the two are joined if all three have the same tokens there. Otherwise the whole text is encoded at
-    once.
+    For a whole text, a tokenizer takes about 200 times the memory of the text. Each piece overlaps the one before it by
+    ``overlap`` characters, and the overlap is also tokenized alone. If all three have equal tokens in the middle of the
+    overlap, far from the ends of both pieces, the pieces are joined there. Otherwise the whole text is encoded at once.
     """
     joined, stop = list[Tensor](), piece
     last, start = encode(text[:stop]), 0
@@ -43,7 +42,7 @@ def tokens_of(
 
 
 def _agree(*seams: tuple[Sequence[int], int]) -> bool:
-    """Whether all sequences have the same tokens around their seams."""
+    """Whether all sequences have equal tokens around their joints."""
     around = [list(tokens[max(0, at - AROUND) : max(0, at + AROUND)]) for tokens, at in seams]
     return all(len(tokens) == 2 * AROUND and tokens == around[0] for tokens in around)
 
@@ -68,7 +67,7 @@ def segments(tokens: Int[Tensor, " M"], samples: int, seqlen: int, seed: int, so
 
 
 def _shorter(tokens: int, samples: int, seqlen: int) -> list[str]:
-    """The options for which the data would be long enough."""
+    """The options with which the data would be long enough."""
     fewer = [f"--samples {tokens // seqlen}"] if tokens >= seqlen else []
     return fewer + ([f"--seqlen {tokens // samples}"] if tokens >= samples else [])
 

@@ -1,4 +1,4 @@
-"""bitwright.json, the account that every folder of Bitwright's holds: written, and read again."""
+"""Read and write bitwright.json, the account in every folder that Bitwright writes."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ ACCOUNT = "bitwright.json"
 
 
 def read_account(folder: Path) -> Account | None:
-    """Read a folder's account; None if there is none that can be read, because the tensors are what counts."""
+    """Read a folder's account; None if it cannot be read, because only the tensors are needed."""
     try:
         return Account.from_json(json.loads((folder / ACCOUNT).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, checked before it is believed.
+"""The header of a safetensors file, checked before it is used.
 
-A file is 8 bytes of little-endian header length, that many bytes of JSON, then the tensors' bytes end to end. Every
-number of the JSON comes from a stranger, so each is checked against the file before it is used as one.
+A file is 8 bytes of little-endian header length, that many bytes of JSON, then the tensors' bytes end to end. The file
+is not trusted, so every number of the JSON is checked against the file before it is used.
 """
 
 import json
@@ -94,7 +94,7 @@ def read_header(path: Path) -> Header:
     Raises CheckpointError if the file cannot be read, or if a claim of the header is false.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # checked first: opening a pipe would wait for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # checked first, because opening a pipe would wait for ever
             raise CheckpointError(f"{path}: not a regular file, so no safetensors file")
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -112,8 +112,8 @@ def read_header(path: Path) -> Header:
 def build_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> bytes:
     """The first bytes of a file that holds these tensors, as the safetensors library would write them.
 
-    Only name, dtype and shape of an entry are looked at. Equal entries give equal bytes in whatever order they come.
-    Raises TypeError for a dtype that the format does not know.
+    Only name, dtype and shape of an entry are used. Equal entries give equal bytes, in any order. Raises TypeError for
+    a dtype that the format does not know.
     """
     header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
@@ -136,7 +136,7 @@ def file_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
 
 
 def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
-    """Read the header's JSON once its length is known to be sane and inside of the file."""
+    """Read the header's JSON, after checking that its length is allowed and inside of the file."""
     if size < LENGTH_BYTES:
         raise CheckpointError(
             f"{path}: no safetensors file: it has {size} bytes, and the header's length alone takes {LENGTH_BYTES}; "
@@ -160,7 +160,7 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
 
 
 def _checked_metadata(path: Path, claim: object) -> dict[str, str]:
-    """The `__metadata__` of a header: a dict of text to text."""
+    """Check the `__metadata__` of a header, which maps text to text."""
     if not isinstance(claim, dict) or not all(isinstance(value, str) for value in claim.values()):
         raise CheckpointError(f"{path}: {METADATA} must map text to text, found {shown(claim)}")
     return claim
@@ -192,19 +192,21 @@ def _entry(name: str, claim: object, data_start: int) -> TensorEntry:
 
 
 def _checked_shape(claim: object, itemsize: int) -> tuple[int, ...]:
-    """A shape that torch can hold: at most 64 sizes, none negative, strides below 2^63 even if a size is 0."""
+    """Check that torch can hold a shape: at most 64 sizes, none negative, strides below 2^63 even if a size is 0."""
     if not isinstance(claim, list) or not all(_is_size(size) for size in claim):
         raise CheckpointError(f"the shape must be a list of integers >= 0, found {shown(claim)}")
     if len(claim) > MAX_RANK:
         raise CheckpointError(f"{len(claim)} dimensions; more than {MAX_RANK} cannot be held")
-    strides = math.prod(max(min(size, MAX_ELEMENTS), 1) for size in claim)  # capped: no numbers of megabytes
+    strides = math.prod(
+        max(min(size, MAX_ELEMENTS), 1) for size in claim
+    )  # capped: else a product may grow to megabytes
     if max(claim, default=0) > MAX_ELEMENTS or strides * itemsize > MAX_ELEMENTS:
         raise CheckpointError(f"the shape {shown(claim)} has more elements than 63 bits can count")
     return tuple(claim)
 
 
 def _checked_offsets(claim: object) -> tuple[int, int]:
-    """Start and end of a tensor in bytes from the beginning of the data, 0 <= start <= end."""
+    """Check start and end of a tensor, in bytes from the beginning of the data: 0 <= start <= end."""
     if not isinstance(claim, list) or len(claim) != 2 or not all(_is_size(offset) for offset in claim):
         raise CheckpointError(f"data_offsets must be two integers >= 0, found {shown(claim)}")
     start, end = claim
@@ -214,7 +216,7 @@ def _checked_offsets(claim: object) -> tuple[int, int]:
 
 
 def _is_size(value: object) -> bool:
-    """Whether a value is an integer >= 0; bool is a subclass of int, but true is no size."""
+    """Whether a value is an integer >= 0; a bool is not, although bool is a subclass of int."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

@@ -1,4 +1,4 @@
-"""The journal of a run: what is finished, line by line, so that a killed run goes on from there.
+"""The journal of a run: a line for each finished unit, so that a killed run can go on.
 
 A JSON-lines file in the work folder. The first line is the identity of the run. Each other line is a unit whose file is
 durable: {"unit": "block.3", "file": "part-00003.safetensors", "bytes": n, "report": {...}}.
@@ -20,10 +20,10 @@ UNIT_KEYS = {"unit": str, "file": str, "bytes": int, "report": dict}
 
 
 class Journal:
-    """An append-only record of finished units; every line is on the disk before `record` returns.
+    """An append-only record of finished units; every line is on disk before `record` returns.
 
-    `recorded` holds the last line of every unit that was ever finished. `done` holds those whose file is still there at
-    its recorded size, so they need not be made again. Parts that a merge has consumed are recorded, not done: ask
+    `recorded` holds the last line of every unit that was ever finished. `done` holds those whose file still has its
+    recorded size; they need not be made again. Units whose parts a merge has removed are recorded, but not done, so ask
     `merge_begun` first.
     """
 
@@ -37,10 +37,10 @@ class Journal:
     def open(cls, path: Path, identity: Mapping[str, Any], restart: bool = False) -> "Journal":
         """Open the journal at `path`; begin a new one if there is none, or on `restart`.
 
-        `identity` is a nested dict that JSON can hold. Raises OutputError if the journal was begun with another
-        identity, or is damaged. A last line that was torn when the run was killed is no damage: it is cut off.
+        `identity` is a nested dict that JSON can hold. Raises OutputError if the journal has another identity, or is
+        damaged. An incomplete last line, left by a killed run, is no damage: it is cut off.
         """
-        asked = json.loads(json.dumps(identity))  # as it will be read again: tuples are lists, keys are text
+        asked = json.loads(json.dumps(identity))  # as JSON gives it back: tuples become lists, keys become text
         try:
             lines = [] if restart or not path.exists() else _whole_lines(path)
         except OSError as error:
@@ -77,7 +77,7 @@ class Journal:
     def adopt(self, other: Path) -> None:
         """Take over the units of another process of this run from its journal, and remove that journal.
 
-        A journal that was begun with another identity, or is damaged, counts as empty: its units are made again.
+        A journal with another identity, or a damaged one, counts as empty: its units are made again.
         """
         own, lines = _whole_lines(self.path)[0], list[dict[str, Any]]()
         try:
@@ -101,7 +101,7 @@ def _line(value: Mapping[str, Any]) -> str:
 
 
 def _append(path: Path, text: str) -> None:
-    """Append text durably and whole: what a full disk took only in part is cut off again."""
+    """Append text durably and whole; if the disk is full, what was written in part is cut off."""
     before = path.stat().st_size
     try:
         with path.open("ab") as journal:
@@ -115,7 +115,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that were written whole; a torn last line is cut from the file, so that the next begins on its own."""
+    """The complete lines; an incomplete last line is cut from the file, so that the next one begins a new line."""
     raw = path.read_bytes()
     pieces = raw.splitlines(keepends=True)
     lines: list[dict[str, Any]] = []
@@ -140,7 +140,7 @@ def _parsed(piece: bytes) -> dict[str, Any] | None:
 
 
 def _is_unit(line: Mapping[str, Any]) -> bool:
-    """Whether a line is one that `record` writes."""
+    """Whether a line has the form that `record` writes."""
     return all(isinstance(line.get(key), kind) for key, kind in UNIT_KEYS.items())
 
 
@@ -172,7 +172,7 @@ def _other_run(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -
 
 
 def _beside(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> tuple[str, str]:
-    """Two values as they are shown; long texts are shown from the place where they differ."""
+    """Two values for a message; long texts are shown from their first difference."""
     was, now = (shown(values[key]) if key in values else ABSENT for values in (old, new))
     if was != now:
         return was, now

@@ -54,7 +54,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _by_agreement(folder: Path, files: list[str]) -> tuple[dict[str, Header], dict[str, str]]:
-    """Files without an index: a tensor must not stand in two of them."""
+    """Take all files of a folder without an index. Raises CheckpointError if two files hold one tensor."""
     headers = {file: read_header(folder / file) for file in files}
     homes: dict[str, str] = {}
     for file, header in headers.items():
@@ -69,7 +69,7 @@ def _by_agreement(folder: Path, files: list[str]) -> tuple[dict[str, Header], di
 
 
 def _by_index(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
-    """Files as the index lists them; what else stands in a shard is not part of the model."""
+    """Take the files and tensors that the index lists; other tensors in a shard are not part of the model."""
     homes = _weight_map(folder)
     files = sorted(set(homes.values()))
     missing = [file for file in files if not (folder / file).is_file()]
@@ -89,7 +89,7 @@ def _by_index(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The index's weight_map, tensor name -> file name, without a file outside of the folder."""
+    """Read the index's weight_map, tensor name -> file name. Raises CheckpointError for a file outside the folder."""
     path = folder / INDEX
     homes = parse_object(read_bytes(path), str(path)).get("weight_map")
     if not isinstance(homes, dict) or not homes or not all(isinstance(file, str) for file in homes.values()):
@@ -104,7 +104,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _stays_inside(file: str) -> bool:
-    """Whether a path is relative and climbs nowhere. Links are followed: Hugging Face's cache is made of them."""
+    """Whether a path stays in its folder. Links are allowed, because Hugging Face's cache is made of them."""
     plain = PurePosixPath(file)
     return bool(plain.name) and file.isprintable() and not ("\\" in file or plain.is_absolute() or ".." in plain.parts)
 

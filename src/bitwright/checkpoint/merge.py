@@ -1,15 +1,14 @@
-"""Merge part files into the shards of a model folder by copying byte ranges; a killed merge is simply run again.
+"""Merge part files into the shards of a model folder by copying byte ranges; a killed merge can be run again.
 
-Tensors that stay as they are need be in no part: they are copied from the original checkpoint.
+Tensors that do not change need not be in a part: they are copied from the original checkpoint.
 
-What makes that safe, in this order:
+A merge is safe because it goes in this order:
 1. The plan (which tensors of which parts make up which shard) is written beside the parts before anything else is.
    From then on the plan is followed, whatever is left of the parts.
 2. Each shard is written atomically, so a shard that is there is whole, and is skipped.
 3. A part is removed once the shard with its last tensor is durable. So the disk holds the parts and one shard, never
    the model twice, and a missing shard still has all of its parts.
-4. The index comes last. The plan stays until the work folder goes: it tells that the parts are gone because they have
-   been merged, not because they never were.
+4. The index comes last. The plan stays until the work folder is removed. It shows that missing parts have been merged.
 """
 
 import hashlib
@@ -45,7 +44,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a merge will do: the part files' names in order, the limit asked for (bytes), the shards in order."""
+    """The plan of a merge: the names of the part files in order, the size limit in bytes, the shards in order."""
 
     parts: list[str]
     shard_bytes: int
@@ -60,15 +59,15 @@ def merge_begun(work: Path) -> bool:
 def merge_shards(parts: list[Path], folder: Path, shard_bytes: int, others: Sequence[Stored] = ()) -> None:
     """Merge part files into a model in `folder`, and remove the parts.
 
-    `parts` are safetensors files of one folder; no tensor is in two of them. `others` are further tensors, the first of
-    the model, which are copied and left where they are.
+    `parts` are safetensors files of one folder; no tensor is in two of them. `others` are further tensors, which come
+    first in the model; they are copied, and their files stay.
 
     The model is one file, `model.safetensors`, if all tensors together have at most `shard_bytes` bytes, else an index
     and shards, the first called model-00001-of-000NN.safetensors. A tensor larger than that has a shard of its own. At
     most 4 MiB are in memory. If it is killed at any moment, another call on what is left gives the same bytes.
 
-    Raises OutputError and CheckpointError for what disk and parts do not allow, ValueError for a call that cannot be
-    meant.
+    Raises OutputError for a disk that refuses, CheckpointError for parts that do not allow it, and ValueError for a
+    call that makes no sense.
     """
     if not parts or shard_bytes < 1 or len({part.parent for part in parts}) != 1:
         raise ValueError(
@@ -90,7 +89,7 @@ def merge_shards(parts: list[Path], folder: Path, shard_bytes: int, others: Sequ
 
 
 def _settled_plan(work: Path, parts: list[str], shard_bytes: int, others: Sequence[Stored]) -> Plan:
-    """The plan that a killed merge left, or else a new one, on disk before it is followed."""
+    """The plan that a killed merge left, or else a new one, which is written to disk first."""
     path = work / PLAN
     if not path.exists():
         plan = _new_plan([read_header(work / part) for part in parts], shard_bytes, others)
@@ -146,7 +145,7 @@ def _sources(headers: list[Header], others: Sequence[Stored]) -> dict[str, str]:
 
 
 def _is_finished(path: Path, shard: Shard) -> bool:
-    """Whether `path` is this shard. It was written atomically: with the right header and length it is whole."""
+    """Whether `path` is this shard; shards are written atomically, so header and length tell whether it is whole."""
     try:
         header = read_header(path)
         with path.open("rb") as file:

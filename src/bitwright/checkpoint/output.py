@@ -4,8 +4,8 @@
     OUTPUT.partial/result/  what becomes OUTPUT, or holds the file that does if the result is a single file
     OUTPUT.old-bitwright/   the former OUTPUT while --overwrite replaces it
 
-The result is kept apart from what it is made with, so that publishing is one rename. Whatever moment a run is killed
-at, either OUTPUT is there, whole and without anything of the work, or everything needed to go on is.
+The result has its own folder, so that publishing is one rename. Whenever a run is killed, either OUTPUT is whole and
+without files of the work, or everything that a run needs to go on is there.
 """
 
 import os
@@ -24,10 +24,10 @@ REMOVED = "removed"
 
 
 class OutputFolder:
-    """An output that this run, and no other, is making.
+    """An output that this run, and no other run, is making.
 
-    `path` takes the result's files, `work` everything else. If the result is a single file, `file` is its place. A
-    context manager: leaving it releases the lock, and keeps the work for a run that goes on.
+    `path` takes the result's files, `work` everything else. If the result is a single file, `file` is its path. As a
+    context manager, it releases the lock at the end, and keeps the work for a run that goes on.
     """
 
     def __init__(self, output: Path, overwrite: bool, lock: FileLock, single: bool = False) -> None:
@@ -45,15 +45,14 @@ class OutputFolder:
     ) -> "OutputFolder":
         """Claim `output` for this run, and go on with what a killed run left of it; begin anew on `restart`.
 
-        Raises OutputError if the output exists (unless `overwrite`, which replaces it only once the new one is whole),
-        is a file (with `single`: a folder), cannot be written, or is claimed by another run. Nothing that exists is
-        changed then.
+        Raises OutputError if the output exists (with `overwrite` it is replaced when the new one is whole), is a file
+        (with `single`: a folder), cannot be written, or is claimed by another run. Then nothing on disk is changed.
         """
         try:
             output = Path(output).resolve()
             refuse_existing(output, overwrite, single)
             lock = _locked(output)
-        except (OSError, RuntimeError) as error:  # RuntimeError: links that go round in a circle
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             raise _refused(output, error) from error
         try:
             _restore(output)
@@ -121,9 +120,9 @@ def work_folder(output: Path) -> Path:
 
 
 def begin_anew(work: Path) -> None:
-    """Let nothing count that was made in a work folder; whoever claims it next clears it up.
+    """Make the next run begin anew in a work folder, which it empties.
 
-    It is one rename, so that a kill leaves all of the work or none of it.
+    This is one rename, so that a kill leaves all of the work or none of it.
     """
     shutil.rmtree(work / REMOVED, ignore_errors=True)
     with suppress(FileNotFoundError):  # another process of the same run was first
@@ -133,7 +132,7 @@ def begin_anew(work: Path) -> None:
 def refuse_overlap(model: Path, output: Path) -> None:
     """Raise OutputError if writing `output` would write over `model`.
 
-    That is so if the output, its work folder or its former version is the model's folder, or lies around it.
+    It would if the output, its work folder or its former version is the model's folder, or contains it.
     """
     source = model.resolve()
     for target in (output.resolve(), work_folder(output.resolve()), _old(output.resolve())):
@@ -158,7 +157,7 @@ def require_free(path: Path, nbytes: int) -> None:
 
 
 def refuse_existing(output: Path, overwrite: bool, single: bool = False) -> None:
-    """Raise OutputError if something at OUTPUT may not, or should not, be replaced; `single`: by a file."""
+    """Raise OutputError if something exists at OUTPUT that must not be replaced (by a file, if `single`)."""
     place = output.resolve()
     if not place.name:
         raise OutputError(f"{output}: is the root of the file system; name a folder for the result")
@@ -195,7 +194,7 @@ def _locked(output: Path) -> FileLock:
 
 
 def _restore(output: Path) -> None:
-    """Put a former OUTPUT back if its replacement never arrived, or remove it if it did. Under the lock only."""
+    """Put a former OUTPUT back if it was not replaced, else remove it. The lock must be held."""
     old = _old(output)
     if old.is_dir() and not output.exists():
         os.rename(old, output)
@@ -205,7 +204,7 @@ def _restore(output: Path) -> None:
 
 
 def _prepare(work: Path, restart: bool) -> None:
-    """Make the work folder ready; a work folder without a result folder is left of a run that was published."""
+    """Make the work folder ready; if it has no result folder, it is a rest of a published run, and is emptied."""
     if restart or not (work / RESULT).is_dir():
         _empty(work)
     (work / RESULT).mkdir(exist_ok=True)
@@ -213,7 +212,7 @@ def _prepare(work: Path, restart: bool) -> None:
 
 
 def _empty(work: Path) -> None:
-    """Remove everything but the lock; the result first, by a rename, because without it the rest counts for nothing."""
+    """Remove everything but the lock: first the result, by a rename, because without it nothing else counts."""
     begin_anew(work)
     for path in work.iterdir():
         if path.name != LOCK:
@@ -221,7 +220,7 @@ def _empty(work: Path) -> None:
 
 
 def _remove_work(work: Path) -> None:
-    """Remove a work folder, the lock last: a folder with a lock in it is known as ours if this is interrupted."""
+    """Remove a work folder, the lock last: if this is interrupted, the lock shows that the folder is ours."""
     try:
         _empty(work)
         (work / LOCK).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Byte ranges of files with checked headers; a file that changed since it was checked is refused."""
+"""Byte ranges of files with checked headers; files that have changed since the check are refused."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ NARROW_CHUNK_BYTES = CHUNK_BYTES // 4  # float8 has no min and max of its own an
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk, to be copied without being held in memory."""
+    """A tensor on disk, which can be copied without being held in memory."""
 
     header: Header
     entry: TensorEntry
@@ -35,7 +35,7 @@ class Stored:
             file.write(piece)
 
     def forget(self) -> None:
-        """Release the memory in which the system caches the tensor's bytes: nobody reads them again."""
+        """Release the memory in which the system caches the tensor's bytes, which are not read again."""
         with suppress(OSError), self.header.path.open("rb") as file:
             forget(file.fileno(), self.entry.start, self.entry.nbytes)
 
@@ -54,9 +54,9 @@ def read_into(header: Header, start: int, target: memoryview) -> None:
 
 
 def pieces(header: Header, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Read bytes [start, stop) of the file, a buffer's length at a time: each piece overwrites the one before.
+    """Read bytes [start, stop) of the file, a buffer's length at a time; each piece overwrites the one before.
 
-    Raises CheckpointError if the file cannot be read, or changed since its header was checked or while it is read.
+    Raises CheckpointError if the file cannot be read, or if it has changed since its header was checked.
     """
     try:
         with header.path.open("rb") as file:
@@ -93,7 +93,7 @@ def _check_unchanged(header: Header, file: BinaryIO) -> None:
 
 
 def require_finite(header: Header, entry: TensorEntry) -> None:
-    """Raise CheckpointError if a floating tensor has a NaN or an infinity, with how many of each."""
+    """Raise CheckpointError if a floating tensor has a NaN or an infinity; the message counts them."""
     if is_finite_tensor(header, entry):
         return
     nans = infinities = 0
@@ -108,12 +108,12 @@ def require_finite(header: Header, entry: TensorEntry) -> None:
 
 
 def is_finite_tensor(header: Header, entry: TensorEntry) -> bool:
-    """Whether a floating tensor on disk is finite throughout."""
+    """Whether a floating tensor on disk is finite."""
     return all(is_finite(chunk) for chunk in _chunks(header, entry))
 
 
 def is_finite(chunk: torch.Tensor) -> bool:
-    """Whether a floating tensor is finite throughout: NaN and infinity show in its minimum or maximum."""
+    """Whether a floating tensor is finite: NaN and infinity show in its minimum or maximum."""
     low, high = torch.aminmax(chunk)
     return bool(low.isfinite() and high.isfinite())
 

@@ -1,4 +1,4 @@
-"""A model folder on disk: which tensors there are is known at once, their data is read when asked for."""
+"""A model folder on disk: headers are read at once, the data of a tensor when it is asked for."""
 
 import hashlib
 from collections import Counter
@@ -23,7 +23,7 @@ SAMPLE_BYTES = 64 * 1024
 class Checkpoint:
     """A lazy view of a model folder; every header has been checked, no tensor has been read.
 
-    `folder`, `config` (config.json) and `names` (sorted) are there at once.
+    `folder`, `config` (config.json) and `names` (sorted) are known at once.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], headers: dict[str, Header], homes: dict[str, str]) -> None:
@@ -38,7 +38,7 @@ class Checkpoint:
     def open(cls, folder: Path) -> "Checkpoint":
         """Open the checkpoint in `folder`.
 
-        Raises CheckpointError if it is none, is incomplete, or if its files contradict each other.
+        Raises CheckpointError if it is no checkpoint, is incomplete, or if its files contradict each other.
         """
         folder = Path(folder)
         try:
@@ -50,7 +50,7 @@ class Checkpoint:
         return name in self._homes
 
     def entry(self, name: str) -> TensorEntry:
-        """Dtype, shape and place of a tensor. Raises CheckpointError if there is none of that name."""
+        """The dtype, shape and place of a tensor. Raises CheckpointError if there is no tensor of that name."""
         return self._header(name).entries[name]
 
     def file(self, name: str) -> Path:
@@ -84,11 +84,11 @@ class Checkpoint:
         return elements.most_common(1)[0][0]
 
     def stored(self, name: str) -> Stored:
-        """A tensor on disk, to be copied as it is."""
+        """A tensor on disk, which can be copied as it is."""
         return Stored(self._header(name), self.entry(name))
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a tensor in its stored dtype and shape to the CPU, into memory of its own."""
+        """Read a tensor to the CPU, in its stored dtype and shape, into new memory."""
         return self._read(name, self.entry(name).shape, 0)
 
     def read_slice(self, name: str, start_row: int, stop_row: int, memory: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,7 +103,7 @@ class Checkpoint:
         return self._read(name, (stop_row - start_row, *shape[1:]), start_row, memory)
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the checkpoint, file name -> digest, without reading all of its data."""
+        """The digests that identify the checkpoint, file name -> digest, without reading all of its data."""
         small = [name for name in (CONFIG, INDEX) if (self.folder / name).is_file()]
         digests = {name: file_fingerprint(read_bytes(self.folder / name)) for name in small}
         return digests | {file: _weights_fingerprint(header) for file, header in sorted(self._headers.items())}
@@ -111,14 +111,14 @@ class Checkpoint:
     def modified(self) -> dict[str, str]:
         """The time at which each weight file was last written to, file name -> time (UTC).
 
-        `fingerprint` reads samples only; together they tell that anything of a file may have changed.
+        `fingerprint` reads only samples; together they notice every file that may have changed.
         """
         return {file: _time_written(header) for file, header in sorted(self._headers.items())}
 
     def require_complete(self, outline: Outline) -> None:
-        """Raise CheckpointError if tensors are missing or have other shapes than config.json calls for.
+        """Raise CheckpointError if tensors are missing or have other shapes than config.json asks for.
 
-        More blocks than config.json counts are refused too: they would stay in full precision without a word.
+        More blocks than config.json counts are refused too: they would silently stay in full precision.
         """
         for name, wanted in outline.shapes.items():
             stored = outline.source(name)
@@ -144,7 +144,7 @@ class Checkpoint:
     def check_finite(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every floating tensor, 64 MiB at a time. Raises CheckpointError for the first with a NaN or infinity.
 
-        `progress` is called with (bytes looked at, bytes in all) after each tensor.
+        `progress` is called with (bytes checked, bytes in all) after each tensor.
         """
         done, total = 0, self.total_bytes
         for name in sorted(self.names, key=lambda name: (self._homes[name], self.entry(name).start)):
@@ -161,13 +161,13 @@ class Checkpoint:
             require_finite(self._header(name), entry)
 
     def is_finite(self, name: str) -> bool:
-        """Whether a floating tensor, read 64 MiB at a time, is finite throughout."""
+        """Whether a floating tensor, read 64 MiB at a time, is finite."""
         return is_finite_tensor(self._header(name), self.entry(name))
 
     def _read(
         self, name: str, shape: tuple[int, ...], skipped_rows: int, memory: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Read a tensor's bytes from a row on, as many as `shape` takes."""
+        """Read as many of a tensor's bytes as `shape` takes, after the skipped rows."""
         header, entry = self._header(name), self.entry(name)
         row_bytes = entry.nbytes // entry.shape[0] if skipped_rows else 0
         nbytes = prod(shape) * entry.dtype.itemsize

@@ -1,7 +1,7 @@
-"""Atomic files: each is there whole or not at all, because it is written beside its place and then moved into it.
+"""Write files atomically: each is written beside its place and then moved there, so it is whole or does not exist.
 
-Tensors are streamed by hand, not through `safetensors.torch.save_file`: that writes the metadata in an order which
-changes from run to run, and reports a full disk as an error that is no OSError.
+Tensors are not written by `safetensors.torch.save_file`: the order of its metadata changes from run to run, and it
+reports a full disk as an error that is no OSError.
 """
 
 import errno
@@ -33,13 +33,13 @@ NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # errors of file systems that ca
 
 @contextmanager
 def atomic(path: Path, nbytes: int) -> Iterator[BinaryIO]:
-    """Open a file for `nbytes` bytes that becomes `path` if the body succeeds, and vanishes if it does not.
+    """Open a file for `nbytes` bytes that becomes `path` if the body succeeds, and is removed if it does not.
 
-    A former file `path` stays as it was until then. Raises OutputError for what the file system refuses.
+    Until then, a former file at `path` stays. Raises OutputError if the file system refuses.
     """
     temporary = temporary_name(path)
     try:
-        temporary.unlink(missing_ok=True)  # what a killed run left
+        temporary.unlink(missing_ok=True)  # a killed run may have left one
         with _large(temporary) if nbytes >= LARGE_BYTES else _small(temporary) as file:
             yield file
         os.replace(temporary, path)
@@ -73,10 +73,10 @@ def _large(path: Path) -> Iterator[BinaryIO]:
 
 
 class _LargeFile(io.FileIO):
-    """A file that another thread makes durable while it is written, so that little is left to wait for at the end.
+    """A file that another thread makes durable while it is written, so that there is little to wait for at the end.
 
-    Durable bytes leave the system's cache. A written model would otherwise take as much memory again as it is large;
-    in virtual machines, finding that memory page by page costs several times what copying costs.
+    Durable bytes leave the system's cache. Otherwise the cache would grow to the size of the model; in virtual
+    machines, getting that memory page by page costs several times as much as copying.
     """
 
     thread: ThreadPoolExecutor
@@ -84,7 +84,7 @@ class _LargeFile(io.FileIO):
     unflushed = 0
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Write, and begin a flush every now and then."""
+        """Write, and begin a flush after every FLUSH_BYTES."""
         if self.unflushed >= FLUSH_BYTES and (self.flushing is None or self.flushing.done()):
             self.begin_flush()
         written = super().write(data)
@@ -92,7 +92,7 @@ class _LargeFile(io.FileIO):
         return written
 
     def begin_flush(self) -> None:
-        """Begin to make durable what is written so far, once the flush before is done."""
+        """Begin a flush of the bytes written so far, after the flush before has ended."""
         self.end_flush()
         self.flushing, self.unflushed = self.thread.submit(_flush, self.fileno()), 0
 
@@ -110,11 +110,11 @@ def _flush(file: int) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor | Stored], metadata: Mapping[str, str] | None = None
 ) -> int:
-    """Write a safetensors file atomically and return its size in bytes; the same tensors give the same bytes.
+    """Write a safetensors file atomically and return its size in bytes; equal tensors give equal bytes.
 
     Tensors may be on any device and have any strides; those that are not contiguous on the CPU are copied, one at a
-    time. Tensors of another file are copied from it; if it changed, its CheckpointError is passed on. Raises ValueError
-    for the name that the format reserves, TypeError for a dtype that it does not know.
+    time. Tensors of another file are copied from it. Raises CheckpointError if that file has changed, ValueError for
+    the name that the format reserves, and TypeError for a dtype that it does not know.
     """
     if METADATA in tensors:
         raise ValueError(f"no tensor can be called {METADATA} in a safetensors file")
@@ -159,7 +159,7 @@ def copy_file(source: Path, target: Path) -> int:
 
 
 def temporary_name(path: Path) -> Path:
-    """The name of a file while it is written: always the same, so that a second try clears up the first."""
+    """The name of a file while it is written; it never varies, so that a second try removes the first."""
     return path.with_name(f".{path.name}.tmp")
 
 

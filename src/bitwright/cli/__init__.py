@@ -1,4 +1,7 @@
-"""The command line: parses, calls ``api``, shows progress. Results go to standard output, everything else to error."""
+"""The command line: it parses options, calls ``api`` and shows progress and results.
+
+Results go to standard output, everything else to standard error.
+"""
 
 from bitwright.cli.entry import Interrupted, main
 

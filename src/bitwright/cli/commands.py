@@ -1,4 +1,4 @@
-"""The commands: each parses, calls ``api`` and shows what came of it."""
+"""The commands: each calls a function of ``api`` and shows the result."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from bitwright.report import engines_screen, screens
 from bitwright.report.progress import ProgressReport
 
 app = typer.Typer(
-    help="Makes large language models small: 2 to 8 bits a weight, in formats that transformers loads.",
+    help="Quantize large language models to 2 to 8 bits per weight, in formats that transformers and other engines "
+    "load.",
     add_completion=False,
     rich_markup_mode=None,  # square brackets in help texts are meant as they stand
     pretty_exceptions_enable=False,
@@ -44,39 +45,47 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized.")],
     text: Annotated[
         str | None,
-        typer.Option(help="Text to measure on: a file, a folder, or builtin. [default: builtin, none with --tasks]"),
+        typer.Option(
+            help="Text to measure on: a .txt, .jsonl or .parquet file, a folder, builtin (Python source), or a dataset "
+            "of the Hugging Face hub. [default: builtin, or no text with --tasks]"
+        ),
     ] = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens per window. [default: 2048, or the model's maximum if shorter]")
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="How many windows. [default: the whole text]")] = None,
+    windows: Annotated[int | None, typer.Option(help="Number of windows. [default: the whole text]")] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="The original model: adds KL divergence, top-1 agreement, and its own scores.")
+        Path | None,
+        typer.Option(help="Folder of the original model: adds KL divergence, top-1 agreement, and its own scores."),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas: mmlu,piqa,gsm8k.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas: mmlu,piqa,gsm8k.")] = None,
     task_files: Annotated[
-        list[Path] | None, typer.Option(help="A task file of lm-eval (YAML), or a folder of them; may be repeated.")
+        list[Path] | None, typer.Option(help="Task file of lm-eval (YAML), or a folder of them; repeatable.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents per task. [default: all]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of documents per task. [default: all]")] = None,
     shots: Annotated[
-        int | None, typer.Option(help="Solved examples before each question. [default: the task's own number]")
+        int | None, typer.Option(help="Number of solved examples before each question. [default: the task's own]")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts at once; more is faster on a GPU.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Number of prompts at once; more is faster on a GPU.")] = 1,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run the code that the model writes (humaneval).")
     ] = False,
     answers: Annotated[
-        Path | None, typer.Option(help="Keep the model's answers in this file. [default: until the run is done]")
+        Path | None,
+        typer.Option(help="Keep the model's answers in this file. [default: keep them until the run is done]"),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Arithmetic: float32, bfloat16, float16; auto is float32 on a CPU.")
+        str,
+        typer.Option(
+            help="Arithmetic: float32, bfloat16, float16 or auto (float32 on a CPU, the model's own dtype on a GPU)."
+        ),
     ] = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a written folder as transformers loads it: perplexity, divergence from the original, accuracy on tasks.
+    """Measure perplexity, divergence from the original, and accuracy on tasks.
 
-    Interrupted while tasks run, the same command goes on.
+    The folder is loaded as transformers loads it. If the command is interrupted while tasks run, repeat it to go on.
     """
     from bitwright import api
 
@@ -107,7 +116,7 @@ def inspect(
     linears: Annotated[bool, typer.Option("--linears", help="List every linear.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a folder holds: architecture, blocks, linears, sizes, true bits per weight."""
+    """Show what a folder holds: architecture, blocks, linears, sizes, bits per weight."""
     from bitwright import api
 
     show(api.inspect(path), lambda console, result: screens.inspection(console, result, linears), as_json)
@@ -115,11 +124,14 @@ def inspect(
 
 @app.command(cls=Described)
 def export(
-    folder: Annotated[Path, typer.Argument(help="Folder of a quantized model, whoever quantized it.")],
-    format: Annotated[str, typer.Option(help=f"{FORMATS}.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder or file to write; must not exist.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a quantized model, from any tool.")],
+    format: Annotated[str, typer.Option(help=f"Format to write: {FORMATS}.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder or file (gguf) to write; must not exist.")],
     lossy: Annotated[
-        bool, typer.Option("--lossy", help="Quantize weights that the format cannot hold once more; says what it adds.")
+        bool,
+        typer.Option(
+            "--lossy", help="Quantize weights again if the format cannot hold them exactly; the added error is shown."
+        ),
     ] = False,
     embeddings: Embeddings = None,
     base: Base = None,
@@ -128,7 +140,10 @@ def export(
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of continuing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a quantized folder in another format, its codes kept. Interrupted, the same command continues."""
+    """Write a quantized folder in another format and keep its codes.
+
+    If the command is interrupted, repeat it to go on.
+    """
     from bitwright import api
 
     with ProgressReport(err) as listener:
@@ -149,7 +164,7 @@ def export(
 
 @app.command()
 def engines(as_json: Json = False) -> None:
-    """Show what each engine runs, and with which version of it that was looked at."""
+    """Show what each engine runs, and the version with which that was checked."""
     from bitwright import api
 
     result = api.engines()
@@ -162,23 +177,28 @@ def engines(as_json: Json = False) -> None:
 @app.command()
 def verify(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of a quantized model, .gguf file or MLC-LLM's folder, whoever wrote it.")
+        Path, typer.Argument(help="Folder of a quantized model, .gguf file or folder of MLC-LLM, from any tool.")
     ],
     against: Annotated[
-        Path | None, typer.Option(help="The original model; of a file also the quantized folder it was made of.")
+        Path | None,
+        typer.Option(
+            help="Folder of the original model; for a .gguf file or a folder of MLC-LLM also the quantized folder that "
+            "it was made of."
+        ),
     ] = None,
     logits: Annotated[
         bool,
         typer.Option(
             "--logits/--no-logits",
-            help="Run the model too, as transformers loads it; of a file, its weights in the config of --against.",
+            help="Also run the model in transformers. A .gguf file or a folder of MLC-LLM needs --against for that.",
         ),
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Check that a quantized folder or file is what it claims to be. Exit code 2 if it is not.
+    """Check that a quantized folder or file is what it claims to be.
 
-    It must be complete, sound, no larger than its bits, and compute what its codes say.
+    It must be complete and sound, take no more bytes than its bits need, and compute what its codes say. The exit code
+    is 2 if a check fails.
     """
     from bitwright import api
 
@@ -194,30 +214,36 @@ def bench(
     model: Annotated[Path, typer.Argument(help="Folder of a model, or a .gguf file.")],
     against: Annotated[
         Path | None,
-        typer.Option(help="The original, measured in turn with it; for llama.cpp a .gguf file or a folder."),
+        typer.Option(help="Folder of the original model, to measure it too; for llama.cpp also a .gguf file."),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help=f"{MEASURED_ENGINES}. [default: what runs this kind of model]")
+        str | None,
+        typer.Option(help=f"Engine that runs the model: {MEASURED_ENGINES}. [default: by the kind of model]"),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to generate, at batch 1.")] = 512,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,
-    threads: Annotated[int | None, typer.Option(help="Threads of the CPU. [default: all that it may use]")] = None,
-    rounds: Annotated[int, typer.Option(help="How often each is measured; the median counts.")] = 3,
+    tokens: Annotated[int, typer.Option(help="Number of tokens to generate, at batch 1.")] = 512,
+    prompt: Annotated[int, typer.Option(help="Number of tokens in the prompt.")] = 512,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads. [default: one per usable core]")] = None,
+    rounds: Annotated[int, typer.Option(help="Number of measurements of each model; the median counts.")] = 3,
     dtype: Annotated[
-        str, typer.Option(help="transformers: bfloat16, float16, float32; auto is the checkpoint's own 16 bits.")
+        str,
+        typer.Option(
+            help="transformers: bfloat16, float16, float32 or auto (the model's own dtype if it has 16 bits, else "
+            "bfloat16)."
+        ),
     ] = "auto",
     python: Annotated[
-        Path | None, typer.Option(help="llama.cpp: an interpreter whose environment has xllamacpp. [default: this one]")
+        Path | None, typer.Option(help="llama.cpp: a Python interpreter that has xllamacpp. [default: this one]")
     ] = None,
     library: Annotated[
-        Path | None, typer.Option(help="llama.cpp: the libllama.so of a build of your own, in xllamacpp's place.")
+        Path | None, typer.Option(help="llama.cpp: libllama.so of your own build, used instead of xllamacpp.")
     ] = None,
-    device: Annotated[str, typer.Option(help="transformers: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    device: Annotated[str, typer.Option(help="transformers: device to run on: auto, cpu, cuda, cuda:1 ...")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure speed and memory, the original beside it in the same run.
+    """Measure speed and memory of a model, and of the original in the same run.
 
-    That is weights, running memory, tokens per second when generating and when reading a prompt.
+    Measured are the size of the weights, the memory while running, and the tokens per second when generating and when
+    reading a prompt.
     """
     from bitwright import api
 
@@ -241,10 +267,12 @@ def bench(
 
 @app.command()
 def demo(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the folders here.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to keep the quantized models in.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize the embedded model at 4, 3 and 2 bits and show what it cost. Needs no download."""
+    """Quantize the embedded model to 4, 3 and 2 bits and show what is lost. This needs no download."""
     from bitwright import api
 
     with ProgressReport(err) as listener:

@@ -11,20 +11,22 @@ from bitwright.core.json_values import plain
 
 
 class _Console(Console):
-    """A console that leaves it to ``entry.py`` what happens when nobody reads on."""
+    """A console that leaves a closed pipe to ``entry.py``."""
 
     def on_broken_pipe(self) -> None:
         """Raise BrokenPipeError again."""
         raise
 
 
-WIDE = 1000  # characters; in a pipe or a file no path is to be broken into lines
+WIDE = 1000  # characters; so wide that no path is broken into lines in a pipe or a file
 out, err = _Console(width=None if Console().is_terminal else WIDE), Console(stderr=True)
 
 
 def show(result: Any, screen: Callable[[Console, Any], None], as_json: bool) -> None:
-    """Print a result, as JSON or by its screen."""
+    """Print a result as JSON, or with the function that shows it."""
     if as_json:
-        print(json.dumps(plain(asdict(result)), indent=2))  # ASCII: a path of any bytes can be printed anywhere
+        print(
+            json.dumps(plain(asdict(result)), indent=2)
+        )  # ASCII, which can be printed anywhere, whatever bytes a path has
     else:
         screen(out, result)

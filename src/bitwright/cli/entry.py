@@ -1,4 +1,4 @@
-"""How a command ends: the exit codes, and what is said of an error."""
+"""The end of a command: the exit codes, and the messages for errors."""
 
 import errno
 import os
@@ -20,17 +20,17 @@ ISSUES = "Please report it with the lines above."
 
 
 class Interrupted(BaseException):
-    """Ctrl-C, past the libraries that would make something else of a KeyboardInterrupt."""
+    """Ctrl-C, as an exception that no library catches, as some do with KeyboardInterrupt."""
 
 
 def main() -> NoReturn:
     """Run the command line and exit.
 
-    Exit code 0; 2 for what a user can mend, 1 for a bug, 130 when interrupted, 141 if what reads the output has had
-    enough of it.
+    The exit code is 0 for success, 2 for an error that a user can mend, 1 for a bug, 130 if interrupted, and 141 if the
+    program that reads the output stops reading.
     """
     signal.signal(signal.SIGINT, _interrupt)
-    # compressed-tensors draws a bar per loaded model with tqdm, which reads this when it is imported.
+    # compressed-tensors draws a bar for each loaded model with tqdm, which reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to fail
@@ -53,7 +53,7 @@ def main() -> NoReturn:
 
 
 def _run() -> None:
-    """Raise BrokenPipeError also if click has made an exit code of it."""
+    """Run the command line. Raises BrokenPipeError, also if click has turned it into an exit code."""
     try:
         app()
     except SystemExit as ended:
@@ -65,7 +65,7 @@ def _run() -> None:
 
 
 def _silenced() -> bool:
-    """Whether nobody reads an output any more; what is left of it when Python ends then goes nowhere."""
+    """Whether an output is no longer read; if so, what is still unwritten goes nowhere."""
     gone = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _unread(stream.fileno())]
     for number in gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
@@ -79,10 +79,10 @@ def _unread(number: int) -> bool:
 
 
 def _mendable(error: Exception) -> str | None:
-    """What to tell a user who can do something about an error; None for what is ours to mend."""
+    """The message for an error that the user can mend; None for a bug."""
     if isinstance(error, UserError):
         return str(error)
-    # torch says it with a RuntimeError of its own on a GPU, and with a plain one on a CPU.
+    # Out of memory, torch raises its own RuntimeError on a GPU, and a plain one on a CPU.
     signs = ("MemoryError", "OutOfMemoryError", "can't allocate memory")
     if any(sign in f"{type(error).__name__}: {error}" for sign in signs):
         return "out of memory; bitwright quantize --dry-run says how much a run needs"

@@ -8,32 +8,32 @@ from typer.core import TyperCommand
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (keys: docs/reference/json.md).")]
 BESIDE = ("output", "save_parameters", "workers", "max_memory")
-"""Keys of ``quantize`` that are no part of the recipe: where the result goes, and how the run goes about it."""
+"""Keys of ``quantize`` that are no part of the recipe, because they do not change what the result is."""
 FORMATS, ENGINES, MEASURED_ENGINES = "{formats}", "{engines}", "{measured_engines}"
-"""Stand in help texts for lists that ``Described`` fills in."""
+"""Placeholders in help texts for lists that ``Described`` fills in."""
 Embeddings = Annotated[
     str | None,
     typer.Option(
-        help="gguf: embedding and output layer in q8_0, f16, or q4_0, smaller and faster; mlc: f16, with 4 bits. "
-        "[default: q8_0; mlc: quantized like the linears]"
+        help="How the embedding and the output layer are stored. gguf: q8_0, f16, or q4_0 (smaller and faster); mlc: "
+        "f16 (at 4 bits only). [default: gguf: q8_0; mlc: like the linears]"
     ),
 ]
 Base = Annotated[
     Path | None,
     typer.Option(
-        help="gguf: a .gguf file of the same model, whose metadata and tokenizer are taken; mlc: an "
-        "mlc-chat-config.json of the same architecture, or its folder, whose conversation is taken."
+        help="File to copy settings from. gguf: a .gguf file of the same model, for metadata and tokenizer; mlc: an "
+        "mlc-chat-config.json of the same architecture, or its folder, for the conversation template."
     ),
 ]
-SHARDS = "Largest weight file; not of gguf and mlc."
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+SHARDS = "Size limit of a weight file; not for gguf and mlc."
+Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1 ...")]
 
 
 class Described(TyperCommand):
-    """A command whose help lists formats and engines: they are looked up when the command itself is called."""
+    """A command whose help lists formats and engines, which are looked up only if this command is called."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """All options, their help filled in."""
+        """All options, with the lists in their help texts."""
         params: list[Any] = super().get_params(ctx)
         for option in params:
             help = getattr(option, "help", None) or ""

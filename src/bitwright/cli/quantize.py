@@ -1,4 +1,4 @@
-"""``bitwright quantize``: the flags and the recipe file become one recipe, which is planned or run."""
+"""``bitwright quantize``: make one recipe of the flags and the recipe file, and plan or run it."""
 
 import os
 from collections.abc import Mapping
@@ -17,84 +17,98 @@ from bitwright.report import screens
 from bitwright.report.progress import ProgressReport
 
 PLACES = ("model", "output", "calibration", "save_parameters", "load_parameters", "allocation", "base")
-ALONE = "For methods without calibration data."
+ALONE = "Only without calibration data."
 
 
 def quantize(
     context: typer.Context,
     model: Annotated[Path | None, typer.Argument(help="Folder of the full-precision model.")] = None,
-    scheme: Annotated[str | None, typer.Option(help=GRAMMAR)] = None,
-    method: Annotated[str | None, typer.Option(help="The methods.")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help=f"Bits of weights, activations and KV cache, and groups: {GRAMMAR}")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Methods.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder or file (gguf) to write; must not exist.")
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help=f"{FORMATS}. [default: compressed-tensors, bitwright if it must]"),
+        typer.Option(help=f"Format to write: {FORMATS}. [default: compressed-tensors if it fits, else bitwright]"),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibration data: a .txt, .jsonl or .parquet file, a folder, builtin, or a dataset of the hub."
+            help="Calibration data: a .txt, .jsonl or .parquet file, a folder, builtin (Python source), or a dataset "
+            "of the Hugging Face hub."
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration segments. [default: 128]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of calibration segments. [default: 128]")] = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens per segment. [default: 2048, or the model's maximum if shorter]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything that is random. [default: 0]")] = None,
     quantize_lm_head: Annotated[
         bool | None,
         typer.Option("--quantize-lm-head/--no-quantize-lm-head", help="Quantize the output layer too. [default: no]"),
     ] = None,
     shard_size: Annotated[str | None, typer.Option(help=f"{SHARDS} [default: 5GB]")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file with the same keys as these flags; flags win.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with these flags as keys; flags on the command line win.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of continuing.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     device: Device = "auto",
     training: Annotated[
-        str | None, typer.Option(help="bitwright, or paper: the plain settings of the papers. [default: bitwright]")
+        str | None,
+        typer.Option(
+            help="Defaults of the methods' settings: bitwright, or paper (as in the papers). [default: bitwright]"
+        ),
     ] = None,
     include: Annotated[
         list[str] | None,
-        typer.Option(help=f"Quantize these tensors too: names with * and ?, repeatable or with commas. {ALONE}"),
+        typer.Option(
+            help=f"Quantize these tensors too: names, also with * and ?, separated by commas; repeatable. {ALONE}"
+        ),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Leave these tensors in full precision; repeatable or with commas.")
+        list[str] | None,
+        typer.Option(
+            help="Leave these tensors in full precision: names, also with * and ?, separated by commas; repeatable."
+        ),
     ] = None,
     scheme_for: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN=SCHEME",
-            help="A scheme of their own for the linears that a pattern fits, '*.down_proj=W8A16g128'; repeatable.",
+            help="Give the linears that fit a pattern their own scheme, such as '*.down_proj=W8A16g128'; repeatable.",
         ),
     ] = None,
     allocation: Annotated[
         Path | None,
-        typer.Option(help="The scheme of every linear from this file, the allocation.json of a run for instance."),
+        typer.Option(help="Take the schemes of linears from this file, such as the allocation.json of another run."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help=f"Processes that share the tensors. {ALONE} [default: as many as pay]")
+        int | None,
+        typer.Option(help=f"Number of processes. {ALONE} [default: one per core; fewer for small models]"),
     ] = None,
     max_memory: Annotated[
-        str | None, typer.Option(help=f"What all processes together may take, 4GB: fewer workers. {ALONE}")
+        str | None, typer.Option(help=f"Memory limit of all processes together, such as 4GB. {ALONE}")
     ] = None,
     save_parameters: Annotated[
-        Path | None, typer.Option(help="Also write what was learned to this .safetensors file.")
+        Path | None, typer.Option(help="Also write the learned parameters to this .safetensors file.")
     ] = None,
     load_parameters: Annotated[
-        Path | None, typer.Option(help="Quantize with parameters saved before, without training.")
+        Path | None, typer.Option(help="Quantize with the parameters in this file, without training.")
     ] = None,
     engine: Annotated[
         list[str] | None,
-        typer.Option(help=f"Runs on this: {ENGINES}; repeatable; chooses --format."),
+        typer.Option(help=f"Engine that will run the result: {ENGINES}; repeatable. It chooses the format."),
     ] = None,
     embeddings: Embeddings = None,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize a model folder. Interrupted, the same command continues."""
+    """Quantize a model folder. If the command is interrupted, repeat it to go on."""
     from bitwright import api
 
     asked = _asked(context.params, context.meta.get(SETTINGS, {}))
@@ -130,7 +144,7 @@ def quantize(
 
 
 def _asked(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of the recipe file and of the flags, which win."""
+    """The keys of the recipe file and of the flags; a flag counts before the file."""
     keys = (*Recipe.keys(), *BESIDE)
     flags = {key: value for key, value in options.items() if key in keys} | dict(settings)
     flags |= {key: options[key] or None for key in ("include", "exclude", "scheme_for")}
@@ -141,12 +155,12 @@ def _asked(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
 
 
 def _written(path: Path) -> dict[str, Any]:
-    from bitwright.cli.recipe_file import read_recipe  # with a parser that most calls do without
+    from bitwright.cli.recipe_file import read_recipe  # it imports a YAML parser, which most calls do not need
 
     return read_recipe(path)
 
 
 def _at_home(asked: dict[str, Any]) -> dict[str, Any]:
-    """Replace ``~`` in paths, which no shell has done in a recipe or in ``--output=~/x``."""
+    """Replace ``~`` in paths; a shell does not do so in a recipe or in ``--output=~/x``."""
     places = {key: value for key in PLACES if isinstance(value := asked.get(key), str)}
     return asked | {key: os.path.expanduser(value) for key, value in places.items()}

@@ -1,4 +1,4 @@
-"""A recipe as a YAML file: the keys of ``quantize``'s flags, and where the result goes."""
+"""Recipes as YAML files: their keys are the flags of ``quantize``."""
 
 from collections.abc import Hashable
 from pathlib import Path
@@ -14,7 +14,7 @@ OUTPUT = "output"
 
 
 class OnceEach(yaml.SafeLoader):
-    """Plain YAML, except that a key which stands twice is refused: which of the two holds would be a guess."""
+    """A YAML loader that refuses a key that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Build the mapping of a node. Raises ConstructorError for a key that stands twice."""
@@ -28,7 +28,10 @@ class OnceEach(yaml.SafeLoader):
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a YAML recipe, with underscores for hyphens. Raises RecipeError, with the nearest known key."""
+    """Read the keys of a YAML recipe, with underscores for hyphens.
+
+    Raises RecipeError for an unknown key; the message names the nearest known one.
+    """
     written, known = parsed(path), (*Recipe.keys(), *BESIDE)
     for key in written:
         if key not in known:
@@ -40,12 +43,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def parsed(path: Path) -> dict[str, Any]:
-    """What a YAML file says, with underscores for hyphens in its keys. Raises RecipeError for what is no mapping."""
+    """Parse a YAML file, with underscores for hyphens in its keys. Raises RecipeError if it is no mapping."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), OnceEach)
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; --recipe takes a YAML file") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a number or a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or an impossible number or date
         raise RecipeError(f"recipe {path} cannot be read as YAML: {error}") from None
     except RecursionError:
         raise RecipeError(f"recipe {path} is nested too deeply to be a recipe") from None

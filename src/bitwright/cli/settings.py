@@ -1,7 +1,7 @@
-"""Options for the settings of all methods, derived from their declarations.
+"""Options for the settings of all methods, made from their declarations.
 
-To derive them takes the methods, and they take torch, which is imported for a second or two. So the options are made
-when ``quantize`` itself is called, and worker processes that it asks for are started before.
+They need the methods, and those need torch, whose import takes a second or two. So the options are made only when
+``quantize`` itself is called, and its worker processes are started before that.
 """
 
 from argparse import ArgumentError, ArgumentParser
@@ -19,18 +19,18 @@ from bitwright.core.errors import RecipeError
 from bitwright.core.settings import Known, known_settings
 
 SETTINGS, WORKERS = "bitwright.settings", "bitwright.workers"
-"""Keys under which a call of the command keeps the settings that were given, and the processes that were started."""
+"""Keys of the call's context: the settings that were given, and the worker processes that were started."""
 BEFORE = "training"
-"""The option that the settings come after."""
+"""The option after which the settings stand."""
 
 
 class WithSettings(Described):
-    """A command that takes the settings of all methods, beside the options of its function."""
+    """A command whose options are those of its function and the settings of all methods."""
 
     _settings: list[Any] | None = None
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """All options; ``--method`` tells of every method."""
+        """All options, with every method in the help of ``--method``."""
         params: list[Any] = super().get_params(ctx)
         if self._settings is None:
             self._settings = _options()
@@ -39,7 +39,7 @@ class WithSettings(Described):
         return [*params[:at], *self._settings, *params[at:]]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Start worker processes, then parse the arguments. The processes end if the arguments are refused."""
+        """Start worker processes, then parse the arguments. If the arguments are refused, the processes end."""
         from bitwright import api
 
         with ExitStack() as stack:
@@ -49,13 +49,13 @@ class WithSettings(Described):
         return rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. Processes that nobody needed end with it."""
+        """Run the command, and end the processes that nobody took."""
         with ctx.meta[WORKERS]:
             return super().invoke(ctx)
 
 
 def _options() -> list[Any]:
-    """An option for each setting, which keeps what it is given for ``SETTINGS``."""
+    """Make an option for each setting; its value is kept in the context under ``SETTINGS``."""
 
     def settings(**_: Any) -> None:
         """Take every setting."""
@@ -73,7 +73,7 @@ def _options() -> list[Any]:
 
 
 def _annotation(key: str, known: Known) -> Any:
-    """The type of a setting, with its flags and its help: the methods that have it, what it is, its defaults."""
+    """The type of a setting, with its flags and its help: its methods, its meaning, its defaults."""
     kind: Any = next(kind for kind in known.setting.kinds if kind is not type(None))
     name = key.replace("_", "-")
     default = known.setting.shown_default()
@@ -96,9 +96,9 @@ def _describe_methods(params: Sequence[Any]) -> None:
 
 
 def _workers(args: Sequence[str]) -> int | None:
-    """The worker processes that a run will need, as far as the arguments tell; None if they ask for none.
+    """The number of worker processes that the arguments ask for; None if they ask for none.
 
-    A run with calibration data has none, and neither has one that writes nothing.
+    A run with calibration data has none, and a run that writes nothing has none.
     """
     from bitwright.cli.recipe_file import parsed
 
@@ -106,7 +106,7 @@ def _workers(args: Sequence[str]) -> int | None:
     for flag in ("--workers", "--calibration", "--recipe"):
         parser.add_argument(flag)
     parser.add_argument("--dry-run", "--help", "-h", action="store_true", dest="nothing")
-    with suppress(ArgumentError, RecipeError, ValueError):  # said by whoever parses all of it
+    with suppress(ArgumentError, RecipeError, ValueError):  # reported when all of it is parsed
         seen, _ = parser.parse_known_args(list(args))
         recipe = parsed(Path(seen.recipe)) if seen.recipe and not seen.nothing else {}
         workers = recipe.get("workers") if seen.workers is None else int(seen.workers)

@@ -1,1 +1,1 @@
-"""A quantized folder in another format, its codes kept."""
+"""Export: a quantized folder in another format, its codes kept."""

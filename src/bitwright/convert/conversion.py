@@ -1,4 +1,4 @@
-"""The driver of an export: block by block, each linear of a quantized folder as another format holds it."""
+"""The driver of an export: it converts the linears of a quantized folder block by block."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -27,7 +27,10 @@ OUTSIDE = "outside of the blocks"
 
 @dataclass(frozen=True)
 class Conversion:
-    """A quantized folder on its way into another format. ``lossy``: weights that it cannot hold are quantized again."""
+    """A driver that converts a quantized folder to another format.
+
+    If ``lossy``, weights that the format cannot hold are quantized again.
+    """
 
     model: QuantizedFolder
     writer: PartWriter
@@ -35,7 +38,7 @@ class Conversion:
 
     @cached_property
     def contents(self) -> dict[str, tuple[list[str], list[str]]]:
-        """Linears and other tensors by the unit that they are in."""
+        """The names of linears, and of other tensors, by unit."""
         units: dict[str, tuple[list[str], list[str]]] = {}
         for kind, names in enumerate((self.model.linears, self.model.passed)):
             for name in names:
@@ -44,12 +47,12 @@ class Conversion:
 
     @property
     def units(self) -> list[str]:
-        """The blocks, and all that is outside of them."""
+        """The names of the units: the blocks, and one for all that is outside of them."""
         return list(self.contents)
 
     @cached_property
     def common_columns(self) -> int:
-        """What the input features of all linears are multiples of: groups that divide it divide them all."""
+        """The greatest common divisor of the input features of all linears: groups that divide it divide them all."""
         return gcd(*(self.model.shape(name)[1] for name in self.model.linears))
 
     def parts(self, files: Mapping[str, str], done: Collection[str], listener: Listener) -> Iterator[Part]:
@@ -63,11 +66,11 @@ class Conversion:
         listener(Progress("export", len(self.units), len(self.units), "all parts", peak_memory()))
 
     def _encoded(self, name: str) -> Encoded:
-        """A linear as the new format stores it, and what it lost against the weight that was read."""
+        """A linear as the new format stores it, with its report."""
         format, read = self.writer.format, self.model.read(name)
         weight, lost = refitted(name, read, format, self.lossy, self.common_columns)
         tensors, error = format.encode(name, weight), lost.error
-        if format.reader is None:  # what is stored are no codes but the weights, rounded to their dtype
+        if format.reader is None:  # the format stores no codes but weights, rounded to their dtype
             stored = format.decode(tensors, name, weight.grid).float()
             error = relative_error(read.dequantize(torch.float32), stored)
         sums = LinearSums(name, weight.shape, self.writer)
@@ -76,7 +79,7 @@ class Conversion:
         return tensors, replace(report, weight_error=error, codes_kept=lost.codes)
 
     def written_model(self, rows: Sequence[LinearReport]) -> WrittenModel:
-        """What there is to say of these linears: most have the model's scheme, others one of their own.
+        """The description of the written model: most linears have the model's scheme, others their own.
 
         Raises RecipeError for linears with schemes of their own if the format has one for all.
         """
@@ -100,8 +103,8 @@ class Conversion:
     def _kept_linears(self) -> tuple[str, ...]:
         """The linears that are not quantized, by their names in the model.
 
-        They are those that transformers sees; if it sees no model, those that the folder names, and not every format
-        names all of them.
+        If transformers knows the model, they are its other linears, else those that the folder names; some formats do
+        not name all.
         """
         model = self.model
         quantized = {f"{linear}.weight" for linear in model.linears}

@@ -1,4 +1,4 @@
-"""A quantized weight in terms that another format holds: exactly if that can be, else quantized once more."""
+"""Fit a quantized weight into another format: exactly if possible, else quantized again."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -22,10 +22,10 @@ GROUPS = (128, 64, 32)
 def refitted(
     name: str, weight: QTensor, format: TensorFormat, lossy: bool, common: int = 0
 ) -> tuple[QTensor, Difference]:
-    """The weight as a format holds it, and what it lost.
+    """The weight as a format holds it, and its difference from the weight before.
 
-    Groups that it did not have divide ``common``, so that all linears of a model get the same. Raises RecipeError if
-    its codes cannot be kept, unless ``lossy``.
+    New groups divide ``common``, so that all linears of a model get groups of one size. Raises RecipeError if the codes
+    cannot be kept, unless ``lossy``.
     """
     exact = _exactly(weight, format, common)
     if exact is not None:
@@ -40,7 +40,7 @@ def refitted(
 
 
 def _exactly(weight: QTensor, format: TensorFormat, common: int) -> QTensor | None:
-    """The weight's own codes on the first terms that fit; None if there are none."""
+    """The weight's own codes on the first grid and tile that fit; None if none fit."""
     outliers = weight.outlier_index is not None and weight.outlier_index.numel() > 0
     scaled = with_scales(weight, format.scales or weight.scale.dtype)
     if not scaled.scale.isfinite().all() or (scaled.scale == 0).any():
@@ -57,7 +57,7 @@ def _on(weight: QTensor, grid: Grid, tile: Tile) -> QTensor | None:
 
 
 def _grids(grid: Grid) -> Iterator[Grid]:
-    """The weight's own grid, then others that may hold its codes, small ones first."""
+    """The weight's own grid, then others that may hold its codes, fewer bits first."""
     yield grid
     for bits, symmetric in product(range(grid.bits, MAX_BITS + 1), (False, True)):
         if (bits, symmetric) != (grid.bits, grid.symmetric):
@@ -68,14 +68,14 @@ def _tiles(weight: QTensor, common: int) -> Iterator[Tile]:
     if weight.tile.size(weight.shape) == (1, weight.shape[1]) and not weight.grid.signed_scale:
         yield Tile(1, FULL)  # a reader cannot tell one group that is the whole row from a channel
     yield weight.tile
-    own = max(weight.tile.out, weight.tile.in_)  # groups along the output are as large along the input
+    own = max(weight.tile.out, weight.tile.in_)  # for groups along the output, try groups of that size along the input
     for group in sorted(GROUPS, key=lambda size: size != own):
         if common % group == 0:
             yield Tile(1, group)
 
 
 def _again(name: str, weight: QTensor, format: TensorFormat, common: int) -> QTensor:
-    """The dequantized weight on the nearest terms that the format holds, with ranges as easyquant finds them."""
+    """Quantize the dequantized weight on the nearest grid and tile of the format, with the ranges of easyquant."""
     terms = _nearest(weight, format, common)
     if terms is None:
         raise RecipeError(
@@ -88,7 +88,7 @@ def _again(name: str, weight: QTensor, format: TensorFormat, common: int) -> QTe
 
 
 def _nearest(weight: QTensor, format: TensorFormat, common: int) -> tuple[Grid, Tile] | None:
-    """The bits nearest to the weight's, more rather than fewer; its own tile if that is held."""
+    """The grid whose bits are nearest to the weight's (of two, the larger), and its own tile if the format holds it."""
     bits = sorted(range(MIN_BITS, MAX_BITS + 1), key=lambda b: (abs(b - weight.grid.bits), -b))
     grids = (
         Grid.integers(b, symmetric)
@@ -102,7 +102,7 @@ def _nearest(weight: QTensor, format: TensorFormat, common: int) -> tuple[Grid, 
 
 
 def _described(weight: QTensor) -> str:
-    """What a weight is, for a message."""
+    """The description of a weight, for a message."""
     rows, columns = weight.tile.size(weight.shape)
     kind = "symmetric" if weight.grid.symmetric else "asymmetric"
     kept = 0 if weight.outlier_index is None else weight.outlier_index.numel()

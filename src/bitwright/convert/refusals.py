@@ -1,4 +1,4 @@
-"""What an export refuses before any weight is read, told from headers and from config.json."""
+"""The checks of an export before any weight is read, from headers and config.json."""
 
 from collections import Counter
 from itertools import product
@@ -13,7 +13,7 @@ from bitwright.verification.completeness import require_all_tensors, require_sou
 
 
 def refuse(model: QuantizedFolder, to: Format, options: WriteOptions) -> None:
-    """Refuse, before the work, what can be told beforehand. Raises RecipeError, CheckpointError."""
+    """Refuse an export that headers and config.json show to be impossible. Raises RecipeError, CheckpointError."""
     _refuse_activations(model, to)
     if model.described is not None and not options.lossy:
         _refuse_departures(model, to)
@@ -46,7 +46,7 @@ def _foreseen(model: QuantizedFolder) -> Foreseen:
 
 
 def _refuse_activations(model: QuantizedFolder, to: Format) -> None:
-    """Raise RecipeError, before any weight is read, for activations or a KV cache that a format has no place for."""
+    """Raise RecipeError for quantized activations or a KV cache that a format has no place for."""
     described = model.described
     if not to.weights_only or described is None or not model.linears:
         return
@@ -62,9 +62,9 @@ def _refuse_activations(model: QuantizedFolder, to: Format) -> None:
 
 
 def _refuse_departures(model: QuantizedFolder, to: Format) -> None:
-    """Raise RecipeError, before anything is written, for linears that a format holds on no grid.
+    """Raise RecipeError for linears that a format cannot hold on any grid.
 
-    Those have outliers, or groups along the output, as far as config.json names them.
+    These are linears with outliers or with groups along the output, as far as config.json names them.
     """
     described = model.described
     grids = [Grid.integers(*kind) for kind in product(range(MIN_BITS, MAX_BITS + 1), (False, True))]
@@ -82,7 +82,7 @@ def _refuse_departures(model: QuantizedFolder, to: Format) -> None:
 
 
 def _refuse_mix(model: QuantizedFolder, to: TensorFormat) -> None:
-    """Raise RecipeError for linears on several grids if the format has one for all."""
+    """Raise RecipeError for linears on several grids if the format has one grid for all."""
     if to.mixes or model.described is None:
         return
     grids = {name: model.described.grid_of(name) for name in model.linears}

@@ -1,7 +1,7 @@
 """Texts for the embedded demonstration model, read from the installed Python standard library.
 
-The modules form three disjoint sets: evaluation and calibration modules are held out of training, every other module
-trains. The texts depend on the Python version that is installed, and on nothing else.
+The modules form three disjoint sets: evaluation and calibration modules are held out, all others are training data. The
+texts depend only on the Python version that is installed.
 """
 
 import sysconfig
@@ -65,7 +65,7 @@ def module_of(relative: Path) -> str:
 
 
 def training_files(folder: Path | None = None) -> list[Path]:
-    """The source files of the modules that train, relative to the library's folder, sorted by name."""
+    """The source files of the training modules, relative to the library's folder, sorted by name."""
     held_out = EVALUATION_MODULES | CALIBRATION_MODULES
     files = [path for path in _source_files(folder or stdlib_folder()) if module_of(path) not in held_out]
     if not files:

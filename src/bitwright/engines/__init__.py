@@ -1,1 +1,1 @@
-"""What each engine runs, one file each: the file's ``ENGINE`` (``core/engine.py``) is all that has to be written."""
+"""The engines, one file each: ``ENGINE`` (``core/engine.py``) says what the engine runs."""

@@ -1,4 +1,4 @@
-"""GPTQModel, whose backend is chosen by shape, bits and groups (docs/formats/gptq.md)."""
+"""GPTQModel: it chooses a backend by shape, bits and groups (docs/formats/gptq.md)."""
 
 from bitwright.core.engine import Engine, Way
 

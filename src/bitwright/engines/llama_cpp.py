@@ -1,4 +1,4 @@
-"""llama.cpp, and what is built on it: GGUF files, each tensor in a type of its own."""
+"""llama.cpp, and programs that use it: they run GGUF files, in which each tensor has its own type."""
 
 from bitwright.core.engine import EVERY_BITS, BenchInput, Engine, Way
 

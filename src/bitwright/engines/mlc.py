@@ -1,4 +1,4 @@
-"""MLC-LLM: a model library is compiled for one preset, which all linears have."""
+"""MLC-LLM: its model library is compiled for one preset, so all linears have that preset."""
 
 from bitwright.core.engine import Engine, Way
 

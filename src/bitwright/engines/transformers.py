@@ -1,6 +1,6 @@
-"""transformers: compressed-tensors as it is; everything else in the bitwright format, after ``import bitwright``.
+"""transformers: it loads compressed-tensors by itself, and the bitwright format after ``import bitwright``.
 
-Of compressed-tensors, transformers unpacks all experts of a model with one config group (``get_experts_scheme`` in
+In compressed-tensors, transformers unpacks all experts of a model with one config group (``get_experts_scheme`` in
 ``transformers/integrations/compressed_tensors.py``), so they need one scheme.
 """
 

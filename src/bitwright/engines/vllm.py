@@ -1,7 +1,7 @@
-"""vLLM, as its CPU build runs it; a GPU was not tried.
+"""vLLM: its CPU build; it was not tried on a GPU.
 
-The CPU kernel of vLLM 0.32 (``CPUWNA16LinearKernel``) takes input and output features in multiples of 32. The
-vocabulary is padded to a multiple of 64, which does not go with packed weights.
+The CPU kernel of vLLM 0.32 (``CPUWNA16LinearKernel``) takes input and output features in multiples of 32. vLLM pads the
+vocabulary to a multiple of 64, which packed weights do not allow.
 """
 
 from bitwright.core.engine import Alike, Engine, Way

@@ -1,8 +1,8 @@
-"""Answers of models to tasks: each is asked for once, and kept at once, so that a killed run goes on where it stopped.
+"""Answers of models to tasks: each is kept as soon as it is there, so that a killed run goes on where it stopped.
 
-A JSON-lines file. Its first line says what it is; each other line is one answer, under a digest of the question and of
-the model, so answers of several models go into one file. Lines are flushed one by one: a killed process loses none, a
-power cut may lose the last.
+They are in a JSON-lines file. Its first line says what the file is; each other line is one answer, under a digest of
+the question and of the model, so that one file can hold the answers of several models. Lines are flushed one by one: a
+killed process loses none, a power cut may lose the last.
 """
 
 import json
@@ -24,9 +24,10 @@ class Answers:
     """The answers of one model, in memory and on disk; a context manager that closes the file."""
 
     def __init__(self, path: Path, answerer: Mapping[str, Any]) -> None:
-        """Read the answers in a file, and go on at its end; ``answerer`` is all that answers depend on, fit for JSON.
+        """Read the answers in a file, and go on at its end.
 
-        Raises OutputError for a file that does not hold answers, or that cannot be written to.
+        ``answerer`` is everything that answers depend on besides the question, as JSON takes it. Raises OutputError for
+        a file that does not hold answers, or that cannot be written to.
         """
         self.path, self._answerer = path, json.dumps(answerer, sort_keys=True)
         try:
@@ -48,7 +49,7 @@ class Answers:
         self._file.close()
 
     def key(self, kind: str, asked: tuple[Any, ...]) -> str:
-        """The digest under which an answer is kept: of the model, the kind of request and everything in it."""
+        """The digest under which an answer is kept: of the model, the kind of the request and its contents."""
         question = json.dumps([self._answerer, kind, *asked], sort_keys=True, default=str)
         return sha256(question.encode()).hexdigest()
 
@@ -69,7 +70,7 @@ class Answers:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of the file; what is torn at its end is cut off, so that the next begins on its own."""
+    """The complete lines of the file; an incomplete last line is cut off."""
     raw = path.read_bytes() if path.exists() else b""
     whole = raw[: raw.rfind(b"\n") + 1]
     try:
@@ -85,7 +86,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Answerer(Protocol):
-    """The part of lm-eval's own model class that is used here."""
+    """The part of lm-eval's model class that is used here."""
 
     max_length: int
     tok_encode: Callable[[str], list[int]]
@@ -93,7 +94,7 @@ class Answerer(Protocol):
 
 
 class Answering:
-    """A stand-in for a model, with the methods and attributes that lm-eval asks of one.
+    """A replacement for lm-eval's model that keeps answers; it has the methods and attributes that lm-eval needs.
 
     ``stage`` names the task in the progress. ``cut`` counts the prompts of each task that are longer than the model's
     context.
@@ -122,7 +123,7 @@ class Answering:
         for request in requests:
             room = self._lm.max_length - new_tokens(request.args[1])
             self.cut[request.task_name] += len(self._lm.tok_encode(request.args[0])) > room
-        if any(request.args[1].get("do_sample") for request in requests):  # another answer each time
+        if any(request.args[1].get("do_sample") for request in requests):  # such an answer is random
             return self._ask("generate_until", requests, keep=False)
         return self._answer("generate_until", requests)
 
@@ -141,7 +142,7 @@ class Answering:
 
 
 class _Hook:
-    """The hook that lm-eval calls with each answer as soon as it is there."""
+    """A hook that lm-eval calls with each answer at once."""
 
     def __init__(self, answers: Answers | None, stage: str, total: int, listener: Listener) -> None:
         self._answers, self._stage, self._total, self._listener = answers, stage, total, listener
@@ -156,6 +157,6 @@ class _Hook:
 
 
 def new_tokens(settings: dict[str, Any], default: int = 256) -> int:
-    """The number of tokens a generation may take, under any of the names that lm-eval accepts; 256 if none is given."""
+    """The largest number of generated tokens, under any name that lm-eval accepts; 256 if none is given."""
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     return next((int(settings[name]) for name in names if settings.get(name) is not None), default)

@@ -1,4 +1,4 @@
-"""Generated programs, each in a process of its own with limits; docs/evaluation.md says what that cannot hold off."""
+"""Run generated programs, each in its own process with limits; docs/evaluation.md says what these cannot prevent."""
 
 import json
 import os
@@ -14,7 +14,7 @@ SECONDS = 10.0
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**20
 GRACE = 5.0  # seconds that the watcher may take longer than the program
-# -I would make the order of sets differ from run to run; -s and -P are the rest of it, and the environment is our own.
+# -I would make the order of sets differ from run to run. -s and -P are its other parts, and we set the environment.
 PYTHON = (sys.executable, "-s", "-P", "-B")
 
 
@@ -22,7 +22,7 @@ PYTHON = (sys.executable, "-s", "-P", "-B")
 class Outcome:
     """The end of a program, in the words of ``sandbox``.
 
-    ``isolated`` if the kernel gave it no network, and no way to signal other processes.
+    ``isolated`` is True if the kernel gave it no network, and no way to signal other processes.
     """
 
     outcome: str
@@ -62,7 +62,7 @@ def run_program(program: str, seconds: float = SECONDS, isolate: bool = True) ->
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """The environment of a program: no tokens, no paths of ours, one thread."""
+    """The environment of a program: no secrets, no paths of ours, one thread."""
     return {
         "PATH": os.defpath,
         "HOME": folder,
@@ -75,7 +75,7 @@ def _environment(folder: str) -> dict[str, str]:
 
 
 def _read(output: bytes) -> Outcome:
-    """The outcome that the watcher wrote; a program that killed the watcher has not passed."""
+    """Read the outcome that the watcher wrote; a program that killed the watcher has not passed."""
     try:
         outcome = json.loads(output)
         return Outcome(str(outcome["outcome"]), bool(outcome["isolated"]))

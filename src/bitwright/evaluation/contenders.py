@@ -1,4 +1,4 @@
-"""The contenders of ``bench``: an engine that runs the model, the program that times it, and the original beside it."""
+"""The choices and checks of ``bench``: the engine, the program that times a model, and the original."""
 
 import importlib.util
 import subprocess
@@ -18,11 +18,11 @@ from bitwright.model.config import apart
 from bitwright.model.source import open_checkpoint
 
 IDLE = {BenchInput.FOLDER: ("python", "library"), BenchInput.GGUF: ("device", "dtype")}
-"""Options of ``bench`` that a measurement has no use for."""
+"""Options of ``bench`` that an engine does not use."""
 
 
 def chosen_engine(model: Path, name: str | None) -> Engine:
-    """Choose the engine that is named, or else the first engine that ``bench`` can run such a model in.
+    """Choose the named engine, or else the first engine in which ``bench`` can run the model.
 
     Raises RecipeError if ``bench`` does not measure the named engine or if the engine does not load the model,
     CheckpointError if the model is neither a folder nor a GGUF file.
@@ -50,7 +50,7 @@ def chosen_engine(model: Path, name: str | None) -> Engine:
 
 
 def refuse_idle(engine: Engine, **options: Path | str | None) -> None:
-    """Raise RecipeError for an option that measuring this engine has no use for."""
+    """Raise RecipeError for an option that this engine does not use."""
     for name in IDLE[engine.bench] if engine.bench else ():
         if options[name] not in (None, "auto"):
             builds = f"; {engine.name} runs where it was built for: --library takes a build of your own"
@@ -61,7 +61,7 @@ def refuse_idle(engine: Engine, **options: Path | str | None) -> None:
 
 
 def llama_cpp_command(python: Path | str | None, library: Path | str | None) -> tuple[tuple[str, ...], str | None]:
-    """The command that times a GGUF file, and the path of the llama.cpp library for it, None for xllamacpp's.
+    """The command that times a GGUF file, and the path of its llama.cpp library, which is None for xllamacpp's.
 
     Raises UserError if ``python`` has no xllamacpp, if ``library`` is no llama.cpp, and if both are given.
     """
@@ -80,7 +80,7 @@ def llama_cpp_command(python: Path | str | None, library: Path | str | None) -> 
 
 
 def _with_xllamacpp(python: Path | str | None) -> str:
-    """An interpreter that has xllamacpp; this one if ``python`` is None. Raises UserError if it has none."""
+    """An interpreter that has xllamacpp, by default this one. Raises UserError if it does not have it."""
     if python is None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise UserError(
@@ -122,7 +122,7 @@ def require_same_in_files(model: Path, against: Path) -> None:
     """Raise CheckpointError if a GGUF file and another file, or an unquantized folder, are of different models.
 
     They are if they differ in architecture or dimensions. A damaged file is refused too. Raises RecipeError for a
-    folder that GGUF has no words for.
+    folder that GGUF cannot describe.
     """
     other = _folder_config(against) if against.is_dir() else _file_config(against)
     _require_same(model, against, _file_config(model), other)
@@ -137,7 +137,7 @@ def _require_same(model: Path, against: Path, config: Mapping[str, Any], other: 
 
 
 def _folder_config(folder: Path) -> dict[str, Any]:
-    """Read config.json, the architecture under GGUF's name for it."""
+    """Read config.json, with GGUF's name for the architecture."""
     config = open_checkpoint(folder).config
     return {**config, "model_type": architecture(config).name}
 

@@ -1,9 +1,9 @@
-"""HumanEval and tasks of its shape: the generated code is run by Bitwright's sandbox, not by lm-eval's metric.
+"""HumanEval and similar tasks: Bitwright's sandbox runs the generated code, not lm-eval's metric.
 
 Evaluating Large Language Models Trained on Code, arXiv 2107.03374. lm-eval's metric is fetched from the network and
-runs programs in copies of its own process; here lm-eval only generates. A program is a document's ``prompt``, then the
-answer, then what ``doc_to_target`` makes of the document: the tests and the call of them. pass@1 is the share of
-documents whose program comes to its end, with one greedy answer each.
+runs programs in copies of its own process, so here lm-eval only generates. A program is a document's ``prompt``, then
+the answer, then the result of ``doc_to_target``: the tests and the call of them. pass@1 is the share of documents whose
+program comes to its end, with one greedy answer each.
 """
 
 import math
@@ -60,7 +60,7 @@ def run_all(name: str, sources: Sequence[str], listener: Listener) -> list[Outco
 def pass_at_1(outcomes: Sequence[Outcome]) -> tuple[float, float | None]:
     """The share that passed, and its standard error.
 
-    The error is that of the sample, as lm-eval's of a mean; None for one document.
+    The error is that of the sample, as lm-eval computes it for a mean; it is None for a single document.
 
     >>> pass_at_1([Outcome("passed", True)] * 3 + [Outcome("failed", True)])
     (0.75, 0.25)
@@ -78,7 +78,7 @@ def _program(sample: Mapping[str, Any], cuts: bool) -> str:
 
 
 def _functions(config: Mapping[str, Any]) -> list[str]:
-    """The functions that the task names for its metric and its filters: path of the file, dot, name."""
+    """The functions that the task names for its metric and its filters, each as file path, dot, name."""
     steps = [step for pipeline in config.get("filter_list") or () for step in pipeline.get("filter", ())]
     functions = [step.get("filter_fn", "") for step in steps]
     functions += [metric["metric"] for metric in config.get("metric_list") or ()]

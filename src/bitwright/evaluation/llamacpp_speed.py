@@ -1,4 +1,4 @@
-"""Speed and memory of a GGUF file in llama.cpp itself: prebuilt, in the package xllamacpp, or built by the user.
+"""Measure speed and memory of a GGUF file in llama.cpp itself, from the package xllamacpp or built by the user.
 
     python llamacpp_speed.py REQUEST.json RESULT.json
     python llamacpp_speed.py LIBRARY
@@ -8,8 +8,8 @@ FILE.gguf, "prompt": n, "tokens": n, "threads": n, "library": PATH or null for x
 peak_bytes, tokens_per_second, prompt_tokens_per_second, version. With one argument it checks whether that library can
 be used.
 
-xllamacpp's own interface is a server. Its shared library exports llama.cpp's C interface, which can be timed without
-one. Parameters that are passed by value are opaque here but for their first four numbers, whose defaults are checked.
+xllamacpp's own interface is a server. Its shared library exports llama.cpp's C interface, which can be timed without a
+server. Of parameters that are passed by value, this script knows only the first four numbers, whose defaults it checks.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from typing import Any
 
 ROOM = 1024  # bytes; more than a parameter structure takes in any version, and such structures are passed in memory
 FIRST = (512, 2048, 512, 1)
-"""The defaults of n_ctx, n_batch, n_ubatch and n_seq_max, with which the parameters of a context begin."""
+"""The defaults of n_ctx, n_batch, n_ubatch and n_seq_max, which are the first parameters of a context."""
 AT_ONCE, ERROR, STEP = 512, 4, 256
 REFUSED = 3
 """The exit code if a request cannot be measured; standard error then says why."""
@@ -96,7 +96,7 @@ def _loaded(path: str | None) -> ctypes.CDLL:
 
 
 class Llama:
-    """A loaded model, and a context of a number of tokens."""
+    """A loaded model and its context."""
 
     def __init__(self, library: str | None, model: str, context: int, threads: int) -> None:
         self.library = _loaded(library)
@@ -183,7 +183,7 @@ def peak_resident() -> int:
 
 
 def main(request_file: str, result_file: str) -> None:
-    """Measure what a request asks for, and write the result down."""
+    """Measure as a request asks, and write the result to a file."""
     from importlib.metadata import version
 
     request = json.loads(Path(request_file).read_text())

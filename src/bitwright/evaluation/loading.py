@@ -1,7 +1,7 @@
 """Load a folder as a transformers model, as its users do: offline, without remote code.
 
-Folders that transformers alone cannot load (gptq and awq, which it leaves to gptqmodel) are read by Bitwright and made
-dense.
+Transformers alone cannot load gptq and awq, for which it needs gptqmodel. Such folders are read by Bitwright, and their
+weights are dequantized.
 """
 
 from collections.abc import Mapping
@@ -32,12 +32,12 @@ from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.steps.activations import quantize_activations, quantize_attention
 
 TRANSFORMERS, BITWRIGHT = "transformers", "bitwright"
-"""Who loads a folder."""
+"""The names of the loaders."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to run, and who loaded it: "transformers", or "bitwright" if it took our own decoding."""
+    """A model that is ready to run, and its loader: "transformers", or "bitwright" if Bitwright had to decode it."""
 
     model: PreTrainedModel
     loader: str
@@ -46,18 +46,18 @@ class Loaded:
 def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """Load the model in a folder, original or quantized, ready to run; offline, no remote code.
 
-    Plain transformers loads it, the bitwright format through our plugin: packed weights stay packed in memory. Folders
-    that it does not load (gptq, awq) are read by Bitwright and dense in memory. Queries that the folder's config leaves
-    out are quantized on top (``W4A8KV4``).
-    ``dtype`` "auto" is the checkpoint's own if the device is fast with it. Raises CheckpointError.
+    Transformers loads it, with our plugin for the bitwright format, whose weights stay packed in memory. Folders that
+    transformers does not load (gptq, awq) are read by Bitwright and become dense. If a scheme such as ``W4A8KV4``
+    quantizes queries that the folder's config leaves out, they are quantized too. ``dtype`` "auto" is the checkpoint's
+    own on a GPU, and float32 on a CPU. Raises CheckpointError.
     """
     return load_with_loader(Path(folder), device=device, dtype=dtype).model
 
 
 def load_with_loader(folder: Path, *, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """Load a folder by transformers, or by our own decoding of its codes if transformers does not load the format.
+    """Load a folder with transformers, or decode its codes ourselves if transformers does not load the format.
 
-    Raises CheckpointError for what cannot be loaded so.
+    Raises CheckpointError for a folder that cannot be loaded.
     """
     where, checkpoint = pick_device(device), open_checkpoint(folder)
     if is_made_dense(checkpoint):
@@ -69,7 +69,7 @@ def load_with_loader(folder: Path, *, device: str = "auto", dtype: str = "auto")
 
 
 def _load_decoded(folder: Path, device: str, dtype: str) -> Loaded:
-    """Load a quantized folder by our own reading of its codes, dense. Raises CheckpointError."""
+    """Load a quantized folder by decoding its codes ourselves; it becomes dense. Raises CheckpointError."""
     where, model = pick_device(device), QuantizedFolder.open(folder)
     if model.described is None:
         raise CheckpointError(f"{folder} is not quantized")
@@ -79,7 +79,7 @@ def _load_decoded(folder: Path, device: str, dtype: str) -> Loaded:
 
 
 def left_out(folder: Path) -> Grid | None:
-    """The grid of the queries if the folder's config could not hold it; None otherwise."""
+    """The grid of the queries if the folder's config cannot hold it, else None."""
     account = read_account(folder)
     if account is None or account.format not in names("formats"):
         return None
@@ -90,7 +90,7 @@ def left_out(folder: Path) -> Grid | None:
 
 
 def load_codes(model: QuantizedFolder) -> PreTrainedModel:
-    """Load a quantized folder by our own reading of its codes: dense, in float32, on the CPU.
+    """Load a quantized folder by decoding its codes ourselves: dense, in float32, on the CPU.
 
     Activations and KV cache are quantized as the folder says. Raises CheckpointError.
     """
@@ -105,7 +105,7 @@ def _decoded(model: QuantizedFolder, dtype: torch.dtype, device: torch.device) -
 
 
 def dense_tensors(model: QuantizedFolder, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of a quantized folder by its name in an ordinary one.
+    """Every tensor of a quantized folder, dequantized, by its name in an unquantized folder.
 
     Linears are ``(code - zero) * scale``, computed in float32 and given in ``dtype``. Raises CheckpointError.
     """
@@ -120,8 +120,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model from a folder, or from ``tensors`` if given, with its weights (and scales) in ``dtype``.
 
-    Raises CheckpointError if transformers refuses it, and if weights are missing: transformers would go on with random
-    ones.
+    Raises CheckpointError if transformers refuses it, and if weights are missing, for which transformers would take
+    random ones.
     """
     logging.disable_progress_bar()
     try:
@@ -129,7 +129,7 @@ def load_model(
             loaded, report = _from_folder(folder, dtype) if tensors is None else _from_tensors(folder, dtype, tensors)
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged folder ends in whatever the libraries trip over
+    except Exception as error:  # the libraries raise anything for a damaged folder
         raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -146,7 +146,7 @@ def load_model(
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """The model in a folder, and transformers' report on the loading."""
+    """Load the model in a folder; return it with transformers' report."""
     kind: Any = AutoModelForCausalLM
     loaded: tuple[PreTrainedModel, Mapping[str, Any]] = kind.from_pretrained(
         folder,
@@ -162,7 +162,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Map
 def _from_tensors(
     folder: Path, dtype: torch.dtype, tensors: Mapping[str, Tensor]
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """A model of tensors in memory, by the folder's config without its quantization_config, and the report."""
+    """Load a model from tensors, with the folder's config without quantization_config; return it with the report."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,4 +1,4 @@
-"""Perplexity of a model, and its divergence from the original, on the same consecutive windows of a text."""
+"""Measure the perplexity of a model, and its divergence from the original, on consecutive windows of a text."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Measurement:
 
     ``perplexity`` is exp of the mean negative log-likelihood of every token but the first of each window.
     ``kl_divergence`` is the mean over all positions of KL(reference || model) in nats. ``top1_agreement`` is the share
-    of positions at which both put the same token first. Both are None without a reference.
+    of positions at which both models rank the same token first. Both are None without a reference.
     """
 
     windows: int
@@ -31,9 +31,9 @@ class Measurement:
 
 
 def consecutive(tokens: Int[Tensor, " M"], seqlen: int, windows: int | None, source: str) -> Int[Tensor, "W T"]:
-    """The first ``windows`` non-overlapping windows of ``seqlen`` tokens, or all whole ones: the papers' protocol.
+    """The first ``windows`` windows of ``seqlen`` tokens, or all; they do not overlap, as in the papers.
 
-    Raises CalibrationError if the text has fewer.
+    Raises CalibrationError if the text has fewer windows.
     """
     if seqlen < 2:
         raise CalibrationError(f"windows of {seqlen} tokens predict nothing; --seqlen must be at least 2")
@@ -89,7 +89,7 @@ def _logits(model: PreTrainedModel, window: Int[Tensor, " T"]) -> Float[Tensor, 
 def _sums(
     logits: Float[Tensor, "T V"], expected: Float[Tensor, "T V"] | None, window: Int[Tensor, " T"]
 ) -> Float[Tensor, " 4"]:
-    """Sums over the window: loss, the reference's loss, divergence, agreements."""
+    """The sums over a window: loss, the reference's loss, divergence, agreements."""
     targets = window[1:].to(logits.device)
     log_q = F.log_softmax(logits, dim=-1)
     loss = F.nll_loss(log_q[:-1], targets, reduction="sum").double()

@@ -1,12 +1,12 @@
-"""Run one generated program in a child process, and report whether it came to its end. A script for a fresh Python.
+"""Run one generated program in a child process, and report whether it came to its end.
 
-It reads {"program", "seconds", "memory_bytes", "file_bytes", "isolate"} on standard input, and writes {"outcome",
-"isolated"} on standard output. It imports the standard library alone, so that nothing of ours can be reached from the
-program.
+This is a script for a fresh Python. It reads {"program", "seconds", "memory_bytes", "file_bytes", "isolate"} from
+standard input, and writes {"outcome", "isolated"} to standard output. It imports only the standard library, so that the
+program cannot reach our code.
 
-A program has passed if it ran to its last line. It proves that by handing back a token which is not in its memory: the
-token is drawn after the fork and waits in a pipe that is read when the program has ended. ``sys.exit(0)``,
-``os._exit(0)`` and whatever is printed prove nothing.
+A program has passed if it ran to its last line. The proof is a token that is not in its memory: it is drawn after the
+fork, and waits in a pipe that is read only when the program has ended. ``sys.exit(0)``, ``os._exit(0)`` and printed
+text prove nothing.
 """
 
 import ctypes
@@ -36,10 +36,10 @@ CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
 
 
 def main() -> None:
-    """Fork the program, watch it, end it and everything it started, and write its outcome."""
+    """Fork the program, watch it, end it and all processes that it started, and write its outcome."""
     request = json.load(sys.stdin)
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the program leaves behind becomes ours, and is ended
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the program become our children, and are ended
     isolated = request["isolate"] and libc.unshare(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC) == 0
     token_read, token_write = os.pipe()
     proof_read, proof_write = os.pipe()
@@ -62,8 +62,8 @@ def main() -> None:
 def _alone(libc: ctypes.CDLL, isolated: bool) -> None:
     """Put the child into a session of its own, which does not outlive the watcher.
 
-    The first process among isolated ones ignores most signals, and takes the others with it when it ends. So it only
-    waits, and the program gets a process below it.
+    The first process of an isolated group ignores most signals, and the others end with it. So it only waits, and the
+    program runs in a process below it.
     """
     os.setsid()
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -85,7 +85,7 @@ def _run(request: dict[str, Any], token_read: int, proof_write: int) -> NoReturn
         exec(compile(request["program"], "program", "exec"), module.__dict__)
         os.write(proof_write, os.read(token_read, TOKEN_BYTES))
         code = 0
-    finally:  # SystemExit and MemoryError too: nothing of this process may go on as the watcher
+    finally:  # after SystemExit and MemoryError too: this process must not go on as the watcher
         os._exit(code)
 
 
@@ -106,7 +106,7 @@ def _limit(request: dict[str, Any]) -> None:
 def _watch(child: int, own: int, proof_read: int, token: bytes, deadline: float) -> str:
     """The outcome of the program; ``own`` processes are the sandbox's.
 
-    The child's end decides, whoever still holds the pipe.
+    The end of the child decides, even if another process still holds the pipe.
     """
     while time.monotonic() < deadline:
         over = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None

@@ -1,4 +1,4 @@
-"""Scores of tasks: one number of one metric each, with what is needed to compare it."""
+"""Scores of tasks: each is one value of one metric, with the facts that a comparison needs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,12 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task or group, as lm-eval defines both.
+    """The value of one metric for one task or group, as lm-eval defines them.
 
-    ``standard_error`` is None if lm-eval has none for the metric. ``documents`` were measured, with ``shots`` solved
-    examples before each. ``version`` is lm-eval's of the task: scores of different versions do not compare. ``cut``
-    counts the prompts that did not fit in the model's context and lost their beginning. ``group`` is the group that was
-    asked for, if the task is a part of one. With a reference, ``difference`` is value minus reference.
+    ``standard_error`` is None if lm-eval has none for the metric. ``documents`` is the number of documents, ``shots``
+    the number of solved examples before each. ``version`` is lm-eval's version of the task; scores of different
+    versions cannot be compared. ``cut`` counts the prompts that did not fit in the model's context and lost their
+    beginning. ``group`` is the group that was asked for, if the task is a part of it. With a reference, ``difference``
+    is value minus reference.
     """
 
     task: str
@@ -34,9 +35,9 @@ class TaskScore:
 def read_scores(
     name: str, groups: Mapping[str, Any], results: Mapping[str, Any], cut: Mapping[str, int]
 ) -> Iterator[TaskScore]:
-    """One score per metric and filter of each task, and of each group that has a mean, from lm-eval's results.
+    """Read lm-eval's results: a score per metric and filter of each task, and of each group that has a mean.
 
-    ``name`` was asked for; ``groups`` are lm-eval's own, by name.
+    ``name`` is the task or group that was asked for; ``groups`` are lm-eval's groups by name.
     """
     for task, measured in results["results"].items():
         members = [member.task_name for member in groups[task].get_all_tasks()] if task in groups else [task]
@@ -61,7 +62,7 @@ def read_scores(
 
 
 def side_by_side(scores: Sequence[TaskScore], originals: Sequence[TaskScore]) -> tuple[TaskScore, ...]:
-    """The scores of a model with the original's beside them; both ran the same tasks.
+    """Add the original's scores to those of a model; both ran the same tasks.
 
     >>> ours = TaskScore("piqa", "acc", "none", 0.75, None, 4, 0, "1")
     >>> side_by_side([ours], [replace(ours, value=0.5)])[0].difference

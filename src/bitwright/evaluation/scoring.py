@@ -1,4 +1,4 @@
-"""Accuracy tasks on written folders: everything that can be refused is refused before a model is loaded."""
+"""Run accuracy tasks on written folders, and refuse what can be refused before a model is loaded."""
 
 import json
 import os
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EXTRA = ("lm_eval", "accelerate")
 DEFAULT_CONTEXT = 2048
-"""The number of tokens in a context if a config names no maximum; lm-eval's default too."""
+"""The number of tokens in a context if a config names no maximum; it is lm-eval's default."""
 LIBRARIES = ("lm_eval", "transformers", "torch", "compressed-tensors")
 DESCRIBE_THE_MODEL = (".json", ".model", ".txt", ".jinja")
 
@@ -57,7 +57,7 @@ class TaskOptions:
 
 
 def prepare_tasks(options: TaskOptions, folder: Path) -> "tuple[Prepared, ...]":
-    """Prepare the tasks with their data, for the model in a folder. Raises UserError for whatever will not work."""
+    """Prepare the tasks and their data for the model in a folder. Raises UserError for tasks that cannot run."""
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         raise UserError(f"tasks need {' and '.join(missing)}, not installed here: pip install 'bitwright[tasks]'")
@@ -87,7 +87,7 @@ def score(
     file: Path,
     listener: Listener,
 ) -> tuple[tuple[TaskScore, ...], tuple[str, ...]]:
-    """The scores of a model that was loaded from a folder, and notes; answers are kept in a file as they come."""
+    """Score a model that was loaded from a folder; return scores and notes. Answers are kept in a file at once."""
     from bitwright.evaluation.tasks import run_tasks
 
     with Answers(file, _answerer(folder, model)) as answers:
@@ -105,10 +105,10 @@ def score(
 
 @contextmanager
 def answers_file(options: TaskOptions, folders: Sequence[Path]) -> Iterator[Path | None]:
-    """The file for answers: the one that was named, or one in the user's cache, which is removed at the end.
+    """A context with the file for answers: the named file, or one in the user's cache, which is removed at the end.
 
-    The name in the cache follows from the question, so that the same command finds it again. None if no tasks are asked
-    for. Raises OutputError for a place where answers cannot be kept.
+    The name in the cache follows from the options, so that the same command finds the file again. It is None if no
+    tasks are asked for. Raises OutputError if answers cannot be kept there.
     """
     if not options.names:
         yield None
@@ -128,7 +128,7 @@ def _in_cache(options: TaskOptions, folders: Sequence[Path]) -> Path:
 
 
 def _context(folder: Path) -> int:
-    """The number of tokens that the model can attend to."""
+    """The number of tokens in the model's context."""
     named = getattr(model_config(folder), "max_position_embeddings", None)
     return named if isinstance(named, int) and named > 0 else DEFAULT_CONTEXT
 
@@ -139,7 +139,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _answerer(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """Everything that an answer depends on, beside the question."""
+    """Everything that an answer depends on, besides the question."""
     checkpoint = open_checkpoint(folder)
     texts = sorted(path for path in folder.iterdir() if path.suffix in DESCRIBE_THE_MODEL and path.is_file())
     return {

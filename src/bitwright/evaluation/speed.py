@@ -1,7 +1,7 @@
-"""Speed and memory, measured so that two models compare: each in fresh processes, in turn, over several rounds.
+"""Measure speed and memory of two models fairly: in fresh processes, in turn, over several rounds.
 
-Other work on the machine then falls on both. ``time_model`` is the work of a process with a torch model;
-``llamacpp_speed`` is the equivalent for llama.cpp.
+So other work on the machine affects both. ``time_model`` is run in a process with a torch model; ``llamacpp_speed`` is
+the equivalent for llama.cpp.
 """
 
 import json
@@ -28,7 +28,7 @@ ERROR_CHARACTERS = 2000  # the end of a failed process's output that is shown
 
 @dataclass(frozen=True)
 class Speed:
-    """The memory a model needs, in bytes, and its speed, in tokens per second: the rounds' median, and each round's."""
+    """The memory of a model in bytes and its speed in tokens per second: the median of the rounds, and each round."""
 
     role: str
     model: str
@@ -54,9 +54,9 @@ class Contender:
 
 
 def measure_in_turn(contenders: Sequence[Contender], rounds: int, listener: Listener) -> tuple[list[Speed], str]:
-    """Measure every contender once per round, each time in a process of its own; also the version of what ran them.
+    """Measure every contender once per round, each time in its own process; return the speeds and the engine's version.
 
-    Raises UserError with the process's output if one fails.
+    Raises UserError with the output of a process that fails.
     """
     results: list[list[dict[str, Any]]] = [[] for _ in contenders]
     total = rounds * len(contenders)
@@ -111,9 +111,9 @@ def time_model(model: Any, prompt: int, tokens: int) -> dict[str, Any]:
     """
     vocabulary, device = int(model.config.vocab_size), model.device
     text = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-    _greedy(model, text[:, :1], 2)  # the first pass touches every weight, and builds what is built lazily
+    _greedy(model, text[:, :1], 2)  # warm-up: the first pass reads every weight, and makes what is made lazily
     start = time.perf_counter()
-    model(text, use_cache=True, logits_to_keep=1).logits.argmax(-1).tolist()  # read back, so that a GPU has finished
+    model(text, use_cache=True, logits_to_keep=1).logits.argmax(-1).tolist()  # read back, which waits for a GPU
     prompt_seconds = time.perf_counter() - start
     start = time.perf_counter()
     _greedy(model, text[:, :1], tokens)
@@ -141,7 +141,7 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that tensors took on a GPU, or else the largest resident set since this program began, in bytes."""
+    """The peak memory of tensors on a GPU, or else the largest resident set since this program began, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return peak_resident()

@@ -1,4 +1,4 @@
-"""The tasks that lm-eval knows, and what stands behind a name: all from YAML, before any data or model is touched."""
+"""The tasks that lm-eval knows, and the tasks behind a name, from YAML files alone, without data or a model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -15,10 +15,10 @@ Config = Mapping[str, Any]
 
 
 def known_tasks(names: Sequence[str], files: Sequence[Path]) -> TaskManager:
-    """Load lm-eval's task manager, with the tasks of local YAML files or folders on top.
+    """Load lm-eval's task manager, with the tasks of local YAML files or folders added.
 
-    lm-eval reads all of its own task files, which takes many seconds; if the local ones are enough, it does not need
-    to. Raises UserError for a file that is no task, and for a name that is not known.
+    Reading all of lm-eval's own task files takes many seconds; if the local files are enough, they are not read. Raises
+    UserError for a file that is no task, and for an unknown name.
     """
     folders = [str(_folder_of(path)) for path in files]
     manager = TaskManager(include_path=folders, include_defaults=False)
@@ -33,7 +33,7 @@ def known_tasks(names: Sequence[str], files: Sequence[Path]) -> TaskManager:
 
 
 def leaves(manager: TaskManager, name: str) -> Iterator[tuple[str, Config]]:
-    """The tasks behind the name of a task, a group or a tag, each with its configuration, functions unresolved."""
+    """The tasks behind the name of a task, a group or a tag, with their configurations, functions not loaded."""
     entry = manager.task_index.get(name)
     if entry is None:
         return
@@ -52,7 +52,7 @@ def _defaults() -> TaskManager:
 
 
 def _is_whole(manager: TaskManager, name: str) -> bool:
-    """Whether a name is known, and every member of it if it is a group."""
+    """Whether a name is known, and, if it is a group, each of its members."""
     entry = manager.task_index.get(name)
     if entry is None or entry.kind.name != "GROUP":
         return entry is not None
@@ -68,7 +68,7 @@ def _folder_of(path: Path) -> Path:
     for file in files:
         try:
             config = load_yaml(file, resolve_func=False)
-        except Exception as error:  # not YAML or no mapping, or an include that is missing or goes in circles
+        except Exception as error:  # no YAML, no mapping, or an include that is missing or goes in circles
             raise UserError(f"{file} cannot be read as a task of lm-eval: {error}") from None
         if not {"task", "group"} & set(config):
             raise UserError(f"{file} is no task of lm-eval: it has neither the key 'task' nor 'group'")

@@ -1,4 +1,4 @@
-"""Accuracy tasks through lm-eval, which defines them: prompts, data and metrics. Needs the extra ``tasks``."""
+"""Run accuracy tasks with lm-eval, which defines prompts, data and metrics. This needs the extra ``tasks``."""
 
 import logging
 import random
@@ -25,12 +25,12 @@ from bitwright.evaluation.code_execution import Outcome
 from bitwright.evaluation.scores import TaskScore, read_scores
 from bitwright.evaluation.task_names import known_tasks, leaves
 
-SHOTS_SEED = 1234  # lm-eval's default, so that a question has the same examples in every run
+SHOTS_SEED = 1234  # lm-eval's default; with it, a question has the same examples in every run
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A name that was asked for, with its tasks and groups loaded; ``code`` is the configuration of a code task."""
+    """The loaded tasks and groups of a name that was asked for; ``code`` is the configuration of a code task."""
 
     name: str
     tasks: Mapping[str, Any]
@@ -45,7 +45,9 @@ def prepare(
 
     ``shots`` None means each task's own number of examples.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are counted here, or are not for our users
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # its warnings are counted by us, or are of no use to our users
     datasets.disable_progress_bars()
     manager = known_tasks(names, files)
     for name in names:
@@ -60,7 +62,7 @@ def prepare(
 
 
 def needs_end_of_text(prepared: Sequence[Prepared]) -> bool:
-    """Whether a task generates text, which a tokenizer without an end of text cannot stop."""
+    """Whether a task generates text, for which the tokenizer needs an end of text."""
     return any(task.OUTPUT_TYPE == "generate_until" for selection in prepared for task in selection.tasks.values())
 
 
@@ -75,7 +77,7 @@ def run_tasks(
     batch_size: int,
     listener: Listener,
 ) -> tuple[tuple[TaskScore, ...], tuple[str, ...]]:
-    """The scores of a loaded model, and notes on how they came about; ``limit`` documents per task."""
+    """Score a loaded model on ``limit`` documents per task; return scores and notes."""
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=context)
     scores: list[TaskScore] = []
     notes: list[str] = []
@@ -111,7 +113,7 @@ def _evaluate(selection: Prepared, answering: Answering, limit: int | None) -> d
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Run with lm-eval's default seeds, for tasks that shuffle or sample; the former random state comes back."""
+    """A context with lm-eval's default seeds, for tasks that shuffle or sample; it restores the random state."""
     python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng():
         random.seed(0)
@@ -166,7 +168,7 @@ def _loaded(name: str, configs: Mapping[str, Mapping[str, Any]], load: Any) -> A
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
-    """Set the number of examples as lm-eval does: a task that fixes 0 keeps it, and one that fixes none has 0."""
+    """Set the number of examples as lm-eval does: a task that fixes 0 keeps 0, and the default is 0."""
     fixed = task.get_config("num_fewshot")
     if shots is not None and fixed != 0:
         task.set_config(key="num_fewshot", value=shots)

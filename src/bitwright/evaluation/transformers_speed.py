@@ -1,4 +1,4 @@
-"""Speed and memory of a folder in transformers: the process that ``bench`` starts for each measurement.
+"""Measure speed and memory of a folder in transformers, in a process that ``bench`` starts for each measurement.
 
     python -m bitwright.evaluation.transformers_speed REQUEST.json RESULT.json
 

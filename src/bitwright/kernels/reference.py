@@ -1,7 +1,7 @@
-"""The reference kernel: a linear that computes from its packed weight, right rather than fast.
+"""The reference kernel: a linear that computes from its packed weight; it is exact rather than fast.
 
-It unpacks a slab of output rows, dequantizes it by the one formula of ``core/qtensor.py``, multiplies, and goes on to
-the next: the whole weight is never in memory. All shapes of tiles take the same path.
+It unpacks some output rows, dequantizes them by the formula of ``core/qtensor.py``, multiplies, and goes on to the next
+rows. So the whole weight is never in memory. All shapes of tiles take one path.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from bitwright.core.qtensor import dequantize
 
 WORD_BITS, CODES_PER_RUN = 32, 32
 SLAB_WEIGHTS = 2**20
-"""The number of weights that are dequantized at a time; unpacking takes some 20 bytes for each."""
+"""The number of weights that are dequantized at a time; unpacking takes about 20 bytes for each."""
 
 
 class PackedLinear(nn.Module):
     """A linear [O, I] of P x Q tiles and K outliers, whose tensors are named and packed as on disk (``formats``).
 
-    Weights have the values of ``QTensor.dequantize``, computed in ``dtype``. That is the dtype of the scales and
-    outliers on disk, whatever dtype the model runs in. With ``activations``, inputs are quantized per token.
+    Weights have the values of ``QTensor.dequantize``, computed in ``dtype``, the dtype of scales and outliers on disk;
+    the model may run in another dtype. With ``activations``, inputs are quantized per token.
     """
 
     weight_packed: Int[Tensor, "O words"]
@@ -89,12 +89,12 @@ class PackedLinear(nn.Module):
         return weight
 
     def dequantize(self) -> Float[Tensor, "O I"]:
-        """The whole weight, which the forward pass never makes."""
+        """Dequantize the whole weight, which the forward pass never does."""
         return torch.cat([self.rows(start, stop) for start, stop in self._slabs()])
 
     @property
     def weight(self) -> Float[Tensor, "O I"]:
-        """The whole weight, for models that look at a linear's weight; most of them look at its dtype alone."""
+        """The whole weight, for models that read a linear's weight; most of them read only its dtype."""
         return self.dequantize()
 
     def extra_repr(self) -> str:
@@ -108,7 +108,7 @@ class PackedLinear(nn.Module):
             yield start, min(start + step, self.out_features)
 
     def _zero(self, first: int, last: int) -> Shaped[Tensor, "T Q"] | None:
-        """Zeros of tile rows [first, last): minima, or zero points, which are unpacked in runs of 32."""
+        """The zeros of tile rows [first, last): minima, or zero points, which are unpacked 32 at a time."""
         if self.weight_minimum is not None:
             return self.weight_minimum[first:last]
         if self.weight_zero_point is None:

@@ -1,7 +1,7 @@
-"""How each paper takes the decisions: one paper, one file.
+"""The methods, one file each: they take the five decisions as their papers do.
 
-A recipe is an ordered list of methods joined by ``+``, or the name of a preset. Orders that cannot work are refused
-before any weight is read.
+A recipe names methods in order, joined by ``+``, or a preset. Orders that cannot work are refused before any weight is
+read.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from bitwright.core.training import Training
 OMNIQUANT = "omniquant"
 PRESETS = {OMNIQUANT: "let+lwc"}
 WITH_TEXT, WITHOUT_TEXT = OMNIQUANT, "rtn"
-"""The methods of a recipe that names none, with and without calibration data."""
+"""The methods that are used if a recipe names none: with, and without calibration data."""
 
 
 @dataclass(frozen=True)
 class Composition:
-    """Methods by their names, in the order in which they work. ``named`` is how the recipe wrote them."""
+    """Methods by name, in the order in which they work; ``named`` is the recipe's own text."""
 
     named: str
     methods: Mapping[str, Method]
@@ -51,9 +51,9 @@ class Composition:
     def fitted(
         self, scheme: Scheme, topology: Topology | None, asked: Mapping[str, Any]
     ) -> tuple["Composition", str | None]:
-        """The methods that are really run on an architecture, and a note on those that are left out.
+        """The methods that are run on an architecture, and a note on those that are left out.
 
-        ``topology`` is None if there are no blocks to transform. ``asked`` are the recipe's settings.
+        ``topology`` is None if there are no blocks to transform. ``asked`` are the recipe's own settings.
         """
         reasons = {}
         for name, method in self.methods.items():
@@ -70,7 +70,7 @@ class Composition:
         return compose(going_on), "; ".join(notes)
 
     def settled(self, preset: str, scheme: Scheme, asked: Mapping[str, Any]) -> Configuration:
-        """The methods with their settings: a preset's, replaced by what a recipe asks for.
+        """The methods with their settings: the preset's values, replaced by those that a recipe asks for.
 
         Raises RecipeError for an unknown preset, for values that are not allowed, and for a setting that no method has.
         """
@@ -105,10 +105,10 @@ def composed_for(recipe: Recipe) -> Composition:
 
 
 def compose(text: str) -> Composition:
-    """The methods that a text names.
+    """Compose the methods that a text names.
 
-    Raises RecipeError for an unknown name, for two methods that write one decision, and for an order in which a method
-    would decide something that comes before what is already decided.
+    Raises RecipeError for an unknown name, for two methods that take the same decision, and for an order in which a
+    method would take a decision that has to come before one already taken.
     """
     writers: dict[Decision, str] = {}
     methods: dict[str, Method] = {}
@@ -122,7 +122,7 @@ def compose(text: str) -> Composition:
 
 
 def describe_methods() -> str:
-    """Every method with its summary, in an order in which they may follow one another, for help texts."""
+    """Every method with its summary, for help texts, in an order in which methods may follow one another."""
     methods = {name: module.METHOD for name, module in modules("methods").items()}
     ordered = sorted(methods, key=lambda name: (max(map(_ORDER.index, methods[name].decides)), name))
     presets = ", ".join(f"{name} ({meant})" for name, meant in PRESETS.items())
@@ -132,7 +132,7 @@ def describe_methods() -> str:
 
 
 def _parts(text: str) -> list[str]:
-    """The methods' names, presets replaced by what they stand for."""
+    """The names of the methods, with presets replaced by the methods that they stand for."""
     names_given = [part.strip() for part in text.split("+")]
     return [name for given in names_given for name in PRESETS.get(given, given).split("+")]
 
@@ -151,7 +151,7 @@ _ORDER = list(Decision)
 def _refuse_conflict(
     name: str, method: Method, decision: Decision, writers: Mapping[Decision, str], before: Mapping[str, Method]
 ) -> None:
-    """Raise RecipeError if a method cannot take a decision after those ``before``."""
+    """Raise RecipeError if a method cannot take a decision after the methods ``before``."""
     improves = decision in method.starts_from and not isinstance(before.get(writers.get(decision, "")), Learned)
     if decision in writers and not improves:
         raise RecipeError(f"{writers[decision]} and {name} both decide the {decision}; keep one of them")
@@ -166,5 +166,5 @@ def _refuse_conflict(
 
 
 def _can_follow(first: Method, second: Method) -> bool:
-    """Whether the second method can come after the first."""
+    """Whether the second method may come after the first."""
     return max(map(_ORDER.index, first.decides)) < min(map(_ORDER.index, second.decides))

@@ -1,4 +1,4 @@
-"""Settings that several methods have. Each is declared here once; methods inherit it."""
+"""Settings that several methods share. Each is declared once, here, and methods inherit it."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ RATE = "a learning rate must be positive, such as 0.01"
 
 @dataclass(frozen=True)
 class Axis(Settings):
-    """Along which dimension groups of weights go."""
+    """The dimension along which groups of weights go."""
 
     axis: str | None = setting(
         None,
-        "how groups go: oc (along the input), ic (along the output), or auto (whichever is better for each linear). "
-        "Without it adadim takes auto, and easyquant the groups of the scheme",
+        "direction of groups: oc (along the input), ic (along the output), or auto (the better for each linear). "
+        "Without it, adadim takes auto, and easyquant the scheme's groups",
         choices=("auto", "oc", "ic"),
     )
 
@@ -23,7 +23,7 @@ class Axis(Settings):
 class Sites(Settings):
     """The sites at which a transform acts."""
 
-    sites: str = setting("paper", "where to transform: paper (the sites of the paper) or all", choices=("paper", "all"))
+    sites: str = setting("paper", "sites to transform: paper (those of the paper) or all", choices=("paper", "all"))
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,11 @@ class Migration(Settings):
     """SmoothQuant's migration strength."""
 
     alpha: float = setting(
-        0.5, "migration strength", least=0, most=1, wants="the migration strength is between 0 and 1"
+        0.5,
+        "migration strength: how far difficulty moves from activations (0) into weights (1)",
+        least=0,
+        most=1,
+        wants="the migration strength is between 0 and 1",
     )
 
 
@@ -39,18 +43,20 @@ class Migration(Settings):
 class ClippingRate(Settings):
     """The learning rate of ranges."""
 
-    lwc_lr: float = setting(1e-2, "learning rate of the range", above=0, wants=RATE)
+    lwc_lr: float = setting(1e-2, "learning rate of ranges", above=0, wants=RATE)
 
 
 @dataclass(frozen=True)
 class Refine(Settings):
     """A search of ranges in closed form, beyond the paper."""
 
-    refine: bool = setting(True, "search ranges in closed form (lwc after training, gptq per-IC)", paper=False)
+    refine: bool = setting(
+        True, "search ranges too (lwc after training, gptq if groups go along the output)", paper=False
+    )
 
 
 @dataclass(frozen=True)
 class Drift(Settings):
-    """What closed forms do about the error that the quantized blocks before have left in a linear's input."""
+    """Whether closed forms compensate the error that earlier quantized blocks left in a linear's input."""
 
-    drift: bool = setting(True, "make good the error of the quantized blocks before", paper=False)
+    drift: bool = setting(True, "compensate the errors of earlier quantized blocks", paper=False)

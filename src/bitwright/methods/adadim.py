@@ -1,17 +1,17 @@
 """AdaDim: Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight Quantization of LLMs (arXiv 2309.15531).
 
-Outliers of activations sit in input channels. Weights that share a scale along the output of one input channel (per-IC,
-tiles (g, 1)) keep what an outlier does inside their own group; along the input (per-OC, tiles (1, g)) they spread it.
-Which is better differs from linear to linear:
+Outliers of activations are in single input channels. If the weights of one input channel share a scale along the output
+(per-IC, tiles (g, 1)), an outlier's effect stays inside their group. If weights share a scale along the input (per-OC,
+tiles (1, g)), the effect spreads. Which is better differs from linear to linear:
 
     dim* = argmin over {oc, ic} of || F_dim(X) - F(X) ||^2        Fdim: weights rounded to nearest along dim
 
-judged on the output of the module F that encloses the linear: attention for q, k, v; the MLP for gate, up; the linear
-itself for o and down. ``axis`` "oc" or "ic" takes one for all. With ``gptq`` after it this is the paper's GPTQ-ada.
+F is the module that encloses the linear: attention for q, k, v; the MLP for gate, up; the linear itself for o and down.
+``axis`` "oc" or "ic" takes one axis for all linears. With ``gptq`` after it, this is the paper's GPTQ-ada.
 
-Where we differ: the error is that of the whole group of linears against full precision, those chosen before included,
-and the choice is held against per-OC for all and per-IC for all, so that it is never worse than either; inputs are
-those of the quantized stream. A linear whose output does not divide into groups stays per-OC, which is reported.
+Where we differ: the error is that of a whole group of linears against full precision, with the choices already made in
+it. The result is compared with per-OC for all and per-IC for all, so it is never worse than either. Inputs are those of
+the quantized stream. A linear whose output does not divide into groups stays per-OC, and the report says so.
 """
 
 from collections.abc import Collection
@@ -34,7 +34,7 @@ Choice = dict[str, Tile]
 
 @dataclass(frozen=True)
 class AdaDimSettings(Axis):
-    """``axis``; None is ``auto``."""
+    """The setting ``axis``, of which None stands for ``auto``."""
 
 
 def freedom(scheme: Scheme, settings: AdaDimSettings) -> Freedom:
@@ -48,7 +48,7 @@ def freedom(scheme: Scheme, settings: AdaDimSettings) -> Freedom:
 
 @torch.no_grad()
 def decide(block: Block, context: Context[AdaDimSettings], decisions: BlockDecisions) -> BlockDecisions:
-    """Decide a tile for every linear; the scheme's own without calibration data (the output layer)."""
+    """Decide a tile for every linear; without calibration data (the output layer) it is the scheme's."""
     if context.data is None:
         return decisions
     for group in block.topology.groups:
@@ -71,7 +71,7 @@ def _choose(
     data: BlockData,
     decisions: BlockDecisions,
 ) -> Choice:
-    """Choose for one linear after the other, then take the best of that and of one axis for all."""
+    """Choose an axis for one linear after another, then take the best of this choice and of one axis for all."""
     module = data.inspect(group.enclosing, decisions, TOKENS)
     parameters = parameters_of(block, decisions)
 
@@ -103,7 +103,7 @@ def _divides(block: Block, name: str, scheme: Scheme) -> bool:
 
 
 METHOD = Closed(
-    summary="choose for each linear along which dimension its groups go",
+    summary="choose for each linear whether its groups go along the input or the output",
     settings=AdaDimSettings,
     decides=frozenset({Decision.AXIS}),
     decide=decide,

@@ -1,18 +1,17 @@
 """AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration (arXiv 2306.00978).
 
-Eq. 4 and 5: weights that see large inputs matter most, and are protected by a scale per input channel,
+Eq. 4 and 5: weights that read large inputs matter most. A scale per input channel protects them:
 
     s = s_X^a,   s_X = mean|X_j|,   a* = argmin over a grid of [0, 1] of || Q(W diag(s)) (diag(s)^-1 X) - W X ||
 
-judged on the output of the module that encloses the linears: attention for q,k,v; the MLP for gate,up; the linear
-itself for o and down. Then clipping: of each tile the largest magnitude is shrunk by up to a half, whichever share
-keeps the tile's own part of the output nearest; not for q and k, whose errors attention multiplies. Sites: norm->q,k,v;
-v->o; norm->gate,up; up->down.
+The error is that of the module that encloses the linears: attention for q,k,v; the MLP for gate,up; the linear itself
+for o and down. Then ranges are clipped: each tile's largest magnitude shrinks by up to a half, to the share that keeps
+the tile's own part of the output nearest. q and k are not clipped, because attention multiplies their errors. Sites:
+norm->q,k,v; v->o; norm->gate,up; up->down. These are all sites that have linears behind them.
 
-Where we differ: s is normalised by sqrt(max s min s) as in the authors' code; inputs are those of the quantized stream;
-sites are searched one after the other, each with those before it applied; heads that share a value head share its
-scale, where the authors' code gives up; the clip search takes the tile's second moments, over all tokens, not 512.
-``sites="all"`` changes nothing: these are all that have linears behind them.
+Where we differ: s is normalised by sqrt(max s min s) as in the authors' code. Inputs are those of the quantized stream.
+Sites are searched one after another, with the earlier ones applied. Heads that share a value head share its scale; the
+authors' code leaves that site out. The clip search takes the tile's second moments over all tokens, not 512.
 """
 
 from dataclasses import replace
@@ -35,7 +34,7 @@ SHARES = [1 - n / 20 for n in range(10)]
 
 
 def decide(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
-    """Decide scales site by site, then ranges; nothing without calibration data (the output layer)."""
+    """Decide scales site by site, then ranges. Without calibration data (the output layer), decide nothing."""
     if context.data is None:
         return decisions
     for site in scalable(block):
@@ -74,7 +73,7 @@ def _clip(block: Block, context: Context[Settings], data: BlockData, decisions: 
 
 
 METHOD = Closed(
-    summary="scale what sees large activations, then clip, both by a search on the output",
+    summary="protect weights that read large activations by scales, then clip ranges; both by a search on the output",
     settings=Settings,
     decides=frozenset({Decision.TRANSFORM, Decision.RANGE}),
     decide=decide,

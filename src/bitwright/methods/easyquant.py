@@ -1,14 +1,14 @@
 """EasyQuant: An Efficient Data-free Quantization Algorithm for LLMs (arXiv 2403.02775).
 
-No calibration data, no forward pass. Weights far from the mean, under 1 %, are kept exactly
-(``easyquant_outliers.py``); the others get the range that loses least, each tile for itself:
+It needs no calibration data and no forward pass. Weights far from the mean, under 1 %, are kept exactly
+(``easyquant_outliers.py``). Every tile of the others gets the range that loses least:
 
     minimise || W - h clip(round(W / h)) ||^2 over h
 
 Where we differ: the range is found by closed-form least squares from many starts, with a zero point if the scheme has
-one, on any tile; and errors along a tile's own weights count more often than others (``alignment``,
-``steps/range_fit.py``). ``range`` "paper" is the paper's own procedure. With ``axis`` "auto" a linear's groups go along
-its output if that loses less.
+one, on any tile. Errors along a tile's own weights count more than others (``alignment``, ``steps/range_fit.py``).
+``range`` "paper" is the paper's own procedure. With ``axis`` "auto", a linear's groups go along its output if that
+loses less.
 """
 
 from collections.abc import Collection, Mapping
@@ -38,15 +38,15 @@ SMALLEST_NORM, LARGEST_NORM = 0.5, 4.0
 
 @dataclass(frozen=True)
 class EasyQuantSettings(OutlierSettings, Axis):
-    """``axis`` None is the scheme's own.
+    """The settings of EasyQuant; ``axis`` None is the scheme's axis.
 
-    ``range`` is "fitted" by least squares, or found by the "paper"'s gradient descent, which is symmetric. ``norm``
-    p other than 2 has ranges searched for the least sum of |error|^p instead.
+    ``range`` is "fitted" (least squares) or "paper" (gradient descent, for symmetric schemes). If ``norm``, p, is not
+    2, ranges are searched for the least sum of |error|^p instead.
     """
 
     range: str = setting(
         "fitted",
-        "how ranges are found: fitted, or paper (symmetric schemes)",
+        "how ranges are found: fitted (least squares), or paper (gradient descent, symmetric schemes only)",
         choices=("fitted", "paper"),
         paper=Depends(
             "paper if the scheme is symmetric", lambda basis: "paper" if basis.scheme.weight.symmetric else "fitted"
@@ -54,21 +54,21 @@ class EasyQuantSettings(OutlierSettings, Axis):
     )
     norm: float = setting(
         2.0,
-        "p of the |error|^p that ranges minimise",
+        "p of the sum of |error|^p that ranges minimise",
         least=SMALLEST_NORM,
         most=LARGEST_NORM,
         wants=f"it is between {SMALLEST_NORM} and {LARGEST_NORM}",
     )
     alignment: float = setting(
         0.0,
-        "how much more errors along a tile's own weights count",
+        "how much more an error along its tile's own weights counts",
         least=0,
         wants="it is 0 or more, such as 16",
         bitwright=Depends("64, 16 at 2 and 3 bits", lambda basis: alignment_at(basis.scheme.weight.bits)),
     )
 
     def refuse(self, scheme: Scheme, asked: Collection[str]) -> None:
-        """Refuse the paper's range for asymmetric weights, and what another setting leaves without effect."""
+        """Refuse the paper's range for asymmetric weights, and settings that another setting leaves without effect."""
         if "range" in asked and self.range == "paper" and not scheme.weight.symmetric:
             raise RecipeError(
                 f"range paper is symmetric and scheme {scheme} is not; add sym to its weights, or leave it out"
@@ -79,14 +79,14 @@ class EasyQuantSettings(OutlierSettings, Axis):
                     raise RecipeError(f"{key} changes nothing beside {other}; leave one of them out")
 
     def _without_effect(self) -> Mapping[str, tuple[str, ...]]:
-        """The settings that change nothing, by the value of another that is why."""
+        """The settings that change nothing, by the setting that is the reason."""
         if self.range == "paper":
             return {"range paper": ("norm", "alignment")}
         return {f"norm {self.norm:g}": ("alignment",)} if self.norm != 2 else {}
 
 
 def freedom(scheme: Scheme, settings: EasyQuantSettings) -> Freedom:
-    """Outliers, and tiles along the output if ``axis`` asks. Raises SchemeError if the scheme fixes the axis."""
+    """Outliers, and tiles along the output if ``axis`` allows them. Raises SchemeError if the scheme fixes the axis."""
     rule = OutlierRule.parse(settings.outliers)
     if settings.axis in (None, "oc"):
         return Freedom(outliers=rule)
@@ -129,13 +129,13 @@ def _range(weight: Float[Tensor, "O I"], tile: Tile, context: WeightContext[Easy
 
 
 def _lost(weight: Float[Tensor, "O I"], context: WeightContext[EasyQuantSettings], decided: LinearDecision) -> float:
-    """|| W - W_q ||^2."""
+    """The squared error || W - W_q ||^2."""
     dequantized = quantize_linear(weight, decided, context.scheme, context.scale_dtype).dequantize(torch.float32)
     return float(torch.linalg.vector_norm(weight - dequantized).double() ** 2)
 
 
 METHOD = DataFree(
-    summary="keep outliers and fit each range to the other weights",
+    summary="keep outliers exactly and fit each range to the other weights",
     settings=EasyQuantSettings,
     decides=frozenset({Decision.OUTLIERS, Decision.AXIS, Decision.RANGE}),
     decide=decide,

@@ -1,6 +1,6 @@
-"""The outliers of EasyQuant (arXiv 2403.02775) alone, for another method to quantize what is left.
+"""The outliers of EasyQuant (arXiv 2403.02775) alone; another method quantizes the other weights.
 
-Weights with |W_ij - mean(W)| >= n std(W), n = 3, are kept exactly; section 3.1 finds under 1 % of them.
+Weights with |W_ij - mean(W)| >= n std(W), n = 3, are kept exactly. They are under 1 % (section 3.1).
 """
 
 from dataclasses import dataclass, replace
@@ -18,18 +18,18 @@ from bitwright.steps.outliers import outliers
 
 @dataclass(frozen=True)
 class OutlierSettings(Settings):
-    """Which weights are kept exactly (``core/outlier_rule.py``)."""
+    """The rule for the weights that are kept exactly (``core/outlier_rule.py``)."""
 
     outliers: str = setting(
         "3",
-        "weights kept exactly: 3 (standard deviations from the mean), 0.5% (the furthest), or 0",
+        "weights kept exactly: 3 (those 3 standard deviations or more from the mean), 0.5% (the furthest 0.5%), or 0",
         parse=OutlierRule.parse,
         number_as_text=True,
     )
 
 
 def freedom(scheme: Scheme, settings: OutlierSettings) -> Freedom:
-    """The outliers, unless there are to be none."""
+    """Outliers, unless the settings ask for none."""
     return Freedom(outliers=OutlierRule.parse(settings.outliers))
 
 

@@ -2,12 +2,13 @@
 
 Eq. 11, between two linears:    s_j = sqrt(r1_j r2_j) / r2_j,    W1 / s, s W2
 
-with r1 the range of W1's rows and r2 of W2's columns. A channel that is made large and read by small weights, as the
-outlier channels of large models are, loses those weights to the rounding of the others; s brings both to one size.
+with r1 the range of W1's rows and r2 the range of W2's columns. The outlier channels of large models are produced by
+large weights and read by small ones. The small ones round to zero beside the others in their grid; s makes both sides
+equally large.
 
-Where we differ: sizes are norms, which do not hang on one weight; the gain of a norm counts as a row; and only channels
-whose s is at least four times more or less than the median's get one, a power of two. If no channel stands out,
-equalizing all of them costs more than it gains (docs/methods/easyquant.md).
+Where we differ: sizes are norms, which do not depend on one weight. The gain of a norm counts as a row. Only channels
+whose s is at least four times more or less than the median get one, a power of two: if no channel stands out,
+equalizing all of them costs more than it gains (docs/methods/equalize.md).
 """
 
 from bitwright.core.block import Block
@@ -27,7 +28,7 @@ def decide(block: Block, context: Context[Settings], decisions: BlockDecisions) 
 
 
 METHOD = Closed(
-    summary="bring linears to one size, channel by channel, without calibration data",
+    summary="make the two sides of outlier channels equally large, without calibration data",
     settings=Settings,
     decides=frozenset({Decision.TRANSFORM}),
     decide=decide,

@@ -1,14 +1,14 @@
 """GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (arXiv 2210.17323).
 
-Rounding that lets later weights make good what earlier ones lost (``steps/rounding.py``). Linears go in the order
-data flows through the block, each on the inputs that the quantized linears before it leave; linears that share an
-input share its Hessian. Ranges are what methods before have decided. If none has, they are min-max of the weight; on
-per-IC tiles (AdaDim, arXiv 2309.15531: GPTQ-ada) those of each column as updated so far.
+Later weights compensate the rounding errors of earlier ones (``steps/rounding.py``). Linears are rounded in the order
+in which data flows through the block, on inputs that have passed the quantized linears before them. Linears that share
+an input share its Hessian. Ranges are those that earlier methods have decided, else min-max of the weight; on per-IC
+tiles (AdaDim, arXiv 2309.15531: GPTQ-ada) min-max of each column as updated so far.
 
-Where we differ, unless ``drift`` is off: what is rounded is W + W C H^-1, C = E[(x - x') x'^T], the weight that on the
-inputs x' of the quantized stream comes nearest to what the full-precision linear makes of x. Unless ``refine`` is off,
+Where we differ, unless ``drift`` is off: what is rounded is W + W C H^-1, C = E[(x - x') x'^T]. On the inputs x' of the
+quantized stream, this weight comes nearest to the output W x of the full-precision linear. Unless ``refine`` is off,
 per-IC ranges are not min-max but those that lose least of the column. Outliers (``easyquant-outliers``) keep their own
-value: what has been moved on to them is moved on from there.
+value; an error that was moved to them moves on to later columns.
 """
 
 from dataclasses import dataclass, replace
@@ -24,20 +24,20 @@ from bitwright.steps.rounding import Ranges, compensated, curvature, making_good
 
 @dataclass(frozen=True)
 class GPTQSettings(Drift, Refine):
-    """``damping`` and ``act_order`` are the paper's; ``drift`` and ``refine`` where we differ."""
+    """The settings of GPTQ: ``damping`` and ``act_order`` are the paper's, ``drift`` and ``refine`` are ours."""
 
     damping: float = setting(
         0.01,
-        "share of the mean diagonal that is added to the Hessian's",
+        "share of the Hessian's mean diagonal that is added to its diagonal",
         above=0,
         most=1,
         wants="it is a share of the mean diagonal, such as 0.01",
     )
-    act_order: bool = setting(True, "round columns by falling activations")
+    act_order: bool = setting(True, "round columns in the order of falling activations")
 
 
 def decide(block: Block, context: Context[GPTQSettings], decisions: BlockDecisions) -> BlockDecisions:
-    """Decide codes for every linear; none without calibration data (the output layer is rounded to nearest)."""
+    """Decide codes for every linear. Without calibration data (the output layer), decide nothing."""
     if context.data is None:
         return decisions
     settings, fallbacks, weights = context.settings, list[str](), weights_of(block, decisions)
@@ -59,7 +59,7 @@ def decide(block: Block, context: Context[GPTQSettings], decisions: BlockDecisio
 
 
 METHOD = Closed(
-    summary="round so that later weights make good what earlier ones lost",
+    summary="round so that later weights compensate the errors of earlier ones",
     settings=GPTQSettings,
     decides=frozenset({Decision.ROUNDING}),
     decide=decide,

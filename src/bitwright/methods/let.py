@@ -3,14 +3,14 @@
 Eq. 3, a linear:      Y = [(X - delta) / s] [s W] + [B + delta W]
 Eq. 5, attention:     P = softmax((Q / s_a)(s_a K^T))
 
-Scale s and shift delta of each site are learned; they disappear into the norm or linear before, and into the weights
+Scale s and shift delta of each site are learned; they are folded into the norm or linear before, and into the weights
 after (``steps/transform.py``). They start at SmoothQuant's s = max|X|^alpha / max|W|^(1 - alpha) and Outlier
-Suppression+'s delta = (max X + min X) / 2; s_a at 1. Sites of the paper: norm->q,k,v; v->o; norm->fc1 (gate, up);
-q.k. ``sites="all"`` adds the linear before the last one of the MLP, where that is exact.
+Suppression+'s delta = (max X + min X) / 2; s_a starts at 1. Sites of the paper: norm->q,k,v; v->o; norm->fc1 (gate,
+up); q.k. ``sites="all"`` adds up->down (fc1->fc2) of the MLP, if that is exact.
 
-Where we differ: the logarithm of s is learned, so that steps are relative and s stays positive; channels that must
-share a scale (rotary pairs, query heads of one key-value head) do, where the authors' code gives up or is no
-equivalence.
+Where we differ: the logarithm of s is learned, so that steps are relative and s stays positive. Channels that must
+share a scale (rotary pairs, query heads of one key-value head) share it; the authors' code refuses such models, or is
+no equivalence there.
 """
 
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ from bitwright.steps.transform import apply_site
 
 @dataclass(frozen=True)
 class LETSettings(Migration, Sites):
-    """``alpha`` says where the scales start."""
+    """The settings of LET; ``alpha`` decides the start of the scales."""
 
     let_lr: float = setting(5e-3, "learning rate of scales and shifts", above=0, wants=RATE)
 
 
 class Transformation(Learnable):
-    """log s of every chosen site, and delta if the site can absorb it."""
+    """The parameters log s of every chosen site, and delta if the site can absorb a shift."""
 
     def __init__(self, block: Block, context: Context[LETSettings], decisions: BlockDecisions) -> None:
         """Start at the closed forms."""
@@ -55,13 +55,13 @@ class Transformation(Learnable):
         super().__init__({"let.log_scale": (self.log_scale, rate), "let.shift": (self.shift, rate)})
 
     def transform(self, parameters: Parameters) -> Parameters:
-        """Move all sites in, one after the other."""
+        """Apply scale and shift of all sites, one after another."""
         for site in self.sites:
             parameters = apply_site(parameters, site, self.scale(site.name), self.shift.get(site.name))
         return parameters
 
     def scale(self, site: str) -> Float[Tensor, " C"]:
-        """s, kept in [1e-5, 1e4]."""
+        """The scale s of a site, kept in [1e-5, 1e4]."""
         return self.log_scale[site].exp().clamp(SMALLEST, LARGEST)
 
     def decide(self, parameters: Parameters, decisions: BlockDecisions) -> BlockDecisions:
@@ -81,16 +81,16 @@ def chosen(sites: tuple[Site, ...], which: str) -> tuple[Site, ...]:
 def _start(
     block: Block, site: Site, context: Context[LETSettings]
 ) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"] | None]:
-    """Scale and shift at the beginning: those of the closed forms, or none if no linears are behind the site."""
+    """Scale and shift at the start: in closed form, or 1 and None if no linears are behind the site."""
     if not site.consumers or context.data is None:
         return torch.ones(site.channels), None
     return balanced(site, block, context.data.stats, context.settings.alpha), centred(site, context.data.stats)
 
 
 def unneeded(scheme: Scheme, topology: Topology, asked: Mapping[str, Any]) -> Unneeded | None:
-    """Whether nothing is gained: 16-bit activations, and no site that can absorb a shift (RMSNorm architectures).
+    """The reason to leave LET out: 16-bit activations, and no site that can absorb a shift (RMSNorm architectures).
 
-    OmniQuant's authors leave it out there too. A recipe that names the ``sites`` keeps it.
+    OmniQuant's authors leave it out there too. A recipe that sets ``sites`` keeps it.
     """
     quantizes_activations = scheme.activations is not None or scheme.kv is not None
     if asked.get("sites") is not None or quantizes_activations or any(site.shift for site in topology.sites):
@@ -103,7 +103,7 @@ def unneeded(scheme: Scheme, topology: Topology, asked: Mapping[str, Any]) -> Un
 
 
 def shape(settings: LETSettings) -> str:
-    """The sites, which decide how many scales there are."""
+    """The setting on which the number of parameters depends: the sites."""
     return settings.sites
 
 

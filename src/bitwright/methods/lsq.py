@@ -1,7 +1,7 @@
 """LSQ: Learned Step Size Quantization (arXiv 1902.08153), on the weights of a trained model.
 
-For OmniQuant's ablation (arXiv 2308.13137, table A3): the step h of each tile is learned directly, its zero point
-stays where min-max put it.
+It is here for OmniQuant's ablation (arXiv 2308.13137, table A3): the step h of each tile is learned directly, and its
+zero point z stays that of min-max.
 
     h = theta h_0        (theta starts at 1, h_0 is the min-max step)
     low, high = -z h, (2^N - 1 - z) h        (on a symmetric grid, the range whose step h is)
@@ -29,11 +29,11 @@ SMALLEST = 1e-3
 
 @dataclass(frozen=True)
 class LSQSettings(ClippingRate):
-    """``lwc_lr``."""
+    """The setting ``lwc_lr``."""
 
 
 class Steps(Learnable):
-    """theta of every tile of every linear."""
+    """The parameter theta of every tile of every linear."""
 
     def __init__(self, block: Block, context: Context[LSQSettings], decisions: BlockDecisions) -> None:
         """Start at the min-max step of the weights as transformed so far."""

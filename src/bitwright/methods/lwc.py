@@ -5,18 +5,17 @@ Eq. 2, for each tile of a weight W at N bits, with gamma = sigmoid(a), beta = si
     h = (gamma max(W) - beta min(W)) / (2^N - 1),   z = -round(beta min(W) / h)
     W_q = clamp(round(W / h) + z, 0, 2^N - 1)
 
-gamma and beta are relative strengths: they keep their meaning while LET changes W, where PACT and LSQ, which learn
-the threshold and the step themselves, do not follow.
+gamma and beta are relative strengths: they keep their meaning while LET changes W. PACT and LSQ learn the threshold and
+the step themselves, which do not follow.
 
-a and b start at 4: gamma = beta = 0.982. If a method before has decided ranges (``easyquant``, ``awq``), they start
-at those; gamma and beta are then shares of more than min and max if a range reaches further.
+a and b start at 4: gamma = beta = 0.982. If an earlier method has decided ranges (``easyquant``, ``awq``), they start
+at those. If such a range reaches further than min and max, gamma and beta are shares of its own ends.
 
-After training each range is searched once more, from where it was learned, on the error of its linear's output
-(``steps/range_search.py``), and kept where the block's error falls: ``refine``, which is not in the paper.
+After training, each range is searched once more from its learned value, on the error of its linear's output
+(``steps/range_search.py``), and kept if the block's error falls. This is ``refine``, which is not in the paper.
 
 Where we differ besides: the gradient also passes through the rounding of the zero point, so that a clipped weight
-pulls on its own end of the range alone; and h is rounded to the dtype it is stored in while training, as it will be
-written.
+pulls on its own end of the range alone. In training, h is rounded to the dtype it is stored in, as it will be written.
 """
 
 from dataclasses import dataclass, replace
@@ -40,17 +39,17 @@ LEAST = 0.05
 
 @dataclass(frozen=True)
 class LWCSettings(ClippingRate, Refine, Drift):
-    """``lwc_lr`` is the paper's; ``refine`` and ``drift`` where we differ."""
+    """The settings of LWC: ``lwc_lr`` is the paper's, ``refine`` and ``drift`` are ours."""
 
 
 class Clipping(Learnable):
-    """a and b of every tile of every linear; gamma and beta are their sigmoids.
+    """The parameters a and b of every tile of every linear; gamma and beta are their sigmoids.
 
-    The optimizer sees all of them as two tensors: of small blocks, one operation takes as long on one linear as on all.
+    The optimizer sees two tensors for all linears: in small blocks, an operation on all takes as long as on one.
     """
 
     def __init__(self, block: Block, context: Context[LWCSettings], decisions: BlockDecisions) -> None:
-        """Start at sigmoid(4), or at the ranges decided."""
+        """Start at sigmoid(4), or at the ranges decided before."""
         self.context, self.refines = context, context.settings.refine
         self.tiles = {n: decisions.tile(n, context.scheme(n)) for n in block.topology.linears}
         starts, self.room = {}, dict[str, Range]()
@@ -68,17 +67,17 @@ class Clipping(Learnable):
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """Those of each linear: views of the two tensors."""
+        """The parameters of each linear, as views of the two tensors."""
         return {f"lwc.{end}/{name}": p for end in "ab" for name, p in getattr(self, end).items()}
 
     def transform(self, parameters: Parameters) -> Parameters:
-        """Leave the parameters alone; gamma and beta of this step are worked out here."""
+        """Compute gamma and beta of this step; the block's parameters stay as they are."""
         gamma, beta = (self._by_linear(every.sigmoid()) for every in self._all)
         self._shares: tuple[dict[str, Tensor], dict[str, Tensor]] = gamma, beta
         return parameters
 
     def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
-        """low = beta min(W), high = gamma max(W)."""
+        """The range low = beta min(W), high = gamma max(W)."""
         # A weight that nothing transforms is the same tensor in every step.
         if linear not in self._seen or self._seen[linear][0] is not weight:
             self._seen[linear] = (weight, self._ends(linear, weight))
@@ -106,19 +105,19 @@ class Clipping(Learnable):
         return decisions.with_linears(decided)
 
     def _by_linear(self, every: Tensor) -> dict[str, Tensor]:
-        """Views of the part of each linear."""
+        """The part of each linear, as a view."""
         parts = every.split([shape.numel() for shape in self._shapes.values()])
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
 
     def _ends(self, linear: str, weight: Float[Tensor, "O I"]) -> Range:
-        """What gamma and beta are shares of: min-max, or more if the start reached further."""
+        """The ends that gamma and beta are shares of: min-max, or more if the ranges decided before reach further."""
         (low, high), room = minmax(weight, self.tiles[linear]), self.room[linear]
         return low * room[0], high * room[1]
 
 
 @torch.no_grad()
 def _starts(weight: Float[Tensor, "O I"], decided: LinearDecision, tile: Tile) -> list[tuple[Tensor, Tensor]]:
-    """For the low and the high end: b or a at the start, and how many times min-max it is a share of."""
+    """The start for the low and the high end: b or a, and the multiple of min-max that its sigmoid is a share of."""
     ends = minmax(decided.inside(weight), tile)
     start = torch.full_like(ends[0], START)
     if decided.low is None or decided.high is None:
@@ -133,12 +132,12 @@ def _starts(weight: Float[Tensor, "O I"], decided: LinearDecision, tile: Tile) -
 
 
 def closed(settings: LWCSettings) -> bool:
-    """Whether ranges are searched in closed form too."""
+    """Whether ranges are searched after training."""
     return settings.refine
 
 
 METHOD = Learned(
-    summary="learn how far ranges are clipped, starting from the ranges of a method before (OmniQuant)",
+    summary="learn how far ranges are clipped, starting from an earlier method's ranges if there are any (OmniQuant)",
     settings=LWCSettings,
     decides=frozenset({Decision.RANGE}),
     starts_from=frozenset({Decision.RANGE}),

@@ -1,16 +1,16 @@
 """Outlier Suppression+: Accurate Quantization of Large Language Models (arXiv 2304.09145), by shifting and scaling.
 
-The shift of channel j:     z_j = (max X_j + min X_j) / 2
-Its scale, of one threshold t for all:   s_j = max(1, max|X_j - z_j| / t)
+The shift of channel j:                          z_j = (max X_j + min X_j) / 2
+Its scale, with one threshold t for all j:       s_j = max(1, max|X_j - z_j| / t)
 
-so only channels that reach past t are scaled. The threshold is searched, on the output of the linears behind the site
-with weights and activations quantized. Sites of the paper: norm->q,k,v and norm->gate,up (fc1), with the shift
-where the norm has a bias to absorb it; ``sites="all"`` takes every site with linears behind it, among them up->down,
-which the authors' code scales for LLaMA.
+so only channels that reach past t are scaled. The threshold is searched on the output of the linears behind the site,
+with weights and activations quantized. Sites of the paper: norm->q,k,v and norm->gate,up (fc1), with the shift if the
+norm has a bias that can absorb it. ``sites="all"`` takes every site with linears behind it, among them up->down, which
+the authors' code scales for LLaMA.
 
-Where we differ: thresholds fall geometrically, since outliers are factors, not distances, from the largest magnitude
-(no channel is scaled) down to the smallest channel's (all are); the output is the enclosing module's; each site is
-searched with those before it applied, on the quantized stream, over 8,192 tokens instead of one batch.
+Where we differ: thresholds fall geometrically, because outliers differ by factors; they fall from the largest magnitude
+(no channel is scaled) to the smallest channel's (all are scaled). The output is the enclosing module's. Each site is
+searched with the earlier ones applied, on the quantized stream, over 8,192 tokens instead of one batch.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ THRESHOLDS, FURTHEST = 40, 1e-3
 
 @dataclass(frozen=True)
 class OSPlusSettings(Sites):
-    """``sites``."""
+    """The setting ``sites``."""
 
 
 def decide(block: Block, context: Context[OSPlusSettings], decisions: BlockDecisions) -> BlockDecisions:
-    """Decide shift and scale site by site; nothing without calibration data (the output layer)."""
+    """Decide shift and scale site by site. Without calibration data (the output layer), decide nothing."""
     if context.data is None:
         return decisions
     for site in scalable(block) if context.settings.sites == "all" else behind_norms(block):
@@ -46,7 +46,7 @@ def decide(block: Block, context: Context[OSPlusSettings], decisions: BlockDecis
 
 
 def _candidates(block: Block, site: Site, stats: Stats) -> list[SiteDecision]:
-    """The shift together with the scale of each threshold; the first candidate has no scale."""
+    """The shift with the scale of each threshold; in the first candidate, all scales are 1."""
     place = next(block.module.parameters()).device
     shift = centred(site, stats)
     reach = _reach(site, stats, shift).to(place)
@@ -58,7 +58,7 @@ def _candidates(block: Block, site: Site, stats: Stats) -> list[SiteDecision]:
 
 
 def _reach(site: Site, stats: Stats, shift: Float[Tensor, " C"] | None) -> Float[Tensor, " C"]:
-    """max|X_j - z_j| of every free channel."""
+    """The largest distance max|X_j - z_j| in every free channel."""
     if shift is None:
         return of_inputs(site, stats, lambda channels: channels.absmax)
     high = of_inputs(site, stats, lambda channels: channels.max) - shift

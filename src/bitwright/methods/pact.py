@@ -1,7 +1,7 @@
 """PACT: Parameterized Clipping Activation (arXiv 1805.06085), its learned threshold on weights.
 
-For OmniQuant's ablation (arXiv 2308.13137, table A3): the two ends of each tile's range are learned directly, as
-thresholds, starting at the min-max. Unlike LWC's strengths they do not follow a weight that LET changes.
+It is here for OmniQuant's ablation (arXiv 2308.13137, table A3): the two ends of each tile's range are learned
+directly, as thresholds, and start at min-max. Unlike LWC's strengths they do not follow a weight that LET changes.
 
     low, high = theta_low low_0, theta_high high_0        (theta starts at 1)
 
@@ -26,11 +26,11 @@ from bitwright.steps.ranges import minmax
 
 @dataclass(frozen=True)
 class PACTSettings(ClippingRate):
-    """``lwc_lr``."""
+    """The setting ``lwc_lr``."""
 
 
 class Thresholds(Learnable):
-    """theta_low and theta_high of every tile of every linear."""
+    """The parameters theta_low and theta_high of every tile of every linear."""
 
     def __init__(self, block: Block, context: Context[PACTSettings], decisions: BlockDecisions) -> None:
         """Start at the min-max of the weights as transformed so far."""
@@ -42,12 +42,12 @@ class Thresholds(Learnable):
         super().__init__({"pact.low": (self.low, rate), "pact.high": (self.high, rate)})
 
     def range(self, linear: str, weight: Float[Tensor, "O I"], tile: Tile) -> Range:
-        """The thresholds; a range contains zero."""
+        """The range between the thresholds; it contains zero."""
         low, high = self.ends[linear]
         return self.low[linear].clamp(min=0) * low, self.high[linear].clamp(min=0) * high
 
     def decide(self, parameters: Parameters, decisions: BlockDecisions) -> BlockDecisions:
-        """The thresholds as learned."""
+        """The ranges between the learned thresholds."""
         decided = {}
         for name, (low, high) in self.ends.items():
             factors = self.low[name].detach().clamp(min=0), self.high[name].detach().clamp(min=0)

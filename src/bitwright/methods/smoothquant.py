@@ -3,12 +3,12 @@
 Eq. 3, a linear:     Y = (X diag(s)^-1) (diag(s) W)
 Eq. 4, its scale:    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
 
-Difficult input channels are divided by s, which the norm before absorbs, and the weights that read them multiplied.
-Sites of the paper: norm->q,k,v and norm->gate,up (fc1). ``sites="all"`` scales every site that has linears behind it.
-``alpha``, the migration strength, is 0.5; the authors take 0.8 to 0.9 for Llama 2 and 3.
+Input channels that are hard to quantize are divided by s, which the norm before absorbs; the weights that read them are
+multiplied by s. Sites of the paper: norm->q,k,v and norm->gate,up (fc1). ``sites="all"`` scales every site that has
+linears behind it. ``alpha``, the migration strength, is 0.5; the authors take 0.8 to 0.9 for Llama 2 and 3.
 
-Where we differ: channels that must share a scale (the query heads of one key-value head at v->o) do, with the largest
-of their values.
+Where we differ: channels that must share a scale (the query heads of one key-value head at v->o) share the largest of
+their scales.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from bitwright.steps.migration import balanced, behind_norms, scalable
 
 @dataclass(frozen=True)
 class SmoothQuantSettings(Migration, Sites):
-    """``alpha`` and ``sites``."""
+    """The settings ``alpha`` and ``sites``."""
 
 
 def decide(block: Block, context: Context[SmoothQuantSettings], decisions: BlockDecisions) -> BlockDecisions:
-    """Decide scales for the chosen sites; none without calibration data (the output layer)."""
+    """Decide scales for the chosen sites. Without calibration data (the output layer), decide nothing."""
     if context.data is None:
         return decisions
     stats, settings = context.data.stats, context.settings

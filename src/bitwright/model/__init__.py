@@ -1,1 +1,1 @@
-"""The model that was given: its folder opened and checked, its tokenizer, the device, and which tensors are linears."""
+"""The user's model: open and check its folder, its tokenizer, the device, and find which tensors are linears."""

@@ -1,4 +1,4 @@
-"""The division into weights and kept tensors after a user's patterns and transformers' view of the model."""
+"""Divide tensors into weights and kept tensors by a user's patterns and transformers' view of the model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Patterns:
-    """Names with ``*`` and ``?``, as ``--include`` and ``--exclude`` take them.
+    """Name patterns with ``*`` and ``?``, as ``--include`` and ``--exclude`` take them.
 
-    ``left_out`` are the names of linears that an allocation leaves in full precision; other names there are skipped.
+    ``left_out`` are the linears that an allocation leaves in full precision; names that the model lacks are skipped.
     """
 
     include: tuple[str, ...]
@@ -35,8 +35,8 @@ class Patterns:
 def chosen(division: Division, patterns: Patterns, checkpoint: Checkpoint, view: ModelView | None) -> Division:
     """Apply patterns to a division; what is excluded wins over what is included.
 
-    Tensors that are no linears in transformers' view are kept. Raises RecipeError for a pattern that fits nothing, or
-    fits what cannot be quantized.
+    Tensors that are no linears in transformers' view are kept. Raises RecipeError for a pattern that fits no tensor, or
+    a tensor that cannot be quantized.
     """
     weights = {w.name: w for w in division.weights}
     kept = {k.tensor: k for k in division.kept}
@@ -66,7 +66,7 @@ def chosen(division: Division, patterns: Patterns, checkpoint: Checkpoint, view:
 
 
 def _no_linears(weights: Iterable[Weight], view: ModelView) -> list[Weight]:
-    """Single matrices that keep their names in the model and are no linear's weight there: Conv1D, layers left out."""
+    """Single matrices that have a place in the model but are no linear's weight there, such as Conv1D."""
     alone = [w for w in weights if not w.stacked and view.places.get(w.tensor) == w.tensor and w.name != "lm_head"]
     return [w for w in alone if view.linear(w.tensor) is None]
 

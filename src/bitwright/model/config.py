@@ -1,4 +1,4 @@
-"""The config.json of a model: read by transformers, and compared with that of another model."""
+"""Read the config.json of a model with transformers, and compare it with that of another model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ SETTINGS = (
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rms_norm_eps", "layer_norm_eps"),
     *("layer_norm_epsilon", "hidden_act", "hidden_activation", "sliding_window"),
 )
-"""Keys of config.json that change what the same weights compute."""
+"""Keys of config.json that change what a model computes with given weights."""
 DIMENSIONS = (
     "model_type",
     "num_hidden_layers",
@@ -39,7 +39,7 @@ def model_config(folder: Path) -> "PretrainedConfig":
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers validates with several libraries, each with its own exceptions
+    except Exception as error:  # transformers validates with several libraries, which have their own exceptions
         raise CheckpointError(
             f"{folder}/config.json: transformers cannot read it: {error}. Compare it with the original repository's"
         ) from error

@@ -1,8 +1,9 @@
 """Discovery: which tensors of a checkpoint are linears, from names and shapes alone.
 
-For architectures that nobody has described. A linear is a floating ``*.weight`` [O, I] inside a numbered block
-(``model.layers.3.``), unless a rule below speaks against it. Experts in one tensor [E, ., .] are recognized by their
-names. Whether a slice is stored [O, I] or [I, O] follows from the hidden size, which gate and up read and down gives.
+This is for architectures without a file in ``families``. A linear is a floating ``*.weight`` [O, I] inside a numbered
+block (``model.layers.3.``), unless a rule below excludes it. Experts in one tensor [E, ., .] are recognized by their
+names. The hidden size tells whether a slice is stored [O, I] or [I, O]: it is the input of gate and up, and the output
+of down.
 """
 
 import re
@@ -12,7 +13,7 @@ from typing import Any
 from bitwright.core.weight import Division, Kept, Weight
 
 SMALLEST = 32
-"""The fewest features of a linear: fewer are a router's or a gate's."""
+"""The least number of features of a linear; a matrix with fewer is a router or a gate."""
 SMALL = f"small: fewer than {SMALLEST} features"
 EMPTY, UNNAMED = "empty", "no linear's: its name does not end in .weight"
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -20,7 +21,7 @@ EMBEDDING = "embedding"
 EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "tok_embeddings", "embeddings", "wte")
 HEADS = ("lm_head", "embed_out", "output")
 INTO, OUT_OF = ("gate_up", "gate", "up", "w1", "w3", "w13", "input_linear"), ("down", "w2", "output_linear")
-"""How the last names of experts' matrices begin: those that read the hidden state, and those that give it."""
+"""The beginnings of the last names of experts' matrices: of those that read the hidden state, and that produce it."""
 ROUTER = "router or gate of experts"
 KEPT = (
     ("norm or scale", r"norm|(^|[._])ln_"),
@@ -31,12 +32,12 @@ KEPT = (
     ("of a state space mixer, read without its linear", r"(^|\.)(mixer|mamba|ssm)\.(in|out|x|dt)_proj\."),
     ("adapter", r"lora_"),
 )
-"""Why a tensor is kept, and a pattern in its name; the first pattern that fits gives the reason."""
+"""The reasons to keep a tensor, each with a pattern in its name; the first pattern that fits gives the reason."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def discover(shapes: Shapes, floating: Iterable[str], config: Mapping[str, Any]) -> Division:
-    """Divide the tensors of a checkpoint into weights and kept ones; ``floating`` names those of real numbers."""
+    """Divide the tensors of a checkpoint into weights and kept tensors; ``floating`` are the names of floating ones."""
     real, hidden = set(floating), hidden_size(config)
     transposed = _matrices_are_transposed(shapes)
     weights, kept = [], []
@@ -50,7 +51,7 @@ def discover(shapes: Shapes, floating: Iterable[str], config: Mapping[str, Any])
 
 
 def weight(name: str, shapes: Shapes, hidden: int | None) -> Weight:
-    """Make the weight of a tensor; how a stack of experts is stored also shows in the tensors beside it."""
+    """Make the weight of a tensor; for a stack of experts, the tensors beside it also tell how it is stored."""
     shape = shapes[name]
     transposed = len(shape) > 2 and _slices_are_transposed(name, shapes, hidden)
     return Weight(name, name.removesuffix(".weight"), shape, transposed)
@@ -62,7 +63,7 @@ def head(names: Iterable[str]) -> str | None:
 
 
 def embedding(names: Iterable[str]) -> str | None:
-    """Find the weight that makes vectors of tokens; None if no name says so."""
+    """Find the weight of the embedding; None if no name says so."""
     return _outside(names, EMBEDDINGS)
 
 
@@ -72,7 +73,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def hidden_size(config: Mapping[str, Any]) -> int | None:
-    """Read the width of the hidden states, of the text model if there are several models; None if it is not stated."""
+    """Read the width of the hidden states (of the text model if there are several models); None if it is not stated."""
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping):
             for key in ("hidden_size", "n_embd", "d_model", "dim"):
@@ -107,7 +108,7 @@ def _holds_experts(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _matrices_are_transposed(shapes: Shapes) -> bool:
-    """Whether a bias shows that matrices are stored [in, out] (GPT-2): as long as they have columns, not rows."""
+    """Whether biases show that matrices are stored [in, out], as in GPT-2: a bias is as long as a row, not a column."""
     for name, shape in shapes.items():
         bias = shapes.get(f"{name.removesuffix('weight')}bias", ())
         if name.endswith(".weight") and len(shape) == 2 and len(bias) == 1 and shape[0] != bias[0] == shape[1]:
@@ -116,7 +117,7 @@ def _matrices_are_transposed(shapes: Shapes) -> bool:
 
 
 def _slices_are_transposed(name: str, shapes: Shapes, hidden: int | None) -> bool:
-    """Whether slices are stored [in, out]; square ones as the others of their experts; else [out, in]."""
+    """Whether slices are stored [in, out]; square slices are stored as other matrices of their experts are."""
     names = (name, *(other for other in shapes if _same_experts(other, name)))
     answers = (_transposed_by_shape(tensor, shapes[tensor], hidden) for tensor in names)
     return next((answer for answer in answers if answer is not None), False)
@@ -131,7 +132,7 @@ def _transposed_by_shape(name: str, shape: tuple[int, ...], hidden: int | None) 
 
 
 def _same_experts(name: str, other: str) -> bool:
-    """Whether two tensors stand side by side, both matrices of experts."""
+    """Whether two tensors are matrices of the same experts."""
     return name != other and _parent(name) == _parent(other) and _side(name) is not None and not name.endswith("bias")
 
 
@@ -140,7 +141,7 @@ def _parent(name: str) -> str:
 
 
 def _side(name: str) -> str | None:
-    """Which of the experts' matrices this is, by its last name."""
+    """The kind of an experts' matrix, by its last name."""
     last = name.removesuffix(".weight").rpartition(".")[2]
     return next((side for side in (*INTO, *OUT_OF) if last.startswith(side)), None)
 

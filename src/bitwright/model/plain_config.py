@@ -1,7 +1,7 @@
-"""Config files that say nothing out of the ordinary, so that nobody has to import transformers to judge them.
+"""Recognize ordinary config files, which can be read without importing transformers; that takes seconds.
 
-That import takes seconds. A config.json is plain if each of its keys is known, each value is one that transformers
-takes without a word, and the sizes fit each other; the decoder it then describes is the one transformers would build.
+A config.json is plain if each of its keys is known, transformers accepts each value without a warning, and the sizes
+fit each other. Then the decoder that it describes is the one that transformers would build.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +17,11 @@ SCALINGS = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
-"""Numbers that go with each kind of rotary positions."""
+"""The numbers that belong to each kind of scaling of rotary positions."""
 
 
 def plain_decoder(config: Config, architecture: Architecture) -> Decoder | None:
-    """Read the decoder of a plain config.json; None if transformers has to judge it."""
+    """Read the decoder of a plain config.json; None if it is not plain, so that transformers has to read it."""
     if architecture.decoder is None or not all(key in _USUAL and _USUAL[key](value) for key, value in config.items()):
         return None
     try:
@@ -42,7 +42,7 @@ def _is_count_or_none(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether this is a finite number from 0 on."""
+    """Whether a value is a finite number, 0 or more."""
     return type(value) in (int, float) and isfinite(value) and value >= 0
 
 
@@ -59,7 +59,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _is_tokens(value: Any) -> bool:
-    """Whether this is a token's number, several, or none."""
+    """Whether a value is the number of a token, a list of such numbers, or None."""
     return all(type(token) is int and token >= 0 for token in value) if isinstance(value, list) else _is_token(value)
 
 
@@ -68,7 +68,7 @@ def _is_dtype(value: Any) -> bool:
 
 
 def _is_causal(value: Any) -> bool:
-    """Whether this names one class, a causal language model."""
+    """Whether a value names a single class, a causal language model."""
     return isinstance(value, list) and len(value) == 1 and _is_text(value[0]) and value[0].endswith("ForCausalLM")
 
 
@@ -95,4 +95,4 @@ _USUAL: Mapping[str, Callable[[Any], bool]] = {
     "hidden_act": lambda value: value == "silu",
     "pad_token_id": _is_token,
 }
-"""The keys of a plain config.json, and which values of theirs transformers takes."""
+"""The keys of a plain config.json, each with the check of its values."""

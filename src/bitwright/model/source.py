@@ -1,4 +1,4 @@
-"""The model to work on, opened and checked: everything that can be refused is refused here, before any long work."""
+"""Open and check the model to work on, and refuse what can be refused before any long work."""
 
 import json
 from collections.abc import Iterator
@@ -33,8 +33,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Source:
     """A full-precision model on disk.
 
-    ``family`` is None for an architecture that nobody has described. ``config`` is transformers'; it is None for such
-    an architecture, and if there is a ``decoder``, which was read from a plain config.json without transformers.
+    ``family`` is None for an architecture without a description. ``config`` is transformers'; it is None for such an
+    architecture, and if there is a ``decoder``, which was read from a plain config.json without transformers.
     """
 
     checkpoint: Checkpoint
@@ -47,8 +47,8 @@ class Source:
     def open(cls, folder: Path, *, to_build: bool = True, tokenizer: bool = True) -> "Source":
         """Open a model. Raises CheckpointError or RecipeError for what cannot be quantized.
 
-        If no model is going to be built (``to_build``), transformers is not asked about a plain config.json. Without
-        ``tokenizer`` the folder need not have one.
+        If no model will be built (``to_build``), transformers does not read a plain config.json. Without ``tokenizer``,
+        the folder need not have a tokenizer.
         """
         checkpoint = open_checkpoint(folder)
         quantized = checkpoint.config.get("quantization_config")
@@ -72,7 +72,7 @@ class Source:
             return cls(checkpoint, model_type, config, architecture.family(config.to_dict()))
 
     def described(self) -> "tuple[Family, PretrainedConfig]":
-        """Family and configuration, to build the model. Raises RecipeError for an architecture without a family."""
+        """The family and the config, to build the model. Raises RecipeError for an architecture without a family."""
         if self.family is None or self.config is None:
             raise RecipeError(
                 f"{self.checkpoint.folder}: nobody has described the architecture '{self.model_type}' to Bitwright "
@@ -83,14 +83,14 @@ class Source:
 
     @property
     def longest(self) -> int | None:
-        """How many tokens the model takes at most; None if it does not say."""
+        """The largest number of tokens that the model takes; None if its config does not say."""
         if self.decoder is not None:
             return self.decoder.context
         return getattr(self.config, "max_position_embeddings", None)
 
 
 def family_of(folder: Path) -> Family | None:
-    """Describe the model in a folder; None for an architecture that nobody has described. Raises CheckpointError."""
+    """Find the family of the model in a folder; None for an architecture without one. Raises CheckpointError."""
     architecture = architecture_of(_model_type(open_checkpoint(folder)))
     if architecture is None or architecture.family is None:
         return None
@@ -101,7 +101,7 @@ def family_of(folder: Path) -> Family | None:
 
 @contextmanager
 def blaming_the_config(folder: Path) -> Iterator[None]:
-    """Turn what comes of numbers that cannot be, in many kinds of exceptions, into CheckpointError."""
+    """A context that turns the exceptions from impossible numbers in config.json into CheckpointError."""
     try:
         yield
     except OddConfigError as error:
@@ -142,15 +142,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def require_folder(folder: Path) -> None:
-    """Raise CheckpointError for a path that cannot be a folder, and for a file or folder that only an engine reads.
+    """Raise CheckpointError for a path that is no folder, and for a file or folder that only an engine reads.
 
-    The message for a name on the hub says how it becomes a folder.
+    The message for a name on the hub says how to download it.
     """
     try:
         missing = not folder.exists()
         folder.resolve()
         refuse_engine_file(folder)
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, links that go round in a circle
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle
         raise CheckpointError(f"{folder}: cannot be the folder of a model: {error}; check the path") from None
     if missing and len(folder.parts) <= 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..", "~"):
         raise CheckpointError(
@@ -160,7 +160,7 @@ def require_folder(folder: Path) -> None:
 
 
 def require_tokenizer(folder: Path) -> None:
-    """Raise CheckpointError if no tokenizer file is in the folder, or if one is broken at a glance."""
+    """Raise CheckpointError if no tokenizer file is in the folder, or if one is clearly broken."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the tokenizer's files "
@@ -172,7 +172,7 @@ def require_tokenizer(folder: Path) -> None:
 
 
 def _check_tokenizer_file(path: Path) -> None:
-    """Raise CheckpointError for what is clearly no tokenizer: copied into the result, it would fail its users."""
+    """Raise CheckpointError for a file that is clearly no tokenizer, because the result would get a copy of it."""
     again = "copy it from the original repository again"
     try:
         content = json.loads(path.read_bytes())
@@ -185,7 +185,7 @@ def _check_tokenizer_file(path: Path) -> None:
 
 
 def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
-    """Tokenize a whole text as one sequence, without special tokens beyond those that the tokenizer adds by itself."""
+    """Tokenize a whole text as one sequence, with the special tokens that the tokenizer adds by itself."""
     from transformers import AutoTokenizer
 
     require_tokenizer(folder)
@@ -200,7 +200,7 @@ def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
 
 
 def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> None:
-    """Raise UserError for tokens that the model's embedding has no row for."""
+    """Raise UserError for tokens for which the model's embedding has no row."""
     size, largest = config.vocab_size, int(tokens.max()) if len(tokens) else 0
     if largest >= size:
         raise UserError(
@@ -210,7 +210,10 @@ def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> No
 
 
 def sequence_length(asked: int | None, longest: int | None, default: int = DEFAULT_SEQLEN) -> int:
-    """Choose the length asked for, or the default if the model allows it. Raises RecipeError past its maximum."""
+    """Choose the length that was asked for, else the default, or the model's maximum if that is shorter.
+
+    Raises RecipeError if more than the maximum was asked for.
+    """
     if longest is not None and longest <= 0:
         longest = None  # 0 and -1 stand for "no maximum" in some configs
     if asked is None:
@@ -221,7 +224,7 @@ def sequence_length(asked: int | None, longest: int | None, default: int = DEFAU
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is the first GPU if there is one. Raises UserError if the device is not there."""
+    """The device of a name; ``auto`` is the first GPU if there is one. Raises UserError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -229,7 +232,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"there is no device '{name}'; {nearest(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}") from None
     try:
-        float(torch.zeros(1, device=device))  # read too, because a tensor can be made on meta, but not read
+        float(torch.zeros(1, device=device))  # read as well: a tensor on meta can be made, but not read
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition(". ")[0]  # the rest is advice to torch's own developers
         raise UserError(f"device '{name}' cannot be used here ({reason}); use auto, cpu, or cuda:0") from None

@@ -1,4 +1,4 @@
-"""The view that transformers has of a checkpoint: which tensors become linears, under which names. Reads no weight."""
+"""Transformers' view of a checkpoint: which tensors become linears, and under which names. It reads no weight."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A model as transformers would build it, and where the tensors of a checkpoint go in it.
+    """A model as transformers would build it, with the places of a checkpoint's tensors in it.
 
     ``linears`` are the names of the model's linears, ``ordinary`` those of plain ``nn.Linear`` modules. ``places`` maps
-    a checkpoint's tensor to the parameter that it becomes, or becomes a part of. If ``tied``, the output layer may be
-    the embedding. ``shapes`` are those of everything the model stores, ``needed`` the parameters that no other is tied
-    to. ``converted`` are tensors that become part of a parameter, or one of another shape. Tensors that fit a pattern
-    in ``ignored`` are not loaded, and are not missed.
+    a tensor of the checkpoint to the parameter that it becomes, or becomes a part of. If ``tied``, the output layer may
+    be the embedding. ``shapes`` are the shapes of everything that the model stores; ``needed`` are the parameters that
+    are not tied to another. ``converted`` are tensors that become part of a parameter, or a parameter of another shape.
+    Tensors that fit a pattern in ``ignored`` are not loaded, and need not be there.
     """
 
     linears: frozenset[str]
@@ -35,12 +35,12 @@ class ModelView:
     ignored: tuple[str, ...] = ()
 
     def linear(self, tensor: str) -> str | None:
-        """The linear whose weight a tensor becomes; None if it becomes something else, as merged experts do."""
+        """The linear whose weight a tensor becomes; None if it becomes something else, such as merged experts."""
         module = self.places.get(tensor, tensor).removesuffix(".weight")
         return module if module in self.linears else None
 
     def merges(self, tensor: str) -> bool:
-        """Whether a matrix becomes a part of a parameter with another name, together with others."""
+        """Whether a matrix becomes, with others, a part of a parameter with another name."""
         place = self.places.get(tensor, tensor)
         return tensor.endswith(".weight") and not place.endswith(".weight")
 
@@ -48,9 +48,9 @@ class ModelView:
     def of(cls, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> "ModelView | None":
         """The view of an architecture that transformers knows, without remote code; None for any other.
 
-        ``names`` are the names the tensors would have, if they differ from those in the checkpoint.
+        ``names`` are the names that the tensors would have, if they differ from those in the checkpoint.
         """
-        from transformers import AutoConfig  # takes seconds, so not for architectures that are described
+        from transformers import AutoConfig  # takes seconds, so not for architectures with a description
 
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
@@ -61,7 +61,7 @@ class ModelView:
 
     @classmethod
     def of_outline(cls, outline: Outline, checkpoint: Checkpoint) -> "ModelView":
-        """The view of an architecture that is described: its linears are ordinary, its parameters named as on disk."""
+        """The view of an architecture with a description: its linears are ordinary, its parameters named as on disk."""
         linears = frozenset((*outline.linears, outline.family.head))
         needed = frozenset(name for name in outline.shapes if outline.source(name) == name)
         places = {name: name for name in checkpoint.names}
@@ -100,8 +100,8 @@ def _class(config: Any) -> Any:
 def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, str | None]]:
     """The function by which transformers renames tensors as it loads them.
 
-    It returns the new name, and the pattern of the converter that changes the values, if any. A transformers that does
-    not tell gives the names unchanged.
+    It returns the new name, and the pattern of the converter that changes the values, if any. If a transformers does
+    not offer such a function, names stay unchanged.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -1,4 +1,4 @@
-"""The arrangement of a folder's tensors in a model: linears stay packed, experts become dense."""
+"""Arrange a folder's tensors in a model: linears stay packed, experts become dense."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -19,11 +19,11 @@ from bitwright.plugin.stored import AGAIN, LEAVES, check_stored
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder beside the model that it is loaded into.
+    """A folder, and the places of its tensors in a model.
 
     ``linears`` maps the model's packed linears to their names in the folder. ``dense`` maps the other packed weights to
-    where they go, or to None if the model has no place for them. ``plain`` maps the tensors that are parts of neither,
-    and have a place, to where they go.
+    their destinations, or to None if the model has no place for them. ``plain`` maps the tensors that belong to no
+    packed weight to their destinations.
     """
 
     checkpoint: Checkpoint
@@ -76,7 +76,7 @@ def arrange(folder: Folder, model: PreTrainedModel, config: Config) -> DensePlan
 
 
 def check_names(folder: Folder, model: nn.Module, config: Config) -> None:
-    """Raise CheckpointError if the config names what neither model nor folder has."""
+    """Raise CheckpointError if the config names a module that neither model nor folder has."""
     linears = {*linears_of(model)}
     weights = linears | {*folder.linears.values(), *folder.dense}
     unknown = sorted(
@@ -101,14 +101,14 @@ def _module(destinations: Destinations, name: str) -> str:
 
 
 def _stays_whole(destinations: Destinations, name: str) -> bool:
-    """Whether transformers takes the parts of a packed weight where it takes the weight, without a converter."""
+    """Whether transformers loads a packed weight's parts into the module of the weight, without a converter."""
     ends = [destinations.renamed(f"{name}.{leaf}").removesuffix(leaf) for leaf in LEAVES]
     whole = destinations.renamed(f"{name}.weight").removesuffix("weight")
     return {*ends} == {whole} and not any(destinations.converted(f"{name}.{leaf}") for leaf in ("weight", *LEAVES))
 
 
 def _plan(folder: Folder, model: PreTrainedModel, config: Config, dense: set[str]) -> DensePlan:
-    """The plan for the tensors of experts, and for tensors that are not packed and go to the same parameters."""
+    """The plan for the tensors of experts, and for unpacked tensors that go to the same parameters."""
     renamed, sources, destinations = {}, {}, {}
     for weight, tensor, destination, packed in _dense_tensors(folder, dense):
         renamed[folder.destinations.renamed(tensor)] = destination.target
@@ -127,7 +127,7 @@ def _dense_tensors(folder: Folder, dense: set[str]) -> Iterator[tuple[str, str, 
 
 
 def _check_complete(folder: Folder, model: PreTrainedModel) -> None:
-    """Raise CheckpointError if a parameter would be left without values: transformers would make them up."""
+    """Raise CheckpointError if a parameter would get no values: transformers would initialize it at random."""
     if not folder.destinations.certain:
         return
     places = [*folder.plain.values(), *(place for place in folder.dense.values() if place is not None)]

@@ -1,7 +1,7 @@
-"""Experts on their way into a model: collected, dequantized, and handed to transformers' converter for dense ones.
+"""Load experts: collect their packed tensors, dequantize them, and hand them to transformers' own converter.
 
-Tensors are collected by their own names. Transformers collects by pattern, a list over the experts for each end of a
-name; if an expert has no outliers, such lists are not aligned.
+Tensors are collected by their own names. Transformers collects by pattern: it makes a list over the experts for each
+ending of a name. If an expert has no outliers, these lists do not align.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ PATTERN = "bitwright: packed"
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the folder: the weight it belongs to, whether it is a part of its packed form, its shape on disk."""
+    """A tensor of the folder: its weight, whether it is a part of a packed weight, and its shape on disk."""
 
     weight: str
     packed: bool
@@ -32,11 +32,11 @@ class Source:
 
 @dataclass(frozen=True)
 class DensePlan:
-    """The plan of which tensors of the folder make which dense parameters of the model.
+    """The plan by which tensors of the folder become dense parameters of the model.
 
-    ``renamed`` maps a tensor's name, as converters see it, to the first parameter it goes to. ``sources`` go by the
-    tensors' names in the folder, ``destinations`` by the names of weights. ``places`` are shape and dtype of the
-    model's tensors. ``done`` grows as parameters are made.
+    ``renamed`` maps a tensor's name, as converters see it, to its first parameter. The keys of ``sources`` are names of
+    tensors in the folder, those of ``destinations`` are names of weights. ``places`` has shape and dtype of the model's
+    tensors. ``done`` grows as parameters are made.
     """
 
     config: Config
@@ -80,7 +80,7 @@ class FromPacked(WeightConverter):
         dense = self._dense(collected, plan.places[layer_name][1])
         try:
             parameters = _converted(dense, plan.destinations, layer_name, model, config)
-        except Exception as error:  # an operation may trip over anything, for instance experts that differ in shape
+        except Exception as error:  # an operation may raise anything, for instance for experts that differ in shape
             raise CheckpointError(f"the weights of {layer_name} do not go together: {error}; {AGAIN}") from error
         for name, tensor in parameters.items():
             if name in plan.places and tensor.shape != plan.places[name][0]:
@@ -92,7 +92,7 @@ class FromPacked(WeightConverter):
         return parameters
 
     def _dense(self, collected: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights by their names, in the order of their first tensors; each is dequantized by itself."""
+        """Dequantize each weight by itself; return the weights by name, in the order of their first tensors."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in collected.items():
             source = self.plan.sources[name]
@@ -120,7 +120,9 @@ def _converted(
         (only,) = dense.values()
         return {first.target: only}
     converter = deepcopy(first.converter)
-    add: Any = converter.add_tensor  # takes tensors as well as futures of them: transformers saves a model with it
+    add: Any = (
+        converter.add_tensor
+    )  # it takes tensors as well as futures, because transformers also saves models with it
     for weight in list(dense):
         add(layer_name, weight, destinations[weight].pattern, dense.pop(weight))
     parameters = converter.convert(layer_name, model=model, config=config)
@@ -128,9 +130,9 @@ def _converted(
 
 
 class _Dequantizing(ConversionOps):
-    """A placeholder for the work of ``FromPacked``.
+    """A placeholder operation; ``FromPacked`` does the work.
 
-    With a quantizer, transformers loads tensors in the dtype that they have on disk.
+    If there is a quantizer, transformers loads tensors in the dtype that they have on disk.
     """
 
     hf_quantizer = True

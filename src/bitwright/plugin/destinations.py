@@ -1,7 +1,7 @@
-"""The place in a model for each tensor of a folder, asked of transformers' own functions: no rule is written twice.
+"""The place of each tensor of a folder in a model, taken from transformers' own functions.
 
-Experts that a folder holds one by one go into one parameter, and old names become new ones. Both stand in transformers'
-conversions, and are looked up there.
+Experts that are separate in a folder go into one parameter, and old names become new ones. Transformers' conversions
+describe both, and are used here, so no rule is written twice.
 """
 
 import re
@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 @dataclass(frozen=True)
 class Destination:
-    """A tensor of the model, and how a tensor of the folder gets there: by a converter and one of its patterns.
+    """The tensor of the model for a tensor of the folder, and the converter and pattern that lead to it.
 
     ``converter`` is None if the tensor is at most renamed; ``target`` is the first of several.
     """
@@ -35,11 +35,11 @@ class Destination:
 
 
 class Destinations:
-    """The destinations of tensors in one model under its conversions; neither is changed."""
+    """The destinations of tensors in a model, by its conversions; model and conversions stay unchanged."""
 
     def __init__(self, model: PreTrainedModel, conversions: Iterable[Any]) -> None:
         """Take the ``conversions`` that transformers hands to a quantizer."""
-        own = deepcopy(list(conversions))  # transformers counts a conversion as used once it is asked
+        own = deepcopy(list(conversions))  # transformers marks a conversion as used when it is asked
         self._renamings = [c for c in own if isinstance(c, WeightRenaming)]
         self._converters = [c for c in own if isinstance(c, WeightConverter)]
         self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
@@ -64,6 +64,6 @@ class Destinations:
 
     @property
     def certain(self) -> bool:
-        """Whether ``Destination.targets`` is complete: not if a name is put together from its parts."""
+        """Whether ``Destination.targets`` is sure to be complete; it is not if names are built from parts."""
         several = (c.target_patterns for c in self._converters if len(c.target_patterns) > 1)
         return not any(re.search(r"\\\d", pattern) for patterns in several for pattern in patterns)

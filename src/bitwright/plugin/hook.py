@@ -1,6 +1,6 @@
-"""Registration at the right moment: ``import bitwright`` loads neither torch nor transformers.
+"""Register the format with transformers, without importing torch or transformers with ``import bitwright``.
 
-If transformers' registry of quantizers is loaded already, ours goes in at once, else as soon as it is imported.
+If transformers' registry of quantizers is loaded already, ours is added at once, else as soon as it is imported.
 """
 
 import sys
@@ -28,7 +28,7 @@ def register() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """A finder that has the registry loaded by a loader that registers afterwards."""
+    """An import finder that makes our loader load the registry."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -43,7 +43,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """A loader that calls another and then registers; the module keeps the other as its loader."""
+    """A loader that calls the usual loader and then registers; the module keeps the usual loader."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader

@@ -1,4 +1,4 @@
-"""Load a folder into a model, with what the installed transformers offers for it."""
+"""Prepare a model for a folder's tensors, as the installed transformers allows."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ INSTEAD = "update transformers (5.22.2 is known to work), or quantize the model 
 
 
 def without_folder(model: nn.Module, config: Config) -> None:
-    """Pack every linear that the config converts; no folder is known, the tensors are given by hand."""
+    """Pack every linear that the config names; there is no folder, because the user gives the tensors."""
     pack_linears(model, config, _own_names(model, config))
 
 
 def without_conversions(model: PreTrainedModel, config: Config, folder: Path) -> None:
-    """Pack linears by their names in the folder, for a transformers that keeps its conversions to itself.
+    """Pack linears by their names in the folder, for a transformers that does not hand out its conversions.
 
     Raises CheckpointError for a folder with experts.
     """
@@ -44,7 +44,7 @@ def with_conversions(
 
 
 def check_loaded(folder: Path, plan: DensePlan | None) -> None:
-    """Raise CheckpointError if transformers did not load what it was asked to."""
+    """Raise CheckpointError if transformers did not load all that it was asked to."""
     if plan is None:
         raise _cannot_load(folder, "anything")
     if plan.missing:

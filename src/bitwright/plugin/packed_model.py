@@ -1,4 +1,4 @@
-"""A transformers model with packed linears: put in place, and checked against the folder, which is not trusted."""
+"""Put packed linears into a transformers model, and check them against the folder, which is not trusted."""
 
 from collections.abc import Iterator, Mapping
 
@@ -24,7 +24,7 @@ def linears_of(model: nn.Module) -> list[str]:
 
 
 def pack_linears(model: nn.Module, config: Config, names: Mapping[str, str]) -> dict[str, PackedLinear]:
-    """Put an empty packed linear in the place of each linear; ``names`` maps names in the model to names in the folder.
+    """Replace linears by empty packed ones; ``names`` maps names in the model to names in the folder.
 
     Returns the packed linears by their names in the model. Raises CheckpointError if config and model do not fit.
     """
@@ -58,9 +58,9 @@ def _packed(name: str, linear: nn.Linear, config: Config) -> PackedLinear:
 
 
 def check_headers(packed: Mapping[str, PackedLinear], names: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError, before any tensor is loaded, if a folder's tensors are not what its config calls for.
+    """Raise CheckpointError, before any tensor is loaded, if a folder's tensors do not match its config.
 
-    Transformers itself would take a tensor of another shape, and make up one that is missing.
+    Transformers itself would accept a tensor of another shape, and initialize a missing one at random.
     """
     for name, linear in packed.items():
         for leaf, buffer in linear.named_buffers():
@@ -68,9 +68,9 @@ def check_headers(packed: Mapping[str, PackedLinear], names: Mapping[str, str], 
 
 
 def check_values(model: nn.Module) -> None:
-    """Raise CheckpointError for values that no writer writes.
+    """Raise CheckpointError for loaded values that no writer writes.
 
-    These are shapes that contradict the config, scales that are no numbers, and outliers outside the weight or out of
+    These are shapes that contradict the config, scales that are not finite, and outliers outside the weight or out of
     order.
     """
     for name, linear in _linears(model):

@@ -1,6 +1,6 @@
-"""The quantizer that transformers asks about folders with ``"quant_method": "bitwright"``.
+"""The quantizer that transformers uses for folders with ``"quant_method": "bitwright"``.
 
-It is imported while transformers itself is being imported: at the top it may need only what is loaded by then.
+It is imported while transformers itself is being imported, so at the top it imports only what is loaded by then.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NAME = "bitwright"
 HOOK = "update_weight_conversions"
-"""The method by which a quantizer takes part in transformers' conversions; releases without it cannot load experts."""
+"""The method by which a quantizer adds conversions; releases of transformers without it cannot load experts."""
 
 
 def register() -> None:
@@ -29,7 +29,7 @@ def register() -> None:
 
 
 class BitwrightConfig(QuantizationConfigMixin):
-    """A quantization_config as transformers passes it on; ``described`` is its content, checked."""
+    """A quantization_config as transformers passes it on; ``described`` is its checked content."""
 
     def __init__(self, **content: Any) -> None:
         """Parse the content of a quantization_config. Raises CheckpointError for one that cannot be read."""
@@ -44,10 +44,10 @@ class BitwrightConfig(QuantizationConfigMixin):
 
 
 class BitwrightQuantizer(HfQuantizer):
-    """Pack linears before a model's weights are loaded, dequantize experts on the way, and check both afterwards.
+    """A quantizer that packs linears before weights are loaded, dequantizes experts, and checks both afterwards.
 
-    Weights of linears stay packed; saved again, they are the same tensors. Experts are dense, so a model that has them
-    is not saved.
+    The weights of linears stay packed, and are saved as they were loaded. Experts become dense, so a model with experts
+    cannot be saved.
     """
 
     requires_calibration = True
@@ -65,13 +65,13 @@ class BitwrightQuantizer(HfQuantizer):
         described = self.quantization_config.described
         if not checkpoint_files:
             without_folder(model, described)
-        elif hasattr(HfQuantizer, HOOK):  # later, with the conversions
+        elif hasattr(HfQuantizer, HOOK):  # done later, with the conversions
             self.folder, self.model = Path(checkpoint_files[0]).parent, model
         else:
             without_conversions(model, described, Path(checkpoint_files[0]).parent)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any, **__: Any) -> list[Any]:
-        """The model's conversions with ours before them; transformers calls this before it loads."""
+        """Put our conversions before the model's; transformers calls this before it loads."""
         from bitwright.plugin.loading import with_conversions
 
         if self.folder is None or self.model is None:
@@ -93,7 +93,7 @@ class BitwrightQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Whether the tensors in memory are those on disk: not if there are experts."""
+        """Whether the model can be saved: not if it has experts, which are dense in memory."""
         return self.all_packed
 
     @property

@@ -1,4 +1,4 @@
-"""Packed weights that a model holds dense: checked against their folder, which is not trusted, and dequantized."""
+"""Packed weights that become dense in a model: check them, because the folder is not trusted, and dequantize them."""
 
 from collections.abc import Mapping
 from math import ceil
@@ -30,13 +30,13 @@ Kind = tuple[torch.dtype, tuple[int, ...]]
 
 
 def check_stored(checkpoint: Checkpoint, name: str, config: Config) -> None:
-    """Raise CheckpointError if a packed weight's tensors are not what its shape and the config call for."""
+    """Raise CheckpointError if a packed weight's tensors do not match its shape and the config."""
     for leaf, wanted in _wanted(checkpoint, name, config).items():
         check_kind(checkpoint, f"{name}.{leaf}", wanted)
 
 
 def check_kind(checkpoint: Checkpoint, tensor: str, wanted: Kind) -> None:
-    """Raise CheckpointError if a folder lacks a tensor, or has it with another dtype or shape."""
+    """Raise CheckpointError if a tensor is missing, or has another dtype or shape than ``wanted``."""
     folder = checkpoint.folder
     if tensor not in checkpoint:
         raise CheckpointError(f"{folder} has no tensor {tensor}, which its quantization_config calls for; {AGAIN}")
@@ -49,7 +49,7 @@ def check_kind(checkpoint: Checkpoint, tensor: str, wanted: Kind) -> None:
 
 
 def check_numbers(name: str, scale: Tensor, index: Tensor | None, value: Tensor | None, size: int) -> None:
-    """Raise CheckpointError for scales and outliers that are no numbers, and for positions outside of the weight.
+    """Raise CheckpointError for scales and outliers that are not finite, and for positions outside of the weight.
 
     ``index`` must also rise. ``size`` is the number of the weight's elements.
     """

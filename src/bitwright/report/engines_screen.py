@@ -1,4 +1,4 @@
-"""The screen of ``bitwright engines``: a row for each format of an engine, then what each was checked with."""
+"""The screen of ``bitwright engines``: a row for each format of an engine, then the versions that were checked."""
 
 from collections.abc import Sequence
 
@@ -50,7 +50,7 @@ def _cells(way: Way) -> tuple[str, ...]:
 
 
 def _extras(way: Way) -> str:
-    """The things that the engine runs beside weights in groups along the input."""
+    """What the engine runs besides weights in groups along the input."""
     extras = {
         "activations": way.activations,
         "KV cache": way.cache,
@@ -61,7 +61,7 @@ def _extras(way: Way) -> str:
 
 
 def _features(way: Way) -> str:
-    """The numbers that a linear's features must be multiples of, apart from the format's own multiples."""
+    """The numbers of which a linear's features must be multiples, besides the format's own."""
     if way.inputs == way.outputs:
         return "any" if way.inputs == 1 else f"multiples of {way.inputs}"
     multiples = {"in": way.inputs, "out": way.outputs}
@@ -69,7 +69,7 @@ def _features(way: Way) -> str:
 
 
 def _mixing(way: Way) -> str:
-    """What one model may mix."""
+    """The schemes that one model may mix."""
     mixed = {"schemes from linear to linear": way.mixes, "linears in full precision": way.leaves}
     mixes = " and ".join(name for name, may in mixed.items() if may)
     alike = {Alike.NONE: "", Alike.LAYER: "; experts of one layer alike", Alike.MODEL: "; all experts alike"}

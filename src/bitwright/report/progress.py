@@ -15,7 +15,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressReport:
-    """A listener to Progress that writes to a console; a context manager that removes the bar at the end."""
+    """A listener that shows Progress on a console; as a context manager, it removes the bar at the end."""
 
     def __init__(self, console: Console) -> None:
         """Show a live bar on a terminal; otherwise a line per block, or every few seconds for faster stages."""
@@ -37,7 +37,7 @@ class ProgressReport:
 
     def __call__(self, progress: Progress) -> None:
         """Show one step."""
-        if progress.position < self._position.get(progress.stage, math.inf):  # a stage begins, perhaps once more
+        if progress.position < self._position.get(progress.stage, math.inf):  # a stage begins, perhaps again
             self._started[progress.stage] = monotonic()
         self._position[progress.stage] = progress.position
         if self._bars is None:

@@ -1,4 +1,4 @@
-"""The screens of the commands: one for the result of each."""
+"""The screens of the commands: each shows the result of one command."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +49,7 @@ def plan(console: Console, result: Any) -> None:
 
 
 def _settings(settings: Mapping[str, object]) -> str:
-    """Settings and their values in words, those that have one."""
+    """The settings that have a value, in words."""
     shown = {key: ("off", "on")[value] if isinstance(value, bool) else value for key, value in settings.items()}
     return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
 
@@ -183,7 +183,7 @@ def _on_text(result: Any) -> list[tuple[str, object]]:
 
 
 def _tasks(console: Console, result: Any) -> None:
-    """A row per score; the parts of a group that has a mean of its own are left to ``--json``."""
+    """Show a row per score; if a group has its own mean, its parts are only in ``--json``."""
     means = {row.task for row in result.tasks if row.group is None}
     rows = [row for row in result.tasks if row.group not in means]
     beside = ("original", "difference") if result.reference is not None else ()

@@ -1,4 +1,4 @@
-"""Tables and lines for a terminal."""
+"""Tables for a terminal, and sizes and times in words."""
 
 from collections.abc import Iterable, Sequence
 

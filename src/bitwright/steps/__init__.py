@@ -1,1 +1,1 @@
-"""The five decisions, each with how it is applied: transform, outliers, axis, range, rounding."""
+"""The five decisions, how they are taken and how they are applied: transform, outliers, axis, range, rounding."""

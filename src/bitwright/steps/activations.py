@@ -1,8 +1,8 @@
-"""Activations quantized as they pass: the input of every linear per token; queries, keys and values per token and head.
+"""Quantize activations while the model runs: inputs of linears per token; queries, keys and values per token and head.
 
-Nothing of it is folded, it happens whenever the model runs: in training, in the quantized stream, and in a loaded model
-if its format cannot ask transformers for it. Queries, keys and values go through transformers' own attention
-interface, after the rotary embedding; the softmax output is left alone.
+Nothing of this is folded into weights. It happens in training, in the quantized stream, and in a loaded model if its
+format cannot ask transformers for it. Queries, keys and values are quantized in transformers' own attention interface,
+after the rotary embedding; the softmax output stays as it is.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ GRIDS = "_bitwright_grids"
 
 @contextmanager
 def quantized_activations(block: Block, scheme: Scheme) -> Iterator[None]:
-    """While it lasts, the block runs with the scheme's activations and KV cache."""
+    """A context in which the block runs with activations and KV cache quantized by the scheme."""
     hooks = []
     if scheme.activations is not None:
         for group in block.topology.groups:
@@ -38,7 +38,7 @@ def quantized_activations(block: Block, scheme: Scheme) -> Iterator[None]:
 
 
 def quantize_activations(model: nn.Module, inputs: Grid | None, cache: Grid | None, linears: Iterable[str]) -> None:
-    """Have a model quantize the inputs of these linears, and its queries, keys and values, for good."""
+    """Make a model quantize the inputs of these linears, and its queries, keys and values, from now on."""
     if inputs is not None:
         hook, wanted = _input_hook(inputs), set(linears)
         for name, module in model.named_modules():
@@ -48,10 +48,10 @@ def quantize_activations(model: nn.Module, inputs: Grid | None, cache: Grid | No
 
 
 def quantize_attention(module: nn.Module, queries: Grid | None, cache: Grid | None) -> Callable[[], None]:
-    """Have every attention under a module quantize its queries, and its keys and values; return what undoes it.
+    """Make every attention in a module quantize its queries, keys and values; return a function that undoes it.
 
-    Every attention notes its grids, and their configuration names our attention function, which calls the one named
-    before.
+    Every attention module stores its grids, and its configuration names our attention function, which calls the one
+    that was named before.
     """
     attention = [m for m in module.modules() if hasattr(m, "config") and hasattr(m, "scaling")]
     if (queries is None and cache is None) or not attention:
@@ -76,7 +76,7 @@ def quantize_attention(module: nn.Module, queries: Grid | None, cache: Grid | No
 
 
 def _input_hook(grid: Grid) -> Any:
-    """Linears that share an input share its quantization: the hook keeps the last one, by the tensor itself."""
+    """A hook that quantizes a linear's input; linears that share an input tensor share the result."""
     last: list[Tensor] = []
 
     def quantize(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

@@ -1,6 +1,7 @@
-"""Decisions applied in one fixed order: transform, outliers, axis, range, rounding.
+"""Apply decisions in one fixed order: transform, outliers, axis, range, rounding.
 
-What a recipe leaves undecided has a default: no transform, the scheme's tile, the min-max range, rounding to nearest.
+What no method decides has a default: no transform, no outliers, the scheme's tile, the min-max range, rounding to
+nearest.
 """
 
 from collections.abc import Mapping
@@ -21,10 +22,10 @@ from bitwright.steps.transform import apply_site
 
 @dataclass(frozen=True)
 class Folded:
-    """A block after its decisions, by the names in the block.
+    """A block after its decisions; its tensors go by their names in the block.
 
-    ``full`` are all parameters transformed but not quantized, in float32; ``linears`` the quantized weights;
-    ``moved`` the other parameters that the transform changed, in the dtype they are stored in.
+    ``full`` are all parameters, transformed but not quantized, in float32. ``linears`` are the quantized weights.
+    ``moved`` are the other parameters that the transform changed, in the dtype they are stored in.
     """
 
     full: Mapping[str, Tensor]
@@ -33,12 +34,12 @@ class Folded:
     transformed: bool
 
     def written(self) -> dict[str, Tensor]:
-        """The parameters that the written block has in the place of the original's."""
+        """The parameters in which the written block differs from the original."""
         return {f"{name}.weight": q.dequantize() for name, q in self.linears.items()} | dict(self.moved)
 
 
 def transform(parameters: Mapping[str, Tensor], topology: Topology, decisions: BlockDecisions) -> Mapping[str, Tensor]:
-    """The parameters with every decided site's scale and shift moved in."""
+    """The parameters with the scale and shift of every decided site applied."""
     for site in topology.sites:
         if site.name in decisions.sites:
             decided = decisions.sites[site.name]
@@ -48,18 +49,18 @@ def transform(parameters: Mapping[str, Tensor], topology: Topology, decisions: B
 
 @torch.no_grad()
 def parameters_of(block: Block, decisions: BlockDecisions) -> Mapping[str, Tensor]:
-    """A block's parameters in float32, every decided site's scale and shift moved in."""
+    """A block's parameters in float32, with the scale and shift of every decided site applied."""
     return transform({name: p.float() for name, p in block.module.named_parameters()}, block.topology, decisions)
 
 
 def weights_of(block: Block, decisions: BlockDecisions) -> dict[str, Float[Tensor, "O I"]]:
-    """The weights of a block's linears in float32, every decided site's scale and shift moved in."""
+    """The weights of a block's linears in float32, with the scale and shift of every decided site applied."""
     moved = parameters_of(block, decisions)
     return {name: moved[f"{name}.weight"] for name in block.topology.linears}
 
 
 def require_held(name: str, weight: Float[Tensor, "O I"], codes: QTensor) -> None:
-    """Raise RecipeError for a weight that its scales' dtype cannot hold."""
+    """Raise RecipeError if the dtype of a weight's scales cannot hold them."""
     if codes.cuts(weight):
         dtype = str(codes.scale.dtype).removeprefix("torch.")
         raise RecipeError(
@@ -76,7 +77,7 @@ def fold(
     allocation: Allocation,
     stored: torch.dtype,
 ) -> Folded:
-    """Everything decided, in the block's ordinary weights, biases and norms and in codes: nothing else remains."""
+    """Apply all decisions to a block: ordinary weights, biases, norms and codes are left, and nothing else."""
     full = transform({name: p.float() for name, p in parameters.items()}, topology, decisions)
     linears = {
         name: quantize_linear(full[f"{name}.weight"], decisions.linear(name), allocation.scheme(name), stored)
@@ -95,7 +96,7 @@ def fold(
 def quantize_linear(
     weight: Float[Tensor, "O I"], decision: LinearDecision, scheme: Scheme, scale_dtype: torch.dtype
 ) -> QTensor:
-    """The QTensor that a linear's decisions make of its (transformed) weight."""
+    """Quantize a linear's (transformed) weight as decided."""
     tile, inside = decision.tile or scheme.tile, decision.inside(weight)
     low, high = decision.low, decision.high
     if low is None or high is None:

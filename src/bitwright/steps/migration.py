@@ -1,13 +1,13 @@
-"""The transform decision in closed form: how far a site's scale and shift move difficulty from inputs into weights.
+"""The transform decision in closed form: scales and shifts that move difficulty from inputs into weights.
 
-With x the inputs of a site's consumers and W their weights, per free channel j (channels that must share a scale count
-as one, with their largest value):
+With x the inputs of a site's consumers and W their weights, for each free channel j (channels that must share a scale
+are one free channel, with the largest of their values):
 
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)        SmoothQuant, arXiv 2211.10438, eq. 4
     delta_j = (max x_j + min x_j) / 2                  Outlier Suppression+, arXiv 2304.09145
     s_j = sqrt(r1_j / r2_j)                            cross-layer equalization, arXiv 1906.04721, eq. 11
 
-In the last, which needs no inputs, r1 is the size of what makes channel j and r2 that of the weights that read it.
+The last needs no inputs: r1 is the size of the weights that produce channel j, r2 the size of those that read it.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ def scalable(block: Block) -> tuple[Site, ...]:
 
 
 def of_inputs(site: Site, stats: Stats, value: Callable[[LinearStats], Tensor]) -> Float[Tensor, " C"]:
-    """A statistic of the site's inputs for each free channel, the largest of those that are tied."""
+    """A statistic of the site's inputs for each free channel: the largest value of its channels."""
     return _tied(site, [(side.index, value(stats[side.module])) for side in site.consumers if side.module in stats])
 
 
@@ -46,24 +46,24 @@ def of_weights(site: Site, block: Block) -> Float[Tensor, " C"]:
 
 
 def balanced(site: Site, block: Block, stats: Stats, alpha: float) -> Float[Tensor, " C"]:
-    """SmoothQuant's scale; on the CPU."""
+    """The scale of SmoothQuant, on the CPU."""
     x = of_inputs(site, stats, lambda inputs: inputs.absmax).clamp(min=SMALLEST)
     w = of_weights(site, block).clamp(min=SMALLEST)
     return (x.pow(alpha) / w.pow(1 - alpha)).clamp(SMALLEST, LARGEST)
 
 
 def centred(site: Site, stats: Stats) -> Float[Tensor, " C"] | None:
-    """The middle of each channel's range if the site can absorb a shift, else None; on the CPU."""
+    """The middle of each channel's range, on the CPU; None if the site cannot absorb a shift."""
     if not site.shift:
         return None
     return (of_inputs(site, stats, lambda inputs: inputs.max) - of_inputs(site, stats, lambda inputs: -inputs.min)) / 2
 
 
 def equalized(site: Site, block: Block, least: float) -> Float[Tensor, " C"]:
-    """The scale that makes producers and consumers alike in size; on the CPU.
+    """The scale that makes producers and consumers equally large, on the CPU.
 
-    It is 1 for channels whose scale departs less than ``least`` times from what it is of most. All are powers of two,
-    which every dtype multiplies by exactly.
+    It is relative to the median channel's scale, and 1 unless it is at least ``least`` times more or less than that.
+    All scales are powers of two, by which every dtype multiplies exactly.
     """
     produced = _tied(site, [(side.index, _size_of_rows(block, side.module)) for side in site.producers])
     read = _tied(site, [(side.index, block.weight(side.module).float().norm(dim=0)) for side in site.consumers])

@@ -1,4 +1,4 @@
-"""The outlier decision without data: which weights are kept exactly, since one of them would stretch a whole range."""
+"""The outlier decision without data: keep weights exactly if they would stretch a whole range."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from bitwright.core.outlier_rule import Bounds, OutlierRule
 from bitwright.core.panels import panels
 
 TELLING = 1e-15
-"""Float32 does not hold the squares of deviations well if they are smaller than this, or larger than 1 over it."""
+"""The smallest deviation whose square float32 holds well; the largest is 1 over it."""
 Panels = Callable[[], Iterable[Float[Tensor, "R I"]]]
 """A function whose every call yields the panels of a weight, on one device."""
 
@@ -20,7 +20,7 @@ Panels = Callable[[], Iterable[Float[Tensor, "R I"]]]
 def bounds_of(
     weight: Float[Tensor, "O I"], tile: Tile, rule: OutlierRule | None, device: str | torch.device | None = None
 ) -> Bounds | None:
-    """``bounds`` for a whole weight, gone through in panels that cut no tile; None if there is no rule."""
+    """The bounds for a whole weight, read in panels that cut no tile; None if there is no rule."""
     if rule is None:
         return None
     rows = panels((weight.shape[0], weight.shape[1]), tile)
@@ -29,10 +29,10 @@ def bounds_of(
 
 @torch.no_grad()
 def bounds(parts: Panels, rule: OutlierRule) -> Bounds:
-    """The bounds beyond which the values of a weight in these panels are outliers.
+    """The bounds beyond which values are outliers, for a weight in panels.
 
-    The distance is n standard deviations (EasyQuant, arXiv 2403.02775, section 3.1), or the least that leaves at most
-    the share asked for (fewer if many weights lie equally far).
+    The distance from the mean is n standard deviations (EasyQuant, arXiv 2403.02775, section 3.1), or the least that
+    makes at most the given share of the weights outliers (fewer if many weights are equally far).
     """
     count, total = 0, 0.0
     for panel in parts():
@@ -48,7 +48,7 @@ def bounds(parts: Panels, rule: OutlierRule) -> Bounds:
 
 
 def _deviation(parts: Panels, mean: float, unit: float) -> float:
-    """The standard deviation of all weights, from squares that are taken in this unit."""
+    """The standard deviation of all weights; ``unit`` scales them before they are squared."""
     count, squares = 0, 0.0
     for panel in parts():
         distance = (panel.float() - mean).div_(unit) if unit != 1 else panel.float() - mean
@@ -59,12 +59,12 @@ def _deviation(parts: Panels, mean: float, unit: float) -> float:
 def outliers(weight: Float[Tensor, "O I"], bounds: Bounds) -> Bool[Tensor, "O I"] | None:
     """The weights beyond these bounds; None if there are none."""
     distance = (weight.float() - bounds.mean).abs_()
-    beyond = (distance >= bounds.distance) & (distance > 0)  # if all weights are alike, none of them stands out
+    beyond = (distance >= bounds.distance) & (distance > 0)  # if all weights are equal, none is an outlier
     return beyond if beyond.any() else None
 
 
 def _beyond(parts: Panels, mean: float, count: int) -> float:
-    """The smallest distance that at most ``count`` weights reach: just above that of the next one."""
+    """The smallest distance that at most ``count`` weights reach: just above the next weight's."""
     largest = None
     for panel in parts():
         distance = (panel.float() - mean).abs_().flatten()

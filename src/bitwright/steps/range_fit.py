@@ -1,19 +1,19 @@
-"""The range decision without data: of each tile, the range whose quantized weights stay nearest to the weights.
+"""The range decision without data: the range of each tile whose quantized weights are nearest to the weights.
 
 With e = W_q - W and W_q = (code - z) h, over a tile:
 
     minimise  sum e^2 + lambda (sum e W)^2 / sum W^2
 
-At lambda = 0 that is the squared error (EasyQuant, arXiv 2403.02775). The second term is ours. A range that clips
-makes the large weights of a tile smaller, so that e points against W; and what a linear reads varies more along its own
-weights than elsewhere (``benchmarks/alignment.py``). Errors along W count 1 + lambda times.
+At lambda = 0 this is the squared error (EasyQuant, arXiv 2403.02775). The second term is ours. A range that clips makes
+the large weights of a tile smaller, so e points against W. And the inputs of a linear vary more along its own weights
+than in other directions (``benchmarks/alignment.py``). So errors along W count 1 + lambda times.
 
-For codes that stay as they are, the best h, or h and z, is a linear least-squares problem with a closed form; with it
-the codes are found again. That ends in a local minimum near its start, so it starts from the best few of many shrunken
-min-max ranges, and the best that was seen is kept; min-max is among them.
+For fixed codes, the best h, or h and z, solves a linear least-squares problem in closed form. Then the codes are
+computed again, and so on. This ends in a local minimum near its start. So it starts from the best few of many shrunken
+min-max ranges, and the best result is kept; min-max is among them.
 
-Every trial passes over the weights, a part at a time that stays in the processor's cache, and leaves a few sums of each
-tile, with q = code - z; what follows is arithmetic on those, in float64.
+Every trial passes over the weights, in parts that fit in the processor's cache, and leaves a few sums for each tile,
+with q = code - z. The rest is arithmetic on these sums, in float64.
 """
 
 from dataclasses import replace
@@ -30,21 +30,21 @@ from bitwright.core.qtensor import affine, span, tiled
 ALIGNED_BITS = 4
 POLISHED, PASSES = 2, 4
 TOGETHER, PART = 2**21, 2**17
-"""Weights whose tiles are decided at a time, and of them how many each thread of a processor passes over at a time."""
+"""The number of weights whose tiles are decided at a time, and the number that a CPU thread passes over at a time."""
 PIECE = 2**12
-"""The least length of the pieces that tiles are halved into, if they can be.
+"""The least length of the pieces into which tiles are halved, if they can be.
 
-A piece is summed up in float32, the pieces of a tile in float64: as exact as needed, and the same whatever the number
-of threads.
+A piece is summed in float32, and the pieces of a tile in float64. That is exact enough, and does not depend on the
+number of threads.
 """
 FEW, MANY = 3, 4
-"""Bits."""
+"""Numbers of bits: up to FEW, starts cut the two ends independently; above MANY, they hardly cut them."""
 Steps = tuple[Float[Tensor, "S M"], Float[Tensor, "S M"]]
-"""h and z, S of them for each of M tiles; z is 0 on a symmetric grid."""
+"""The steps h and z, S for each of M tiles; z is 0 on a symmetric grid."""
 
 
 def alignment_at(bits: int) -> float:
-    """Lambda as it is by default: how much more errors along a tile's own weights count.
+    """The default lambda: how much more errors along a tile's own weights count.
 
     Measured in docs/methods/easyquant.md.
     """
@@ -55,12 +55,14 @@ def alignment_at(bits: int) -> float:
 def fitted(
     weight: Float[Tensor, "O I"], grid: Grid, tile: Tile, scale_dtype: torch.dtype, *, alignment: float
 ) -> Range:
-    """Low and high end of each tile's range [P, Q], float32; ``alignment`` is lambda.
+    """Fit the low and the high end of each tile's range [P, Q], float32; ``alignment`` is lambda.
 
-    On the objective it is never worse than min-max.
+    The result is never worse than min-max on the objective.
     """
     tiles = tiled(weight, tile).transpose(1, 2)
-    integers = replace(grid, zero=Zero.CODE) if grid.zero is Zero.REAL else grid  # a real minimum is found as z h
+    integers = (
+        replace(grid, zero=Zero.CODE) if grid.zero is Zero.REAL else grid
+    )  # a real minimum is searched for as z h
     (p, q), flat = tiles.shape[:2], tiles.flatten(2).flatten(0, 1)
     low, high = torch.empty(2, len(flat), device=flat.device)
     at_once = max(1, TOGETHER // flat.shape[1])
@@ -72,7 +74,7 @@ def fitted(
 
 
 class _Fit:
-    """Some tiles, their weights in rows."""
+    """The search over some tiles, one row of weights each."""
 
     def __init__(self, weights: Float[Tensor, "M n"], grid: Grid, dtype: torch.dtype, alignment: float) -> None:
         self.weights, self.grid, self.dtype, self.alignment = weights, grid, dtype, alignment
@@ -87,7 +89,7 @@ class _Fit:
         self.ww = (ww * self.most.double().square()).clamp(min=torch.finfo(torch.float64).tiny)
 
     def best(self) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
-        """The best h and z of all that is tried."""
+        """The best h and z that were tried."""
         h, z = self._starts()
         losses = self._loss(h, self._sums(h, z, polishing=False))
         exact, tried = (losses[-1:], h[-1:], z[-1:]), []
@@ -100,14 +102,14 @@ class _Fit:
         return h[0], z[0]
 
     def _own(self, part: slice) -> Float[Tensor, "2 m*pieces"]:
-        """Piece by piece, the norm of W over the largest magnitude, and the sum of W."""
+        """For each piece, the norm of W divided by the tile's largest magnitude, and the sum of W."""
         w = self.weights[part]
         return torch.stack([self._norm(w / self.most[part, None]), self._by_piece(w)])
 
     def _starts(self) -> Steps:
-        """Shares of min-max, under either sign if the scale has one; last, the largest magnitude as h.
+        """The starts: shares of min-max, with both signs if the scale has a sign; the last h is the largest magnitude.
 
-        With that a tile of one value, or of one value and zeros, is exact.
+        With the last, a tile of one value, or of one value and zeros, is exact.
         """
         shares = torch.tensor(_shares(self.grid), device=self.low.device).T[:, :, None]
         h, z = affine(shares[0] * self.low, shares[1] * self.high, self.grid, self.dtype)
@@ -115,7 +117,7 @@ class _Fit:
         return h, torch.zeros_like(h) if z is None else torch.cat([z, (-self.low > self.high)[None]]).float()
 
     def _sums(self, h: Float[Tensor, "S M"], z: Float[Tensor, "S M"], *, polishing: bool) -> Float[Tensor, "K S M"]:
-        """Sums of (e / h)^2; of q W if that is asked for; for polishing of q^2 and of q."""
+        """For each tile, the sums of (e / h)^2, of q W if needed, and for polishing of q^2 and of q."""
         sums, ends = [], (self.grid.qmin - z, self.grid.qmax - z)
         for part in self.parts:
             w = self.weights[part]
@@ -125,7 +127,7 @@ class _Fit:
         return self._whole(sums)
 
     def _whole(self, parts: list[Float[Tensor, "K *S m*pieces"]]) -> Float[Tensor, "K *S M"]:
-        """Sums over tiles of norms and sums over pieces, which alternate."""
+        """Join the pieces of each tile; norms and sums alternate, and norms become sums of squares."""
         sums = torch.cat(parts, dim=-1).double()
         sums[::2] *= sums[::2]
         return sums.view(*sums.shape[:-1], len(self.weights), -1).sum(-1)
@@ -133,7 +135,7 @@ class _Fit:
     def _trial(
         self, w: Float[Tensor, "m n"], room: tuple[Tensor, Tensor], trial: tuple[Tensor, ...], polishing: bool
     ) -> Float[Tensor, "K m*pieces"]:
-        """What ``_sums`` sums up, piece by piece, and norms where it says squares."""
+        """The terms of ``_sums`` for each piece, with norms in the place of sums of squares."""
         (h, lowest, highest), (q, spare) = trial, room
         torch.round(torch.div(w, h, out=spare), out=q)
         torch.minimum(torch.maximum(q, lowest, out=q), highest, out=q)
@@ -158,7 +160,7 @@ class _Fit:
         return lost.nan_to_num(torch.inf, torch.inf)
 
     def _polished(self, h: Float[Tensor, "S M"], z: Float[Tensor, "S M"], sums: Float[Tensor, "4 S M"]) -> Steps:
-        """The best h and z for codes as they are: W ~ h q + b, then z moved by the whole number nearest to b / h."""
+        """The best h and z for fixed codes: fit W ~ h q + b, then move z by the whole number nearest to b / h."""
         _, qw, qq, q = sums
         k = self.alignment / self.ww
         if not self.grid.symmetric:
@@ -175,7 +177,7 @@ class _Fit:
 def _first(
     count: int, losses: Float[Tensor, "S M"], h: Float[Tensor, "S M"], z: Float[Tensor, "S M"]
 ) -> tuple[Float[Tensor, "count M"], Float[Tensor, "count M"]]:
-    """The ``count`` steps of each tile that lose least."""
+    """The ``count`` steps of each tile with the least loss."""
     indices = []
     for _ in range(count):
         indices.append(losses.min(0, keepdim=True).indices)
@@ -185,16 +187,16 @@ def _first(
 
 
 def _piece(n: int) -> int:
-    """How many of the weights of a tile are summed up at a time."""
+    """The length of the pieces of a tile of n weights."""
     while n >= 2 * PIECE and n % 2 == 0:
         n //= 2
     return n
 
 
 def _shares(grid: Grid) -> list[tuple[float, float]]:
-    """How much of the two ends to start from. At few bits they are cut apart, at many hardly at all.
+    """The shares of the two ends to start from: cut independently at few bits, hardly cut at many.
 
-    Ends half a step beyond the outermost codes, as where the scale is signed, are codes themselves with a wider range.
+    If the scale is signed, the ends are half a step beyond the outermost codes; wider ranges make them codes.
     """
     if grid.bits <= FEW and not grid.symmetric:
         return list(product(torch.linspace(1.0, 0.3, 6).tolist(), repeat=2))

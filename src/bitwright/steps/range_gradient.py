@@ -1,9 +1,10 @@
-"""The range decision as EasyQuant takes it (arXiv 2403.02775): by gradient descent on the scale, symmetric.
+"""The range decision of EasyQuant (arXiv 2403.02775): gradient descent on the scale of a symmetric grid.
 
-    L(h) = || W - h q ||^2,   q = clip(round(W / h)),   dL/dh = -2 sum q (W - h q)       the codes held
+    L(h) = || W - h q ||^2,   q = clip(round(W / h)),   dL/dh = -2 sum q (W - h q)       with q fixed
 
-from the min-max range, with Adam. Tiles are independent; the last step is what counts. Where we differ: the learning
-rate is relative to the scale at the start, so that it suits weights of any magnitude; rate and steps are ours.
+It starts at the min-max range and uses Adam. Tiles are independent; the result is that of the last step. Where we
+differ: the learning rate is relative to the scale at the start, so that it suits weights of any magnitude. The learning
+rate and the number of steps are ours.
 """
 
 import torch
@@ -19,7 +20,7 @@ STEPS, RATE = 200, 3e-3
 
 
 def by_gradient(weight: Float[Tensor, "O I"], grid: Grid, tile: Tile, scale_dtype: torch.dtype) -> Range:
-    """The range of each tile [P, Q] on a symmetric grid; where the scale has a sign it keeps that of min-max."""
+    """The range of each tile [P, Q] on a symmetric grid; if the scale has a sign, it keeps the sign of min-max."""
     low, high = minmax(weight, tile)
     start = affine(low, high, grid, scale_dtype)[0].float()
     tiles, theta = tiled(weight, tile).float(), torch.ones_like(start).requires_grad_()

@@ -1,14 +1,14 @@
-"""The range decision by search: of each tile, the range whose quantized weights change the linear's output least.
+"""The range decision by search: the range of each tile whose quantized weights change the linear's output least.
 
-With X what the full-precision linear reads and X' what the quantized one will read, over calibration tokens:
+With X the inputs of the full-precision linear and X' those of the quantized one, over the calibration data:
 
     minimise || W X - Wq X' ||^2 = tr(D H D^T) + 2 tr(W C D^T) + constant
     D = W - Wq,   H = E[x' x'^T],   C = E[(x - x') x'^T]
 
-Rows are independent, and a tile's range moves its own columns of D alone, so coordinate descent over tiles is exact:
-each candidate is judged by its true error, rounding and clipping included, where a gradient sees a straight line
-through the rounding. It is never worse than where it starts. (H is the matrix of GPTQ, arXiv 2210.17323; C makes good
-the error that the quantized blocks before have left in X'.)
+Rows are independent, and a tile's range changes only its own columns of D. So coordinate descent over tiles is exact:
+each candidate is judged by its true error, with rounding and clipping. (A gradient sees rounding as a straight line.)
+The result is never worse than the start. H is the matrix of GPTQ, arXiv 2210.17323; C compensates the error that
+earlier quantized blocks left in X'.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ from bitwright.steps.ranges import minmax
 LOWEST, LARGEST, COARSE = 0.35, 0.9995, 24
 STEPS = (0.16, 0.08, 0.04, 0.02, 0.01)
 TOGETHER = 2**16
-"""How many weights are judged at once: one candidate is many where tiles are wide, one column of them few."""
+"""The number of weights that are judged at once: of one candidate if tiles are wide, of several if they are narrow."""
 Stage = list[tuple[float | None, float | None]]
-"""Moves of a tile's two ends from where they are, of which it takes the best."""
+"""Moves of a tile's two ends, of which the best is taken; None leaves an end as it is."""
 
 
 @torch.no_grad()
@@ -40,12 +40,10 @@ def search(
     moments: Moments,
     ends: Range | None = None,
 ) -> Range:
-    """How far each tile's range reaches, as shares in (0, 1) of ``ends``.
+    """Search the range of each tile, as shares in (0, 1) of ``ends``, from the shares ``start``.
 
-    ``ends`` are its smallest and its largest weight if nothing else is said.
-
-    ``start`` are such shares; a sweep on an even grid for both ends together and for each alone, one more for each
-    alone, then two sweeps of small relative moves.
+    ``ends`` are by default the smallest and the largest weight of the tile. The first sweep tries an even grid of
+    shares for both ends together and for each alone, the second for each alone. Two more make small relative moves.
     """
     even = torch.linspace(LOWEST, LARGEST, COARSE).tolist()
     alone: list[Stage] = [[(share, None) for share in even], [(None, share) for share in even]]
@@ -72,7 +70,7 @@ def shrunk(
 ) -> Range:
     """Both ends of each tile's range, cut at a share of its largest magnitude (AWQ's clip search, arXiv 2306.00978).
 
-    It is the share that changes the tile's own part of the output least; of equals, the first.
+    The share is the one that changes the tile's own part of the output least; of equal ones, the first.
     """
     tiles, (low, high) = tiled(weight, tile), minmax(weight, tile)
     most, columns, missing = torch.maximum(-low, high), tiles.shape[3], tiles[0, 0].numel() - weight.shape[1]
@@ -92,7 +90,7 @@ def shrunk(
 
 
 class _Descent:
-    """The shares as they are now, and the difference D = W - Wq that they make."""
+    """The current shares, and the difference D = W - Wq that follows from them."""
 
     def __init__(
         self,
@@ -115,7 +113,7 @@ class _Descent:
         self.difference = torch.cat(differences, dim=1)
 
     def sweep(self, stages: list[Stage], relative: bool = False) -> None:
-        """Every tile once, one column of tiles after the other: the stages in turn, the best of each where it helps."""
+        """Go through all columns of tiles; in each, take the best move of every stage if it lowers the error."""
         together = max(1, TOGETHER // (len(self.difference) * self.columns))
         for q in range(self.low.shape[1]):
             here = slice(q * self.columns, (q + 1) * self.columns)
@@ -139,7 +137,7 @@ class _Descent:
         return _per_tile((difference @ hessian + slope) * difference, self.tiles.shape[1])
 
     def _difference(self, q: int, low: Float[Tensor, "*C P"], high: Float[Tensor, "*C P"]) -> Float[Tensor, "*C O Ti"]:
-        """W - Wq of a column of tiles with these shares."""
+        """The difference W - Wq in a column of tiles with these shares."""
         ends = low * self.ends[0][:, q], high * self.ends[1][:, q]
         return _lost(self.tiles[:, :, q], *ends, self.grid, self.scale_dtype)
 
@@ -148,7 +146,7 @@ class _Descent:
 
 
 def _filled_up(matrix: Float[Tensor, "R I"], columns: int, rows: int = 0) -> Float[Tensor, "R I"]:
-    """With so many columns and rows of zeros more: as wide as tiles of which the last is filled up."""
+    """Add so many columns and rows of zeros, because the last tile of a row is filled up with zeros."""
     return torch.nn.functional.pad(matrix, (0, columns, 0, rows)) if columns else matrix
 
 
@@ -159,7 +157,7 @@ def _lost(
     grid: Grid,
     scale_dtype: torch.dtype,
 ) -> Float[Tensor, "*C O Ti"]:
-    """W - Wq of a column of tiles with these ranges."""
+    """The difference W - Wq in a column of tiles with these ranges."""
     scale, zero = affine(low, high, grid, scale_dtype)
     h = scale.float()[..., None, None]
     z = torch.zeros_like(h) if zero is None else integer_zero(scale, zero, grid).float()[..., None, None]
@@ -175,7 +173,7 @@ def _per_tile(values: Float[Tensor, "*C O Ti"], rows: int) -> Float[Tensor, "*C 
 
 
 def _moved(shares: Float[Tensor, " P"], to: list[float | None], relative: bool) -> Float[Tensor, "C P"]:
-    """The shares that the moves of one end lead to; None leaves it as it is."""
+    """The shares that the moves of one end lead to; None leaves the share as it is."""
     if to[0] is None:
         return shares.expand(len(to), -1)
     factors = torch.tensor(to, device=shares.device)[:, None]
@@ -185,6 +183,6 @@ def _moved(shares: Float[Tensor, " P"], to: list[float | None], relative: bool) 
 def _chosen(
     tried: Shaped[Tensor, "C P *N"], which: Int[Tensor, " P"], better: Bool[Tensor, " P"], kept: Shaped[Tensor, "P *N"]
 ) -> Shaped[Tensor, "P *N"]:
-    """Each tile's best of what was tried, if that is better than what it has."""
+    """The best candidate of each tile, or what it has if no candidate is better."""
     best = tried[which, torch.arange(len(which), device=which.device)]
     return best.where(better.view(-1, *[1] * (kept.ndim - 1)), kept)

@@ -1,4 +1,4 @@
-"""The range decision: which interval of its weights a tile's codes span."""
+"""The range decision: the interval of weights that a tile's codes span."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from bitwright.core.qtensor import affine, integer_zero, offset, tiled
 
 SHARES = torch.linspace(0.4, 1.0, 13)
 TOGETHER = 2**22
-"""Weights times candidates at a time."""
+"""The number of weights times candidates that are computed at a time."""
 
 
 def minmax(weight: Float[Tensor, "O I"], tile: Tile) -> tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]:
@@ -22,7 +22,7 @@ def minmax(weight: Float[Tensor, "O I"], tile: Tile) -> tuple[Float[Tensor, "P Q
 
 
 class _MinMax(torch.autograd.Function):
-    """Both ends at once, their gradients written panel by panel; weights that share an end share its gradient."""
+    """Both ends at once; gradients are written panel by panel, and weights that share an end share its gradient."""
 
     @staticmethod
     def forward(ctx: Any, tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,9 +46,9 @@ class _MinMax(torch.autograd.Function):
 def nearest_to_weights(
     weight: Float[Tensor, "O I"], grid: Grid, tile: Tile, scale_dtype: torch.dtype, *, norm: float = 2.0
 ) -> tuple[Float[Tensor, "P Q"], Float[Tensor, "P Q"]]:
-    """The range of each tile whose rounded weights are nearest, sum |W - Wq|^p, among shares of its two ends.
+    """The range of each tile with the least sum |W - Wq|^p, among shares of its two ends.
 
-    Min-max is among them, so it is never worse than that.
+    Min-max is among them, so the result is never worse.
     """
     tiles, (low, high) = tiled(weight, tile), minmax(weight, tile)
     shares = torch.cartesian_prod(SHARES, SHARES).T[:, :, None, None].to(low)
@@ -79,5 +79,5 @@ def _nearest(
     levels = (tiles / h).round_().add_(z).clamp_(grid.qmin, grid.qmax).sub_(z)
     error = levels.mul_(h).sub_(tiles)
     lost = (error.square_() if norm == 2 else error.abs_().pow_(norm)).sum(dim=(2, 4))
-    best = lost.flip(0).argmin(0, keepdim=True)  # flipped, so that of equals the widest is taken
+    best = lost.flip(0).argmin(0, keepdim=True)  # flipped, so that of equal candidates the widest is taken
     return lows.flip(0).gather(0, best)[0], highs.flip(0).gather(0, best)[0]

@@ -1,8 +1,7 @@
-"""The rounding decision: which code each weight gets when later weights make good the errors of earlier ones.
+"""The rounding decision of GPTQ (arXiv 2210.17323): later weights compensate the rounding errors of earlier ones.
 
-GPTQ (arXiv 2210.17323): columns of W are rounded in turn, and what a column loses moves into the columns still to
-come, so that || (W - Wq) X' ||^2 stays small; with H = E[x' x'^T] and U the upper Cholesky factor of its inverse,
-H^-1 = U^T U:
+Columns of W are rounded in turn, and the error of a column moves into the columns still to come, so that
+|| (W - Wq) X' ||^2 stays small. With H = E[x' x'^T] and U the upper Cholesky factor of its inverse, H^-1 = U^T U:
 
     e_j = (w_j - wq_j) / U_jj,        w_k <- w_k - e_j U_jk   for k > j
 """
@@ -27,10 +26,10 @@ Steps = tuple[Float[Tensor, "O Q"], Int[Tensor, "O Q"] | None]
 class Ranges:
     """The range of each tile while columns are rounded in turn.
 
-    Where they are known from the start they stay (static groups). Where they are not, min-max of the weight as it is at
-    the start; but tiles within one column take theirs from the column as updated so far (AdaDim, arXiv
-    2309.15531): all its weights are rounded at once and weigh the same, so with ``search`` the range that loses least
-    of them is the best there is.
+    Ranges that are known before stay (static groups). Otherwise they are min-max of the weight before rounding. But
+    tiles within one column take min-max of the column as updated so far (AdaDim, arXiv 2309.15531). With ``search``
+    they take the range that loses least, which is the best: all weights of a column are rounded at once and count
+    equally.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class Ranges:
         dtype: torch.dtype,
         search: bool = False,
     ) -> None:
-        """``known`` are ranges decided before; ``dtype`` is what scales are stored in."""
+        """``known`` are ranges decided before; ``dtype`` is the dtype that scales are stored in."""
         self.rows, self.columns = tile.size((weight.shape[0], weight.shape[1]))
         self.updated, self.search = known is None and self.columns == 1, search
         self.low, self.high = (end.clone() for end in (minmax(weight, tile) if known is None else known))
@@ -50,7 +49,7 @@ class Ranges:
         self._steps = self._spread(self.low, self.high)
 
     def of(self, j: int, column: Float[Tensor, "O 1"]) -> Steps:
-        """Scale and zero point of every weight of column ``j``, whose values are ``column`` by now."""
+        """Scale and zero point of every weight of column ``j``; ``column`` are its values as updated so far."""
         q = slice(j // self.columns, j // self.columns + 1)
         if not self.updated:
             scale, zero = self._steps
@@ -68,11 +67,11 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Curvature:
-    """What rounding needs of H, found once for all linears that share it.
+    """The inverse of H and its factor, computed once for all linears that share H.
 
-    ``order`` is the columns' turn; ``factor`` is U in that order, upper triangular, with (H + damping)^-1 = U^T U;
-    ``inverse`` is (H + damping)^-1 in the order of the weight, None where H was of no use. ``fallback`` says what else
-    was done.
+    ``order`` is the order in which columns are rounded; ``factor`` is U in that order, upper triangular, with
+    (H + damping)^-1 = U^T U. ``inverse`` is (H + damping)^-1 in the order of the weight, None if H was not usable.
+    ``fallback`` says what was done instead of the usual.
     """
 
     order: Int[Tensor, " I"]
@@ -83,10 +82,10 @@ class Curvature:
 
 @torch.no_grad()
 def curvature(hessian: Float[Tensor, "I I"], *, damping: float = DAMPING, act_order: bool = True) -> Curvature:
-    """H damped and inverted, in float64; columns go by its falling diagonal (``act_order``), else as they stand.
+    """Damp and invert H, in float64; columns are ordered by its falling diagonal if ``act_order``.
 
-    An input that was always zero has no say. A matrix that is not positive definite is damped ten times harder, three
-    times at most; then only its diagonal is used, which is rounding to nearest. Either is said.
+    An input that was always zero has no influence. A matrix that is not positive definite is damped ten times harder,
+    three times at most. After that only its diagonal is used, which is rounding to nearest. ``fallback`` reports both.
     """
     h = hessian.double()
     diagonal = h.diagonal()
@@ -115,10 +114,10 @@ def compensated(
     solved: Curvature,
     kept: tuple[Bool[Tensor, "O I"], Float[Tensor, "O I"]] | None = None,
 ) -> Int[Tensor, "O I"]:
-    """Codes of a weight rounded, its error moved on column by column; the ranges they are on are then ``ranges``'s.
+    """Round a weight to codes, moving the error of each column on; ``ranges`` then holds the ranges of the codes.
 
-    ``kept`` are the weights that become no codes, and the values they have whatever was moved on to them. Updates
-    reach the columns outside of a batch of 128 only at its end (lazy batches), which changes nothing.
+    ``kept`` are the weights that get no code, and the values that they keep whatever error moves to them. Updates reach
+    the columns outside of a batch of 128 only at its end (lazy batches), which does not change the result.
     """
     columns, factor, at = weight.shape[1], solved.factor, solved.order.tolist()
     w = weight.float()[:, solved.order].clone()
@@ -147,10 +146,10 @@ def compensated(
 
 @torch.no_grad()
 def making_good(weight: Float[Tensor, "O I"], moments: Moments, solved: Curvature) -> Float[Tensor, "O I"]:
-    """The weight whose product with what the quantized linear reads, X', is nearest to W X: W + W C H^-1.
+    """The weight whose output on the quantized linear's inputs X' is nearest to W X: W + W C H^-1.
 
-    Rounding it instead of W makes good what the quantized linears before have changed in X'. Where H has no usable
-    inverse, W itself.
+    Rounding it instead of W compensates the errors that earlier quantized linears left in X'. If H has no usable
+    inverse, the result is W.
     """
     if solved.inverse is None or not moments.drift.any():
         return weight

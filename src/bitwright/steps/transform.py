@@ -1,10 +1,9 @@
-"""The transform decision: scales and shifts at a site, moved into the weights on both sides (OmniQuant, eq. 3 to 5).
+"""The transform decision: apply a site's scale and shift to the weights on both sides (OmniQuant, eq. 3 to 5).
 
     producers (norm weights, or the rows of a linear):  W <- W / s,   b <- (b - delta) / s
     consumers (the columns of a linear):                W <- W * s,   b <- b + W delta
 
-The block's output stays what it was. The same function serves training (differentiable in scale and shift) and
-folding.
+The block's output does not change. One function serves training (it is differentiable in scale and shift) and folding.
 """
 
 from collections.abc import Mapping
@@ -21,10 +20,10 @@ Parameters = Mapping[str, Tensor]
 def apply_site(
     parameters: Parameters, site: Site, scale: Float[Tensor, " C"], shift: Float[Tensor, " C"] | None = None
 ) -> dict[str, Tensor]:
-    """The block's parameters (by their names in the block) with a site's scale and shift moved in.
+    """Apply a site's scale and shift to a block's parameters, which go by their names in the block.
 
-    ``scale`` and ``shift`` hold one value for each free channel of the site. Raises ValueError for a shift where
-    the site cannot absorb one.
+    ``scale`` and ``shift`` hold one value for each free channel of the site. Raises ValueError for a shift that the
+    site cannot absorb.
     """
     if shift is not None and not site.shift:
         raise ValueError(f"site {site.name} cannot absorb a shift")
@@ -56,5 +55,5 @@ def _consume(parameters: Parameters, side: Side, scale: Tensor, shift: Tensor | 
 
 
 def spread(values: Float[Tensor, " C"], side: Side) -> Tensor:
-    """One value per channel of the side, from one per free channel of the site."""
+    """Spread the values of a site's free channels over the channels of a side."""
     return values if side.index is None else values[torch.tensor(side.index, device=values.device)]

@@ -1,6 +1,6 @@
-"""How far a site's transform moves the output, once the weights behind it are rounded to nearest.
+"""The error of the output with a site's transform, if the weights behind the site are rounded to nearest.
 
-The objective by which AWQ (arXiv 2306.00978, eq. 4) and Outlier Suppression+ (arXiv 2304.09145) choose:
+AWQ (arXiv 2306.00978, eq. 4) and Outlier Suppression+ (arXiv 2304.09145) choose by this objective:
 
     || F(Q(W s), Q((x - delta) / s)) - F(W, x) ||^2        F the module that encloses the linears behind the site
 """
@@ -19,7 +19,7 @@ from bitwright.steps.apply import parameters_of, quantize_linear
 from bitwright.steps.transform import apply_site, spread
 
 TOKENS = 2**13
-"""The most tokens that candidates are judged on.
+"""The largest number of tokens that candidates are judged on.
 
 Four times as many changed nothing for AdaDim, and brought AWQ to a KL divergence of 0.0785 instead of 0.0789 (en-llama,
 W2A16g128).
@@ -27,12 +27,12 @@ W2A16g128).
 
 
 class Trial:
-    """A site in front of its linears, their enclosing module ready to be run."""
+    """A site and the module that encloses the linears behind it, ready to be run."""
 
     def __init__(
         self, block: Block, site: Site, context: Context[Any], data: BlockData, decisions: BlockDecisions
     ) -> None:
-        """``decisions`` are those so far."""
+        """``decisions`` are the block's decisions so far."""
         self.site, self.context, self.decisions = site, context, decisions
         self.parameters = parameters_of(block, decisions)
         self.module = data.inspect(_enclosing(block, site), decisions, TOKENS)
@@ -49,7 +49,7 @@ class Trial:
 def rounded(
     parameters: Mapping[str, Tensor], linears: Sequence[str], context: Context[Any], decisions: BlockDecisions
 ) -> dict[str, Tensor]:
-    """The weights of these linears, rounded to nearest in min-max ranges if they are quantized, and their biases."""
+    """The weights and biases of these linears; weights to be quantized are rounded to nearest in min-max ranges."""
     replaced = {}
     for name in linears:
         weight, scheme = parameters[f"{name}.weight"], context.allocation.of(name)
@@ -63,7 +63,7 @@ def rounded(
 
 
 def best(trial: Trial, candidates: list[SiteDecision]) -> SiteDecision:
-    """The candidate with the least error, the first of several; one that is not finite never wins over the first."""
+    """The candidate with the least error, the first of equals; one that is not finite never replaces the first."""
     errors = [trial.error(candidate.scale, candidate.shift) for candidate in candidates]
     return candidates[min(range(len(errors)), key=lambda n: (not errors[n] < float("inf"), errors[n]))]
 

@@ -1,1 +1,1 @@
-"""The stream: one decoder block, or one tensor, in memory at a time, in one process or many."""
+"""The drivers: they go through a model with one decoder block, or one tensor, in memory at a time."""

@@ -22,7 +22,7 @@ from bitwright.stream.skeleton import Recorder, Skeleton
 
 @dataclass(frozen=True)
 class Activations:
-    """A block's inputs: on the full-precision path, and as the quantized blocks before it produce them."""
+    """A block's inputs on the full-precision stream and on the quantized stream."""
 
     reference: Float[Tensor, "N T D"]
     quantized: Float[Tensor, "N T D"]
@@ -30,7 +30,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Stream:
-    """Activations on their way through the blocks, and each block's keyword arguments (masks, rotary positions)."""
+    """The inputs of the next block, and each block's keyword arguments (masks, rotary positions)."""
 
     activations: Activations
     kwargs: list[dict[str, Any]]
@@ -41,13 +41,13 @@ class Stream:
         return self.activations.reference is self.activations.quantized
 
     def kwargs_of(self, block: Block) -> dict[str, Any]:
-        """What the block is called with beside the hidden states; nothing for the output layer."""
+        """The block's arguments besides the hidden states; none for the output layer."""
         return self.kwargs[block.index] if block.index < len(self.kwargs) else {}
 
 
 @dataclass(frozen=True)
 class StreamErrors:
-    """Relative squared errors: of each linear's output on the reference inputs, and of the block's output."""
+    """The relative squared errors of each linear's output on the reference inputs, and of the block's output."""
 
     linears: Mapping[str, float]
     block: float
@@ -55,10 +55,10 @@ class StreamErrors:
 
 @torch.no_grad()
 def enter(skeleton: Skeleton, tokens: Int[Tensor, "N T"]) -> Stream:
-    """What the first block reads.
+    """Compute the inputs of the first block.
 
-    The model's own forward pass runs with recorders in the blocks' place, so that everything in front of the
-    blocks is transformers' own code. It runs sequence by sequence, so masks and positions broadcast over a batch.
+    The model's own forward pass runs with recorders in the place of blocks, so that transformers' own code computes
+    everything before them. It runs one sequence at a time, so masks and positions broadcast over a batch.
     """
     decoder_name, _, leaf = skeleton.family.blocks.rpartition(".")
     decoder = skeleton.model.get_submodule(decoder_name)
@@ -72,7 +72,7 @@ def enter(skeleton: Skeleton, tokens: Int[Tensor, "N T"]) -> Stream:
                 decoder(input_ids=ids[None].to(skeleton.device), use_cache=False)
                 hidden = recorders[0].hidden
                 assert hidden is not None
-                if n == 0:  # filled in place: joined at the end, all segments would be there twice
+                if n == 0:  # filled in place: joining at the end would need all segments twice
                     inputs = torch.empty((len(tokens), *hidden.shape[1:]), dtype=hidden.dtype)
                 inputs[n] = hidden[0]
     finally:
@@ -81,7 +81,7 @@ def enter(skeleton: Skeleton, tokens: Int[Tensor, "N T"]) -> Stream:
 
 
 def statistics(block: Block, stream: Stream) -> tuple[dict[str, LinearStats], Tensor]:
-    """Statistics of every linear's input on the full-precision path, and the block's full-precision outputs."""
+    """Statistics of every linear's input on the full-precision stream, and the block's full-precision outputs."""
     sums: dict[str, _Sums] = {group.linears[0]: _Sums() for group in block.topology.groups}
     hooks = [block.linear(name).register_forward_pre_hook(running.add) for name, running in sums.items()]
     try:
@@ -101,7 +101,7 @@ class _Sums:
         self.least = self.most = self.magnitude = torch.zeros(())
 
     def add(self, _: nn.Module, args: tuple[Tensor]) -> None:
-        """Take in one batch; a forward pre-hook."""
+        """Add one batch; this is a forward pre-hook."""
         x = args[0].detach().flatten(0, -2).float()
         low, high = x.aminmax(dim=0)
         self.least = torch.minimum(low, self.least) if self.tokens else low
@@ -110,7 +110,7 @@ class _Sums:
         self.tokens += len(x)
 
     def result(self) -> LinearStats:
-        """The statistics of everything taken in."""
+        """The statistics of all batches."""
         return LinearStats(self.tokens, self.least, self.most, (self.magnitude / self.tokens).float())
 
 
@@ -123,19 +123,19 @@ def advance(
     *,
     in_place: bool = False,
 ) -> tuple[Stream, StreamErrors]:
-    """Both streams after a block, and the errors that its quantized weights (and activations) make.
+    """Advance both streams by a block; return them, and the errors of its quantized weights (and activations).
 
-    ``in_place`` gives up the streams before it: those after it take their memory.
+    ``in_place`` writes the new streams into the memory of the old ones.
     """
     kwargs, before = stream.kwargs_of(block), stream.activations
     passes = partial(forward_all, block, kwargs=kwargs, in_place=in_place and not stream.shared)
     reference = before.reference
     with _measured(block, folded, written) as sums:
         if folded.transformed:
-            deque(forward_batches(block, folded.full, reference, kwargs), maxlen=0)  # the errors alone are wanted
+            deque(forward_batches(block, folded.full, reference, kwargs), maxlen=0)  # only the errors are needed
         else:
             reference = passes(folded.full, reference)
-    if folded.transformed:  # the original's own rounding, so that a run which is continued sees the same stream
+    if folded.transformed:  # from the original's weights, so that a continued run sees the same stream
         reference = passes({}, reference)
     with quantized_activations(block, scheme):
         outputs = passes(written, before.quantized)
@@ -147,7 +147,7 @@ def advance(
 def replay(
     block: Block, written: Mapping[str, Tensor], scheme: Scheme, stream: Stream, *, in_place: bool = False
 ) -> Stream:
-    """Both streams after a block that an earlier run finished; ``in_place`` as ``advance``."""
+    """Advance both streams by a block that an earlier run finished; ``in_place`` is that of ``advance``."""
     kwargs, before = stream.kwargs_of(block), stream.activations
     passes = partial(forward_all, block, kwargs=kwargs, in_place=in_place and not stream.shared)
     reference = passes({}, before.reference)
@@ -158,7 +158,7 @@ def replay(
 
 @contextmanager
 def _measured(block: Block, folded: Folded, written: Mapping[str, Tensor]) -> Iterator[dict[str, tuple[float, float]]]:
-    """While it lasts, every linear adds up the squares of its output's error and of its output, biases left out."""
+    """A context in which every linear sums the squares of its output's error and of its output, without biases."""
     sums = dict.fromkeys(folded.linears, (0.0, 0.0))
     differences = {}
     for name in folded.linears:
@@ -184,7 +184,7 @@ def _measured(block: Block, folded: Folded, written: Mapping[str, Tensor]) -> It
 
 
 def _relative_error(outputs: Tensor, reference: Tensor) -> float:
-    """Segment by segment: the difference of two whole streams would be as large as either."""
+    """The relative squared error, summed over segments to save memory."""
     error = sum(_squares(o - r) for o, r in zip(outputs, reference, strict=True))
     return _ratio(error, sum(_squares(r) for r in reference))
 

@@ -22,9 +22,9 @@ from bitwright.stream.train import Objective
 
 @dataclass(frozen=True)
 class StreamedBlock:
-    """A block and what flows into it: the ``BlockData`` of ``core/method.py``.
+    """A block with its inputs: the ``BlockData`` of ``core/method.py``.
 
-    ``allocation`` has the schemes of its linears by their names in it, ``scales`` is the dtype of scales.
+    ``allocation`` has the schemes of its linears by their names in the block; ``scales`` is the dtype of scales.
     """
 
     block: Block
@@ -34,29 +34,29 @@ class StreamedBlock:
 
     @cached_property
     def _passed(self) -> tuple[dict[str, LinearStats], Tensor]:
-        """Statistics, and the block's full-precision outputs, of one pass."""
+        """The statistics and the block's full-precision outputs, from one pass."""
         return statistics(self.block, self.stream)
 
     @property
     def stats(self) -> Mapping[str, LinearStats]:
-        """Statistics of every linear's input on the full-precision path."""
+        """The statistics of every linear's input on the full-precision stream."""
         return self._passed[0]
 
     def moments(self, linear: str, decisions: BlockDecisions, *, drift: bool) -> Moments:
-        """The second moments of what a linear will read."""
+        """The second moments of a linear's inputs."""
         block, parameters = self.block, dict(self.block.module.named_parameters())
         folded = fold(parameters, block.topology, decisions, self.allocation, self.scales)
         inputs, kwargs = self.stream.activations, self.stream.kwargs_of(block)
         return moments(block, linear, folded, self.allocation.default, inputs, kwargs, drift=drift)
 
     def inspect(self, module: str, decisions: BlockDecisions, tokens: int) -> ModuleInspection:
-        """A module on the output of the quantized blocks before."""
+        """A module of the block, to be run on inputs of the quantized stream."""
         inputs, kwargs = self.stream.activations.quantized, self.stream.kwargs_of(self.block)
         parameters = parameters_of(self.block, decisions)
         return ModuleInspection(self.block, module, parameters, self.allocation.default, inputs, kwargs, tokens)
 
     def objective(self, training: Training) -> Objective:
-        """What training is to bring the block's output near to."""
+        """The objective of training: the outputs that the block should have."""
         inputs, kwargs = self.stream.activations, self.stream.kwargs_of(self.block)
         also = forward_all(self.block, {}, inputs.quantized, kwargs) if training.aug_loss else None
         return Objective(inputs, self._passed[1], also, kwargs)

@@ -1,6 +1,6 @@
-"""One block in memory at a time: materialised, decided, quantized, run, handed on, freed.
+"""One block in memory at a time: load it, decide, quantize, write it, run it, free it.
 
-The runner names no method and no format: it is handed callables.
+The driver names no method and no format: it is handed callables.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,8 +35,8 @@ from bitwright.stream.train import Trainer, learnables_of
 class BlockDriver:
     """A driver that goes through a model block by block; see ``parts.Driver``.
 
-    With calibration ``tokens`` both streams of activations run along, and the reports carry output errors; without them
-    no forward pass is made at all.
+    With calibration ``tokens``, both streams of activations go through the blocks, and the reports have output errors.
+    Without them, there is no forward pass.
     """
 
     skeleton: Skeleton
@@ -86,14 +86,14 @@ def _units(
 
 @dataclass(frozen=True)
 class _Run:
-    """What quantizing one block takes, besides the block."""
+    """The arguments for quantizing blocks, and the steps for one block."""
 
     skeleton: Skeleton
     plan: RunPlan
     writer: PartWriter
 
     def quantized_part(self, block: Block) -> Block:
-        """The block with the linears that are quantized; the others are like its norms."""
+        """The block without the linears that stay in full precision; they are treated like its norms."""
         quantized = [name for name in block.topology.linears if self.plan.allocation.of(block.path(name)) is not None]
         return replace(block, topology=block.topology.only(quantized))
 
@@ -113,7 +113,7 @@ class _Run:
         stream: Stream | None,
         inside: Callable[[float, str], None],
     ) -> tuple[Part, Stream | None]:
-        """Decide, quantize and write a block; its part, and the streams after it."""
+        """Decide, quantize and write a block; return its part, and the streams after it."""
         plan, allocation = self.plan, self.plan.allocation.within(block.name)
         decisions, learned = _decide(block, plan, allocation, stream, inside)
         folded = fold(dict(block.module.named_parameters()), block.topology, decisions, allocation, plan.scales)
@@ -121,7 +121,9 @@ class _Run:
         for name, quantized in folded.linears.items():
             require_held(block.path(name), folded.full[f"{name}.weight"], quantized)
         after, errors = stream, None
-        if stream is not None and block.name:  # the output layer's outputs would be logits of every calibration token
+        if (
+            stream is not None and block.name
+        ):  # the output layer's outputs, logits of every calibration token, would be too large
             after, errors = advance(block, folded, folded.written(), allocation.default, stream, in_place=True)
         report = BlockReport(unit, (), errors.block if errors else None, decisions.fallbacks)
         linears = [self._encoded(block, name, folded, errors) for name in folded.linears]
@@ -129,7 +131,7 @@ class _Run:
         return self.writer.write(unit, file, report, linears, passed, learned), after
 
     def _left_out(self, block: Block, folded: Folded) -> dict[str, Tensor]:
-        """The weights in full precision that a transform moved, in the dtype that the checkpoint has them in."""
+        """The full-precision weights that a transform changed, in their dtype in the checkpoint."""
         names = {f"{linear}.weight" for linear in self.skeleton.family.topology.linears if linear not in folded.linears}
         entry = self.skeleton.checkpoint.entry
         return {name: folded.full[name].to(entry(block.path(name)).dtype) for name in names & folded.moved.keys()}
@@ -194,7 +196,7 @@ def _decided(
 
 
 def _passed(skeleton: Skeleton, block: Block, folded: Folded) -> dict[str, Tensor]:
-    """The other tensors under the block's name: as the checkpoint stores them, or as the transform left them."""
+    """The block's other tensors, as the checkpoint stores them or as the transform changed them."""
     if not block.name:
         return {}
     quantized = {f"{block.path(name)}.weight" for name in block.topology.linears}

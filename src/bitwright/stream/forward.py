@@ -1,4 +1,4 @@
-"""The forward pass of one block: the real transformers module with other parameters put in."""
+"""The forward pass of one block: transformers' own module, with other parameters."""
 
 from collections.abc import Iterator, Mapping
 from inspect import signature
@@ -24,7 +24,7 @@ def forward(
 
 
 class _Reached(Exception):
-    """The signal that a module was reached; what comes after it in the block is not computed."""
+    """An exception that ends the forward pass when a module is reached."""
 
 
 @torch.no_grad()
@@ -35,13 +35,13 @@ def call_of(
     inputs: Float[Tensor, "N T D"],
     kwargs: Mapping[str, Any],
 ) -> tuple[Float[Tensor, "N T I"], dict[str, Any]]:
-    """The input of one module of the block, and the other arguments of its call; the block runs no further."""
+    """The input of one module of the block, and the other arguments of its call; the block runs only up to it."""
     called = block.module.get_submodule(module)
     arguments: dict[str, Any] = {}
 
     def stop(_: nn.Module, args: tuple[Any, ...], others: dict[str, Any]) -> None:
         arguments.update(signature(called.forward).bind(*args, **others).arguments)
-        arguments.update(arguments.pop("kwargs", {}))  # those that a forward's own **kwargs took
+        arguments.update(arguments.pop("kwargs", {}))  # arguments that went into forward's own **kwargs
         raise _Reached
 
     hook = called.register_forward_pre_hook(stop, with_kwargs=True, prepend=False)
@@ -59,7 +59,7 @@ def call_of(
 def forward_batches(
     block: Block, parameters: Mapping[str, Tensor], inputs: Float[Tensor, "N T D"], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[slice, Float[Tensor, "B T D"]]]:
-    """The block's outputs for many segments, a few at a time: the rows of each batch, and the batch on the CPU."""
+    """Yield the block's outputs for many segments in batches: the rows of a batch, and the batch on the CPU."""
     place = next(block.module.parameters())
     placed = {name: p.to(place) for name, p in parameters.items()}
     rows = max(1, TOKENS_PER_PASS // inputs.shape[1])
@@ -79,7 +79,7 @@ def forward_all(
 ) -> Float[Tensor, "N T D"]:
     """The block's outputs for many segments, kept on the CPU.
 
-    ``in_place`` writes them over the inputs if shape and dtype allow it.
+    ``in_place`` overwrites the inputs with them if shape and dtype allow it.
     """
     outputs = inputs if in_place else torch.empty(0)
     for here, batch in forward_batches(block, parameters, inputs, kwargs):

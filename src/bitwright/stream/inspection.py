@@ -1,4 +1,4 @@
-"""A module of the block run by itself: what AWQ, Outlier Suppression+ and AdaDim judge their choices on."""
+"""Run one module of a block: AWQ, Outlier Suppression+ and AdaDim judge their choices by its output."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +15,10 @@ from bitwright.stream.forward import TOKENS_PER_PASS, call_of
 
 
 class ModuleInspection:
-    """One module with its inputs, and what it makes of them in full precision; kept on the CPU.
+    """One module with its inputs and its full-precision outputs, kept on the CPU.
 
-    So many ``tokens`` at most, segments evenly spread over all there are: memory stays bounded by them, whatever the
-    calibration text.
+    The inputs are at most ``tokens`` tokens, in segments that are evenly spread over the calibration data, so that
+    memory does not grow with the data.
     """
 
     @torch.no_grad()
@@ -32,7 +32,7 @@ class ModuleInspection:
         kwargs: Mapping[str, Any],
         tokens: int,
     ) -> None:
-        """``parameters`` are the block's in full precision; ``inputs`` and ``kwargs`` what the block is called with."""
+        """``parameters`` are the block's in full precision; ``inputs`` and ``kwargs`` are the block's arguments."""
         self.block, self.scheme, self.name = block, scheme, module
         self.module, self.place = block.module.get_submodule(module), next(block.module.parameters())
         full = {name: p.to(self.place) for name, p in parameters.items()}
@@ -54,7 +54,7 @@ class ModuleInspection:
         scale: Float[Tensor, " I"] | None = None,
         shift: Float[Tensor, " I"] | None = None,
     ) -> float:
-        """Mean squared difference of the output; see ``core/method.py``."""
+        """The mean squared error of the output; see ``core/method.py``."""
         replaced = self.full | self._own({name: p.to(self.place) for name, p in parameters.items()})
         total, count = torch.zeros((), dtype=torch.float64), 0
         with quantized_activations(self.block, self.scheme):
@@ -73,6 +73,6 @@ class ModuleInspection:
         return output
 
     def _own(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The module's parameters by their names in it."""
+        """The module's parameters, by their names in the module."""
         prefix = f"{self.name}."
         return {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Memory: what a run will need, what this process has needed, and what the allocator keeps."""
+"""Memory: the estimate for a run, the peak of this process, and how the allocator behaves."""
 
 import ctypes
 import sys
@@ -14,7 +14,9 @@ from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.units import Unit
 
 ARRAYS_PER_PASS = 8
-TRAINED_BYTES = 4 + 4 + 4 + 4  # master, fake-quantized, kept for its backward pass, gradient; less in a short dtype
+TRAINED_BYTES = (
+    4 + 4 + 4 + 4
+)  # master, fake-quantized value, its copy for the backward pass, gradient; less in a short dtype
 PANEL_BYTES = 96
 """The temporaries per weight of a panel, in bytes, while its ranges are searched."""
 RUNTIME_BYTES = 560 * 2**20
@@ -41,11 +43,11 @@ class Budget:
 def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bool = False) -> Budget:
     """The memory that a run over ``tokens`` calibration tokens needs; 0 stands for no forward passes.
 
-    A block is there as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its largest
-    linear. There are the two streams and the outputs of one pass (in the first block both streams are one, and their
-    outputs two), and a pass has activations of its own. Training, on ``step_tokens`` at a time, adds the block's
-    float32 masters, their fake-quantized values, what those keep for their backward pass, their gradients, and the
-    activations of a step with their gradients. The outputs are its targets; the augmented loss has a second target.
+    A block is held as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its largest
+    linear. There are also the two streams and the outputs of one pass (in the first block one stream and two outputs),
+    and the activations of a pass. Training, on ``step_tokens`` at a time, adds the block's float32 masters, their
+    fake-quantized values and their copies for the backward pass, their gradients, and the activations of a step with
+    their gradients. The outputs are its targets; the augmented loss has a second target.
     """
     numel = [
         sum(p.numel() for p in skeleton.meta_block(i).module.parameters()) for i in range(len(skeleton.block_names))
@@ -68,8 +70,8 @@ def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bo
 def estimate_tensors(units: Iterable[Unit], checkpoint: Checkpoint) -> Budget:
     """The memory that one process needs to go through tensors.
 
-    It holds the largest slice as stored, with the next one read ahead, and its codes, joined from panels; a panel's
-    temporaries; and the parts of two units, one being made and one being written, in at most the dtype they came in.
+    It holds the largest slice as stored, the next slice, read ahead, and the codes of all panels; the temporaries of a
+    panel; and the parts of two units, one being made and one being written, in at most their stored dtype.
     """
     largest = parts = 0
     for unit in units:

@@ -1,4 +1,4 @@
-"""Second moments of what a linear reads, on both streams: what closed forms of the range and the rounding need."""
+"""Second moments of a linear's inputs on both streams, for closed forms of the range and the rounding."""
 
 from collections.abc import Mapping
 from typing import Any

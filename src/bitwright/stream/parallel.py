@@ -1,6 +1,6 @@
-"""Units shared out to worker processes; each takes the next unit when it is done with one.
+"""Worker processes that divide the units among them; each takes the next unit when it has finished one.
 
-Plain processes with pipes: they start the same way everywhere, and a script that quantizes needs no guard around it.
+They are plain processes with pipes, which start alike on every system and need no guard in a user's script.
 """
 
 import pickle
@@ -25,19 +25,19 @@ from bitwright.stream.worker import Began, Done, Ended, Failed
 from bitwright.stream.worker_pool import WorkerPool
 
 UNITS_PER_WORKER = 2
-"""The units that a worker has at a time: one it works on, and one whose first tensor it reads meanwhile."""
+"""The number of units that a worker has at a time: it works on one, and reads the first tensor of the next."""
 
 
 class WorkerError(UserError):
-    """A worker process that ended too early."""
+    """The error for a worker process that ended too early."""
 
 
 class _StoppedError(Exception):
-    """Nobody takes the parts any more."""
+    """An exception for the thread that works: nobody takes its parts any more."""
 
 
 class _Worker:
-    """One process. Its messages, and the news that it is gone, arrive in ``inbox`` with the worker itself."""
+    """A worker process; ``inbox`` receives its messages, and None when it has ended, each with the worker."""
 
     def __init__(
         self, process: "subprocess.Popen[bytes]", plan: TensorPlan, inbox: "queue.Queue[tuple[_Worker, Any]]"
@@ -49,7 +49,7 @@ class _Worker:
         self.listener.start()
 
     def send(self, message: TensorPlan | Unit | None) -> None:
-        """Send a plan, a unit, or None for the end. A worker that is gone is noticed by the listener."""
+        """Send a plan, a unit, or None for the end. The listening thread notices a worker that has ended."""
         assert self.process.stdin is not None
         with suppress(OSError):
             pickle.dump(message, self.process.stdin)
@@ -59,7 +59,7 @@ class _Worker:
         """Close the pipes of a process that has ended."""
         self.listener.join()
         for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):  # data was on its way to a worker that died
+            with suppress(OSError):  # data was still to be sent to a worker that died
                 pipe.close() if pipe else None
 
     def _listen(self) -> None:
@@ -75,7 +75,7 @@ class _Worker:
 class TensorDriver:
     """A driver that goes through a checkpoint tensor by tensor, in this process or in worker processes.
 
-    Workers come from ``pool`` first. Of several ranks each makes its share.
+    Workers come from ``pool`` first. Each of several ranks makes its share.
     """
 
     all_units: Sequence[Unit]
@@ -92,7 +92,7 @@ class TensorDriver:
     def parts(self, files: Mapping[str, str], done: Collection[str], listener: Listener) -> Iterator[Part]:
         """Make this rank's share of the parts.
 
-        Raises UserError for what a worker met, or if one died; finished parts stay.
+        Raises the UserError of a worker, or one for a worker that died; finished parts stay.
         """
         done = self.ranks.from_first(frozenset(done) if self.ranks.first else None)
         units = [replace(unit, file=files[unit.name]) for unit in self.all_units if unit.name not in done]
@@ -121,7 +121,7 @@ def _in_parts(
 
 
 def _in_this_process(units: Sequence[Unit], plan: TensorPlan, started: Started) -> Iterator[Part]:
-    """Work in a thread, so that a part is yielded as soon as it is durable, whatever is being read or computed."""
+    """Work in a thread, so that each part is yielded as soon as it is durable."""
     durable: queue.SimpleQueue[Part | BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()
 
@@ -177,9 +177,9 @@ def _in_processes(
 
 
 def _send_next(worker: _Worker, waiting: Iterator[Unit]) -> None:
-    """Send the next unit with weights, and the copied ones before it; or None if no unit is left.
+    """Send the next unit with weights, and the copied units before it; send None if no unit is left.
 
-    A worker finishes a unit only once it has seen what comes after it.
+    A worker finishes a unit only after it has received the next one.
     """
     while (unit := next(waiting, None)) is not None and not unit.weights:
         worker.send(unit)
@@ -190,7 +190,7 @@ def _send_next(worker: _Worker, waiting: Iterator[Unit]) -> None:
 def _started(
     pool: WorkerPool, plan: TensorPlan, count: int, inbox: "queue.Queue[tuple[_Worker, Any]]"
 ) -> Iterator[list[_Worker]]:
-    """Start workers; none of them runs any more when the context is left."""
+    """A context with started workers; it ends them all."""
     workers: list[_Worker] = []
     try:
         for _ in range(count):

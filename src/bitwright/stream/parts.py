@@ -1,7 +1,7 @@
-"""PartWriter: what a driver has finished, durable on disk, and the account of it.
+"""Parts: the finished units of a driver, durable on disk, with their reports.
 
-Drivers (``blocks``, ``tensors``, ``convert``) differ in what they iterate over. All yield ``Part``, and whoever takes
-it need not know which driver it came from. Letters: O output features, I input features, R rows of a panel.
+Drivers (``blocks``, ``tensors``, ``convert``) differ in what they iterate over, but all yield ``Part``. Letters in
+shapes: O output features, I input features, R rows of a panel.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -29,14 +29,15 @@ from bitwright.core.tensor_bytes import digest
 from bitwright.steps.outliers import TELLING
 
 Encoded = tuple[dict[str, Tensor], LinearReport]
-"""The tensors of a linear as they are stored, and its report, still without a digest."""
+"""The tensors of a linear as they are stored, and its report without a digest."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A unit whose part is durable. ``report`` is None if nothing in it is quantized.
+    """A unit whose part is durable; ``report`` is None if nothing in it is quantized.
 
-    ``process`` is the worker process that made it, and ``peak_bytes`` its peak memory; both 0 if it was this process.
+    ``process`` is the number of the worker process that made it, and ``peak_bytes`` the peak memory of that process;
+    both are 0 if this process made it.
     """
 
     unit: str
@@ -47,7 +48,7 @@ class Part:
 
 
 Written = Callable[[Part], None]
-"""Is told of each unit as soon as its part is durable, from any thread."""
+"""A function that is called with each unit as soon as its part is durable, from any thread."""
 
 
 class Driver(Protocol):
@@ -65,7 +66,7 @@ class Driver(Protocol):
 
 
 class LinearSums:
-    """The account of one linear, or of a weight that is fused over experts, slice by slice and panel by panel."""
+    """Sums for the report of one linear, or of a weight that is fused over experts, added slice by slice."""
 
     def __init__(self, name: str, shape: tuple[int, ...], writer: "PartWriter") -> None:
         """``shape`` is [O, I], or [E, A, B] with one slice [A, B] per expert."""
@@ -74,7 +75,7 @@ class LinearSums:
         self.last: QTensor | None = None
 
     def compare(self, weight: Float[Tensor, "R I"], quantized: QTensor) -> None:
-        """Add what is lost of some rows; a weight on a GPU is compared there."""
+        """Add the error of some rows; a weight on a GPU is compared there."""
         self.size += _square(weight)
         self.error += _square(weight - quantized.dequantize().to(weight))
 
@@ -85,7 +86,7 @@ class LinearSums:
         return quantized
 
     def report(self, output_error: float | None = None, scheme: str = "") -> LinearReport:
-        """The report; experts in one tensor count as one linear with the rows of all of them."""
+        """The report; experts in one tensor count as one linear that has the rows of all."""
         assert self.last is not None, "a linear has a slice"
         weights, last = prod(self.shape), self.last
         own = Scheme(last.grid, last.tile)
@@ -106,9 +107,9 @@ class LinearSums:
 
 @dataclass(frozen=True)
 class PartWriter:
-    """The folder that parts are written into, and their format. It travels to worker processes.
+    """A writer of parts into a folder; it is sent to worker processes.
 
-    ``format`` makes the tensors; ``target`` is the format of the result, which counts the bits.
+    ``format`` makes the tensors; ``target`` is the format of the result, and counts the bits.
     """
 
     folder: Path
@@ -128,9 +129,9 @@ class PartWriter:
         passed: Mapping[str, Tensor | Stored],
         learned: Mapping[str, Tensor] | None = None,
     ) -> Part:
-        """Write a unit's part: its linears, the tensors that pass as they are, and beside it what training learned.
+        """Write a unit's part: its linears, and the tensors that stay; learned parameters get a file beside it.
 
-        ``report`` says what there is to say besides the linears. Raises OutputError.
+        ``report`` is the unit's report without its linears. Raises OutputError.
         """
         tensors = dict(passed)
         for stored, _ in linears:
@@ -142,7 +143,7 @@ class PartWriter:
         return Part(unit, file, None if report is None else replace(report, linears=rows))
 
     def read(self, file: str, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
-        """Read a part back: linears, by their names with their grids, dequantized as ``NAME.weight``; others as stored.
+        """Read a part: the linears of ``grids`` are dequantized as ``NAME.weight``, other tensors are as stored.
 
         Raises OutputError for a part that is damaged.
         """
@@ -157,17 +158,17 @@ class PartWriter:
 
 
 def part_file(number: int) -> str:
-    """The file of the unit of this number, in the order of the model."""
+    """The file name of the part of a unit, by the unit's number in the order of the model."""
     return f"part-{number:05d}.safetensors"
 
 
 def learned_file(file: str) -> str:
-    """The file with the learned parameters of a part."""
+    """The name of the file with the learned parameters of a part."""
     return file.replace("part", "learned")
 
 
 def _square(values: Float[Tensor, "R I"]) -> float:
-    """The sum of the squares, also of values whose squares float32 does not hold."""
+    """The sum of squares, also of values whose squares float32 cannot hold."""
     norm = float(torch.linalg.vector_norm(values))
     if not TELLING < norm < 1 / TELLING and bool(values.isfinite().all()):
         norm = float(torch.linalg.vector_norm(values.double()))

@@ -1,9 +1,9 @@
 """The arithmetic of training steps: matrix products in a short dtype, everything else in float32.
 
 Masters, fake quantization, norms, the residual path and the loss stay in float32; the inputs of linears and attention
-are rounded to the short dtype. That is torch's autocast, with two additions: weights arrive in the short dtype already
-(``core/fake_quant.py`` writes them so), and attention over few tokens is written out, because torch's fused attention
-for CPUs takes twice as long there.
+are rounded to the short dtype. This is torch's autocast with two additions. Weights are in the short dtype already
+(``core/fake_quant.py`` writes them so). Attention over few tokens is computed as two products and a softmax, because
+torch's fused attention for CPUs takes twice as long.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,13 +19,13 @@ from bitwright.core.block import Block
 
 WRITTEN_OUT = "bitwright_written_out"
 MOST_SCORES = 2**22
-"""The number of attention scores of one step above which the fused attention, which never holds them all, is kept."""
+"""Above this number of attention scores in one step, the fused attention stays: it never holds them all."""
 
 
 def pick_arithmetic(name: str, device: torch.device, held: torch.dtype) -> torch.dtype:
-    """The dtype that ``precision`` names (``core/training.py``), for blocks that are held in another on a device.
+    """The dtype that ``precision`` names (``core/training.py``), for blocks that ``device`` holds in dtype ``held``.
 
-    ``auto`` is bfloat16 on a CPU with instructions for it, and elsewhere the dtype that the blocks are held in.
+    ``auto`` is bfloat16 on a CPU with instructions for it, and elsewhere ``held``.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -35,14 +35,14 @@ def pick_arithmetic(name: str, device: torch.device, held: torch.dtype) -> torch
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16 products (AVX512_BF16, AMX), and torch the library for them.
 
-    Without them torch computes such products more slowly than in float32. A torch that cannot tell counts as without.
+    Without both, torch computes such products more slowly than in float32. If torch cannot tell, the answer is no.
     """
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return torch.backends.mkldnn.is_available() and any(check is not None and check() for check in checks)
 
 
 def running_dtype(block: torch.dtype, arithmetic: torch.dtype) -> torch.dtype:
-    """The dtype that a block held in ``block`` runs in, if its products are computed in ``arithmetic``."""
+    """The dtype in which a block of dtype ``block`` runs, if its products are computed in ``arithmetic``."""
     return block if block == arithmetic else torch.float32
 
 
@@ -64,7 +64,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[None]:
-    """Write attention over few tokens out as two products and a softmax, if a CPU computes in a short dtype."""
+    """A context: if a CPU computes in a short dtype, attention over few tokens is two products and a softmax."""
     attention = [m for m in block.module.modules() if hasattr(m, "config") and hasattr(m, "scaling")]
     place = next(block.module.parameters()).device
     if arithmetic == torch.float32 or place.type != "cpu" or not attention:

@@ -1,7 +1,7 @@
-"""Ranks: several processes, on one machine or many, that make one result in one folder; torchrun starts them.
+"""Ranks: processes on one or many machines that make one result in one folder; torchrun starts them.
 
-Each takes a share of the units and keeps a journal of its own; the first rank assembles the result. They communicate
-through torch.distributed (gloo), and they must all see the folder. If one of them fails, torchrun stops the others.
+Each rank makes a share of the units and keeps its own journal; the first rank assembles the result. Ranks communicate
+through torch.distributed (gloo), and all must see the folder. If one fails, torchrun stops the others.
 """
 
 import atexit
@@ -24,20 +24,20 @@ PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number ``index`` of ``count``."""
+    """This process's place among the ranks: it is number ``index`` of ``count``."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def here(cls) -> "Ranks":
-        """The rank of this process as torchrun gives it; one alone if torchrun did not start it."""
+        """The rank that torchrun gave this process; a single rank if torchrun did not start it."""
         count = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
         if count == 1:
             return cls()
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-            atexit.register(_leave)  # its threads would abort the process if they outlived the interpreter
+            atexit.register(_leave)  # threads of gloo would abort the process if they outlived the interpreter
         return cls(torch.distributed.get_rank(), count)
 
     @property
@@ -65,10 +65,10 @@ class Ranks:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """A context for what every rank does alike.
+        """A context for work that every rank repeats.
 
-        If the first rank meets an error, it reports it, and the others raise ReportedError. An error that another rank
-        has alone, or a different one, is raised there as it is.
+        If the first rank has an error, it reports it, and the others raise ReportedError. If another rank has an error
+        that the first does not have, that error is raised there as it is.
         """
         try:
             yield
@@ -83,7 +83,7 @@ class Ranks:
         return text if self.count == 1 else self.from_first(text)
 
     def share(self, units: Sequence[Unit]) -> list[Unit]:
-        """The units that are this rank's: each goes to the rank with the fewest bytes so far, the largest first."""
+        """This rank's units: the largest first, each unit goes to the rank with the fewest bytes so far."""
         loads, mine = [0] * self.count, set()
         for unit in sorted(units, key=lambda unit: -unit.nbytes):
             least = loads.index(min(loads))

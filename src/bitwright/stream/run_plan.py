@@ -1,4 +1,4 @@
-"""What a run does with every linear, whichever driver goes through the model."""
+"""The plan of a run that all drivers share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from bitwright.core.training import Training
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What to do with every linear, in a form that can be handed to another process.
+    """The plan for every linear, in a form that can be sent to another process.
 
-    ``scales`` is the dtype that scales and outliers are stored in, and parameters that a transform moved. The rest is
-    for learned methods: ``learned`` gives a block's parameters of an earlier training, which is then not repeated;
-    ``arithmetic`` is the dtype that training multiplies in, None for the block's own.
+    ``scales`` is the stored dtype of scales, of outliers, and of parameters that a transform changed. The rest is for
+    learned methods: ``learned`` returns a block's parameters from an earlier training, which is then not repeated.
+    ``arithmetic`` is the dtype of the products in training, None for the block's own.
     """
 
     allocation: Allocation

@@ -1,4 +1,4 @@
-"""The skeleton of a model: built without weights on the meta device, one block at a time filled and emptied again."""
+"""The skeleton of a model: it is built without weights, and one block at a time is filled and emptied again."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Skeleton:
-    """A transformers model on the meta device, filled part by part from a checkpoint.
+    """A transformers model on the meta device, which is filled part by part from a checkpoint.
 
-    ``dtype`` is what the forward passes run in, ``device`` where they run.
+    ``dtype`` and ``device`` are those of the forward passes.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Skeleton:
 
     @property
     def block_names(self) -> tuple[str, ...]:
-        """The blocks' paths in the model."""
+        """The names of the blocks in the model."""
         return self.outline.blocks
 
     @property
     def tied(self) -> bool:
-        """Whether the output layer is the embedding."""
+        """Whether the output layer shares its weight with the embedding."""
         return self.outline.tied
 
     def meta_block(self, index: int) -> Block:
@@ -61,14 +61,14 @@ class Skeleton:
 
     @contextmanager
     def block(self, index: int) -> Iterator[Block]:
-        """A block with its weights, which are freed at the end."""
+        """A context with a block and its weights, which are freed at the end."""
         block = self.meta_block(index)
         with self.materialised(block.name):
             yield block
 
     @contextmanager
     def head(self) -> Iterator[Block]:
-        """The output layer as a block of its own, after the last one."""
+        """A context with the output layer as a block, which comes after the last one."""
         family = self.family
         with self.materialised(family.final_norm) as norm, self.materialised(family.head) as head:
             topology = Topology((LinearGroup((family.head,), enclosing=family.head),))
@@ -76,7 +76,7 @@ class Skeleton:
 
     @contextmanager
     def materialised(self, name: str) -> Iterator[nn.Module]:
-        """A part of the model with its weights in the compute dtype, which are freed at the end."""
+        """A context with a part of the model and its weights in the compute dtype, which are freed at the end."""
         module = self.model.get_submodule(name)
         self.fill(module, {key: self._read(f"{name}.{key}") for key, _ in module.named_parameters()})
         try:
@@ -106,7 +106,7 @@ class Skeleton:
 
 
 class Recorder(nn.Module):
-    """A stand-in for a block that records its arguments, and returns its input unchanged."""
+    """A placeholder for a block; it records its arguments and returns its input."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""One tensor in memory at a time: what needs no model is read, quantized, encoded and written.
+"""One tensor in memory at a time: read it, quantize it, encode it, write it. This needs no model.
 
-Reading runs ahead of the arithmetic and writing behind it, each in a thread of its own. The same ``pipeline`` runs in
-this process, in worker processes (``parallel.py``) and on other machines (``ranks.py``).
+One thread reads ahead of the arithmetic, another writes behind it. ``pipeline`` runs in this process, in worker
+processes (``parallel.py``) and on other machines (``ranks.py``).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -38,9 +38,9 @@ _END = object()
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What to do with every weight, in a form that can be handed to another process.
+    """The plan for every weight, in a form that can be sent to another process.
 
-    The methods of ``run`` are data-free. ``parts`` takes what is made.
+    The methods of ``run`` are data-free. ``parts`` writes the parts.
     """
 
     checkpoint: Checkpoint
@@ -50,13 +50,13 @@ class TensorPlan:
 
 
 Started = Callable[[str], None]
-"""A listener that hears of each tensor before its arithmetic."""
+"""A function that is called with the name of each tensor before its arithmetic."""
 
 
 def pipeline(units: Iterable[Unit], plan: TensorPlan, started: Started, written: Written) -> Iterator[Unit]:
-    """Make the part of every unit, and yield each once it is on its way to the disk. Raises UserError.
+    """Make the part of every unit, and yield each unit when its part is handed to the writing thread. Raises UserError.
 
-    A unit that is only copied, such as a large embedding, is only looked at: its part is empty, and nothing waits.
+    A unit that is only copied, such as a large embedding, is only checked, in the background; its part is empty.
     """
     keep_freed_memory()
     with ThreadPoolExecutor(1, "behind") as behind, ThreadPoolExecutor(1, "aside") as aside:
@@ -79,9 +79,9 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def _read(units: Iterable[Unit], plan: TensorPlan) -> Iterator[_Read]:
-    """Every slice of every weight, as it is stored; a unit without weights comes once, with nothing.
+    """Read every slice of every weight, as it is stored; a unit without weights comes once, without a slice.
 
-    A slice lasts until the next but one: to get memory from the kernel costs more than to read into it.
+    The memory of a slice is used again for the slice after the next: getting new memory costs more than reading.
     """
     memory = [_NOTHING, _NOTHING]
     for unit in units:
@@ -96,7 +96,7 @@ def _read(units: Iterable[Unit], plan: TensorPlan) -> Iterator[_Read]:
 
 
 def _slice(checkpoint: Checkpoint, weight: Weight, number: int, memory: Tensor) -> Float[Tensor, "O I"]:
-    """One slice, finite throughout, in this memory. Raises CheckpointError."""
+    """Read one slice into ``memory``. Raises CheckpointError if it has a NaN or infinity."""
     name, rows = weight.tensor, weight.slice[0]
     if weight.stacked:
         stored = checkpoint.read_slice(name, number, number + 1, memory)[0]
@@ -109,7 +109,7 @@ def _slice(checkpoint: Checkpoint, weight: Weight, number: int, memory: Tensor) 
 
 @dataclass
 class _Quantized:
-    """A unit so far: its linears as they will be stored, with their reports."""
+    """A quantized unit: its linears as they will be stored, with their reports."""
 
     unit: Unit
     linears: list[Encoded] = field(default_factory=list)
@@ -146,7 +146,7 @@ def _write(quantized: _Quantized, plan: TensorPlan, written: Written) -> None:
 
 @torch.no_grad()
 def _quantized(stored: Float[Tensor, "O I"], weight: Weight, plan: TensorPlan, sums: LinearSums) -> QTensor:
-    """A linear, a panel of rows at a time."""
+    """Quantize a linear, a panel of rows at a time."""
     scheme = weight.scheme(plan.run.allocation.scheme(weight.name))
     contexts = [_context(stored, weight, scheme, configured, plan) for configured in plan.run.methods]
     parts = []
@@ -165,7 +165,7 @@ def _quantized(stored: Float[Tensor, "O I"], weight: Weight, plan: TensorPlan, s
 def _context(
     stored: Tensor, weight: Weight, scheme: Scheme, configured: Configured, plan: TensorPlan
 ) -> WeightContext[Any]:
-    """What one method sees beside a weight."""
+    """The context that one method gets with a weight."""
     freedom = configured.freedom(plan.run.allocation.scheme(weight.name))
     tiles = freedom.tiles if weight.takes_tiles(freedom.compared) else ()
     outliers = bounds_of(stored, scheme.tile, freedom.outliers, plan.device)
@@ -173,14 +173,14 @@ def _context(
 
 
 def _rows(stored: Tensor, scheme: Scheme, contexts: Iterable[WeightContext[Any]]) -> list[slice]:
-    """The panels of a weight; only one if a method chooses between tiles by the whole of it."""
+    """The panels of a weight; a single one if a method chooses between tiles by the whole weight."""
     if any(context.tiles for context in contexts):
         return [slice(None)]
     return panels((stored.shape[0], stored.shape[1]), scheme.tile)
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, each made by another thread while the one before it is used; an item's error comes in its place."""
+    """Yield the items; another thread makes the next while one is used. An error is raised in its item's place."""
     with ThreadPoolExecutor(1, "ahead") as thread:
         source = iter(items)
         coming = thread.submit(next, source, _END)

@@ -2,10 +2,10 @@
 
     minimise || F(W, X) - F(Q(W), Q(X')) ||^2        X the full-precision stream, X' the quantized one
 
-The trainer names no method: learnables say how their parameters stand in for the block's. It heals itself: the block
-as it would be without training is candidate zero; a loss that is not finite, or rises, goes back to the best
-parameters seen with a lower learning rate; what is returned is never worse than candidate zero on the objective, which
-is measured on the folded block, as it will be written.
+The trainer names no method: learnables say how their parameters replace the block's. Candidate zero is the block
+without training. If the loss is not finite, or rises, training goes back to the best parameters so far, with a lower
+learning rate. The result is never worse than candidate zero on the objective, which is measured on the folded block, as
+it will be written.
 """
 
 import math
@@ -42,9 +42,9 @@ RISE = 1.5
 
 @dataclass(frozen=True)
 class Objective:
-    """Inputs of both streams [N, T, D] and what the block should make of them, kept on the CPU.
+    """The inputs of both streams [N, T, D] and the outputs that the block should have, kept on the CPU.
 
-    ``target`` is the full-precision block's output on ``inputs.reference``; ``also`` its output on
+    ``target`` is the full-precision block's output on ``inputs.reference``; ``also`` is its output on
     ``inputs.quantized``, the second target of the augmented loss.
     """
 
@@ -54,7 +54,7 @@ class Objective:
     kwargs: Mapping[str, Any]
 
     def loss(self, outputs: Tensor, rows: Tensor | slice) -> Tensor:
-        """Mean squared error of the outputs for some segments."""
+        """The mean squared error of the outputs for some segments."""
         outputs = outputs.float()
         loss = F.mse_loss(outputs, self.target[rows].to(outputs))
         return loss if self.also is None else loss + F.mse_loss(outputs, self.also[rows].to(outputs))
@@ -63,7 +63,7 @@ class Objective:
 def learnables_of(
     methods: Sequence[Configured], block: Block, context: Context[Training], decided: BlockDecisions
 ) -> list[Learnable]:
-    """The learnables of learned methods, each starting from where those before it start."""
+    """The learnables of learned methods; each starts from the decisions at which the earlier ones start."""
     parameters: Mapping[str, Tensor] = {name: p.detach().float() for name, p in block.module.named_parameters()}
     learnables: list[Learnable] = []
     for configured in methods:
@@ -89,10 +89,10 @@ class Trainer:
         report: Callable[[float, str], None] = lambda part, detail: None,
         arithmetic: torch.dtype | None = None,
     ) -> None:
-        """Start from ``decided``, what methods before these have decided.
+        """Start from ``decided``, the decisions of earlier methods.
 
-        ``report`` hears of every epoch. ``arithmetic`` is what a step's matrix products are computed in, the block's
-        own dtype if nothing is said.
+        ``report`` is called after every epoch. ``arithmetic`` is the dtype of a step's matrix products, by default the
+        block's own.
         """
         self.block, self.learnables, self.context = block, learnables, context
         self.decided, self.objective, self.report = decided, objective, report
@@ -110,11 +110,11 @@ class Trainer:
 
     @property
     def activations(self) -> Scheme:
-        """A scheme whose activations are those of all linears."""
+        """A scheme with the activations and KV cache of all linears."""
         return self.context.allocation.default
 
     def adopt(self, learned: Mapping[str, Tensor]) -> BlockDecisions:
-        """The decisions of parameters that an earlier training found; none if it kept the start."""
+        """The decisions of an earlier training's parameters; ``learned`` is empty if it kept the start."""
         if not learned:
             return self.decided
         with torch.no_grad():
@@ -125,7 +125,7 @@ class Trainer:
         return self.decisions()
 
     def run(self) -> BlockDecisions:
-        """The best decisions found; what was there before training if nothing better was."""
+        """Train, and return the best decisions: those before training if nothing was better."""
         zero = self.measure(self.decided)
         with written_out_attention(self.block, self.arithmetic), quantized_activations(self.block, self.activations):
             self._train()
@@ -140,7 +140,7 @@ class Trainer:
         return replace(best, fallbacks=(*best.fallbacks, *self.fallbacks))
 
     def decisions(self) -> BlockDecisions:
-        """What the parameters as they are now decide."""
+        """The decisions of the current parameters."""
         decisions = self.decided
         parameters: Mapping[str, Tensor] = self.base
         with torch.no_grad():
@@ -155,7 +155,7 @@ class Trainer:
         written = fold(self.base, self.block.topology, decisions, allocation, self.context.scale_dtype).written()
         with quantized_activations(
             self.block, self.activations
-        ):  # by batches: the outputs of all would be one more stream
+        ):  # in batches: all outputs would take the memory of one more stream
             for here, batch in forward_batches(self.block, written, objective.inputs.quantized, objective.kwargs):
                 rows = zip(batch.split(1), range(here.start, here.start + len(batch)), strict=True)
                 losses += [float(objective.loss(output, slice(n, n + 1))) for output, n in rows]
@@ -185,9 +185,9 @@ class Trainer:
         return next((ends for ends in learned if ends is not None), None) or minmax(weight, tile)
 
     def _refine(self, trained: float) -> float:
-        """Set what has a closed form once more, linear after linear in the order data flows through them.
+        """Search the ranges again in closed form, linear after linear in the order in which data flows.
 
-        What was trained comes back if that is better.
+        The trained ranges come back if they are better.
         """
         snapshot, groups = self._snapshot(), self.block.topology.groups
         for done, group in enumerate(groups):
@@ -210,7 +210,7 @@ class Trainer:
         return trained
 
     def _train(self) -> None:
-        """Epochs until they are done, or too many ended badly; the parameters end at the best seen."""
+        """Train until all epochs are done, or too many failed; then take the best parameters."""
         if not self.context.settings.epochs:
             return
         best, best_loss, rate = self._snapshot(), math.inf, 1.0
@@ -238,7 +238,7 @@ class Trainer:
             sums = torch.zeros(())
             order = torch.randperm(count, generator=generator)
             for rows in order.split(training.batch_size):
-                segments = slice(int(rows), int(rows) + 1) if len(rows) == 1 else rows  # which copies nothing
+                segments = slice(int(rows), int(rows) + 1) if len(rows) == 1 else rows  # a slice copies nothing
                 sums += self._step(segments, optimizer) * len(rows)
                 scheduler.step()
             losses.append(float(sums) / count)
@@ -274,7 +274,7 @@ class Trainer:
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def _report(self, done: int, detail: str) -> None:
-        """Epochs first, then the groups that are refined, as parts of the block."""
+        """Report progress within the block: epochs first, then refined groups."""
         training = self.context.settings
         stages = training.epochs + (len(self.block.topology.groups) if self.refines else 0)
         self.report(done / (stages + 1), detail)

@@ -1,4 +1,4 @@
-"""The units of a checkpoint: what is journaled, and sent to a worker, at once."""
+"""Units: the tensors of a checkpoint that are journaled, and sent to a worker, at once."""
 
 import re
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.weight import Division, Weight
 
 UNIT_BYTES = 64 * 2**20
-"""The size up to which tensors of a block are joined to one unit; a single tensor may be larger."""
+"""The size up to which tensors of a block are joined into one unit; a single tensor may be larger."""
 _BLOCK = re.compile(r"^(.*?(?:^|\.)\d+)\.")
 
 
@@ -28,7 +28,7 @@ class Unit:
 
 
 def units(division: Division, checkpoint: Checkpoint) -> list[Unit]:
-    """Divide all tensors of a checkpoint into units: copied ones outside of the blocks, the blocks, an output layer."""
+    """Divide a checkpoint into units: copied tensors outside of the blocks, then the blocks, then an output layer."""
     whole = [Unit(k.tensor, k.tensor, (), (k.tensor,), checkpoint.nbytes(k.tensor)) for k in division.kept]
     outside = [unit for unit in whole if block_of(unit.name) is None]
     blocks: dict[str, list[Unit]] = {}

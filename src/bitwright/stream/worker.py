@@ -1,8 +1,8 @@
 """A worker process: it takes units from the process that started it, and reports what becomes of them.
 
-A plan and then units come in on standard input, messages go out on standard output, both pickled: either end of the
-pipe is our own. If the input ends before it was announced, the parent is gone, and the worker ends too: it must not go
-on writing into a folder that another run may have taken over.
+It receives a plan and then units on standard input, and sends messages on standard output. Both are pickled, because
+both ends of the pipe are our own. If the input ends without notice, the parent has ended, and the worker ends too: it
+must not write into a folder that another run may have taken over.
 """
 
 import os
@@ -27,21 +27,21 @@ from bitwright.stream.units import Unit
 
 @dataclass(frozen=True)
 class Began:
-    """The worker has begun with this tensor."""
+    """The message that the worker has begun with a tensor."""
 
     tensor: str
 
 
 @dataclass(frozen=True)
 class Done:
-    """The part of a unit is durable."""
+    """The message that the part of a unit is durable."""
 
     part: Part
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The worker stops: with a user's error, or with the traceback of one that is ours."""
+    """The message that the worker stops: with a UserError, or with the traceback of a bug."""
 
     error: UserError | None
     text: str
@@ -49,17 +49,17 @@ class Failed:
 
 @dataclass(frozen=True)
 class Ended:
-    """Every unit is done, and no more are to come."""
+    """The message that every unit is done and no more will come."""
 
 
 class _Channel:
-    """The messages to the parent, from several threads."""
+    """The channel for messages to the parent; several threads use it."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.lock = stream, threading.Lock()
 
     def send(self, message: Began | Done | Failed | Ended) -> None:
-        """Write one message whole."""
+        """Write one message, which no other thread interrupts."""
         with self.lock:
             pickle.dump(message, self.stream)
             self.stream.flush()
@@ -68,7 +68,7 @@ class _Channel:
 def main() -> None:
     """Work until the parent sends no more."""
     channel = _Channel(os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # whatever a library prints must not come between the messages
+    os.dup2(2, 1)  # so that nothing a library prints comes between the messages
     torch.set_num_threads(1)
     plan = _plan(sys.stdin.buffer)
     units: queue.Queue[Unit | None] = queue.Queue()
@@ -86,7 +86,7 @@ def main() -> None:
         channel.send(Failed(error, str(error)))
     except BaseException:
         channel.send(Failed(None, traceback.format_exc()))
-    os._exit(0)  # an ordinary exit would wait for standard input, which the listening thread holds
+    os._exit(0)  # an ordinary exit would wait for the thread that reads standard input
 
 
 def _plan(stream: BinaryIO) -> TensorPlan:

@@ -1,6 +1,6 @@
-"""Worker processes that start while this one still imports what it needs: most of a start is importing torch.
+"""A pool of worker processes that start while this process still imports torch, which takes most of a start.
 
-Nothing heavy is imported here.
+So nothing heavy is imported here.
 """
 
 import os
@@ -11,23 +11,23 @@ from types import TracebackType
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""The setting that makes glibc ask for huge pages: page faults would take a few percent of a worker's time."""
+"""The setting that makes glibc ask for huge pages; page faults would take a few percent of a worker's time."""
 
 
 def start_workers(workers: int | None) -> "WorkerPool":
-    """Start so many worker processes, but no more than this process may use cores; none for a single worker."""
+    """Start worker processes, at most one per usable core; start none for a single worker."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return WorkerPool(min(workers, cores) if workers is not None and workers > 1 else 0)
 
 
 class WorkerPool:
-    """Worker processes that wait for a plan. Leaving the context ends those that nobody has taken."""
+    """Worker processes that wait for a plan; leaving the context ends those that nobody has taken."""
 
     def __init__(self, count: int = 0) -> None:
         self._waiting = [_start() for _ in range(count)]
 
     def take(self) -> "subprocess.Popen[bytes]":
-        """A process that waits for a plan: one of the pool, or a new one if none is left."""
+        """Take a process that waits for a plan: from the pool, or a new one if the pool is empty."""
         return self._waiting.pop() if self._waiting else _start()
 
     def __enter__(self) -> "WorkerPool":

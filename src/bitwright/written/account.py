@@ -1,4 +1,4 @@
-"""The account of a run, bitwright.json, and what tells one run from another before it is continued."""
+"""The account of a run, bitwright.json, and the identity by which a run that goes on knows its own work."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,16 @@ from bitwright.prepare.prepared import Prepared, settled_format
 EXPECTED_SHARE = 0.01
 """The share of weights beyond three standard deviations in trained models."""
 WRITTEN = "written"
-"""The key of an identity under which stands when the model's files were written to."""
+"""The key of an identity for the times at which the model's files were written."""
 LOST = 0.5
-"""A weight of which more is lost, ``|W_q - W|^2 / |W|^2``, is worth a note."""
+"""The relative squared error, ``|W_q - W|^2 / |W|^2``, above which a linear gets a note."""
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 
 def identity(run: Prepared) -> dict[str, Any]:
-    """What decides the bytes of the result; a run is continued only if all of it is the same."""
+    """Everything that decides the bytes of the result; a run is continued only if all of it is equal."""
     recipe = run.recipe.as_dict()
-    # The model, the calibration data and files are identified by what they hold, not by where they lie.
+    # The model, the calibration data and files are identified by their contents, not by their paths.
     for place in ("model", "calibration", "load_parameters", "allocation"):
         del recipe[place]
     return {
@@ -83,7 +83,7 @@ def _totals(run: Prepared, rows: Sequence[LinearReport], folder: Path) -> Totals
 
 
 def _along_the_output(run: Prepared, rows: Sequence[LinearReport]) -> int:
-    """How many linears have groups along their output; the tile of one that is stored [in, out] lies the other way."""
+    """The number of linears with groups along the output; if stored [in, out], their tile is along the second axis."""
     transposed = {weight.name for weight in run.inventory.weights if weight.transposed}
     tiles = (row.tile[::-1] if row.name in transposed else row.tile for row in rows)
     return sum(columns == 1 < rows_ for rows_, columns in tiles)
@@ -95,13 +95,13 @@ def _arithmetic(run: Prepared) -> str:
 
 
 def _settings(run: Prepared) -> dict[str, Any]:
-    """What the methods were told, ``auto`` replaced by what it came to."""
+    """The settings of the methods, with ``auto`` replaced by the choice that was made."""
     settings = run.configuration.values()
     return settings if run.arithmetic is None else settings | {"precision": _name(run.arithmetic)}
 
 
 def _lost(run: Prepared, rows: Sequence[LinearReport]) -> str | None:
-    """A note on linears of which little is left, or of which that cannot be told."""
+    """A note on linears with a large error, or with an error that is no number; None if there are none."""
     lost = [row for row in rows if not row.weight_error <= LOST]
     if not lost:
         return None

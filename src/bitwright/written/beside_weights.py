@@ -1,4 +1,4 @@
-"""What lies beside the weights: config.json, the allocation, and the files of the original that go along."""
+"""The files beside the weights: config.json, the allocation, and sidecar files of the original."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,14 +25,14 @@ COPIED = (
     "USE_POLICY*",
     "NOTICE*",
 )
-"""What goes along besides the weights, as file name patterns."""
+"""The sidecar files that are copied, as file name patterns."""
 
 
 def write_config(
     config: dict[str, Any], format: TensorFormat, written: WrittenModel, folder: Path
 ) -> dict[str, Any] | None:
-    """Write config.json with what a format has to say of the quantized model, and return that."""
-    if written.scheme.kv is not None:  # compressed-tensors asks every attention for it
+    """Write config.json with the format's description of the quantized model, and return that description."""
+    if written.scheme.kv is not None:  # compressed-tensors reads num_key_value_heads for every attention
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
     described = format.config(written)
     if described is not None:
@@ -42,12 +42,12 @@ def write_config(
 
 
 def write_allocation(allocation: Allocation, linears: Iterable[str], folder: Path) -> None:
-    """allocation.json: the scheme of each of these linears, for ``--allocation`` of another run."""
+    """Write allocation.json: the scheme of each of these linears, for ``--allocation`` of another run."""
     write_json(folder / ALLOCATION, allocation.to_json(linears))
 
 
 def copy_along(source: Path, folder: Path) -> None:
-    """Copy the files that go along with a model: tokenizer, generation settings, licence."""
+    """Copy the sidecar files of a model: tokenizer, generation settings, licence."""
     for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)

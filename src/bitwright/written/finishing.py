@@ -1,4 +1,4 @@
-"""From the parts of a run to what its user gets: shards, what lies beside them, the account; or a format's own file."""
+"""Make the result from the parts of a run: shards, the files beside them, the account; or a format's own file."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +22,12 @@ from bitwright.written.beside_weights import copy_along, write_allocation, write
 from bitwright.written.sink import Sink
 
 ON_THE_WAY = "folder"
-"""The quantized folder that a file format is made of, in the work folder."""
+"""The name of the quantized folder, in the work folder, from which a file format is made."""
 TOTALS = "totals"
 
 
 def finish(run: Prepared, work: OutputFolder, sink: Sink, listener: Listener) -> Account:
-    """Make the result in its work folder, every part being there; the account of it."""
+    """Make the result in its work folder from all parts, and return its account."""
     target = run.target
     folder = work.work / ON_THE_WAY if isinstance(target, FileFormat) else work.path
     folder.mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ def finish(run: Prepared, work: OutputFolder, sink: Sink, listener: Listener) ->
 
 
 def _make_folder(run: Prepared, sink: Sink, folder: Path) -> Account:
-    """Make a folder of shards with what lies beside them, and read it back; its account, which is not yet written."""
+    """Make a folder of shards with the files beside them, and verify it; return its account, not yet written."""
     checkpoint, inventory = run.source.checkpoint, run.inventory
     merge_shards(sink.parts, folder, run.recipe.shard_bytes, [checkpoint.stored(name) for name in inventory.as_stored])
     blocks = sink.reports
@@ -68,7 +68,7 @@ def _make_folder(run: Prepared, sink: Sink, folder: Path) -> Account:
 
 @contextmanager
 def leaving_nothing(work: OutputFolder) -> Iterator[None]:
-    """Keep nothing of a file that could not be made of what was read: it is begun anew anyway."""
+    """A context that discards the work if a file cannot be made, because it would be begun anew anyway."""
     try:
         yield
     except OutputError:
@@ -79,9 +79,9 @@ def leaving_nothing(work: OutputFolder) -> Iterator[None]:
 
 
 def notes_on(format: str, differences: Sequence[Difference]) -> list[str]:
-    """What a format changed, for the notes, with the relative squared error.
+    """The notes on tensors that a format changed, with the relative squared errors.
 
-    That is what it quantizes by its nature, embeddings mostly, and the linears whose codes it gave up.
+    These are tensors that only this format quantizes, mostly embeddings, and linears whose codes were not kept.
     """
     also = [difference for difference in differences if difference.fresh]
     without = [difference for difference in differences if not (difference.fresh or difference.codes)]

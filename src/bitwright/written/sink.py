@@ -1,4 +1,4 @@
-"""The sink: takes finished units from whichever driver makes them, and notes them in the journal."""
+"""The sink: it takes finished units from any driver, and notes them in the journal."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ JOURNAL = "journal.jsonl"
 
 
 class Sink:
-    """PartWriter in a work folder, numbered in the order of the model, whatever order they are part in."""
+    """The collector of finished units: their parts are numbered in the order of the model, and noted as they come."""
 
     def __init__(self, folder: Path, journal: Journal, units: Sequence[str]) -> None:
         """``units`` are the names of all units, in the order of the model."""
@@ -25,17 +25,17 @@ class Sink:
 
     @property
     def done(self) -> frozenset[str]:
-        """The units that the journal has, and whose parts are there."""
+        """The units that are in the journal, and whose parts are on disk."""
         return frozenset(self.journal.done)
 
     @property
     def parts(self) -> list[Path]:
-        """Every unit's part, in the order of the model; some may have been merged away."""
+        """The path of every unit's part, in the order of the model; parts that have been merged are gone."""
         return [self.folder / file for file in self.files.values()]
 
     @property
     def reports(self) -> tuple[BlockReport, ...]:
-        """The reports of the blocks, in their order; what several parts say of one block is one report."""
+        """The reports of the blocks, in order; the reports of several parts of a block are joined."""
         reports: dict[str, BlockReport] = {}
         for unit in self.files:
             if entry := self.journal.recorded[unit]["report"]:
@@ -58,7 +58,7 @@ class Sink:
         return sum(self.peaks.values())
 
     def take(self, units: Iterable[Part]) -> None:
-        """Note each unit of a driver as it comes. Raises OutputError, and what the driver raises."""
+        """Note each unit of a driver as it comes. Raises OutputError, and the errors of the driver."""
         for part in units:
             self.note(part)
 

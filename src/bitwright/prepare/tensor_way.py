@@ -21,11 +21,11 @@ from bitwright.prepare.block_way import OTHER, skeleton_of
 from bitwright.prepare.question import Question
 from bitwright.prepare.way import Inventory
 from bitwright.stream.memory import Budget, estimate_tensors
-from bitwright.stream.parallel import TensorDriver
 from bitwright.stream.parts import PartWriter
+from bitwright.stream.pipeline import TensorPlan
 from bitwright.stream.ranks import Ranks
 from bitwright.stream.run_plan import RunPlan
-from bitwright.stream.tensors import TensorPlan
+from bitwright.stream.tensors import TensorDriver
 from bitwright.stream.units import Unit, block_of, units
 from bitwright.stream.worker_pool import WorkerPool
 

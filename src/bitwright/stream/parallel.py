@@ -8,18 +8,13 @@ import queue
 import signal
 import subprocess
 import threading
-from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from typing import Any
 
 from bitwright.core.errors import UserError
-from bitwright.core.progress import Listener, Progress
-from bitwright.stream.memory import peak_memory
 from bitwright.stream.parts import Part
-from bitwright.stream.ranks import Ranks
-from bitwright.stream.tensors import Started, TensorPlan, pipeline
+from bitwright.stream.pipeline import Started, TensorPlan
 from bitwright.stream.units import Unit
 from bitwright.stream.worker import Began, Done, Ended, Failed
 from bitwright.stream.worker_pool import WorkerPool
@@ -30,10 +25,6 @@ UNITS_PER_WORKER = 2
 
 class WorkerError(UserError):
     """The error for a worker process that ended too early."""
-
-
-class _StoppedError(Exception):
-    """An exception for the thread that works: nobody takes its parts any more."""
 
 
 class _Worker:
@@ -71,87 +62,13 @@ class _Worker:
             self.inbox.put((self, None))
 
 
-@dataclass(frozen=True)
-class TensorDriver:
-    """A driver that goes through a checkpoint tensor by tensor, in this process or in worker processes.
+def in_processes(
+    units: Sequence[Unit], plan: TensorPlan, workers: int, pool: WorkerPool, started: Started
+) -> Iterator[Part]:
+    """Make the parts of units in worker processes, in the order in which they are finished.
 
-    Workers come from ``pool`` first. Each of several ranks makes its share.
+    Raises UserError for what a worker met, or if one died.
     """
-
-    all_units: Sequence[Unit]
-    plan: TensorPlan
-    workers: int
-    pool: WorkerPool
-    ranks: Ranks
-
-    @property
-    def units(self) -> list[str]:
-        """All tensors, in units."""
-        return [unit.name for unit in self.all_units]
-
-    def parts(self, files: Mapping[str, str], done: Collection[str], listener: Listener) -> Iterator[Part]:
-        """Make this rank's share of the parts.
-
-        Raises the UserError of a worker, or one for a worker that died; finished parts stay.
-        """
-        done = self.ranks.from_first(frozenset(done) if self.ranks.first else None)
-        units = [replace(unit, file=files[unit.name]) for unit in self.all_units if unit.name not in done]
-        todo = self.ranks.share(units)
-        nbytes = {unit.name: unit.nbytes for unit in todo}
-        total, finished = sum(nbytes.values()), 0
-
-        one_at_a_time = threading.Lock()
-
-        def started(tensor: str) -> None:
-            with one_at_a_time:
-                listener(Progress("quantize", finished, total, "bytes", peak_memory(), detail=tensor))
-
-        for part in _in_parts(todo, self.plan, self.workers, self.pool, started):
-            yield part
-            finished += nbytes[part.unit]
-            started("")
-
-
-def _in_parts(
-    units: Sequence[Unit], plan: TensorPlan, workers: int, pool: WorkerPool, started: Started
-) -> Iterator[Part]:
-    if workers == 1 or len(units) < 2:
-        return _in_this_process(units, plan, started)
-    return _in_processes(units, plan, workers, pool, started)
-
-
-def _in_this_process(units: Sequence[Unit], plan: TensorPlan, started: Started) -> Iterator[Part]:
-    """Work in a thread, so that each part is yielded as soon as it is durable."""
-    durable: queue.SimpleQueue[Part | BaseException | None] = queue.SimpleQueue()
-    stop = threading.Event()
-
-    def unless_stopped(tensor: str) -> None:
-        if stop.is_set():
-            raise _StoppedError
-        started(tensor)
-
-    def work() -> None:
-        try:
-            deque(pipeline(units, plan, unless_stopped, durable.put), maxlen=0)
-            durable.put(None)
-        except BaseException as error:
-            durable.put(error)
-
-    thread = threading.Thread(target=work, name="tensors")
-    thread.start()
-    try:
-        while (part := durable.get()) is not None:
-            if isinstance(part, BaseException):
-                raise part
-            yield part
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _in_processes(
-    units: Sequence[Unit], plan: TensorPlan, workers: int, pool: WorkerPool, started: Started
-) -> Iterator[Part]:
     waiting, left, by_name = iter(units), len(units), {unit.name: unit for unit in units}
     inbox: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
     with _started(pool, plan, min(workers, len(units)), inbox) as processes:

@@ -1,189 +1,98 @@
-"""One tensor in memory at a time: read it, quantize it, encode it, write it. This needs no model.
+"""The driver that goes through a checkpoint tensor by tensor, whatever the architecture: no model is built."""
 
-One thread reads ahead of the arithmetic, another writes behind it. ``pipeline`` runs in this process, in worker
-processes (``parallel.py``) and on other machines (``ranks.py``).
-"""
+import queue
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import chain, groupby
-from operator import itemgetter
-from typing import Any, TypeVar
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from bitwright.checkpoint.ranges import Stored, is_finite
-from bitwright.checkpoint.reader import Checkpoint
-from bitwright.core.account import BlockReport
-from bitwright.core.configuration import Configured
-from bitwright.core.decisions import LinearDecision
-from bitwright.core.method import DataFree, WeightContext
-from bitwright.core.panels import panels
-from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import Scheme
-from bitwright.core.weight import Weight
-from bitwright.steps.apply import quantize_linear, require_held
-from bitwright.steps.outliers import bounds_of
-from bitwright.stream.memory import keep_freed_memory
-from bitwright.stream.parts import Encoded, LinearSums, PartWriter, Written
-from bitwright.stream.run_plan import RunPlan
+from bitwright.core.progress import Listener, Progress
+from bitwright.stream.memory import peak_memory
+from bitwright.stream.parallel import in_processes
+from bitwright.stream.parts import Part
+from bitwright.stream.pipeline import Started, TensorPlan, pipeline
+from bitwright.stream.ranks import Ranks
 from bitwright.stream.units import Unit
-
-T = TypeVar("T")
-_END = object()
+from bitwright.stream.worker_pool import WorkerPool
 
 
 @dataclass(frozen=True)
-class TensorPlan:
-    """The plan for every weight, in a form that can be sent to another process.
+class TensorDriver:
+    """A driver that goes through a checkpoint tensor by tensor, in this process or in worker processes.
 
-    The methods of ``run`` are data-free. ``parts`` writes the parts.
+    Workers come from ``pool`` first. Each of several ranks makes its share.
     """
 
-    checkpoint: Checkpoint
-    run: RunPlan
-    device: str
-    writer: PartWriter
+    all_units: Sequence[Unit]
+    plan: TensorPlan
+    workers: int
+    pool: WorkerPool
+    ranks: Ranks
+
+    @property
+    def units(self) -> list[str]:
+        """All tensors, in units."""
+        return [unit.name for unit in self.all_units]
+
+    def parts(self, files: Mapping[str, str], done: Collection[str], listener: Listener) -> Iterator[Part]:
+        """Make this rank's share of the parts.
+
+        Raises the UserError of a worker, or one for a worker that died; finished parts stay.
+        """
+        done = self.ranks.from_first(frozenset(done) if self.ranks.first else None)
+        units = [replace(unit, file=files[unit.name]) for unit in self.all_units if unit.name not in done]
+        todo = self.ranks.share(units)
+        nbytes = {unit.name: unit.nbytes for unit in todo}
+        total, finished = sum(nbytes.values()), 0
+
+        one_at_a_time = threading.Lock()
+
+        def started(tensor: str) -> None:
+            with one_at_a_time:
+                listener(Progress("quantize", finished, total, "bytes", peak_memory(), detail=tensor))
+
+        for part in _in_parts(todo, self.plan, self.workers, self.pool, started):
+            yield part
+            finished += nbytes[part.unit]
+            started("")
 
 
-Started = Callable[[str], None]
-"""A function that is called with the name of each tensor before its arithmetic."""
+def _in_parts(
+    units: Sequence[Unit], plan: TensorPlan, workers: int, pool: WorkerPool, started: Started
+) -> Iterator[Part]:
+    if workers == 1 or len(units) < 2:
+        return _in_this_process(units, plan, started)
+    return in_processes(units, plan, workers, pool, started)
 
 
-def pipeline(units: Iterable[Unit], plan: TensorPlan, started: Started, written: Written) -> Iterator[Unit]:
-    """Make the part of every unit, and yield each unit when its part is handed to the writing thread. Raises UserError.
-
-    A unit that is only copied, such as a large embedding, is only checked, in the background; its part is empty.
-    """
-    keep_freed_memory()
-    with ThreadPoolExecutor(1, "behind") as behind, ThreadPoolExecutor(1, "aside") as aside:
-        writing, copying = list[Future[None]](), list[Future[None]]()
-        for _, read in groupby(_one_ahead(_read(units, plan)), lambda item: item[0].name):
-            quantized = _quantized_unit(read, plan, started)
-            if not quantized.unit.weights:
-                copying.append(aside.submit(_write, quantized, plan, written))
-            else:
-                for future in (*writing, *filter(Future.done, copying)):
-                    future.result()
-                writing = [behind.submit(_write, quantized, plan, written)]
-            yield quantized.unit
-        for future in (*writing, *copying):
-            future.result()
+class _StoppedError(Exception):
+    """An exception for the thread that works: nobody takes its parts any more."""
 
 
-_Read = tuple[Unit, Weight | None, Tensor]
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+def _in_this_process(units: Sequence[Unit], plan: TensorPlan, started: Started) -> Iterator[Part]:
+    """Work in a thread, so that each part is yielded as soon as it is durable."""
+    durable: queue.SimpleQueue[Part | BaseException | None] = queue.SimpleQueue()
+    stop = threading.Event()
 
+    def unless_stopped(tensor: str) -> None:
+        if stop.is_set():
+            raise _StoppedError
+        started(tensor)
 
-def _read(units: Iterable[Unit], plan: TensorPlan) -> Iterator[_Read]:
-    """Read every slice of every weight, as it is stored; a unit without weights comes once, without a slice.
+    def work() -> None:
+        try:
+            deque(pipeline(units, plan, unless_stopped, durable.put), maxlen=0)
+            durable.put(None)
+        except BaseException as error:
+            durable.put(error)
 
-    The memory of a slice is used again for the slice after the next: getting new memory costs more than reading.
-    """
-    memory = [_NOTHING, _NOTHING]
-    for unit in units:
-        if not unit.weights:
-            yield unit, None, _NOTHING
-        for weight in unit.weights:
-            for number in range(weight.slices):
-                memory.reverse()
-                if len(memory[0]) < (nbytes := plan.checkpoint.nbytes(weight.tensor) // weight.slices):
-                    memory[0] = torch.empty(nbytes, dtype=torch.uint8)
-                yield unit, weight, _slice(plan.checkpoint, weight, number, memory[0])
-
-
-def _slice(checkpoint: Checkpoint, weight: Weight, number: int, memory: Tensor) -> Float[Tensor, "O I"]:
-    """Read one slice into ``memory``. Raises CheckpointError if it has a NaN or infinity."""
-    name, rows = weight.tensor, weight.slice[0]
-    if weight.stacked:
-        stored = checkpoint.read_slice(name, number, number + 1, memory)[0]
-    else:
-        stored = checkpoint.read_slice(name, 0, rows, memory)
-    if not is_finite(stored):
-        checkpoint.check_finite_tensor(name)
-    return stored
-
-
-@dataclass
-class _Quantized:
-    """A quantized unit: its linears as they will be stored, with their reports."""
-
-    unit: Unit
-    linears: list[Encoded] = field(default_factory=list)
-
-
-def _quantized_unit(read: Iterator[_Read], plan: TensorPlan, started: Started) -> _Quantized:
-    """Quantize and encode the linears of a unit."""
-    first = next(read)
-    unit = _Quantized(first[0])
-    for weight, slices in groupby(chain((first,), read), itemgetter(1)):
-        if weight is None:
-            continue
-        started(weight.tensor)
-        sums = LinearSums(weight.name, weight.shape, plan.writer)
-        quantized = (_quantized(stored, weight, plan, sums) for _, _, stored in slices)
-        if weight.stacked:
-            tensors = plan.writer.format.encode_stacked(weight.tensor, list(quantized))
-        else:
-            tensors = plan.writer.format.encode(weight.name, next(quantized))
-        own = plan.run.allocation.own.get(weight.name)
-        unit.linears.append((tensors, sums.report(scheme="" if own is None else str(own))))
-    return unit
-
-
-def _write(quantized: _Quantized, plan: TensorPlan, written: Written) -> None:
-    unit, copied = quantized.unit, dict[str, Tensor | Stored]()
-    for name in unit.copied:
-        plan.checkpoint.check_finite_tensor(name)
-        if unit.weights:
-            copied[name] = plan.checkpoint.stored(name)
-    report = BlockReport(unit.block, ()) if quantized.linears else None
-    written(plan.writer.write(unit.name, unit.file, report, quantized.linears, copied))
-
-
-@torch.no_grad()
-def _quantized(stored: Float[Tensor, "O I"], weight: Weight, plan: TensorPlan, sums: LinearSums) -> QTensor:
-    """Quantize a linear, a panel of rows at a time."""
-    scheme = weight.scheme(plan.run.allocation.scheme(weight.name))
-    contexts = [_context(stored, weight, scheme, configured, plan) for configured in plan.run.methods]
-    parts = []
-    for here in _rows(stored, scheme, contexts):
-        panel, decided = stored[here].to(plan.device, torch.float32), LinearDecision()
-        for configured, context in zip(plan.run.methods, contexts, strict=True):
-            assert isinstance(configured.method, DataFree)
-            decided = configured.method.decide(panel, context, decided)
-        part = quantize_linear(panel, decided, scheme, plan.run.scales)
-        require_held(weight.name, panel, part)
-        sums.compare(panel, part)
-        parts.append(part)
-    return sums.add(QTensor.of_rows(parts))
-
-
-def _context(
-    stored: Tensor, weight: Weight, scheme: Scheme, configured: Configured, plan: TensorPlan
-) -> WeightContext[Any]:
-    """The context that one method gets with a weight."""
-    freedom = configured.freedom(plan.run.allocation.scheme(weight.name))
-    tiles = freedom.tiles if weight.takes_tiles(freedom.compared) else ()
-    outliers = bounds_of(stored, scheme.tile, freedom.outliers, plan.device)
-    return WeightContext(configured.settings(scheme), scheme, plan.run.scales, tiles, outliers)
-
-
-def _rows(stored: Tensor, scheme: Scheme, contexts: Iterable[WeightContext[Any]]) -> list[slice]:
-    """The panels of a weight; a single one if a method chooses between tiles by the whole weight."""
-    if any(context.tiles for context in contexts):
-        return [slice(None)]
-    return panels((stored.shape[0], stored.shape[1]), scheme.tile)
-
-
-def _one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items; another thread makes the next while one is used. An error is raised in its item's place."""
-    with ThreadPoolExecutor(1, "ahead") as thread:
-        source = iter(items)
-        coming = thread.submit(next, source, _END)
-        while (item := coming.result()) is not _END:
-            coming = thread.submit(next, source, _END)
-            yield item  # type: ignore[misc]
+    thread = threading.Thread(target=work, name="tensors")
+    thread.start()
+    try:
+        while (part := durable.get()) is not None:
+            if isinstance(part, BaseException):
+                raise part
+            yield part
+    finally:
+        stop.set()
+        thread.join()

@@ -21,7 +21,7 @@ import torch
 from bitwright.core.errors import UserError
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.parts import Part
-from bitwright.stream.tensors import TensorPlan, pipeline
+from bitwright.stream.pipeline import TensorPlan, pipeline
 from bitwright.stream.units import Unit
 
 

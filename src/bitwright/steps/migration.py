@@ -1,7 +1,7 @@
 """The transform decision in closed form: how far a site's scale and shift move difficulty from inputs into weights.
 
 With x the inputs of a site's consumers and W their weights, per free channel j (channels that must share a scale count
-as one, with their largest value):
+as one, with their largest value; consumers that stay in full precision do not count):
 
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)        SmoothQuant, arXiv 2211.10438, eq. 4
     delta_j = (max x_j + min x_j) / 2                  Outlier Suppression+, arXiv 2304.09145

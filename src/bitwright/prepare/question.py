@@ -71,6 +71,7 @@ class Question:
     def allocation(self, inventory: Inventory) -> Allocation:
         """The scheme of every linear of a model. Raises RecipeError as ``AllocationRules.allocation``."""
         others = (name.removesuffix(".weight") for name in inventory.kept)
-        schemes = self.rules.allocation(inventory.linears, inventory.kept_linears, others).schemes
-        adapted = {name: scheme and self.adapted(scheme) for name, scheme in schemes.items()}
-        return Allocation(self.scheme, {name: scheme for name, scheme in adapted.items() if scheme != self.scheme})
+        asked = self.rules.allocation(inventory.linears, inventory.kept_linears, others)
+        default = self.adapted(asked.default)
+        adapted = {name: scheme and self.adapted(scheme) for name, scheme in asked.schemes.items()}
+        return Allocation(default, {name: s for name, s in adapted.items() if s != default}, asked.asked)

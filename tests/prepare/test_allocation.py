@@ -272,3 +272,20 @@ def test_a_tied_output_layer_can_be_excluded(tiny: Checkpoints) -> None:
     recipe = Recipe(str(tiny(tie_word_embeddings=True)), "W4A16g32", "rtn", quantize_lm_head=True)
     assert bitwright.plan(recipe).linears == 15
     assert bitwright.plan(replace(recipe, exclude="lm_head")).linears == 14
+
+
+@pytest.mark.parametrize(("how", "says"), [
+    ({"format": "awq"}, "awq cannot hold 8-bit asymmetric weights"), ({"engines": "vllm"}, "vllm cannot run scheme W8"),
+])  # fmt: skip
+def test_a_refusal_names_the_file_that_asked(how: dict[str, Any], says: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"linears": {f"{BLOCKS[0]}.{DOWN}": "W8A16"}}))
+    recipe = Recipe(str(tiny()), "W4A16g32", "rtn", allocation=str(tmp_path / "a.json"))
+    with pytest.raises(RecipeError, match=rf"{says}.* of model\.layers\.0\.{DOWN} \(--allocation .*a\.json\)"):
+        bitwright.plan(recipe.changed(**how))
+
+
+def test_an_engine_is_asked_for_the_schemes_that_linears_have(tiny: Checkpoints) -> None:
+    recipe = Recipe(str(tiny()), "W3A16g32", "rtn", scheme_for="*=W4A16g32sym", engines="vllm")
+    assert bitwright.plan(recipe).scheme == "W4A16g32sym"
+    with pytest.raises(RecipeError, match="vllm cannot run scheme W3A16g32"):
+        bitwright.plan(recipe.changed(scheme_for="*.self_attn.*=W4A16g32sym"))

@@ -182,12 +182,12 @@ def _require_texts(key: str, value: Any) -> None:
     wrong = next((item for item in items if not all(isinstance(text, str) for text in item)), None)
     if wrong is None:
         return
-    found = {wrong[0]: wrong[1]} if isinstance(value, dict) else wrong[0]
+    entry = {wrong[0]: wrong[1]} if isinstance(value, dict) else wrong[0]
     if key == "scheme_for":
         way = "write each as a text, - '*.down_proj=W8A16g128', or a mapping without dashes, '*.down_proj': W8A16g128"
     else:
         way = "write a list of texts, - '*.down_proj'"
-    raise RecipeError(f"recipe key '{key}' has {shown(found)} in it; {way}")
+    raise RecipeError(f"recipe key '{key}' has {shown(entry)} in it; {way}")
 
 
 def _number(text: str) -> float | str:

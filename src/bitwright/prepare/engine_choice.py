@@ -73,8 +73,8 @@ def _mixing(question: EngineQuestion, engine: Engine) -> list[Way]:
     mixed = " and ".join(str(workload.scheme) for workload in question.workload.uniform())
     why = "; ".join(f"in {' and '.join(formats_of(ways))} it does not run {why}" for why, ways in refused.items())
     raise RecipeError(
-        f"{engine.name} cannot run {question.model.name} so: {why or f'no one format of it holds {mixed}'}"
-        f"{_asked_apart(question)}; {TABLE}"
+        f"{engine.name} cannot run {question.model.name} so{_asked_apart(question)}: "
+        f"{why or f'no one format of it holds {mixed}'}; {TABLE}"
     )
 
 
@@ -83,7 +83,7 @@ def _asked_apart(question: EngineQuestion) -> str:
     rules, linears = question.model.question.rules, question.workload.exceptions
     asked = list(dict.fromkeys(text for linear in linears if (text := rules.asked_for(linear)) is not None))
     more = f" and {len(asked) - SHOWN} more" if len(asked) > SHOWN else ""
-    return f" (asked by {', '.join(asked[:SHOWN])}{more})" if asked else ""
+    return f" ({', '.join(asked[:SHOWN])}{more})" if asked else ""
 
 
 def _not_loaded(engine: Engine, format: str) -> RecipeError:

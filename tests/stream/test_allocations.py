@@ -47,10 +47,11 @@ def models(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Model
         vocab_size=256, hidden_size=64, ffn_dim=96, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=64,
         max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=1,
     )  # fmt: skip
-    model, generator = OPTForCausalLM(config), torch.Generator().manual_seed(3)
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.15 * torch.randn(parameter.shape))
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return {"opt": folder, "llama": tiny("float32", num_hidden_layers=1)}.__getitem__
@@ -134,7 +135,7 @@ def test_one_linear_alone(method: str, model: str, models: Models, run: Run) -> 
 def test_neighbours_in_full_precision_are_transformed_too(method: str, model: str, models: Models, run: Run) -> None:
     written, folded = run(model, method, exclude=f"*.q_proj,*.k_proj,*.{LINEARS[model][4]}")
     require_the_function(models(model), written, folded)
-    if method != "equalize":  # which acts only on channels that stand out
+    if method not in ("equalize", "let"):  # which may find that nothing is to be gained
         assert folded.transformed
 
 

@@ -4,6 +4,7 @@ Everything that Bitwright does takes them as if they had always been there.
 """
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import HeliumConfig, HeliumForCausalLM
 import bitwright
 from bitwright import api, cli
 from bitwright.core.errors import RecipeError
+from bitwright.formats import QuantizedFolder
 
 METHOD = '''
 """A method that halves its ranges so many times."""
@@ -90,11 +92,22 @@ def decode(tensors, name, grid):
     return read(tensors, name, Described(grid)).dequantize()
 
 def config(model):
-    grid = model.scheme.weight
-    return {"quant_method": "bytes", "bits": grid.bits, "symmetric": grid.symmetric, "kept": list(model.kept)}
+    own = {name: said(scheme) for name, scheme in model.schemes.items()}
+    return {"quant_method": "bytes", **said(model.scheme), "own": own, "kept": list(model.kept)}
+
+def said(scheme):
+    return {"bits": scheme.weight.bits, "symmetric": scheme.weight.symmetric, "group": scheme.tile.in_}
+
+def grid_of(said):
+    return Grid.integers(said["bits"], said["symmetric"])
 
 def described(config):
-    return Described(Grid.integers(config["bits"], config["symmetric"]), kept=tuple(config["kept"]))
+    own = config["own"]
+    return Described(
+        grid_of(config), kept=tuple(config["kept"]), tile=Tile(1, config["group"]),
+        grids={name: grid_of(said) for name, said in own.items()},
+        named_tiles={name: Tile(1, said["group"]) for name, said in own.items()},
+    )
 
 def stored_bytes(shape, scheme, dtype):
     rows, columns = scheme.tile.counts(shape[-2:])
@@ -103,7 +116,7 @@ def stored_bytes(shape, scheme, dtype):
 FORMAT = TensorFormat(
     name="bytes", summary="one byte per code", holds=holds, holds_what="weights in groups along the input, no outliers",
     stored_bytes=stored_bytes, leaves=LEAVES, codes="byte_codes", encode=encode, encode_stacked=refuse_stacked,
-    decode=decode, config=config, mixes=False, weights_only=True,
+    decode=decode, config=config, weights_only=True,
     reader=Reader(
         described=described, shape=lambda shapes, tensors, grid: shapes("byte_codes"), read=read,
         codes_may_be_weight=lambda described: False,
@@ -243,6 +256,49 @@ def test_all_of_them_together(method: str, calibration: str | None, model: Path,
     assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
     file = bitwright.verify(tmp_path / "file.lump", tmp_path / "out")
     assert file.passed and file.largest_error == 0.0, file
+
+
+@pytest.mark.parametrize("calibration", [None, "builtin"])
+def test_schemes_of_their_own(calibration: str | None, model: Path, tmp_path: Path) -> None:
+    """What the config of the new format is told, and what is read of it again, linear by linear."""
+    down, up, q = "mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"
+    recipe = bitwright.Recipe(
+        str(model), "W4A16g32", "smoothquant+tighter" if calibration else "tighter", "bytes", calibration, 2, 32,
+        scheme_for={f"*.{down}": "W8A16g16", f"*.0.{up}": "W3A16g32sym"}, exclude=f"*.1.{q}",
+    )  # fmt: skip
+    result = bitwright.quantize(recipe, tmp_path / "out")
+    assert (result.scheme, result.linears) == ("W4A16g32", 13)
+    blocks = ("model.layers.0", "model.layers.1")
+    own = {
+        f"{blocks[0]}.{down}": ("W8A16g16", 8, False, 16),
+        f"{blocks[0]}.{up}": ("W3A16g32sym", 3, True, 32),
+        f"{blocks[1]}.{down}": ("W8A16g16", 8, False, 16),
+    }
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["own"] == {
+        name: {"bits": bits, "symmetric": symmetric, "group": group}
+        for name, (_, bits, symmetric, group) in own.items()
+    }
+    assert set(config["kept"]) == {f"{blocks[1]}.{q}", "lm_head"}
+    written = QuantizedFolder.open(tmp_path / "out")
+    rows = {row.name: row for row in bitwright.inspect(tmp_path / "out").linears}
+    for name in written.linears:
+        _, bits, symmetric, group = own.get(name, ("", 4, False, 32))
+        weight, row = written.read(name), rows[name]
+        assert (weight.grid.bits, weight.grid.symmetric) == (bits, symmetric)
+        assert (row.dtype, row.tile) == ("packed", (1, group))
+        assert row.bits_per_weight == 8 + (16 if symmetric else 24) / group
+    assert rows[f"{blocks[1]}.{q}"].dtype == "bfloat16"
+    account = json.loads((tmp_path / "out/bitwright.json").read_text())
+    linears = [linear for block in account["blocks"] for linear in block["linears"]]
+    schemes = {linear["name"]: linear["scheme"] for linear in linears if "scheme" in linear}
+    assert schemes == {name: scheme for name, (scheme, *_) in own.items()}
+    assert bitwright.verify(tmp_path / "out", model).passed
+    there = bitwright.export(tmp_path / "out", tmp_path / "ours", format="bitwright")
+    back = bitwright.export(tmp_path / "ours", tmp_path / "back", format="bytes")
+    assert there.exact == back.exact == 13
+    assert json.loads((tmp_path / "back/config.json").read_text())["quantization_config"]["own"] == config["own"]
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
 
 
 def test_the_file_format_at_once(model: Path, tmp_path: Path) -> None:

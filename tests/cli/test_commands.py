@@ -292,6 +292,17 @@ class TestUsage:
             (["quantize", "m"], "which scheme: give --scheme"),
             (["evaluate"], "Missing argument 'folder'."),
             (["inspect"], "Missing argument 'path'."),
+            (["verify"], "Missing argument 'folder'. For example: bitwright verify OUTPUT --against MODEL"),
+            (["verify", "a", "b"], "extra argument(s) (b). For example: bitwright verify OUTPUT --against MODEL"),
+            (["verify", "a", "--against"], "'--against' requires an argument. For example: bitwright verify OUTPUT"),
+            (
+                ["export", "a", "--format", "awq"],
+                "'--output' / '-o'. For example: bitwright export OUTPUT --format gguf",
+            ),
+            (
+                ["export", "a", "-o", "b"],
+                "Missing option '--format'. For example: bitwright export OUTPUT --format gguf",
+            ),
         ],
     )
     def test_mistakes(self, run: Run, arguments: list[str], says: str) -> None:

@@ -1,5 +1,6 @@
 """A YAML recipe says the same as the flags."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,31 @@ def test_patterns_and_how_to_run(run: Run, write: Write, tmp_path: Path, pattern
 )
 def test_how_to_run_wrongly(refused: Refused, write: Write, keys: dict[str, Any], says: str) -> None:
     assert says in refused("quantize", "--recipe", write(**keys))
+
+
+QUOTES = r"line 3: YAML takes a text that begins with \* for an alias; put patterns in quotes: '\*\.down_proj'$"
+
+
+@pytest.mark.parametrize(("written", "says"), [
+    ("scheme-for: [{'*.down_proj': W8A16}]", r"'scheme_for' has {'\*\.down_proj': 'W8A16'} in it; write each as"),
+    ("scheme-for: {'*.down_proj': 8}", r"'scheme_for' has {'\*\.down_proj': 8} in it; .*'\*\.down_proj': W8A16g128$"),
+    ("scheme-for: {'*.down_proj': }", r"'scheme_for' has {'\*\.down_proj': None} in it; write"),
+    ("exclude: [{'*.down_proj': true}]", r"'exclude' has {'\*\.down_proj': True} in it; write a list of texts"),
+    ("exclude: [null]", r"'exclude' has None in it; write a list of texts"),
+    ("scheme-for:", r"key 'scheme_for' is empty; leave it out, or write .*scheme_for: {'\*\.down_proj': W8A16g128}"),
+    ("exclude:", r"key 'exclude' is empty; leave it out, or write a pattern, exclude: '\*\.down_proj', or a list"),
+    ("include: []", r"key 'include' is empty; leave it out"), ("exclude: ''", r"key 'exclude' is empty; leave it out"),
+    ("exclude: *.down_proj", QUOTES), ("exclude: *down_proj", QUOTES), ("exclude: [*]", QUOTES),
+    ("scheme-for: {*.down_proj: W8A16}", QUOTES),
+])  # fmt: skip
+def test_patterns_that_are_none(refused: Refused, model: Path, tmp_path: Path, written: str, says: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {model}\nscheme: W4A16g32\n{written}\n")
+    assert re.search(says, refused("quantize", "--recipe", recipe, "-o", tmp_path / "out").strip(), re.DOTALL)
+
+
+def test_null_is_no_pattern(run: Run, model: Path, tmp_path: Path) -> None:
+    """As a recipe that was written down from ``bitwright.json`` has it."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {model}\nscheme: W4A16g32\nexclude: null\nscheme-for: null\n")
+    assert run("quantize", "--recipe", recipe, "--dry-run", "--json").json["linears"] == 14

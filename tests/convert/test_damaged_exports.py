@@ -122,6 +122,16 @@ def test_a_model_that_is_not_whole(format: str, lacking: str, folders: Folders, 
     assert names(tmp_path) == ["damaged"]
 
 
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("format", ["awq", "bitwright", "compressed-tensors", "dense", "gguf", "mlc"])
+def test_scales_that_are_not_finite(format: str, number: float, lossy: bool, folders: Folders, tmp_path: Path) -> None:
+    damaged = changed(folders("gptq"), tmp_path / "damaged", lambda t: t[f"{LAST}.scales"][0].fill_(number))
+    says = rf"{LAST}: 64 of its 128 scales are not finite \(NaN or infinite\).*damaged"
+    with pytest.raises(CheckpointError, match=says):
+        bitwright.export(damaged, tmp_path / "out", format=format, lossy=lossy)
+
+
 @pytest.mark.parametrize("format", ["gguf", "mlc"])
 def test_of_a_file_that_cannot_be_made_nothing_is_left(format: str, folders: Folders, tmp_path: Path) -> None:
     """A scale that is no number is seen only when it is read."""

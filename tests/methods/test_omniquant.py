@@ -211,7 +211,11 @@ def test_parameters_are_saved_and_loaded(recipe: bitwright.Recipe, tmp_path: Pat
     bitwright.quantize(again, tmp_path / "loaded")
     first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("trained", "loaded"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    for other in (again.changed(scheme="W6A6"), again.changed(method="lwc"), again.changed(sites="all")):
+    unlike: list[dict[str, Any]] = [
+        {"scheme": "W6A6"}, {"method": "lwc"}, {"sites": "all"}, {"exclude": "*.q_proj"},
+        {"scheme_for": "*.0.*.q_proj=W8A4"},
+    ]  # fmt: skip
+    for other in (again.changed(**changes) for changes in unlike):
         with pytest.raises(RecipeError, match="was saved for"):
             bitwright.quantize(other, tmp_path / "other")
     with pytest.raises(RecipeError, match="rtn learns nothing"):

@@ -160,7 +160,20 @@ def test_the_plan_counts_it(tiny: Checkpoints) -> None:
     plain = bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn"))
     mixed = bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn", scheme_for="*=W8A16g32"))
     assert mixed.bits_per_weight == plain.bits_per_weight + 4 + 4 / 32 and mixed.bytes_out > plain.bytes_out
-    assert "schemes of their own: W8A16g32 for 14 linears" in mixed.notes
+    assert mixed.scheme == "W8A16g32" and not mixed.notes, "no linear has the default"
+    most = bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn", scheme_for="*.mlp.*=W8A16g32,*_attn.*=W3A16g32"))
+    assert most.scheme == "W3A16g32" and most.notes == ("schemes of their own: W8A16g32 for 6 linears",)
+
+
+def test_the_result_names_the_scheme_that_the_linears_have(tiny: Checkpoints, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny()), "W4A16g32", "rtn", scheme_for="*=W8A16g32")
+    result = bitwright.quantize(recipe, tmp_path / "out")
+    assert result.scheme == bitwright.inspect(tmp_path / "out").scheme == "W8A16g32"
+    assert json.loads((tmp_path / "out/bitwright.json").read_text())["scheme"] == "W8A16g32"
+    plain = bitwright.quantize(recipe.changed(scheme="W8A16g32", scheme_for=None), tmp_path / "plain")
+    assert plain.scheme == result.scheme
+    files = ("model.safetensors", "config.json", "allocation.json")
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes() for name in files)
 
 
 @pytest.mark.parametrize("calibration", [None, "builtin"])
@@ -170,7 +183,16 @@ def test_the_plan_counts_it(tiny: Checkpoints) -> None:
     ({"scheme_for": "*.down_proj=W9A16"}, r"--scheme-for \*\.down_proj: scheme 'W9A16' asks for weights of 9 bits"),
     (
         {"scheme_for": "*.0.*=W8A16,*.q_proj=W3A16"},
-        r"\*\.0\.\*=W8A16 and --scheme-for \*\.q_proj=W3A16 both fit model\.layers\.0\.self_attn\.q_proj, and disagree",
+        r"\*\.0\.\*=W8A16 and --scheme-for \*\.q_proj=W3A16 both fit model\.layers\.0\.self_attn\.q_proj, and "
+        r"disagree; make one of the patterns narrower: --scheme-for 'model\.layers\.1\.self_attn\.q_proj=W3A16'",
+    ),
+    (
+        {"scheme_for": "*=W8A16,*_proj=W3A16,"},
+        r"\*=W8A16 and --scheme-for \*_proj=W3A16 both fit .*disagree; leave one of them out; an --allocation file",
+    ),
+    (
+        {"scheme_for": "*=W8A16,*.q_proj,*.k_proj=W3A16"},
+        r"--scheme-for '\*\.v_proj,\*\.o_proj,\*\.gate_proj,\*\.up_proj,\*\.down_proj=W8A16' in the place of \*=W8A16",
     ),
     ({"scheme_for": "lm_head=W8A16"}, r"--scheme-for lm_head fits lm_head alone, .*--quantize-lm-head quantizes it"),
     ({"scheme_for": "*.q_proj=W8A16", "exclude": "*.q_proj"}, r"fits .*q_proj and 1 more alone, .* --exclude says"),
@@ -178,17 +200,27 @@ def test_the_plan_counts_it(tiny: Checkpoints) -> None:
     ({"scheme_for": "*.q_proj=mlc:q4f16_1"}, "the grid of an engine is that of the whole model"),
     (
         {"scheme_for": "*.q_proj=W4A16g48"},
-        r"q_proj \[64, 64\] under scheme W4A16g48: .*groups of 48; what divides them",
+        r"q_proj \[64, 64\] under scheme W4A16g48 \(--scheme-for \*\.q_proj=W4A16g48\): .*groups of 48; what divides",
     ),
     (
         {"scheme_for": "*.q_proj=W8A16g32", "format": "awq"},
-        r"format awq cannot hold 8-bit asymmetric weights in these groups, which scheme W8A16g32 of .*q_proj",
+        r"awq cannot hold 8-bit asymmetric weights in these groups, which scheme W8A16g32 of .*q_proj \(--scheme-for "
+        r"\*\.q_proj=W8A16g32\) .*The nearest scheme that it holds is W4A16g32\.",
     ),
     (
         {"scheme_for": "*.q_proj=W4A16g64", "format": "awq"},
-        r"format awq has one scheme for all linears, and .*q_proj is to have W4A16g64 beside W4A16g32",
+        r"format awq has one scheme for all linears, and .*q_proj is to have W4A16g64 beside W4A16g32 \(--scheme-for ",
     ),
-    ({"scheme_for": "*.q_proj=W8A16g32", "engines": "vllm"}, r"vllm cannot run"),
+    ({"scheme_for": "*.q_proj=W8A16g32", "engines": "vllm"}, r"vllm cannot run .* \(--scheme-for \*\.q_proj=W8"),
+    (
+        {"scheme_for": "*.q_proj=W8A16g32sym", "scheme": "W4A16g32sym", "engines": "llama.cpp", "format": "gptq"},
+        r"llama\.cpp does not load",
+    ),
+    (
+        {"scheme_for": "*.q_proj=W4A16g32sym", "format": "gptq"},
+        r"asymmetric weights, and W4A16g32sym is not as W4A16g32 there \(--scheme-for \*\.q_proj=W4A16g32sym\)",
+    ),
+    ({"scheme": "W8A16g64", "format": "gguf"}, r"The nearest scheme that it holds is W8A16g64sym\."),
     ({"exclude": "*.k"}, r"--exclude \*\.k fits no tensor of the checkpoint"),
     ({"exclude": "*"}, r"nothing to quantize"),
 ])  # fmt: skip
@@ -240,3 +272,20 @@ def test_a_tied_output_layer_can_be_excluded(tiny: Checkpoints) -> None:
     recipe = Recipe(str(tiny(tie_word_embeddings=True)), "W4A16g32", "rtn", quantize_lm_head=True)
     assert bitwright.plan(recipe).linears == 15
     assert bitwright.plan(replace(recipe, exclude="lm_head")).linears == 14
+
+
+@pytest.mark.parametrize(("how", "says"), [
+    ({"format": "awq"}, "awq cannot hold 8-bit asymmetric weights"), ({"engines": "vllm"}, "vllm cannot run scheme W8"),
+])  # fmt: skip
+def test_a_refusal_names_the_file_that_asked(how: dict[str, Any], says: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"linears": {f"{BLOCKS[0]}.{DOWN}": "W8A16"}}))
+    recipe = Recipe(str(tiny()), "W4A16g32", "rtn", allocation=str(tmp_path / "a.json"))
+    with pytest.raises(RecipeError, match=rf"{says}.* of model\.layers\.0\.{DOWN} \(--allocation .*a\.json\)"):
+        bitwright.plan(recipe.changed(**how))
+
+
+def test_an_engine_is_asked_for_the_schemes_that_linears_have(tiny: Checkpoints) -> None:
+    recipe = Recipe(str(tiny()), "W3A16g32", "rtn", scheme_for="*=W4A16g32sym", engines="vllm")
+    assert bitwright.plan(recipe).scheme == "W4A16g32sym"
+    with pytest.raises(RecipeError, match="vllm cannot run scheme W3A16g32"):
+        bitwright.plan(recipe.changed(scheme_for="*.self_attn.*=W4A16g32sym"))

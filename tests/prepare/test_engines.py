@@ -197,9 +197,9 @@ def test_linears_left_alone_beside_an_engine_that_leaves_none(tiny: Checkpoints)
     ("W4A16g32", {"self_attn.o_proj": "W3A16g64"}, "gptqmodel", "gptq"),
     ("W4A16g32", {"self_attn.q_proj": "W8A16sym"}, "llama.cpp", "gguf"),
     ("W4A16g32sym", {"self_attn.o_proj": "W4A16g64sym"}, "gptqmodel,vllm", "gptq"),
-    ("W4A16g32", {"self_attn.o_proj": "W8A16g32"}, "vllm", r"W8A16g32 of \S+0\.self_attn\.o_proj: .*is W4A16g32;"),
+    ("W4A16g32", {"self_attn.o_proj": "W8A16g32"}, "vllm", r"of \S+0\.self_attn\.o_proj \(--sch.*is W4A16g32;"),
     ("W4A16g32", {"self_attn.q_proj": "W4A16g64"}, "vllm", r"q_proj at W4A16g64 beside k_proj at W4A16g32, which it"),
-    ("W4A16g32sym", {"mlp.up_proj": "W3A16g40sym"}, "mlc", "so: no one format of it holds W4A16g32sym and W3A16g40"),
+    ("W4A16g32sym", {"mlp.up_proj": "W3A16g40sym"}, "mlc", r"so \(--.*\): no one format of it holds W4A16g32sym and"),
     ("W4A16g32sym", {"mlp.up_proj": "W4A16g64sym"}, "mlc", "in mlc it does not run .* at W4A16g64sym: all linears"),
     ("W4A16g32sym", {"self_attn.o_proj": None}, "mlc", "in mlc it does not run .*o_proj in full precision besi"),
 ])  # fmt: skip

@@ -174,7 +174,7 @@ def engines(as_json: Json = False) -> None:
         engines_screen.engines(out, result)
 
 
-@app.command()
+@app.command(cls=Described)
 def verify(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a quantized model, .gguf file or folder of MLC-LLM, from any tool.")

@@ -29,8 +29,27 @@ SHARDS = "Size limit of a weight file; not for gguf and mlc."
 Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1 ...")]
 
 
+EXAMPLES = {
+    "verify": "bitwright verify OUTPUT --against MODEL",
+    "export": "bitwright export OUTPUT --format gguf --output OTHER.gguf",
+}
+"""How commands are called whose flags are easily left out."""
+UsageError: Any = typer.BadParameter.__base__
+"""What click raises for arguments that it cannot take; newer versions of typer bring a click of their own."""
+
+
 class Described(TyperCommand):
     """A command whose help lists formats and engines, which are looked up only if this command is called."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; what is said of wrong ones ends with an example."""
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            if example := EXAMPLES.get(str(self.name)):
+                begin = f"{error.message.rstrip('.')}. " if error.message else ""
+                error.message = f"{begin}For example: {example}"
+            raise
 
     def get_params(self, ctx: Any) -> list[Any]:
         """All options, with the lists in their help texts."""

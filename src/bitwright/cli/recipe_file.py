@@ -11,19 +11,29 @@ from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.recipe import Recipe
 
 OUTPUT = "output"
+EXAMPLES = {
+    "include": "a pattern, include: '*.router.weight'",
+    "exclude": "a pattern, exclude: '*.down_proj', or a list of them",
+    "scheme_for": "a scheme for a pattern, scheme_for: {'*.down_proj': W8A16g128}",
+}
+"""Keys that hold patterns, and how they are written."""
 
 
 class OnceEach(yaml.SafeLoader):
     """A YAML loader that refuses a key that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build the mapping of a node. Raises ConstructorError for a key that stands twice."""
+        """Build the mapping of a node. Raises ConstructorError for a key that stands twice, and for no patterns."""
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, value in node.value:
             name = str(key.value).replace("-", "_")
             if name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' stands twice", key.start_mark)
             seen.add(name)
+            if name in EXAMPLES and not value.value:  # empty, unlike null
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{name}' is empty; leave it out, or write {EXAMPLES[name]}", key.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -42,6 +52,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return written
 
 
+def _unreadable(path: Path, error: Exception) -> RecipeError:
+    """The error of a file that is no YAML."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None and "alias" in str(error):
+        return RecipeError(
+            f"recipe {path}, line {mark.line + 1}: YAML takes a text that begins with * for an alias; put patterns in "
+            "quotes: '*.down_proj'"
+        )
+    return RecipeError(f"recipe {path} cannot be read as YAML: {error}")
+
+
 def parsed(path: Path) -> dict[str, Any]:
     """Parse a YAML file, with underscores for hyphens in its keys. Raises RecipeError if it is no mapping."""
     try:
@@ -49,7 +70,7 @@ def parsed(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; --recipe takes a YAML file") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or an impossible number or date
-        raise RecipeError(f"recipe {path} cannot be read as YAML: {error}") from None
+        raise _unreadable(path, error) from None
     except RecursionError:
         raise RecipeError(f"recipe {path} is nested too deeply to be a recipe") from None
     if not isinstance(content, dict) or not content:

@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import gcd
 
 import torch
 
-from bitwright.convert.refitting import refitted
+from bitwright.convert.refitting import Groups, refitted
 from bitwright.core.account import BlockReport, LinearReport
 from bitwright.core.convert import relative_error
 from bitwright.core.errors import RecipeError
@@ -51,9 +50,9 @@ class Conversion:
         return list(self.contents)
 
     @cached_property
-    def common_columns(self) -> int:
-        """The greatest common divisor of the input features of all linears: groups that divide it divide them all."""
-        return gcd(*(self.model.shape(name)[1] for name in self.model.linears))
+    def groups(self) -> Groups:
+        """The sizes of groups that the linears can have in common."""
+        return Groups.of(self.model.outline(name) for name in self.model.linears)
 
     def parts(self, files: Mapping[str, str], done: Collection[str], listener: Listener) -> Iterator[Part]:
         """Convert every unit that is not done; ``files`` are the parts by unit. Raises RecipeError, CheckpointError."""
@@ -68,7 +67,7 @@ class Conversion:
     def _encoded(self, name: str) -> Encoded:
         """A linear as the new format stores it, with its report."""
         format, read = self.writer.format, self.model.read(name)
-        weight, lost = refitted(name, read, format, self.lossy, self.common_columns)
+        weight, lost = refitted(name, read, format, self.lossy, self.groups)
         tensors, error = format.encode(name, weight), lost.error
         if format.reader is None:  # the format stores no codes but weights, rounded to their dtype
             stored = format.decode(tensors, name, weight.grid).float()

@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import product
 
+from bitwright.convert.refitting import Groups
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Foreseen, Format, TensorFormat, WriteOptions, typical
 from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, Grid, Tile
@@ -82,7 +83,7 @@ def _refuse_departures(model: QuantizedFolder, to: Format) -> None:
 
 
 def _refuse_mix(model: QuantizedFolder, to: TensorFormat) -> None:
-    """Raise RecipeError for linears on several grids if the format has one grid for all."""
+    """Raise RecipeError for linears on several grids, or in groups of several sizes, if the format has one for all."""
     if to.mixes or model.described is None:
         return
     grids = {name: model.described.grid_of(name) for name in model.linears}
@@ -94,3 +95,13 @@ def _refuse_mix(model: QuantizedFolder, to: TensorFormat) -> None:
             f"{unlike}: on another grid than most linears; format {to.name} has one for all. Quantize the original "
             f"with --format {to.name}"
         )
+    outlines = {name: model.outline(name) for name in model.linears}
+    usual = Groups.of(outlines.values()).usual
+    for name, weight in outlines.items():
+        group = weight.tile.size(weight.shape)[1]
+        if usual is not None and weight.tile.out == 1 and group % usual:
+            what = f"groups of {group}" if weight.scale.shape[1] > 1 else f"one group per row of {group}"
+            raise RecipeError(
+                f"{name}: in {what}, where most linears have groups of {usual}; format {to.name} has one size of "
+                f"groups for all. Quantize the original with --format {to.name}, or take --format {WIDELY_LOADED}"
+            )

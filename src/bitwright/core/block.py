@@ -45,8 +45,8 @@ class Site:
     Output channels of every producer are divided by the scale, input channels of every consumer are multiplied by it.
     ``channels`` is the number of free parameters: channels that must share one (rotary pairs, the query heads of one
     key-value head) are tied through ``Side.index``. ``shift`` says whether both ends can absorb a shift, ``paper``
-    whether OmniQuant's authors transform it. SmoothQuant, AWQ, Outlier Suppression+, LET and AdaDim all use this one
-    table.
+    whether OmniQuant's authors transform it. ``in_full`` are consumers that stay in full precision: they are multiplied
+    too, but have no say in the scale. SmoothQuant, AWQ, Outlier Suppression+, LET and AdaDim all use this one table.
     """
 
     name: str
@@ -55,6 +55,12 @@ class Site:
     channels: int
     shift: bool = False
     paper: bool = True
+    in_full: tuple[Side, ...] = ()
+
+    @property
+    def readers(self) -> tuple[Side, ...]:
+        """Everything that is multiplied by the scale."""
+        return self.consumers + self.in_full
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,26 @@ class Topology:
         """The names of all linears that are quantized."""
         return tuple(name for group in self.groups for name in group.linears)
 
-    def only(self, linears: Collection[str]) -> "Topology":
+    def only(self, linears: Collection[str], attention: bool = False) -> "Topology":
         """The topology with these linears quantized; the others are like its norms.
 
-        A site that has only such others behind it is left out.
+        A site is left out if nothing of it is quantized: no consumer, and of q.k neither queries nor keys.
+        ``attention`` says that those are quantized as they pass.
         """
         groups = (replace(group, linears=tuple(n for n in group.linears if n in linears)) for group in self.groups)
-        sites = (s for s in self.sites if not s.consumers or any(side.module in linears for side in s.consumers))
+        sites = (_only(site, linears) for site in self.sites if _is_quantized(site, linears, attention))
         return Topology(tuple(group for group in groups if group.linears), tuple(sites))
+
+
+def _is_quantized(site: Site, linears: Collection[str], attention: bool) -> bool:
+    if not site.consumers and attention:
+        return True
+    return any(side.module in linears for side in site.consumers or site.producers)
+
+
+def _only(site: Site, linears: Collection[str]) -> Site:
+    quantized = tuple(side for side in site.readers if side.module in linears)
+    return replace(site, consumers=quantized, in_full=tuple(side for side in site.readers if side not in quantized))
 
 
 @dataclass(frozen=True)

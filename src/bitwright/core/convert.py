@@ -7,9 +7,21 @@ from dataclasses import replace
 
 import torch
 
+from bitwright.core.errors import CheckpointError
 from bitwright.core.grid import Grid, Tile, Zero
 from bitwright.core.qtensor import QTensor, tiled, whole
 from bitwright.core.quantized import Difference
+
+
+def require_finite(name: str, weight: QTensor) -> None:
+    """Raise CheckpointError for a weight that is NaN or infinite: no format holds it."""
+    parts = (("scales", weight.scale), ("minimums", weight.zero), ("outliers", weight.outlier_value))
+    for what, numbers in parts:
+        if numbers is not None and (wrong := int((~numbers.isfinite()).sum())):
+            raise CheckpointError(
+                f"{name}: {wrong} of its {numbers.numel()} {what} are not finite (NaN or infinite), which no format "
+                "holds; the folder is damaged: download or quantize it again"
+            )
 
 
 def with_scales(weight: QTensor, dtype: torch.dtype) -> QTensor:

@@ -42,7 +42,8 @@ class WrittenModel:
     ``family`` is None for an architecture that nobody has described. ``dtype`` is that of the scales.
     ``kept`` are the linears that stay as they are, by their names in the model. ``schemes`` are those of linears that
     have another scheme than most, and ``departures`` the linears that are not as their scheme says, both by their names
-    on disk. ``only_ours``: there are weights that transformers needs our plugin for.
+    on disk. ``only_ours``: there are weights that transformers needs our plugin for. ``asked`` says, for messages, what
+    gave a linear its scheme.
     """
 
     scheme: Scheme
@@ -52,6 +53,7 @@ class WrittenModel:
     departures: Mapping[str, Departure] = field(default_factory=dict)
     only_ours: bool = False
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    asked: Mapping[str, str] = field(default_factory=dict)
 
 
 def departures(scheme: Scheme, schemes: Mapping[str, Scheme], rows: Iterable[LinearReport]) -> dict[str, Departure]:

@@ -1,11 +1,11 @@
 """What the user asked for: the same keys as flags, in Python, and in a YAML file."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
-from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.errors import RecipeError, nearest, shown
 from bitwright.core.settings import known_settings
 
 PATTERNS = ("include", "exclude", "engines")
@@ -80,6 +80,7 @@ class Recipe:
         given = {key: value for key, value in locals().items() if key not in ("self", SETTINGS)}
         for key, value in given.items():
             _require_kind(key, value, _KINDS[key])
+            _require_texts(key, value)
             value = [f"{name}={text}" for name, text in value.items()] if isinstance(value, dict) else value
             joined = ",".join(map(str, value)) or None if isinstance(value, (list, tuple)) else value
             object.__setattr__(self, key, joined)
@@ -171,6 +172,22 @@ def _require_kind(key: str, value: Any, kinds: tuple[type, ...]) -> None:
     if not fits or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
         raise RecipeError(f"recipe key '{key}' is {value!r}; it takes {wanted}")
+
+
+def _require_texts(key: str, value: Any) -> None:
+    """Raise RecipeError for a list, or a mapping of patterns to schemes, in which there is anything but texts."""
+    items: Iterable[tuple[Any, ...]] = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, (list, tuple)):
+        items = [(text,) for text in value]
+    wrong = next((item for item in items if not all(isinstance(text, str) for text in item)), None)
+    if wrong is None:
+        return
+    entry = {wrong[0]: wrong[1]} if isinstance(value, dict) else wrong[0]
+    if key == "scheme_for":
+        way = "write each as a text, - '*.down_proj=W8A16g128', or a mapping without dashes, '*.down_proj': W8A16g128"
+    else:
+        way = "write a list of texts, - '*.down_proj'"
+    raise RecipeError(f"recipe key '{key}' has {shown(entry)} in it; {way}")
 
 
 def _number(text: str) -> float | str:

@@ -185,11 +185,13 @@ class Allocation:
     """A scheme for every linear of a model.
 
     ``schemes`` are those of linears that have another one than ``default``, by their names in the model; None leaves a
-    linear in full precision.
+    linear in full precision. ``asked`` says, for messages, what gave a linear its scheme: an entry of --scheme-for, or
+    the file of --allocation.
     """
 
     default: Scheme
     schemes: Mapping[str, Scheme | None] = field(default_factory=dict)
+    asked: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def of(self, linear: str) -> Scheme | None:
         """The scheme of a linear; None if it stays in full precision."""
@@ -200,6 +202,10 @@ class Allocation:
         scheme = self.of(linear)
         assert scheme is not None, f"{linear} is not quantized"
         return scheme
+
+    def asked_by(self, linear: str) -> str:
+        """What gave a linear its scheme, as a message goes on after the scheme; nothing if it has that of most."""
+        return f" ({self.asked[linear]})" if linear in self.asked else ""
 
     def within(self, block: str) -> "Allocation":
         """The schemes of a block's linears by their names in the block; "" is the model itself."""

@@ -268,9 +268,10 @@ def refuse_scheme(model: WrittenModel, format: str) -> None:
         )
     if any(own.weight.symmetric != scheme.weight.symmetric for own in model.schemes.values()):
         name = next(n for n, own in model.schemes.items() if own.weight.symmetric != scheme.weight.symmetric)
+        asked = f" ({model.asked[name]})" if name in model.asked else ""
         raise RecipeError(
             f"{name}: {format} has one version for symmetric and one for asymmetric weights, and {model.schemes[name]} "
-            f"is not as {scheme} there; give all linears sym, or none"
+            f"is not as {scheme} there{asked}; give all linears sym, or none"
         )
     if model.departures or scheme.tile.out != 1:
         first = next(iter(model.departures), f"scheme {scheme}")

@@ -1,6 +1,7 @@
 """Which linears get a scheme of their own, as a recipe says it: by a file, by patterns, or both."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -11,10 +12,12 @@ from bitwright.core.errors import CheckpointError, RecipeError, SchemeError, sho
 from bitwright.core.json_values import parse_object
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import NAMED, Allocation, Scheme
+from bitwright.core.weight import starred
 
 LARGEST_FILE = 2**26
 """Bytes of an allocation file: room for hundreds of thousands of linears."""
 SHOWN = 3
+MOST_PATTERNS = 8
 HEAD = "lm_head"
 
 
@@ -65,6 +68,8 @@ class AllocationRules:
 
         ``others`` are the names of tensors that may be linears that stay, for all that is known.
 
+        The default is the scheme that most linears have if none has the one that was asked for.
+
         Raises RecipeError for a pattern that fits none of the ``linears``, for two patterns that give one of them
         different schemes, and for a file that names other linears.
         """
@@ -76,12 +81,23 @@ class AllocationRules:
             for name in self._fitting(pattern, linears, kept):
                 other, before = said_by.setdefault(name, (pattern, scheme))
                 if before != scheme:
+                    remedy = self._told_apart([(other, before), (pattern, scheme)], linears)
                     raise RecipeError(
                         f"--scheme-for {other}={before} and --scheme-for {pattern}={scheme} both fit {name}, and "
-                        "disagree; make one of the patterns narrower"
+                        f"disagree; {remedy}"
                     )
                 schemes[name] = scheme
-        return Allocation(self.default, schemes | dict.fromkeys(kept_linears))
+        counted = Counter(scheme for scheme in schemes.values() if scheme is not None)
+        default = self.default if self.default in counted or not counted else counted.most_common(1)[0][0]
+        asked = {name: text for name in linears if (text := self.asked_for(name)) is not None}
+        return Allocation(default, schemes | dict.fromkeys(kept_linears), asked)
+
+    def asked_for(self, linear: str) -> str | None:
+        """What gives a linear its scheme: an entry of --scheme-for, or the file; None if it has the default."""
+        for pattern, scheme in self.patterns:
+            if _fits(linear, pattern):
+                return f"--scheme-for {pattern}={scheme}"
+        return f"--allocation {self.file}" if self.named.get(linear) is not None else None
 
     def _fitting(self, pattern: str, linears: Collection[str], kept: Collection[str]) -> list[str]:
         """The linears that a pattern fits. Raises RecipeError if there is none."""
@@ -96,6 +112,21 @@ class AllocationRules:
         near = ", ".join(leaves[leaf] for leaf in close)
         hint = f"; near it: {near}" if near else f"; they are called like {next(iter(linears), '')}"
         raise RecipeError(f"--scheme-for {pattern} fits no linear{hint}; * stands for any text, dots too")
+
+    def _told_apart(self, overlapping: Sequence[tuple[str, Scheme]], linears: Collection[str]) -> str:
+        """What to do about two entries that overlap: the shortest patterns for what one of them fits alone."""
+        for widen in (lambda name: f"*.{name.rpartition('.')[2]}", starred, str):
+            ways = list[str]()
+            for pattern, scheme in overlapping:
+                others = [other for other, unlike in self.patterns if unlike != scheme]
+                alone = {name for name in linears if _fits(name, pattern) and not _fits(name, *others)}
+                patterns = list(dict.fromkeys(widen(name) for name in linears if name in alone))
+                exact = alone == {name for name in linears if _fits(name, *patterns)}
+                if exact and 0 < len(patterns) <= MOST_PATTERNS:
+                    ways.append(f"--scheme-for '{','.join(patterns)}={scheme}' in the place of {pattern}={scheme}")
+            if ways:
+                return f"make one of the patterns narrower: {min(ways, key=len)}"
+        return "leave one of them out; an --allocation file can name its linears one by one"
 
     def _refuse_strangers(self, linears: Collection[str], kept: Collection[str]) -> None:
         """Raise RecipeError if the file names what is no linear of the model, or one that is not quantized."""
@@ -188,8 +219,8 @@ def _scheme(path: Path, name: str, text: Any) -> Scheme:
         raise SchemeError(f"--allocation {path}: {shown(name)}: {error}") from None
 
 
-def _fits(name: str, pattern: str) -> bool:
-    return any(fnmatchcase(spelling, pattern) for spelling in (name, f"{name}.weight"))
+def _fits(name: str, *patterns: str) -> bool:
+    return any(fnmatchcase(spelling, pattern) for pattern in patterns for spelling in (name, f"{name}.weight"))
 
 
 def _some(names: Collection[str]) -> str:

@@ -98,10 +98,20 @@ def check_shapes(
         except RecipeError as error:
             errors[kind] = error
         except SchemeError as error:
-            errors[kind] = SchemeError(f"{weight.name} {list(weight.shape)} under scheme {kind.scheme}: {error}")
+            asked = allocation.asked_by(weight.name)
+            errors[kind] = SchemeError(f"{weight.name} {list(weight.shape)} under scheme {kind.scheme}{asked}: {error}")
     if errors:
         first = min(errors.values(), key=lambda error: isinstance(error, SchemeError))
         raise type(first)(f"{first}{_or_leave_them(inventory, allocation, errors) if advise else ''}")
+
+
+def fits_shapes(inventory: Inventory, scheme: Scheme, format: Format) -> bool:
+    """Whether a format packs all weights, and they divide into the tiles of a scheme."""
+    try:
+        check_shapes(inventory, Allocation(scheme), lambda _: [scheme.tile], format, advise=False)
+    except (SchemeError, RecipeError):
+        return False
+    return True
 
 
 def _offered(format: Format, scheme: Scheme, tile: Tile) -> Callable[[int], bool]:

@@ -16,6 +16,8 @@ from bitwright.prepare.nearest_scheme import nearest_first
 from bitwright.prepare.question import Question
 
 TABLE = "bitwright engines shows the table"
+SHOWN = 3
+"""Entries of an allocation that a message names."""
 
 
 def for_engines(asked: Question, device: str = "auto") -> Question:
@@ -69,8 +71,17 @@ def _mixing(question: EngineQuestion, engine: Engine) -> list[Way]:
     mixed = " and ".join(str(workload.scheme) for workload in question.workload.uniform())
     why = "; ".join(f"in {' and '.join(formats_of(ways))} it does not run {why}" for why, ways in refused.items())
     raise RecipeError(
-        f"{engine.name} cannot run {question.model.name} so: {why or f'no one format of it holds {mixed}'}; {TABLE}"
+        f"{engine.name} cannot run {question.model.name} so{_asked_apart(question)}: "
+        f"{why or f'no one format of it holds {mixed}'}; {TABLE}"
     )
+
+
+def _asked_apart(question: EngineQuestion) -> str:
+    """What gave linears schemes of their own, to go on in a message."""
+    rules, linears = question.model.question.rules, question.workload.exceptions
+    asked = list(dict.fromkeys(text for linear in linears if (text := rules.asked_for(linear)) is not None))
+    more = f" and {len(asked) - SHOWN} more" if len(asked) > SHOWN else ""
+    return f" ({', '.join(asked[:SHOWN])}{more})" if asked else ""
 
 
 def _not_loaded(engine: Engine, format: str) -> RecipeError:
@@ -95,7 +106,8 @@ def _not_run(question: EngineQuestion, engine: Engine, linear: str | None) -> Re
         if refusal and (way.format not in furthest or refusal.check > furthest[way.format].check):
             furthest[way.format] = refusal
     why = "; ".join(f"in {format} it does not run {refusal.reason}" for format, refusal in furthest.items())
-    what = f"scheme {question.workload.scheme}{f' of {linear}' if linear else ''}"
+    asked = question.model.question.rules.asked_for(linear) if linear else None
+    what = f"scheme {question.workload.scheme}{f' of {linear}' if linear else ''}{f' ({asked})' if asked else ''}"
     method = " with this method" if question.workload.outliers or question.workload.tiles else ""
     return RecipeError(
         f"{engine.name} cannot run {what}{method}: {why}. {_remedy(question, [engine])}"

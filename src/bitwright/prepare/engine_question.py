@@ -57,7 +57,9 @@ class ModelLimits:
 
         The words are without the advice of ``prepare``, which an engine may not run.
         """
-        allocation = Allocation(workload.scheme, workload.exceptions)
+        rules = self.question.rules
+        asked = {name: text for name in workload.exceptions if (text := rules.asked_for(name)) is not None}
+        allocation = Allocation(workload.scheme, workload.exceptions, asked)
         try:
             check_shapes(self.inventory, allocation, lambda scheme: [scheme.tile], target(format), advise=False)
         except (SchemeError, RecipeError) as error:
@@ -108,12 +110,13 @@ def formats_of(ways: Sequence[Way]) -> list[str]:
 
 def _workload(question: Question, limits: ModelLimits) -> Workload:
     """What an engine sees of the model that a recipe makes."""
-    folder, scheme = Path(question.recipe.model), question.rules.default
+    folder = Path(question.recipe.model)
     require_folder(folder)
     model_type = str(open_checkpoint(folder).config.get("model_type"))
+    allocation = limits.inventory.allocation(question) if question.rules.mixed else Allocation(question.rules.default)
+    scheme = allocation.default
     settled = question.composition.settled(question.recipe.training, scheme, question.recipe.settings)
     freedoms = settled.freedoms(scheme)
     outliers = any(freedom.outliers is not None for freedom in freedoms)
     tiles = [tile for freedom in freedoms for tile in freedom.tiles]
-    own = limits.inventory.allocation(question).own if question.rules.mixed else {}
-    return Workload(scheme, model_type, outliers, tiles, own)
+    return Workload(scheme, model_type, outliers, tiles, allocation.own)

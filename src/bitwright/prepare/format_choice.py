@@ -4,7 +4,7 @@ It is the format that was named; else compressed-tensors if all linears fit into
 two share their tensors, so the choice can wait until every method has decided: it is what config.json says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bitwright.core.configuration import Configuration
 from bitwright.core.errors import RecipeError
@@ -14,6 +14,7 @@ from bitwright.core.quantized import WrittenModel
 from bitwright.core.recipe import SHARD_SIZE
 from bitwright.core.registry import format_of
 from bitwright.core.scheme import Allocation, Scheme
+from bitwright.prepare.nearest_scheme import nearest_first
 
 WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
 ELSEWHERE = (
@@ -60,11 +61,17 @@ def not_widely_loaded(weight: str) -> str:
     )
 
 
-def expected(named: str | None, configuration: Configuration, allocation: Allocation, only_ours: str | None) -> str:
+def expected(
+    named: str | None,
+    configuration: Configuration,
+    allocation: Allocation,
+    only_ours: str | None,
+    passes: Callable[[Scheme], bool],
+) -> str:
     """The format as far as it is known at the start: one name, or two.
 
-    ``only_ours`` is a weight that transformers loads with our plugin only. Raises RecipeError if the format that was
-    named may not hold the result.
+    ``only_ours`` is a weight that transformers loads with our plugin only. ``passes`` tells whether the model's weights
+    divide into the tiles of a scheme. Raises RecipeError if the format that was named may not hold the result.
     """
     if only_ours and named == WIDELY_LOADED:
         raise RecipeError(f"{not_widely_loaded(only_ours)} (W4A16g128sym). {ELSEWHERE}")
@@ -78,7 +85,8 @@ def expected(named: str | None, configuration: Configuration, allocation: Alloca
         if named is not None and not fits:
             raise RecipeError(
                 f"format {named} cannot hold {_what(candidate, scheme, possible, outliers)}, which "
-                f"{_asked(scheme, allocation)} and the method ask for: it holds {candidate.holds_what}. {ELSEWHERE}"
+                f"{_asked(scheme, allocation)} and the method ask for: it holds {candidate.holds_what}. "
+                f"{_nearest(candidate, scheme, passes)}{ELSEWHERE}"
             )
         must = any(freedom.tiles and not freedom.compared for freedom in freedoms)
         if named is None and (only_ours or must or not candidate.holds(scheme.weight, scheme.tile, False)):
@@ -88,7 +96,7 @@ def expected(named: str | None, configuration: Configuration, allocation: Alloca
         linear, scheme = next(iter(allocation.own.items()))
         raise RecipeError(
             f"format {named} has one scheme for all linears, and {linear} is to have {scheme} beside "
-            f"{allocation.default}. {ELSEWHERE}"
+            f"{allocation.default}{allocation.asked_by(linear)}. {ELSEWHERE}"
         )
     return named or (WIDELY_LOADED if all_fit else f"{WIDELY_LOADED} or {HOLDS_ALL}")
 
@@ -96,7 +104,15 @@ def expected(named: str | None, configuration: Configuration, allocation: Alloca
 def _asked(scheme: Scheme, allocation: Allocation) -> str:
     """A scheme, and the first linear that has it if it is not that of all."""
     linear = next((name for name, own in allocation.own.items() if own == scheme), None)
-    return f"scheme {scheme}" if linear is None else f"scheme {scheme} of {linear}"
+    return f"scheme {scheme}" if linear is None else f"scheme {scheme} of {linear}{allocation.asked_by(linear)}"
+
+
+def _nearest(format: Format, scheme: Scheme, passes: Callable[[Scheme], bool]) -> str:
+    """The scheme most like one that a format does not hold, of those that it holds; nothing if it holds that one."""
+    for near in nearest_first(scheme, ()):
+        if format.holds(near.weight, near.tile, False) and passes(near):
+            return "" if near == scheme else f"The nearest scheme that it holds is {near}. "
+    return ""
 
 
 def _what(format: Format, scheme: Scheme, tiles: Sequence[Tile], outliers: bool) -> str:

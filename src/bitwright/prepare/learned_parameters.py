@@ -14,13 +14,24 @@ from torch import Tensor
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import RecipeError
+from bitwright.core.scheme import Allocation
+from bitwright.prepare.allocation_rules import HEAD
+
+ALLOCATION = "allocation_sha256"
 
 
-def belonging(checkpoint: Checkpoint, scheme: str, method: str, sites: str) -> dict[str, str]:
-    """What parameters belong to; ``sites`` names the sites of their transforms."""
+def belonging(checkpoint: Checkpoint, allocation: Allocation, method: str, sites: str) -> dict[str, str]:
+    """What parameters belong to; ``sites`` names the sites of their transforms.
+
+    An allocation is named if any linear of a block has another scheme than the default, or none.
+    """
     weights = {k: v for k, v in checkpoint.fingerprint().items() if k != "config.json"}
     digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
-    return {"scheme": scheme, "method": method, "sites": sites, "model_sha256": digest}
+    owner = {"scheme": str(allocation.default), "method": method, "sites": sites, "model_sha256": digest}
+    unlike = {name: str(scheme) for name, scheme in allocation.schemes.items() if name != HEAD}
+    if not unlike:
+        return owner
+    return owner | {ALLOCATION: hashlib.sha256(json.dumps(unlike, sort_keys=True).encode()).hexdigest()}
 
 
 def saved_for(path: Path) -> dict[str, str]:
@@ -38,7 +49,7 @@ class LearnedParameters:
     def __init__(self, path: Path, wanted_by: Mapping[str, str]) -> None:
         """Read what the file was saved for.
 
-        Raises RecipeError for a file that is none, or was saved for another model, scheme, method or sites.
+        Raises RecipeError for a file that is none, or was saved for another model, scheme, method, sites or allocation.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -48,11 +59,16 @@ class LearnedParameters:
                 f"{path} cannot be read as learned parameters: {error}; --save-parameters makes such a file"
             ) from None
         for key, wanted in wanted_by.items():
-            if saved.get(key) != wanted:
+            if key != ALLOCATION and saved.get(key) != wanted:
                 raise RecipeError(
                     f"{path} was saved for {key.removesuffix('_sha256')} {_shown(saved.get(key))}, this run is for "
                     f"{_shown(wanted)}; load it with what it was saved with, or train anew"
                 )
+        if saved.get(ALLOCATION) != wanted_by.get(ALLOCATION):
+            raise RecipeError(
+                f"{path} was saved for another allocation: linears have other schemes in this run, or stay in full "
+                "precision; load it with the --scheme-for, --exclude and --allocation it was saved with, or train anew"
+            )
         self.path = path
 
     def __call__(self, block: str) -> Mapping[str, Tensor]:

@@ -1,8 +1,8 @@
 """A recipe made ready to run: everything that can be refused is refused here, before any weight is read."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bitwright.core.scheme import UNQUANTIZED_BITS, Allocation, Scheme
 from bitwright.core.weight import Weight
 from bitwright.model.source import Source
 from bitwright.prepare.block_way import BlockWay
-from bitwright.prepare.checks import check_dtypes, check_names, check_scheme, check_shapes
+from bitwright.prepare.checks import check_dtypes, check_names, check_scheme, check_shapes, fits_shapes
 from bitwright.prepare.format_choice import expected, refuse_idle, settled
 from bitwright.prepare.learned_parameters import LearnedParameters, belonging
 from bitwright.prepare.question import Question
@@ -94,7 +94,7 @@ class Prepared:
     @property
     def belonging(self) -> dict[str, str]:
         """What learned parameters of this run belong to."""
-        return belonging(self.source.checkpoint, str(self.scheme), self.method, self.configuration.shape)
+        return belonging(self.source.checkpoint, self.allocation, self.method, self.configuration.shape)
 
     @property
     def bytes_out(self) -> int:
@@ -156,10 +156,12 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
     source, way = opened(question, device, tokenizer=question.needs_tokenizer)
     inventory, checkpoint = way.inventory, source.checkpoint
     allocation = inventory.allocation(question)
+    question = replace(question, scheme=allocation.default)
     topology = source.family.topology if source.family else None
     fitted, note = question.composition.fitted(question.scheme, topology, recipe.settings)
     configuration = fitted.settled(recipe.training, question.scheme, recipe.settings)
-    format = expected(recipe.format, configuration, allocation, inventory.only_ours(allocation))
+    passes = partial(fits_shapes, inventory, format=question.target)
+    format = expected(recipe.format, configuration, allocation, inventory.only_ours(allocation), passes)
     check_scheme(source, question.scheme)
     check_dtypes(source, inventory)
     scales = _scales(question, source, inventory)
@@ -170,7 +172,7 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
     if isinstance(question.target, FileFormat):
         known = inventory.foreseen(checkpoint.names, allocation)
         question.target.check(checkpoint.config, checkpoint.folder, write_options(recipe), known)
-    learned = _learned(question, source, configuration)
+    learned = _learned(question, source, allocation, configuration)
     tokens = way.read_calibration(question)
     return Prepared(question, source, way, tokens, allocation, configuration, format, scales, note, learned)
 
@@ -213,6 +215,7 @@ def _written(
         departures(allocation.default, allocation.own, linears),
         inventory.only_ours(allocation) is not None,
         allocation.own,
+        allocation.asked,
     )
 
 
@@ -224,12 +227,14 @@ def _tiles(configuration: Configuration, scheme: Scheme) -> Iterator[Tile]:
             yield from freedom.tiles
 
 
-def _learned(question: Question, source: Source, configuration: Configuration) -> LearnedParameters | None:
+def _learned(
+    question: Question, source: Source, allocation: Allocation, configuration: Configuration
+) -> LearnedParameters | None:
     """The parameters of an earlier training, if they are asked for. Raises RecipeError for those of another run."""
     path = question.recipe.load_parameters
     if path is None:
         return None
     if not configuration.learns:
         raise RecipeError(f"{configuration.name} learns nothing, so it has no use for --load-parameters {path}")
-    owner = belonging(source.checkpoint, str(question.scheme), configuration.name, configuration.shape)
+    owner = belonging(source.checkpoint, allocation, configuration.name, configuration.shape)
     return LearnedParameters(Path(path), owner)

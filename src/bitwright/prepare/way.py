@@ -53,10 +53,11 @@ class Inventory:
     def allocation(self, question: Question) -> Allocation:
         """The scheme of every linear. Raises RecipeError as ``AllocationRules.allocation``."""
         others = (name.removesuffix(".weight") for name in self.kept)
-        schemes = question.rules.allocation(self.linears, self.kept_linears, others).schemes
-        adapted = {name: scheme and question.adapted(scheme) for name, scheme in schemes.items()}
-        default = question.scheme
-        return Allocation(default, {name: scheme for name, scheme in adapted.items() if scheme != default})
+        asked = question.rules.allocation(self.linears, self.kept_linears, others)
+        default = question.adapted(asked.default)
+        adapted = {name: scheme and question.adapted(scheme) for name, scheme in asked.schemes.items()}
+        unlike = {name: scheme for name, scheme in adapted.items() if scheme != default}
+        return Allocation(default, unlike, asked.asked)
 
     def only_ours(self, allocation: Allocation) -> str | None:
         """A weight that transformers loads only with our plugin; None if there is none."""

@@ -85,7 +85,7 @@ def fold(
     }
     weights = {f"{name}.weight" for name in topology.linears}
     touched = {
-        s.module for site in topology.sites if site.name in decisions.sites for s in site.producers + site.consumers
+        s.module for site in topology.sites if site.name in decisions.sites for s in site.producers + site.readers
     }
     moved = {
         name: p.to(stored) for name, p in full.items() if name not in weights and name.rpartition(".")[0] in touched

@@ -1,7 +1,7 @@
 """The transform decision in closed form: scales and shifts that move difficulty from inputs into weights.
 
 With x the inputs of a site's consumers and W their weights, for each free channel j (channels that must share a scale
-are one free channel, with the largest of their values):
+are one free channel, with the largest of their values; consumers that stay in full precision do not count):
 
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)        SmoothQuant, arXiv 2211.10438, eq. 4
     delta_j = (max x_j + min x_j) / 2                  Outlier Suppression+, arXiv 2304.09145

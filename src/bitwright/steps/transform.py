@@ -1,7 +1,7 @@
 """The transform decision: apply a site's scale and shift to the weights on both sides (OmniQuant, eq. 3 to 5).
 
     producers (norm weights, or the rows of a linear):  W <- W / s,   b <- (b - delta) / s
-    consumers (the columns of a linear):                W <- W * s,   b <- b + W delta
+    readers (the columns of a linear):                  W <- W * s,   b <- b + W delta
 
 The block's output does not change. One function serves training (it is differentiable in scale and shift) and folding.
 """
@@ -30,7 +30,7 @@ def apply_site(
     moved = dict(parameters)
     for side in site.producers:
         moved |= _produce(moved, side, spread(scale, side), None if shift is None else spread(shift, side))
-    for side in site.consumers:
+    for side in site.readers:
         moved |= _consume(moved, side, spread(scale, side), None if shift is None else spread(shift, side))
     return moved
 

@@ -41,7 +41,7 @@ class Trial:
     def error(self, scale: Float[Tensor, " C"], shift: Float[Tensor, " C"] | None = None) -> float:
         """The mean squared error of the module's output with this scale and shift."""
         moved = apply_site(self.parameters, self.site, scale, shift)
-        behind = rounded(moved, [side.module for side in self.site.consumers], self.context, self.decisions)
+        behind = rounded(moved, [side.module for side in self.site.readers], self.context, self.decisions)
         reader = self.site.consumers[0]  # linears that share an input share its channels
         return self.module.error(behind, spread(scale, reader), None if shift is None else spread(shift, reader))
 
@@ -69,5 +69,5 @@ def best(trial: Trial, candidates: list[SiteDecision]) -> SiteDecision:
 
 
 def _enclosing(block: Block, site: Site) -> str:
-    readers = {side.module for side in site.consumers}
-    return next(group.enclosing for group in block.topology.groups if readers & {*group.linears})
+    consumers = {side.module for side in site.consumers}
+    return next(group.enclosing for group in block.topology.groups if consumers & {*group.linears})

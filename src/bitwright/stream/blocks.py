@@ -94,8 +94,10 @@ class _Run:
 
     def quantized_part(self, block: Block) -> Block:
         """The block without the linears that stay in full precision; they are treated like its norms."""
-        quantized = [name for name in block.topology.linears if self.plan.allocation.of(block.path(name)) is not None]
-        return replace(block, topology=block.topology.only(quantized))
+        allocation = self.plan.allocation
+        quantized = [name for name in block.topology.linears if allocation.of(block.path(name)) is not None]
+        attention = allocation.default.activations is not None or allocation.default.kv is not None
+        return replace(block, topology=block.topology.only(quantized, attention))
 
     def written(self, block: Block, file: str) -> dict[str, Tensor]:
         """The parameters of a finished block, dequantized, by their names in the block."""

@@ -31,6 +31,7 @@ def identity(run: Prepared) -> dict[str, Any]:
         del recipe[place]
     return {
         "recipe": recipe,
+        "scheme": str(run.scheme),
         "schemes": {name: str(scheme) for name, scheme in run.allocation.own.items()},
         "left_out": sorted(run.question.rules.left_out),
         "model": run.source.checkpoint.fingerprint(),

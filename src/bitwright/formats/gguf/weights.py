@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bitwright.core.convert import require_finite
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.grid import FULL, Grid, Tile, Zero
 from bitwright.core.qtensor import QTensor
@@ -87,6 +88,7 @@ def held(name: str, weight: QTensor, kind: Kind, lossy: bool, order: Int[Tensor,
     Raises RecipeError where its codes cannot be kept, unless ``lossy``: then blocks that hold theirs keep them, and the
     others are quantized once more.
     """
+    require_finite(name, weight)
     out = np.empty((weight.shape[0], nbytes_of((weight.shape[1],), kind)), np.uint8)
     marked = _with_outliers(weight)
     dense = weight.dequantize(torch.float32) if marked is not None or weight.tile.out != 1 else None

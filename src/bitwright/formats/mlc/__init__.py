@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitwright.checkpoint.writer import copy_file, write_json
-from bitwright.core.convert import difference
+from bitwright.core.convert import difference, require_finite
 from bitwright.core.decoder import EMBEDDING, HEAD
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import FileFormat, Foreseen, QuantizedModel, WriteOptions, typical
@@ -135,6 +135,7 @@ class _Writing:
         self.linears, self.differences, self.parameters = {*model.linears}, list[Difference](), 0
         self.pending = {*model.linears, *model.passed}
         first = model.read(of_most := typical(model))
+        require_finite(of_most, first)
         chosen = Chosen.of(self.decoder, first.grid, first.tile, options)
         self.awq, self.preset, self.quantization = chosen.awq, chosen.preset, chosen.name
         if not (self.awq or options.lossy) and placed(first, self.preset) is None:  # the embedding takes long
@@ -202,6 +203,7 @@ class _Writing:
             return self._again(name, self._taken(f"{name}.weight"), "is not quantized", fresh=True)
         self.pending -= {name}
         weight = self.model.read(name)
+        require_finite(name, weight)
         made = as_autoawq(weight) if self.awq else placed(weight, self.preset)
         if made is None or not made.scale.isfinite().all():
             return self._again(name, weight.dequantize(torch.float32), "cannot be held exactly")

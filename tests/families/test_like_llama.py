@@ -37,7 +37,7 @@ def random_model(kind: str, **changes: Any) -> nn.Module:
             drawn = torch.randn(parameter.shape, generator=generator)
             width = parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 5
             parameter.copy_(drawn / width + ("norm" in name))
-    return model.eval()
+    return model.eval()  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module", params=KINDS)

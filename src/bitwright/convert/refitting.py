@@ -5,7 +5,7 @@ from itertools import product
 
 import torch
 
-from bitwright.core.convert import difference, on_grid, split, with_scales
+from bitwright.core.convert import described, difference, on_grid, split, with_scales
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import TensorFormat
@@ -32,7 +32,7 @@ def refitted(
         return exact, difference(name, weight, exact)
     if not lossy:
         raise RecipeError(
-            f"{name}: {_described(weight)} cannot be held exactly in this format, which holds "
+            f"{name}: {described(weight)} cannot be held exactly in this format, which holds "
             f"{format.holds_what}. --lossy quantizes such weights once more and says what that adds"
         )
     again = _again(name, weight, format, common)
@@ -99,12 +99,3 @@ def _nearest(weight: QTensor, format: TensorFormat, common: int) -> tuple[Grid, 
         if tile.divides(weight.shape) and format.holds(grid, tile, False):
             return grid, tile
     return None
-
-
-def _described(weight: QTensor) -> str:
-    """What a weight is, for a message."""
-    rows, columns = weight.tile.size(weight.shape)
-    kind = "symmetric" if weight.grid.symmetric else "asymmetric"
-    kept = 0 if weight.outlier_index is None else weight.outlier_index.numel()
-    outliers = f", with {kept} outliers," if kept else ""
-    return f"a {weight.grid.bits}-bit {kind} weight in tiles of {rows} x {columns}{outliers}"

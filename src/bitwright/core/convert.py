@@ -61,6 +61,17 @@ def difference(name: str, before: QTensor, after: QTensor, codes: bool = True) -
     return Difference(name, codes, relative_error(was, after.dequantize(torch.float32)))
 
 
+def described(weight: QTensor) -> str:
+    """A weight in words, for a message: bits, zero, shape, tiles and outliers."""
+    rows, columns = weight.tile.size(weight.shape)
+    zero = {Zero.NONE: " symmetric", Zero.REAL: ""}.get(weight.grid.zero, " asymmetric")
+    real = " with a real-valued zero" if weight.grid.zero is Zero.REAL else ""
+    kept = 0 if weight.outlier_index is None else weight.outlier_index.numel()
+    outliers = f", with {kept} outliers," if kept else ""
+    shape = list(weight.shape)
+    return f"a {weight.grid.bits}-bit{zero} weight{real} {shape} in tiles of {rows} x {columns}{outliers}"
+
+
 def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
     """The relative squared error ``|W - W'|^2 / |W|^2``; 0 or infinity if W is all zeros."""
     lost, norm = float((before - after).double().square().sum()), float(before.double().square().sum())

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bitwright.core.convert import described
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.grid import FULL, Grid, Tile, Zero
 from bitwright.core.qtensor import QTensor
@@ -97,7 +98,7 @@ def held(name: str, weight: QTensor, kind: Kind, lossy: bool, order: Int[Tensor,
         out[panel], after, kept = _blocks(name, weight, rows, before, None if marked is None else marked[rows], kind)
         if not (kept or lossy):
             raise RecipeError(
-                f"{name}: {_described(weight)} cannot be held exactly in GGUF, which holds {HOLDS}. --lossy quantizes "
+                f"{name}: {described(weight)} cannot be held exactly in GGUF, which holds {HOLDS}. --lossy quantizes "
                 "such weights once more and says what that adds"
             )
         codes = codes and kept
@@ -126,7 +127,7 @@ def _blocks(
     if kind is Kind.F16:
         half = before.half()
         return half.numpy().view(np.uint8), half.float(), False
-    if not _in_blocks(_tile(weight)):
+    if not _in_blocks(_tile(weight)) or (weight.grid.zero is Zero.REAL and kind is not Kind.Q4_1):
         found, kept = nearest(before, kind), False
     else:
         found = _as_they_are(name, weight, rows, kind)
@@ -191,12 +192,3 @@ def _panels(shape: tuple[int, int]) -> Iterator[slice]:
     at_once = max(1, TOGETHER // shape[1])
     for start in range(0, shape[0], at_once):
         yield slice(start, min(start + at_once, shape[0]))
-
-
-def _described(weight: QTensor) -> str:
-    """What a weight is, for a message."""
-    rows, columns = weight.tile.size(weight.shape)
-    kind = "symmetric" if weight.grid.symmetric else "asymmetric"
-    kept = 0 if weight.outlier_index is None else weight.outlier_index.numel()
-    outliers = f", with {kept} outliers," if kept else ""
-    return f"a {weight.grid.bits}-bit {kind} weight {list(weight.shape)} in tiles of {rows} x {columns}{outliers}"

@@ -84,7 +84,7 @@ def placed(weight: QTensor, preset: Preset) -> QTensor | None:
     """The same weight in a preset's codes, each group turned round where that fits; None where it cannot be said."""
     grid, tile = preset.scheme.weight, preset.scheme.tile
     columns, (t_o, t_i) = weight.shape[1], weight.tile.size(weight.shape)
-    if weight.outlier_index is not None and weight.outlier_index.numel():
+    if weight.grid.zero is Zero.REAL or (weight.outlier_index is not None and weight.outlier_index.numel()):
         return None
     if t_i != columns and t_i % preset.group:
         return None

@@ -69,10 +69,9 @@ class Places:
     def _decoder(self) -> Decoder | str:
         """The decoder that the config describes; if it describes none, the reason in words."""
         settings = self.config.get("model_config") or {}
+        dimensions = {key: settings.get(key) for key in DIMENSIONS}
         try:
-            return decoder_of(
-                {key: settings.get(key) for key in DIMENSIONS} | {"model_type": self.config["model_type"]}
-            )
+            return decoder_of(dimensions | {"model_type": self.config["model_type"]})
         except OddConfigError as error:
             return f"{CONFIG} does not say {error.key} as one number"
 

@@ -29,9 +29,6 @@ from bitwright.formats.gguf.reading import opened
 from bitwright.formats.gguf.tokenizer import tokenizer
 from bitwright.formats.gguf.weights import HOLDS, holds, kind_of
 
-SCALES: torch.dtype | None = torch.float16
-"""The dtype of scales."""
-
 
 def recognizes(path: Path) -> bool:
     """Whether a path is a file: GGUF is the only format of a single file."""
@@ -113,7 +110,7 @@ FORMAT = FileFormat(
     holds=holds,
     holds_what=HOLDS,
     stored_bytes=stored_bytes,
-    scales=SCALES,
+    scales=torch.float16,
     models=tuple(KNOWN),
     check_shape=check_shape,
     single=True,

@@ -26,8 +26,6 @@ from bitwright.formats.mlc.presets import AUTOAWQ, PRESETS
 from bitwright.formats.mlc.reading import opened
 from bitwright.formats.mlc.writing import write
 
-SCALES: torch.dtype | None = torch.float16
-"""The dtype of scales."""
 MARKS = (chat.CONFIG, *INDICES)
 """Files of which a folder of MLC-LLM has at least one."""
 
@@ -79,7 +77,7 @@ FORMAT = FileFormat(
     holds=holds,
     holds_what=HOLDS,
     stored_bytes=stored_bytes,
-    scales=SCALES,
+    scales=torch.float16,
     models=tuple(architectures.ARCHITECTURES),
     check_shape=check_shape,
     mixes=False,

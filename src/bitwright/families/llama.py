@@ -33,7 +33,7 @@ def blocks(attention_class: str, model: Decoder) -> Family:
 
 
 def sites(model: Decoder) -> tuple[Site, ...]:
-    """The sites of a block like Llama's; q.k is none if queries and keys are normalized, which undoes a scale."""
+    """The sites of a block like Llama's, without q.k if queries and keys are normalized: that undoes a scale."""
     return (
         Site("norm->qkv", (Side(ATTENTION_NORM),), tuple(map(Side, QKV)), model.hidden),
         *(() if model.qk_norm else (query_key(model),)),

@@ -30,8 +30,8 @@ LEVELS_LOST = {Kind.Q4_0: 0.5, Kind.Q4_1: 0.5, Kind.Q8_0: SCALES_LOST, Kind.F16:
 SMALLEST_NORMAL = torch.finfo(torch.float16).tiny
 Rows = slice | Int[Tensor, " R"]
 HOLDS = (
-    "2 to 7 bits, symmetric or not, and 8 bits symmetric, per channel or in groups along the input that are a multiple "
-    f"of {BLOCK}"
+    "2 to 7 bits, symmetric or not (2 to 4 with a real-valued zero), and 8 bits symmetric, per channel or in groups "
+    f"along the input that are a multiple of {BLOCK}"
 )
 
 

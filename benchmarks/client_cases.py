@@ -14,7 +14,7 @@ from bitwright.core.scheme import Scheme
 from bitwright.evaluation.loading import load_codes
 from bitwright.formats import QuantizedFolder
 from bitwright.formats.gguf.blocks import nearest, valued
-from bitwright.formats.mlc.presets import PRESETS, Preset, fitted_to, is_autoawq
+from bitwright.formats.mlc.presets import AUTOAWQ, PRESETS, Preset, fitted_to
 
 FILES = ("gguf", "mlc")
 """Formats that cannot be read back: they are exported from a folder that can."""
@@ -189,7 +189,9 @@ def _changed(case: Case, model: QuantizedFolder) -> dict[str, Tensor]:
 def _quantizes_outside(case: Case) -> bool:
     """Whether embedding and output layer are quantized in what the client opens."""
     scheme = Scheme.parse(case.scheme)
-    kept = case.settings.get("embeddings") == "f16" or (case.format == "mlc" and is_autoawq(scheme.weight, scheme.tile))
+    kept = case.settings.get("embeddings") == "f16" or (
+        case.format == "mlc" and AUTOAWQ.holds(scheme.weight, scheme.tile)
+    )
     return case.format in FILES and not kept
 
 

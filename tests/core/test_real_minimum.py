@@ -1,17 +1,24 @@
 """Grids whose zero is a real number: by hand, with every method, and in every format that holds them."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from tests.conftest import Checkpoints
 
 import bitwright
+from bitwright.core.engine_file import Levels, unlike
 from bitwright.core.errors import RecipeError
 from bitwright.core.fake_quant import fake_quantize
 from bitwright.core.grid import Grid, Tile, Zero
 from bitwright.core.qtensor import QTensor, affine, packed_bits, quantize, span
 from bitwright.core.recipe import Recipe
+from bitwright.formats import awq, compressed_tensors, gguf, gptq
+from bitwright.formats.gguf.weights import held
+from bitwright.formats.mlc import presets
 
 GRID, TILE = Grid.with_real_minimum(2), Tile(1, 4)
 
@@ -93,3 +100,51 @@ def test_gguf_holds_it_exactly_and_gptq_does_not(tiny: Checkpoints, tmp_path: Pa
     )
     assert direct.format == "gguf"
     assert Grid.with_real_minimum(4).zero is Zero.REAL
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_gguf_has_no_place_for_it_above_four_bits(bits: int) -> None:
+    """Q8_0 has a step and no minimum: a real one is no zero point that could be taken off the codes."""
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)) * 0.1
+    q = made(weight, Grid.with_real_minimum(bits), Tile(1, 32))
+    assert not gguf.FORMAT.holds(q.grid, q.tile, False)
+    with pytest.raises(RecipeError, match=f"a {bits}-bit weight with a real-valued zero .* cannot be held exactly"):
+        held("x", q, Kind.Q8_0, lossy=False)
+    again = held("x", q, Kind.Q8_0, lossy=True).difference
+    assert not again.codes and 0 < again.error < 1e-3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_preset_of_mlc_takes_its_codes(bits: int) -> None:
+    for preset in presets.PRESETS:
+        weight = torch.randn(8, 4 * preset.group, generator=torch.Generator().manual_seed(2)) * 0.1
+        q = made(weight, Grid.with_real_minimum(bits), Tile(1, preset.group))
+        assert not preset.holds(q.grid, q.tile) and presets.placed(q, preset) is None
+        few = replace(q, codes=q.codes.clamp(max=1))  # which would fit as they are
+        assert presets.placed(few, preset) is None
+
+
+def test_one_such_linear_among_others_is_told_and_not_misread(tiny: Checkpoints, tmp_path: Path) -> None:
+    model = str(tiny(dtype="float16", eos_token_id=0))
+    for scheme, own, format in (("W4A16g32sym", "W3A16g32real", "mlc"), ("W4A16g32", "W5A16g32real", "gguf")):
+        recipe = Recipe(model, scheme, "rtn", "bitwright", scheme_for={"*.q_proj": own})
+        bitwright.quantize(recipe, tmp_path / format)
+        with pytest.raises(RecipeError, match=r"q_proj.* cannot be held exactly"):
+            bitwright.export(tmp_path / format, tmp_path / f"out.{format}", format=format)
+        exported = bitwright.export(tmp_path / format, tmp_path / f"out.{format}", format=format, lossy=True)
+        assert exported.codes_kept == 12 and exported.largest_error < 0.05
+        assert bitwright.verify(tmp_path / f"out.{format}", tmp_path / format).passed
+
+
+@pytest.mark.parametrize("format", [gptq, awq, compressed_tensors])
+def test_formats_with_integer_zero_points_refuse_its_tensors(format: ModuleType) -> None:
+    q = made(torch.randn(32, 64, generator=torch.Generator().manual_seed(3)), Grid.with_real_minimum(4), Tile(1, 32))
+    assert not format.holds(q.grid, q.tile, False)
+    with pytest.raises(RecipeError):
+        format.encode("x", q)
+
+
+def test_read_back_codes_without_a_minimum_are_not_those_of_one() -> None:
+    q = made(torch.randn(4, 64, generator=torch.Generator().manual_seed(4)), Grid.with_real_minimum(4), Tile(1, 32))
+    stored = Levels(q.codes.to(torch.int8), q.scale.half(), None, 32)
+    assert unlike(replace(q, scale=q.scale.half().float()), slice(None), stored) == "minima"

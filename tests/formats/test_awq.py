@@ -116,4 +116,4 @@ def test_what_it_cannot_hold_is_refused() -> None:
         with pytest.raises(RecipeError, match=says):
             written(scheme)
     with pytest.raises(RecipeError, match="fused over 2 experts"):
-        format.encode_stacked("a", [some((32, 32), Grid.integers(4), Tile(1, 32))] * 2)
+        format.FORMAT.encode_stacked("a", [some((32, 32), Grid.integers(4), Tile(1, 32))] * 2)

@@ -195,7 +195,7 @@ def test_what_it_cannot_hold_is_refused() -> None:
     with pytest.raises(RecipeError, match="x: gptq holds neither"):
         written("W4A16", departures={"x": Departure((1, 64), 3)})
     with pytest.raises(RecipeError, match="fused over 2 experts"):
-        format.encode_stacked("a", [some((32, 32), Grid.integers(4), Tile(1, 32))] * 2)
+        format.FORMAT.encode_stacked("a", [some((32, 32), Grid.integers(4), Tile(1, 32))] * 2)
 
 
 def test_scales_past_float16_are_refused_and_never_become_0() -> None:

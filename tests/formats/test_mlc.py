@@ -380,7 +380,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_quantized_is_refused(tiny: Checkpoints, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not quantized"):
-        mlc.write(QuantizedFolder.open(tiny()), tmp_path, WriteOptions(), lambda _: None)
+        mlc.FORMAT.write(QuantizedFolder.open(tiny()), tmp_path, WriteOptions(), lambda _: None)
 
 
 def test_shards_are_full_and_a_large_tensor_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,9 +269,9 @@ def test_outliers_may_be_left_out(none: str, tiny: Checkpoints) -> None:
 
 def test_zero_points_in_groups_of_128_are_for_mlc_with_llama_alone(tiny: Checkpoints, tmp_path: Path) -> None:
     assert settled(Recipe(str(tiny(**WIDE)), "W4A16g128", engines="mlc")).format == "mlc"
-    other = shutil.copytree(tiny(**WIDE), tmp_path / "qwen2")
-    config = json.loads((other / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    other = shutil.copytree(tiny(**WIDE), tmp_path / "mistral")
+    config = json.loads((other / "config.json").read_text()) | {"architectures": ["MistralForCausalLM"]}
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
     with pytest.raises(RecipeError, match=r"4-bit asymmetric weights.*that it runs is W4A16g128sym;"):
         settled(Recipe(str(other), "W4A16g128", engines="mlc"))
 

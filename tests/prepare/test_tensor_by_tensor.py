@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "num_experts_per_tok": 2,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen3": {"tie_word_embeddings": True, "head_dim": 16},
+    "olmo2": {"tie_word_embeddings": True},
     "gpt_neox": {},
     "falcon": {"new_decoder_architecture": False},
     "mixtral": {"num_local_experts": 4},

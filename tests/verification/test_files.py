@@ -229,12 +229,12 @@ def test_beside_another_model(format: str, files: Files, tiny: Checkpoints, sour
 
 
 @pytest.mark.parametrize(("format", "module", "function"), [
-    ("gguf", "bitwright.formats.gguf.weights", "packed"), ("mlc", "bitwright.formats.mlc", "packed"),
+    ("gguf", "bitwright.formats.gguf.weights", "packed"), ("mlc", "bitwright.formats.mlc.presets", "packed"),
 ])  # fmt: skip
 def test_other_codes_are_not_published(
     format: str, module: str, function: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = getattr(mlc if format == "mlc" else gguf.weights, function)
+    packed = getattr(mlc.presets if format == "mlc" else gguf.weights, function)
 
     def shifted(weight: Any, *args: Any) -> Any:
         if isinstance(weight, torch.Tensor):

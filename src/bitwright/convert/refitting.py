@@ -8,7 +8,7 @@ from math import gcd
 
 import torch
 
-from bitwright.core.convert import difference, on_grid, require_finite, split, with_scales
+from bitwright.core.convert import described, difference, on_grid, require_finite, split, with_scales
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import TensorFormat
@@ -56,7 +56,7 @@ def refitted(
         return exact, difference(name, weight, exact)
     if not lossy:
         raise RecipeError(
-            f"{name}: {_described(weight)} cannot be held exactly in this format, which holds "
+            f"{name}: {described(weight)} cannot be held exactly in this format, which holds "
             f"{format.holds_what}{_scales_beyond(weight, format)}. --lossy quantizes such weights once more and says "
             "what that adds"
         )
@@ -141,12 +141,3 @@ def _scales_beyond(weight: QTensor, format: TensorFormat) -> str:
     return (
         f", with scales in {dtype}: those of this weight go from {float(scales.min()):.3g} to {float(scales.max()):.3g}"
     )
-
-
-def _described(weight: QTensor) -> str:
-    """The description of a weight, for a message."""
-    rows, columns = weight.tile.size(weight.shape)
-    kind = "symmetric" if weight.grid.symmetric else "asymmetric"
-    kept = 0 if weight.outlier_index is None else weight.outlier_index.numel()
-    outliers = f", with {kept} outliers," if kept else ""
-    return f"a {weight.grid.bits}-bit {kind} weight in tiles of {rows} x {columns}{outliers}"

@@ -3,9 +3,11 @@
 Nothing here quantizes again. A function returns None if the weight cannot be expressed in the terms asked for.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from bitwright.core.errors import CheckpointError
 from bitwright.core.grid import Grid, Tile, Zero
@@ -67,22 +69,58 @@ def split(weight: QTensor, tile: Tile) -> QTensor | None:
     return replace(weight, scale=scale, zero=zero, tile=tile)
 
 
+def rows_of(weight: QTensor, rows: slice | Int[Tensor, " R"]) -> QTensor:
+    """Some rows of a weight without outliers, each of which has tiles of its own."""
+    zero = None if weight.zero is None else weight.zero[rows]
+    return QTensor(weight.codes[rows], weight.scale[rows], zero, weight.grid, replace(weight.tile, out=1))
+
+
 def difference(name: str, before: QTensor, after: QTensor, codes: bool = True) -> Difference:
     """The difference between two versions of a weight, both computed in float32."""
     was = before.dequantize(torch.float32)
     return Difference(name, codes, relative_error(was, after.dequantize(torch.float32)))
 
 
-def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
+def described(weight: QTensor) -> str:
+    """A weight in words, for a message: bits, zero, shape, tiles and outliers."""
+    rows, columns = weight.tile.size(weight.shape)
+    zero = {Zero.NONE: " symmetric", Zero.REAL: ""}.get(weight.grid.zero, " asymmetric")
+    real = " with a real-valued zero" if weight.grid.zero is Zero.REAL else ""
+    kept = 0 if weight.outlier_index is None else weight.outlier_index.numel()
+    outliers = f", with {kept} outliers," if kept else ""
+    shape = list(weight.shape)
+    return f"a {weight.grid.bits}-bit{zero} weight{real} {shape} in tiles of {rows} x {columns}{outliers}"
+
+
+@dataclass
+class SquaredError:
+    """The squared error of a weight that is compared a part at a time: ``|W - W'|^2``, and ``|W|^2``."""
+
+    lost: float = 0.0
+    norm: float = 0.0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Take in one more part of the weight, in float32."""
+        self.lost += float((before - after).double().square().sum())
+        self.norm += float(before.double().square().sum())
+
+    @property
+    def relative(self) -> float:
+        """``|W - W'|^2 / |W|^2``; 0 or infinity if W is all zeros."""
+        return self.lost / self.norm if self.norm else (0.0 if not self.lost else float("inf"))
+
+
+def relative_error(before: Tensor, after: Tensor) -> float:
     """The relative squared error ``|W - W'|^2 / |W|^2``; 0 or infinity if W is all zeros."""
-    lost, norm = float((before - after).double().square().sum()), float(before.double().square().sum())
-    return lost / norm if norm else (0.0 if not lost else float("inf"))
+    error = SquaredError()
+    error.add(before, after)
+    return error.relative
 
 
-def _lowered(codes: torch.Tensor, zero: torch.Tensor, tile: Tile) -> torch.Tensor:
+def _lowered(codes: Tensor, zero: Tensor, tile: Tile) -> Tensor:
     """Codes minus the zero point of their tile."""
     return whole(tiled(codes, tile) - zero[:, None, :, None], codes.shape)
 
 
-def _repeated(per_tile: torch.Tensor, down: int, along: int) -> torch.Tensor:
+def _repeated(per_tile: Tensor, down: int, along: int) -> Tensor:
     return per_tile.repeat_interleave(down, 0).repeat_interleave(along, 1)

@@ -121,6 +121,8 @@ def unlike(weight: QTensor, rows: Rows, stored: Levels) -> str | None:
     if stored.minimum is not None:
         if zero is None or not torch.equal(stored.minimum, _minimum(zero[:, groups], scale)):
             return "minima"
+    elif zero is not None and zero.is_floating_point():
+        return "minima"
     else:
         if zero is not None:
             codes -= zero.to(torch.int16)[:, torch.arange(columns) // t_i]

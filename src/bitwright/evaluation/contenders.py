@@ -145,4 +145,4 @@ def _folder_config(folder: Path) -> dict[str, Any]:
 def _file_config(path: Path) -> dict[str, Any]:
     """Read the architecture and dimensions that a GGUF file states, under config.json's keys."""
     header = opened(path).header
-    return {**dimensions(header), "model_type": header.says.get("general.architecture")}
+    return {**dimensions(header), "model_type": header.metadata.get("general.architecture")}

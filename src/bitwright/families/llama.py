@@ -1,4 +1,7 @@
-"""Llama 1, 2 and 3: RMSNorm, rotary positions, grouped-query attention, gated MLP, tied or untied embeddings."""
+"""Llama 1, 2 and 3: RMSNorm, rotary positions, grouped-query attention, gated MLP, tied or untied embeddings.
+
+Other architectures have the same block with biases or norms besides; their files take ``blocks`` from here.
+"""
 
 from dataclasses import replace
 
@@ -21,14 +24,19 @@ def decoder(config: Config) -> Decoder:
 
 def family(config: Config) -> Family:
     """Describe the blocks of a Llama with this config.json."""
-    model = decoder(config)
-    return Family("LlamaAttention", model.head_dim, Topology(GROUPS, _sites(model)))
+    return blocks("LlamaAttention", decoder(config))
 
 
-def _sites(model: Decoder) -> tuple[Site, ...]:
+def blocks(attention_class: str, model: Decoder) -> Family:
+    """Describe the blocks of a decoder like Llama's; ``attention_class`` is transformers' name of their attention."""
+    return Family(attention_class, model.head_dim, Topology(GROUPS, sites(model)))
+
+
+def sites(model: Decoder) -> tuple[Site, ...]:
+    """The sites of a block like Llama's, without q.k if queries and keys are normalized: that undoes a scale."""
     return (
         Site("norm->qkv", (Side(ATTENTION_NORM),), tuple(map(Side, QKV)), model.hidden),
-        query_key(model),
+        *(() if model.qk_norm else (query_key(model),)),
         value_output(model),
         Site("norm->gate,up", (Side(MLP_NORM),), tuple(map(Side, GATE_UP)), model.hidden),
         Site("up->down", (Side("mlp.up_proj"),), (Side(DOWN),), model.intermediate, paper=False),

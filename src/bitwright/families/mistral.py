@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from bitwright.core.block import Architecture
+from bitwright.core.block import Architecture, Family
 from bitwright.core.decoder import Config, Decoder, sliding_window
+from bitwright.families import llama
 
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
 """What transformers takes if config.json leaves a key out."""
@@ -15,4 +16,9 @@ def decoder(config: Config) -> Decoder:
     return replace(Decoder.of(config), window=sliding_window(config))
 
 
-ARCHITECTURE = Architecture(decoder)
+def family(config: Config) -> Family:
+    """Describe the blocks of a Mistral with this config.json."""
+    return llama.blocks("MistralAttention", decoder(config))
+
+
+ARCHITECTURE = Architecture(decoder, family)

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from bitwright.core.block import Architecture
+from bitwright.core.block import Architecture, Family
 from bitwright.core.decoder import Config, Decoder, flag, sliding_window
+from bitwright.families import llama
 
 DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32, "sliding_window": 4096}
 """What transformers takes if config.json leaves a key out."""
@@ -16,4 +17,9 @@ def decoder(config: Config) -> Decoder:
     return replace(Decoder.of(config), qkv_bias=bias, o_bias=bias, qk_norm=True, window=window)
 
 
-ARCHITECTURE = Architecture(decoder)
+def family(config: Config) -> Family:
+    """Describe the blocks of a Qwen3 with this config.json."""
+    return llama.blocks("Qwen3Attention", decoder(config))
+
+
+ARCHITECTURE = Architecture(decoder, family)

@@ -6,8 +6,9 @@ float16 [Q, O]. In a word outputs 0, 2, 4, 6, 1, 3, 5, 7 follow one another from
 points are 0 to 15, and always asymmetric; a symmetric grid is written with the zero point 8.
 """
 
-from collections.abc import Callable, Mapping, Sized
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int32
@@ -28,7 +29,8 @@ from bitwright.formats.gptq import (
     on_grid,
     refuse_scheme,
     refuse_sizes,
-    said_of_kept,
+    refuse_stacked,
+    rules_for_kept,
     tile_of,
 )
 
@@ -37,10 +39,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The order of eight outputs in a word, from the lowest bits on."""
 LEAVES = ("qweight", "qzeros", "scales")
 """How the names of a weight's tensors end; the first is always there."""
-SCALES: torch.dtype | None = torch.float16
-"""The dtype of scales."""
 HOLDS = "4 bits, per channel or in groups along the input"
-"""What it holds, in words."""
+"""What the format holds, in words."""
 READABLE = "of awq folders, Bitwright reads version gemm with 4 bits and zero points"
 
 
@@ -101,14 +101,7 @@ def read(tensors: Mapping[str, Tensor], name: str, described: Described) -> QTen
 
 def check_shape(name: str, shape: tuple[int, ...]) -> None:
     """Raise RecipeError for a weight whose outputs do not fill whole words, or that is fused over experts."""
-    if len(shape) > 2:
-        encode_stacked(name, range(shape[0]))
     refuse_sizes(name, shape, (IN_WORD, 1), "awq")
-
-
-def encode_stacked(name: str, slices: Sized) -> NoReturn:
-    """Raise RecipeError: the format's tensors are two-dimensional."""
-    raise RecipeError(f"{name}: awq holds no weight that is fused over {len(slices)} experts. {INSTEAD}")
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
@@ -138,7 +131,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         "group_size": scheme.tile.in_,
         "zero_point": True,
         "modules_to_not_convert": list(model.kept),
-        **said_of_kept(model.kept),
+        **rules_for_kept(model.kept),
     }
 
 
@@ -160,14 +153,14 @@ FORMAT = TensorFormat(
     holds=holds,
     holds_what=HOLDS,
     stored_bytes=stored_bytes,
-    scales=SCALES,
+    scales=torch.float16,
     check_shape=check_shape,
     weights_only=True,
     mixes=False,
     leaves=LEAVES,
     codes="qweight",
     encode=encode,
-    encode_stacked=encode_stacked,
+    encode_stacked=partial(refuse_stacked, format="awq"),
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read),

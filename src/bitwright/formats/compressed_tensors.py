@@ -8,8 +8,8 @@ are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``
 by ``_compressed_tensors_reading.py``.
 """
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -19,13 +19,14 @@ from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import Scheme
-from bitwright.formats import bitwright
+from bitwright.formats import bitwright, gptq
 from bitwright.formats._compressed_tensors_reading import LEAVES, PACKED, codes_may_be_weight, described, read, shape
 from bitwright.formats.bitwright import decode, packed, stored_bytes
 
-INSTEAD = (
-    "compressed-tensors holds neither groups along the output nor outliers, and no grid that is an engine's own. Leave "
-    "--format out, or take --format bitwright (transformers loads it after 'import bitwright') or --format dense"
+INSTEAD = f"{gptq.INSTEAD} or --format dense"
+CANNOT_HOLD = (
+    "compressed-tensors holds neither groups along the output nor outliers, and no grid that is an engine's own. "
+    f"{INSTEAD}"
 )
 HOLDS = "2 to 8 bits, symmetric or not, per channel or in groups along the input"
 
@@ -38,16 +39,8 @@ def holds(grid: Grid, tile: Tile, outliers: bool) -> bool:
 def encode(name: str, weight: QTensor) -> dict[str, Tensor]:
     """The tensors to write for one linear. Raises RecipeError for what the format cannot hold."""
     if not holds(weight.grid, weight.tile, weight.outlier_index is not None):
-        raise RecipeError(f"{name}: {INSTEAD}")
+        raise RecipeError(f"{name}: {CANNOT_HOLD}")
     return bitwright.encode(name, weight)
-
-
-def encode_stacked(name: str, slices: Sequence[QTensor]) -> NoReturn:
-    """Raise RecipeError: the format's tensors are two-dimensional."""
-    raise RecipeError(
-        f"{name}: compressed-tensors holds no weight that is fused over {len(slices)} experts. Leave --format out, or "
-        "take --format bitwright (transformers loads it after 'import bitwright') or --format dense"
-    )
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
@@ -57,7 +50,7 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     group_size = head_dim. The library's ``token`` strategy on keys would share one scale over the sequence.
     """
     if model.departures:
-        raise RecipeError(f"{next(iter(model.departures))}: {INSTEAD}")
+        raise RecipeError(f"{next(iter(model.departures))}: {CANNOT_HOLD}")
     scheme, family = model.scheme, model.family
     linears = [_linears(scheme, ["Linear"], None), *_linears_by_scheme(model)]
     if scheme.kv is not None and family is None:
@@ -156,7 +149,7 @@ FORMAT = TensorFormat(
     leaves=LEAVES,
     codes="weight_packed",
     encode=encode,
-    encode_stacked=encode_stacked,
+    encode_stacked=partial(gptq.refuse_stacked, format="compressed-tensors", instead=INSTEAD),
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read, codes_may_be_weight=codes_may_be_weight),

@@ -18,10 +18,6 @@ from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import Scheme
 
-SCALES: torch.dtype | None = None
-"""The dtype of scales; None: that of the checkpoint."""
-
-
 HOLDS = "everything, dequantized"
 
 

@@ -6,13 +6,14 @@ group in the same way; ``X.scales`` float16 [Q, O]; ``X.g_idx`` int32 [I], the g
 2**bits - 1 and symmetric ones have the zero point 2**(bits-1). Version 1 stores a zero point less one, so that 0 wraps;
 version 2 (``checkpoint_format: gptq_v2``) stores it as it is.
 
-What is written: symmetric grids in version 1, which everybody reads, asymmetric ones in version 2. GPTQModel adds the
-one of version 1 to whole words, where a zero point 0 would run over into its neighbour, and refuses asymmetric folders
+Symmetric grids are written in version 1, which everybody reads, asymmetric ones in version 2. GPTQModel adds the one
+of version 1 to whole words, in which a zero point 0 would run over into its neighbour, and refuses asymmetric folders
 of version 1 that it has not written itself; vLLM takes symmetric ones alone (docs/formats/gptq.md).
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from bitwright.core.decoder import HEAD
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import Reader, TensorFormat
 from bitwright.core.grid import FULL, Grid, Tile
@@ -34,10 +36,8 @@ MULTIPLE = 32
 V1, V2 = "gptq", "gptq_v2"
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 """How the names of a weight's tensors end; the first is always there."""
-SCALES: torch.dtype | None = torch.float16
-"""The dtype of scales."""
 HOLDS = "2, 3, 4 or 8 bits, per channel or in groups along the input"
-"""What it holds, in words."""
+"""What the format holds, in words."""
 WORD_BITS, WORD_BYTES = 32, 4
 READABLE = "of gptq folders, Bitwright reads versions gptq and gptq_v2 with codes of 2, 3, 4 or 8 bits in int32 words"
 INSTEAD = "Leave --format out, or take --format bitwright (transformers loads it after 'import bitwright')"
@@ -184,13 +184,13 @@ def half(name: str, weight: QTensor) -> Float[Tensor, "O Q"]:
 
 def check_shape(name: str, shape: tuple[int, ...]) -> None:
     """Raise RecipeError for a weight whose sizes do not fill whole words, or that is fused over experts."""
-    if len(shape) > 2:
-        encode_stacked(name, range(shape[0]))
     refuse_sizes(name, shape, (MULTIPLE, MULTIPLE), "gptq")
 
 
 def refuse_sizes(name: str, shape: tuple[int, ...], multiples: tuple[int, int], format: str) -> None:
-    """Raise RecipeError for a linear [O, I] whose sizes are not multiples of ``multiples``."""
+    """Raise RecipeError for a weight that is not [O, I], or whose sizes are not multiples of ``multiples``."""
+    if len(shape) > 2:
+        refuse_stacked(name, range(shape[0]), format)
     for size, multiple, which in zip(shape, multiples, ("output", "input"), strict=True):
         if size % multiple:
             raise RecipeError(
@@ -199,9 +199,9 @@ def refuse_sizes(name: str, shape: tuple[int, ...], multiples: tuple[int, int], 
             )
 
 
-def encode_stacked(name: str, slices: Sized) -> NoReturn:
-    """Raise RecipeError: the format's tensors are two-dimensional."""
-    raise RecipeError(f"{name}: gptq holds no weight that is fused over {len(slices)} experts. {INSTEAD}")
+def refuse_stacked(name: str, slices: Sized, format: str, instead: str = INSTEAD) -> NoReturn:
+    """Raise RecipeError for slices of a weight: the format's tensors are two-dimensional."""
+    raise RecipeError(f"{name}: {format} holds no weight that is fused over {len(slices)} experts. {instead}")
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
@@ -235,18 +235,18 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
     }
 
 
-def said_of_kept(kept: Sequence[str]) -> dict[str, Any]:
+def rules_for_kept(kept: Sequence[str]) -> dict[str, Any]:
     """Linears that are left alone, as rules for GPTQModel, and whether the output layer is packed.
 
     vLLM sees in the tensors which other linears are packed.
     """
-    inside = {f"-:^{re.escape(name)}$": dict[str, Any]() for name in kept if name != "lm_head"}
-    return {"lm_head": "lm_head" not in kept} | ({"dynamic": inside} if inside else {})
+    inside = {f"-:^{re.escape(name)}$": dict[str, Any]() for name in kept if name != HEAD}
+    return {"lm_head": HEAD not in kept} | ({"dynamic": inside} if inside else {})
 
 
 def rules(model: WrittenModel) -> dict[str, Any]:
-    """The entries of ``said_of_kept``, and a rule for every linear with a scheme of its own, for GPTQModel and vLLM."""
-    entries = said_of_kept(model.kept)
+    """The rules for kept linears, and one for each linear with a scheme of its own, for GPTQModel and vLLM."""
+    entries = rules_for_kept(model.kept)
     own = {
         f"+:^{re.escape(name)}$": {
             "bits": scheme.weight.bits,
@@ -312,13 +312,13 @@ FORMAT = TensorFormat(
     holds=holds,
     holds_what=HOLDS,
     stored_bytes=stored_bytes,
-    scales=SCALES,
+    scales=torch.float16,
     check_shape=check_shape,
     weights_only=True,
     leaves=LEAVES,
     codes="qweight",
     encode=encode,
-    encode_stacked=encode_stacked,
+    encode_stacked=partial(refuse_stacked, format="gptq"),
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read),

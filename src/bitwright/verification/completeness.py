@@ -36,8 +36,8 @@ class _Wrong:
 def complete(model: QuantizedFolder, original: Shapes | None, by_config: bool = True) -> Check:
     """Check that all tensors that the model needs are there in their shapes, and no others.
 
-    They are those of ``original``, where nothing is quantized, and, with ``by_config``, those that transformers' model
-    of this architecture has.
+    They are those of ``original``, in which nothing is quantized, and, with ``by_config``, those that transformers'
+    model of this architecture has.
     """
     there = _there(model)
     wrong, passed = _Wrong([], []), list[str]()

@@ -1,13 +1,17 @@
-"""What can be told of an engine's own file (gguf, mlc) by reading it back, and what it must be before it is published:
-complete, its numbers finite, its length what it says, its weights those of the folder it was made from."""
+"""The checks of an engine's own file (gguf, mlc), which is read back.
+
+Before it is published it has to be complete, its numbers finite, its length as it states, and its weights those of the
+folder that it was made from.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bitwright.core.convert import rows_of
+from bitwright.core.decoder import HEAD
 from bitwright.core.engine_file import EngineFile, Rows, unlike
 from bitwright.core.errors import CheckpointError
 from bitwright.core.format import FileFormat
@@ -23,30 +27,30 @@ from bitwright.verification.findings import Check, first, lacking
 from bitwright.verification.soundness import published_only_if
 
 MEASURED = 1e-3
-"""How far a linear's error may be from what was measured when it was written, as a share of it."""
+"""The difference, as a share, that a linear's error may have from the error measured when it was written."""
 SMALLEST = 1e-9
-"""What of an error may be rounding."""
+"""The part of an error that may be rounding."""
 
 
 def file_structure(file: EngineFile, listener: Listener = silent) -> list[Check]:
-    """What can be told of a file alone, scales and all that is stored as it is being read."""
+    """Check a file alone; scales, and values that are stored as they are, are read."""
     wrong, unread = list[str](), list[str]()
     for done, name in enumerate(file.tensors):
         listener(Progress("verify", done, len(file.tensors), name, peak_memory()))
         if not file.is_read(name):
             unread.append(name)
-        elif said := file.numbers(name):
-            wrong.append(f"{name}: {said}")
+        elif fault := file.numbers(name):
+            wrong.append(f"{name}: {fault}")
     listener(Progress("verify", len(file.tensors), len(file.tensors), "all tensors", peak_memory()))
-    found = first(wrong) or "scales finite, shapes fit"
+    summary = first(wrong) or "scales finite, shapes fit"
     if unread:
         kind = file.tensors[unread[0]].kind
-        found += f"; not looked at: {len(unread)} tensors of types that are not read, such as {unread[0]} ({kind})"
-    return [_complete(file), Check("scales and shapes", not wrong, found), _on_disk(file)]
+        summary += f"; not looked at: {len(unread)} tensors of types that are not read, such as {unread[0]} ({kind})"
+    return [_complete(file), Check("scales and shapes", not wrong, summary), _on_disk(file)]
 
 
 def bits_per_weight(file: EngineFile) -> float:
-    """Of the linears in the model's blocks as they are stored; 0 where it is not known which these are."""
+    """The bits per weight that are stored for the linears in the model's blocks; 0 if these are not known."""
     stored, weights = file.bits()
     return stored / weights if weights else 0.0
 
@@ -59,26 +63,26 @@ def linears_of(file: EngineFile) -> list[str]:
 def require_sound_file(
     format: FileFormat, place: Path, model: QuantizedFolder, differences: Sequence[Difference]
 ) -> str:
-    """Reads back what has just been written from a folder; says what was found, in a line.
+    """Read back a file that has just been written from a folder; return the findings in a line.
 
-    Headers, shapes and scales of everything, and the weights of one linear of each kind, from the first block to the
-    last. Raises OutputError where a check fails.
+    Headers, shapes and scales of everything are checked, and the weights of one linear of each kind, from the first
+    block to the last. Raises OutputError if a check fails.
     """
     try:
         file = format.open(place)
     except CheckpointError as error:
         return published_only_if([Check("readable", False, str(error))])
-    lost = {each.name: each for each in differences}
-    return published_only_if([*file_structure(file), *_made_of(file, model, lost)])
+    lost = {difference.name: difference for difference in differences}
+    return published_only_if([*file_structure(file), *_as_in_folder(file, model, lost)])
 
 
 def not_there(file: EngineFile, model: QuantizedFolder) -> list[str]:
-    """Tensors of a folder that a file lacks, or has in another shape."""
+    """The tensors of a folder that a file lacks, or has in another shape."""
     here, wrong = set(file.names), []
     tied = bool(model.config.get("tie_word_embeddings"))
     for name in (*model.passed, *model.linears, *model.stacks):
         full = f"{name}.weight" if name in model.linears else name
-        if full.endswith(NO_WEIGHTS) or (tied and full == "lm_head.weight" and full not in here):
+        if full.endswith(NO_WEIGHTS) or (tied and full == f"{HEAD}.weight" and full not in here):
             continue
         if full not in here:
             wrong.append(full)
@@ -102,24 +106,26 @@ def _complete(file: EngineFile) -> Check:
 
 def _on_disk(file: EngineFile) -> Check:
     stored, wrong = bits_per_weight(file), file.misfiled
-    said = f"{stored:.3f} bits per weight stored" if stored else "as long as it says it is"
-    return Check("size on disk", wrong is None, said if wrong is None else wrong)
+    summary = f"{stored:.3f} bits per weight stored" if stored else "as long as it says it is"
+    return Check("size on disk", wrong is None, summary if wrong is None else wrong)
 
 
-def _made_of(file: EngineFile, model: QuantizedFolder, lost: dict[str, Difference]) -> Iterator[Check]:
+def _as_in_folder(file: EngineFile, model: QuantizedFolder, lost: dict[str, Difference]) -> Iterator[Check]:
     missing = not_there(file, model)
     yield Check("all of the folder", not missing, lacking(missing) or "all tensors of the folder")
     if missing:
         return
     linears = _of_each_kind(model.linears or [name.removesuffix(".weight") for name in linears_of(file)])
-    wrong = [f"{name}: {said}" for name in linears if (said := _apart(file, model, name, lost.get(name)))]
-    found = f"{len(linears)} linears read back, as they are in the folder"
-    yield Check("written weights", not wrong, first(wrong) or found)
+    wrong = [f"{name}: {fault}" for name in linears if (fault := _apart(file, model, name, lost.get(name)))]
+    summary = f"{len(linears)} linears read back, as they are in the folder"
+    yield Check("written weights", not wrong, first(wrong) or summary)
 
 
 def _of_each_kind(linears: Sequence[str]) -> list[str]:
-    """One linear of each kind: of the first kind from the first block, of the last kind from the last, in between as
-    far on as its kind is."""
+    """One linear of each kind, the first kind from the first block, the last kind from the last block.
+
+    Kinds in between are taken from blocks in between.
+    """
     kinds: dict[str, list[str]] = {}
     for name in linears:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
@@ -128,7 +134,7 @@ def _of_each_kind(linears: Sequence[str]) -> list[str]:
 
 
 def _apart(file: EngineFile, model: QuantizedFolder, linear: str, lost: Difference | None) -> str | None:
-    """In what a linear of the file is not what the folder says and the writer has measured."""
+    """The difference of a linear from the folder, beyond what the writer has measured; None if there is none."""
     name = f"{linear}.weight"
     if lost is None:  # not quantized: as it is, in float16
         before = model.tensor(name)
@@ -136,9 +142,9 @@ def _apart(file: EngineFile, model: QuantizedFolder, linear: str, lost: Differen
         return None if same else "not the folder's weights in float16"
     weight = model.read(linear)
     if lost.codes:
-        wrong = next((said for rows, found in file.levels(name) if (said := unlike(weight, rows, found))), None)
-        if wrong:
-            return f"{wrong} are not those of the folder"
+        compared = (unlike(weight, rows, stored) for rows, stored in file.levels(name))
+        if part := next(filter(None, compared), None):
+            return f"{part} are not those of the folder"
     error = error_of(file, name, _by_rows(weight))
     if abs(error - lost.error) > MEASURED * lost.error + SMALLEST:
         return f"a relative error of {error:.3g} from the folder, {lost.error:.3g} was measured in writing"
@@ -146,18 +152,12 @@ def _apart(file: EngineFile, model: QuantizedFolder, linear: str, lost: Differen
 
 
 def error_of(file: EngineFile, name: str, before: Callable[[Rows], Tensor]) -> float:
-    """``|W - Wx|^2 / |W|^2`` of a tensor of the folder, whose rows ``before`` gives; some rows at a time."""
+    """The error ``|W - Wx|^2 / |W|^2`` of a tensor of the folder, whose rows ``before`` gives; some rows at a time."""
     return error_in_parts((before(rows), values) for rows, values in file.values(name))
 
 
 def _by_rows(weight: QTensor) -> Callable[[Rows], Tensor]:
-    """Rows of a weight in float32, where they can be had without the others."""
+    """The rows of a weight in float32, each computed when it is asked for if that can be done without the others."""
     if weight.tile.size(weight.shape)[0] != 1 or weight.outlier_index is not None:
         return weight.dequantize(torch.float32).__getitem__
-    tile = replace(weight.tile, out=1)
-
-    def made(rows: Rows) -> Tensor:
-        zero = None if weight.zero is None else weight.zero[rows]
-        return QTensor(weight.codes[rows], weight.scale[rows], zero, weight.grid, tile).dequantize(torch.float32)
-
-    return made
+    return lambda rows: rows_of(weight, rows).dequantize(torch.float32)

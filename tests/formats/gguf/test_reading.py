@@ -187,12 +187,12 @@ def test_a_part_of_a_model_and_bytes_too_many(quantized: Models, tmp_path: Path)
 def test_what_is_said_of_the_model(quantized: Models, tmp_path: Path) -> None:
     header = written(quantized("llama", "W4A16g32"), tmp_path / "m.gguf").header
     theirs = GGUFReader(header.path)
-    assert {key: value for key, value in header.says.items() if not isinstance(value, Listed)} == {
+    assert {key: value for key, value in header.metadata.items() if not isinstance(value, Listed)} == {
         name: field.contents()
         for name, field in theirs.fields.items()
         if not name.startswith("GGUF.") and not isinstance(field.contents(), list)
     }
-    assert header.says["tokenizer.ggml.tokens"] == Listed(512)
+    assert header.metadata["tokenizer.ggml.tokens"] == Listed(512)
     assert [(t.name, t.start, t.nbytes) for t in read_header(header.path).tensors.values()] == [
         (t.name, t.data_offset, t.n_bytes) for t in theirs.tensors
     ]

@@ -38,8 +38,6 @@ CHAINED = ("outlier_index", "outlier_value")
 """How tensors of slices come together: along a new first dimension, or one after the other."""
 LEAVES = (*STACKED, "weight_shape", "weight_tile", *CHAINED, "outlier_count")
 """How the names of a weight's tensors end; the first is always there."""
-SCALES: torch.dtype | None = None
-"""The dtype of scales; None: that of the checkpoint."""
 HOLDS = "everything"
 
 

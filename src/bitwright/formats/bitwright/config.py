@@ -1,4 +1,4 @@
-"""What config.json says of a folder in the bitwright format, checked field by field."""
+"""The quantization_config of a folder in the bitwright format, checked field by field."""
 
 import json
 from collections.abc import Mapping
@@ -25,24 +25,30 @@ class _Described(BaseModel):
 
 
 class Integers(_Described):
-    """The integers that codes are drawn from: 0 to 2^bits - 1 with a zero point of the same range, or, symmetric,
-    -2^(bits-1) to 2^(bits-1) - 1 without one."""
+    """The integers that codes are drawn from.
+
+    They are 0 to 2^bits - 1 with a zero point of the same range, or, if symmetric, -2^(bits-1) to 2^(bits-1) - 1
+    without one.
+    """
 
     bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
     symmetric: bool
 
     @property
     def grid(self) -> Grid:
-        """The same in our own words."""
+        """The grid of these integers."""
         return Grid.integers(self.bits, self.symmetric)
 
 
 class Weights(Integers):
-    """The weights of every converted linear: their integers, the rows and columns that share a scale (-1: all of
-    them), and the dtype of scales and outliers, in which a weight is computed. With ``signed_scale`` symmetric codes
-    are one higher than without, -2^(bits-1) + 1 to 2^(bits-1), scales may be negative, and the last tile of a row may
-    be cut short. With ``real_minimum`` a weight is code * scale + minimum, computed in float32, and there is a minimum
-    of the scales' dtype for each tile instead of a zero point."""
+    """The weights of every converted linear.
+
+    There are their integers, the rows and columns that share a scale (-1: all of them), and the dtype of scales and
+    outliers, in which a weight is computed. With ``signed_scale`` symmetric codes are one higher than without,
+    -2^(bits-1) + 1 to 2^(bits-1), scales may be negative, and the last tile of a row may be cut short. With
+    ``real_minimum`` a weight is code * scale + minimum, computed in float32, and there is a minimum of the scales'
+    dtype for each tile instead of a zero point.
+    """
 
     tile: tuple[Extent, Extent]
     dtype: Dtype
@@ -51,7 +57,7 @@ class Weights(Integers):
 
     @property
     def grid(self) -> Grid:
-        """The same in our own words."""
+        """The grid of these weights."""
         if self.signed_scale:
             return replace(Grid.with_signed_scale(self.bits), zero=Zero.NONE if self.symmetric else Zero.CODE)
         grid = Grid.integers(self.bits, self.symmetric)
@@ -67,9 +73,12 @@ class Weights(Integers):
 
 
 class Exceptional(_Described):
-    """A weight that differs: its own tile, how many of its numbers are stored exactly, and its integers if they are not
-    those of the other weights. For a weight that is stacked over experts, the tile is that of a slice, the outliers are
-    those of all slices."""
+    """A weight that differs from the others.
+
+    There are its own tile, the count of its numbers that are stored exactly, and its integers if they are not those of
+    the other weights. For a weight that is stacked over experts, the tile is that of a slice, the outliers are those of
+    all slices.
+    """
 
     tile: tuple[Extent, Extent]
     outliers: NonNegativeInt
@@ -79,9 +88,11 @@ class Exceptional(_Described):
 
 
 class Config(_Described):
-    """The quantization_config of a folder in the bitwright format. Every linear of the model is converted but those
-    that are named. Names are those of the folder. Inputs of linears are quantized per token, queries, keys and values
-    per token and head, as the model runs; null leaves them alone."""
+    """The quantization_config of a folder in the bitwright format.
+
+    Every linear of the model is converted but those that are named. Names are those of the folder. Inputs of linears
+    are quantized per token, queries, keys and values per token and head, as the model runs; null leaves them alone.
+    """
 
     quant_method: Literal["bitwright"]
     version: Literal[1]
@@ -93,10 +104,10 @@ class Config(_Described):
     modules_to_not_convert: tuple[str, ...]
 
     @classmethod
-    def parse(cls, found: Mapping[str, Any]) -> "Config":
-        """The config in a folder. Raises CheckpointError for one that no Bitwright of this version has written."""
+    def parse(cls, config: Mapping[str, Any]) -> "Config":
+        """Read the config of a folder. Raises CheckpointError for one that no Bitwright of this version has written."""
         try:
-            return cls.model_validate_json(json.dumps(dict(found)))
+            return cls.model_validate_json(json.dumps(dict(config)))
         except (ValidationError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"the quantization_config of this bitwright folder cannot be read: {_first(error)}. It is damaged, or "
@@ -117,18 +128,18 @@ class Config(_Described):
         return replace(grid, zero=Zero.REAL) if own.real_minimum else grid
 
     def outliers(self, linear: str) -> int:
-        """How many weights of a linear, or of all slices of stacked experts, are stored exactly."""
+        """The number of weights of a linear, or of all slices of stacked experts, that are stored exactly."""
         return self.exceptions[linear].outliers if linear in self.exceptions else 0
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of scales and outliers, and of the weights that they make."""
+        """The dtype of scales and outliers, and of the weights that they make."""
         dtype: torch.dtype = getattr(torch, self.weights.dtype)
         return dtype
 
 
 def schema() -> dict[str, Any]:
-    """``Config`` as a JSON schema, draft 2020-12."""
+    """The JSON schema of ``Config``, draft 2020-12."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Config.model_json_schema()
 
 
@@ -136,5 +147,5 @@ def _first(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False)[0]
-    found = "" if first["type"] == "missing" else f", found {first['input']!r:.60}"
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}{found}"
+    value = "" if first["type"] == "missing" else f", found {first['input']!r:.60}"
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}{value}"

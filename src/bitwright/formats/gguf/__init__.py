@@ -1,8 +1,8 @@
 """GGUF, one file for llama.cpp and what is built on it: weights, architecture and tokenizer together.
 
-``weights`` says which codes are held and how, ``blocks`` has the layouts, ``architecture`` and ``tokenizer`` what is
-said of the model, ``base_file`` takes that from another file, ``model`` and ``file`` put it all down; ``header`` and
-``reading`` read such a file again, ``settings`` holds it against a config.json.
+``weights`` says which codes are held and how, ``blocks`` has the layouts. ``architecture`` and ``tokenizer`` describe
+the model, ``base_file`` takes the description from another file. ``model`` and ``file`` write everything. ``header``
+and ``reading`` read such a file, ``settings`` compares it with a config.json.
 """
 
 from collections.abc import Mapping
@@ -29,24 +29,21 @@ from bitwright.formats.gguf.reading import opened
 from bitwright.formats.gguf.tokenizer import tokenizer
 from bitwright.formats.gguf.weights import HOLDS, holds, kind_of
 
-SCALES: torch.dtype | None = torch.float16
-"""The dtype of scales."""
-
 
 def recognizes(path: Path) -> bool:
-    """Whether a path is a file: GGUF is the one format of a single file."""
+    """Whether a path is a file: GGUF is the only format of a single file."""
     return path.is_file()
 
 
 def adapted(scheme: Scheme) -> Scheme:
-    """The scheme on the grid that codes are computed against where GGUF is what is asked for."""
+    """The scheme on the grid that codes are computed for if a GGUF file is asked for."""
     if scheme.weight.zero is not Zero.CODE or kind_of(scheme.weight, columns=0) is not Kind.Q4_1:
         return scheme
     return replace(scheme, weight=replace(scheme.weight, zero=Zero.PRODUCT))
 
 
 def check_shape(name: str, shape: tuple[int, ...]) -> None:
-    """Raises RecipeError for a weight whose rows are no whole blocks, or that is fused over experts."""
+    """Raise RecipeError for a weight whose rows are no whole blocks, or that is fused over experts."""
     if len(shape) > 2:
         raise RecipeError(f"{name}: GGUF is written of weights that are not fused over experts, this is of {shape[0]}")
     if shape[-1] % BLOCK:
@@ -57,10 +54,11 @@ def check_shape(name: str, shape: tuple[int, ...]) -> None:
 
 
 def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, foreseen: Foreseen | None = None) -> None:
-    """Refuses, before the work, a model or a tokenizer that GGUF cannot express, a base of another model, options that
-    it does not know, and, unless ``lossy``, rows that are no whole blocks and codes that it does not hold.
+    """Refuse, before the work, what GGUF cannot express.
 
-    Raises RecipeError, or CheckpointError for files that cannot be read and tensors that llama.cpp has no place for.
+    That is a model or a tokenizer, a base of another model, options that it does not know, and, unless ``lossy``, rows
+    that are no whole blocks and codes that it does not hold. Raises RecipeError, or CheckpointError for files that
+    cannot be read and tensors that llama.cpp has no place for.
     """
     if options.embeddings is not None and options.embeddings not in EMBEDDINGS:
         raise RecipeError(f"there are no embeddings '{options.embeddings}'; {nearest(options.embeddings, EMBEDDINGS)}")
@@ -72,24 +70,24 @@ def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, forese
         tokenizer(folder, config, into.decoder.vocabulary)
     conversion = _conversion(QuantizedFolder.open(folder), into, options)
     conversion.require_whole()
-    conversion.require_one()
+    conversion.require_first()
 
 
 def _conversion(model: QuantizedModel, into: Architecture, options: WriteOptions) -> Conversion:
-    """Raises RecipeError for a base of another model."""
-    found = Conversion(model, into, options, None if options.base is None else Base.open(options.base))
-    if found.base is not None:
-        found.base.check(into, {each.name: each.shape for each in found.tensors()})
-    return found
+    """The conversion of a model. Raises RecipeError for a base of another model."""
+    conversion = Conversion(model, into, options, None if options.base is None else Base.open(options.base))
+    if conversion.base is not None:
+        conversion.base.check(into, {tensor.name: tensor.shape for tensor in conversion.tensors()})
+    return conversion
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
-    """Bytes of one linear [O, I] in the file."""
+    """The bytes of one linear [O, I] in the file."""
     return nbytes_of(shape, kind_of(scheme.weight, shape[-1]))
 
 
 def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: Listener = silent) -> list[Difference]:
-    """Writes a quantized model, or one that is not quantized, as a GGUF file; what each quantized linear lost.
+    """Write a model, quantized or not, as a GGUF file; return what each quantized linear lost.
 
     One tensor at a time is in memory. Raises RecipeError for what GGUF cannot hold, OutputError for a place that cannot
     be written to.
@@ -98,11 +96,11 @@ def write(model: QuantizedModel, output: Path, options: WriteOptions, listener: 
     conversion = _conversion(model, into, options)
     tensors = conversion.tensors()
     if conversion.base is not None:
-        said = list(conversion.base.entries())
+        entries = list(conversion.base.entries())
     else:
-        words = tokenizer(model.folder, model.config, into.decoder.vocabulary)
-        said = [*conversion.general(), *into.entries(), *words.entries()]
-    write_file(output, into.name, [*said, *conversion.own(tensors)], tensors, listener)
+        tokens = tokenizer(model.folder, model.config, into.decoder.vocabulary)
+        entries = [*conversion.general(), *into.entries(), *tokens.entries()]
+    write_file(output, into.name, [*entries, *conversion.own(tensors)], tensors, listener)
     return conversion.differences
 
 
@@ -112,7 +110,7 @@ FORMAT = FileFormat(
     holds=holds,
     holds_what=HOLDS,
     stored_bytes=stored_bytes,
-    scales=SCALES,
+    scales=torch.float16,
     models=tuple(KNOWN),
     check_shape=check_shape,
     single=True,

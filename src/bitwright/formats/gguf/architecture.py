@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitwright.core.decoder import QKV, Config, Decoder, OddConfigError, decoder_of
 from bitwright.core.errors import RecipeError
-from bitwright.formats.gguf.entries import Entry, count, number, text
+from bitwright.formats.gguf.file import Entry, count, number, text
 
 KNOWN = {
     "llama": MODEL_ARCH.LLAMA,
@@ -29,7 +29,9 @@ KNOWN = {
 PLAIN, LINEAR, YARN, LLAMA3 = "default", "linear", "yarn", "llama3"
 """How rotary frequencies are scaled."""
 YARN_TAKES = {"rope_type", "factor", "original_max_position_embeddings", "truncate"}
-ROPE_FACTORS = "rope_freqs.weight"
+EMBEDDING, NORM, OUTPUT, ROPE_FACTORS = "token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"
+"""GGUF's names of tensors outside the blocks; rotary factors are no weights."""
+BLOCK_PREFIX = "blk."
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,11 @@ class Architecture:
 
     @property
     def context(self) -> int:
-        """How many tokens the model takes: no more than a window if it attends to one, since llama.cpp has no windows
-        in these architectures and computes something else beyond one."""
+        """The number of tokens that the model takes.
+
+        It is no more than its attention's window if it has one: llama.cpp has no windows in these architectures, and
+        computes something else beyond it.
+        """
         window = self.decoder.window
         return self._positions if window is None else min(self._positions, window)
 
@@ -115,7 +120,7 @@ class Architecture:
 
 @cache
 def _names(kind: MODEL_ARCH, blocks: int) -> Any:
-    """The library's map of names, which takes it a while to make."""
+    """The library's map of names; making it takes a while."""
     return get_tensor_name_map(kind, blocks)
 
 
@@ -147,7 +152,7 @@ def _lacking(what: str) -> RecipeError:
 
 
 def _wrong(model: Architecture, config: Config) -> Iterator[str]:
-    """What the architecture has no words for."""
+    """Yield what llama.cpp would compute in another way."""
     rope = model.decoder.rope
     if model.decoder.activation != "silu":
         yield f"its activation is {model.decoder.activation}, there it is silu"

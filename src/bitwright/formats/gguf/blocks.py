@@ -24,7 +24,7 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes of a block, and the levels that its numbers can be."""
+    """The bytes of a block, and the lowest and the highest level of its numbers."""
 
     nbytes: int
     lowest: int
@@ -39,11 +39,11 @@ SCALES = {
     Kind.Q2_K: (80, 2), Kind.Q3_K: (108, 1), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208, 1),
     Kind.IQ4_NL: (0, 1), Kind.IQ4_XS: (0, 1),
 }  # fmt: skip
-"""Where the float16 numbers of a block begin, in bytes, and how many there are; also of types that are only read."""
+"""The byte at which the float16 numbers of a block begin, and their number; also for types that are only read."""
 
 
 def nbytes_of(shape: tuple[int, ...], kind: Kind) -> int:
-    """Bytes of a tensor of this shape, its last dimension that of rows."""
+    """The bytes of a tensor of this shape; its last dimension is that of rows."""
     count = int(np.prod(shape))
     if kind in KINDS:
         return count // BLOCK * KINDS[kind].nbytes
@@ -53,10 +53,11 @@ def nbytes_of(shape: tuple[int, ...], kind: Kind) -> int:
 def packed(
     levels: Int[Tensor, "O I"], d: Float16[Tensor, "O B"], m: Float16[Tensor, "O B"] | None, kind: Kind
 ) -> Bytes:
-    """Rows of blocks [O, bytes]; levels as in the table above, within their bounds."""
+    """Pack rows of blocks [O, bytes]; levels are as in the table above, within their bounds."""
     rows, blocks = d.shape
     out = np.empty((rows, blocks, KINDS[kind].nbytes), np.uint8)
-    shared = [each.contiguous().numpy().view(np.uint8).reshape(rows, blocks, 2) for each in (d, m) if each is not None]
+    halves = [d] if m is None else [d, m]
+    shared = [half.contiguous().numpy().view(np.uint8).reshape(rows, blocks, 2) for half in halves]
     start = 2 * len(shared)
     out[..., :start] = np.concatenate(shared, -1)
     numbers = levels.to(torch.int8).numpy().view(np.uint8).reshape(rows, blocks, BLOCK)
@@ -69,7 +70,7 @@ def packed(
 
 
 def unpacked(data: Bytes, kind: Kind) -> "Fitted":
-    """What ``packed`` makes rows of blocks from: levels, d and m."""
+    """Unpack rows of blocks that ``packed`` makes, into levels, d and m."""
     own, rows = KINDS[kind], len(data)
     blocks = data.reshape(rows, -1, own.nbytes)
     start = 4 if kind is Kind.Q4_1 else 2
@@ -87,20 +88,20 @@ def valued(
     levels: Int[Tensor, "O I"], d: Float16[Tensor, "O B"], m: Float16[Tensor, "O B"] | None
 ) -> Float[Tensor, "O I"]:
     """The weights that blocks stand for, in float32."""
-    made = levels.view(*d.shape, BLOCK).float() * d.float()[..., None]
+    weights = levels.view(*d.shape, BLOCK).float() * d.float()[..., None]
     if m is not None:
-        made += m.float()[..., None]
-    return made.view(levels.shape)
+        weights += m.float()[..., None]
+    return weights.view(levels.shape)
 
 
 Fitted = tuple[Int[Tensor, "O I"], Float16[Tensor, "O B"], Float16[Tensor, "O B"] | None]
 """Levels, d and m."""
 SHARES = (1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8, 0.75, 0.7)
-"""How much of the range of a block is tried, where weights are quantized anew in four bits."""
+"""The shares of a block's range that are tried if weights are quantized anew in four bits."""
 
 
 def nearest(weight: Float[Tensor, "O I"], kind: Kind) -> Fitted:
-    """The weight in blocks: to nearest within min-max in Q8_0, else the range that loses least among ``SHARES``."""
+    """The weight in blocks: rounded to nearest within min-max in Q8_0, else within the best of ``SHARES``."""
     tiles = weight.float().view(len(weight), -1, BLOCK)
     if kind is Kind.Q8_0:
         return _rounded(tiles, tiles.abs().amax(-1) / KINDS[kind].highest, None, kind)
@@ -109,16 +110,16 @@ def nearest(weight: Float[Tensor, "O I"], kind: Kind) -> Fitted:
     least = torch.full_like(low, torch.inf)
     for share in SHARES:
         for d, m in _candidates(low * share, high * share, kind):
-            found = _rounded(tiles, d, m, kind)
-            lost = (valued(*found).view(tiles.shape) - tiles).square().sum(-1)
-            best = found if best is None else chosen(found, best, lost < least)
+            tried = _rounded(tiles, d, m, kind)
+            lost = (valued(*tried).view(tiles.shape) - tiles).square().sum(-1)
+            best = tried if best is None else chosen(tried, best, lost < least)
             least = torch.minimum(lost, least)
     assert best is not None
     return best
 
 
 def _candidates(low: Tensor, high: Tensor, kind: Kind) -> list[tuple[Tensor, Tensor | None]]:
-    """In Q4_0 the lowest level is spent on the end that is further off; or else both ends are at level 7."""
+    """Candidates for d and m: in Q4_0 the further end is at the lowest level, -8, or both ends are within level 7."""
     if kind is Kind.Q4_1:
         return [((high - low) / 15, low)]
     far = torch.where(-low > high, low, high)
@@ -126,17 +127,17 @@ def _candidates(low: Tensor, high: Tensor, kind: Kind) -> list[tuple[Tensor, Ten
 
 
 def _rounded(tiles: Float[Tensor, "O B 32"], d: Tensor, m: Tensor | None, kind: Kind) -> Fitted:
-    """The levels nearest to the weights for d and m as they are stored."""
+    """The nearest levels to the weights, for d and m as they are stored."""
     d, m = d.half(), None if m is None else m.half()
     shifted = tiles if m is None else tiles - m.float()[..., None]
     by = torch.where(d == 0, torch.ones_like(d), d).float()[..., None]
-    lowest = max(KINDS[kind].lowest, -127)  # in Q8_0 both ends alike
-    levels = (shifted / by).round_().clamp_(lowest if kind is Kind.Q8_0 else KINDS[kind].lowest, KINDS[kind].highest)
+    lowest = -KINDS[kind].highest if kind is Kind.Q8_0 else KINDS[kind].lowest  # in Q8_0 both ends are alike
+    levels = (shifted / by).round_().clamp_(lowest, KINDS[kind].highest)
     return levels.to(torch.int8).view(len(tiles), -1), d, m
 
 
 def chosen(first: Fitted, second: Fitted, where: Bool[Tensor, "O B"]) -> Fitted:
-    """The blocks of the first where it is said, else those of the second."""
+    """Blocks of the first if ``where`` says so, else of the second."""
     wide = where.repeat_interleave(BLOCK, 1)
     m = None if first[2] is None or second[2] is None else first[2].where(where, second[2])
     return first[0].where(wide, second[0]), first[1].where(where, second[1]), m

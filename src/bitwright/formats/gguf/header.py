@@ -1,8 +1,8 @@
-"""What a GGUF file says before its data, distrusted: every length is held against that of the file.
+"""The header of a GGUF file, which stands before its data: every length in it is checked against the file's.
 
     "GGUF", version, number of tensors, number of keys; keys with values; names, shapes, types, offsets; data, aligned
 
-Texts and lists are skipped, not kept: a vocabulary is long, and nobody here reads it.
+Lists are passed over, not kept: a vocabulary is long, and nobody here reads it.
 """
 
 import mmap
@@ -29,14 +29,14 @@ SCALARS = {
 
 @dataclass(frozen=True)
 class Listed:
-    """A list of so many values."""
+    """A list that was passed over: the number of its values."""
 
     count: int
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor: its shape, rows last but one, and where its bytes begin in the file."""
+class Stored:
+    """A tensor in the file: its shape (columns last), its type, and where its bytes begin."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,17 +47,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What the file says; ``tensors`` by name, in order, and ``nbytes``, where the last of them ends."""
+    """The contents of a header: metadata, and tensors by name in order; ``nbytes`` is where the last of them ends."""
 
     path: Path
-    says: Mapping[str, Any]
-    tensors: Mapping[str, Entry]
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
     alignment: int
     nbytes: int
 
 
 def read_header(path: Path) -> Header:
-    """Raises CheckpointError for what is no GGUF file, is cut short, or contradicts itself."""
+    """Read a header. Raises CheckpointError for what is no GGUF file, is cut short, or contradicts itself."""
     try:
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
@@ -77,25 +77,25 @@ def _header(path: Path, walk: "_Walk") -> Header:
     if version not in VERSIONS:
         raise CheckpointError(f"{path}: is GGUF of version {version}; read are {VERSIONS}, for little-endian machines")
     tensors, keys = walk.number("<Q", "how many tensors"), walk.number("<Q", "how many keys")
-    says: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for _ in range(keys):
         key = walk.text("a key of the metadata")
-        if key in says:
+        if key in metadata:
             raise CheckpointError(f"{path}: says {key} twice; the file is damaged")
-        says[key] = walk.value(walk.number("<I", key), key)
-    found = list(_tensors(walk, tensors))
-    alignment = says.get("general.alignment", ALIGNMENT)
+        metadata[key] = walk.value(walk.number("<I", key), key)
+    listed = list(_tensors(walk, tensors))
+    alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise CheckpointError(f"{path}: aligns its tensors by {alignment}; the file is damaged")
     begins = _aligned(walk.at, alignment)
-    entries = [_placed(path, begins, alignment, *one) for one in found]
+    entries = [_placed(path, begins, alignment, *tensor) for tensor in listed]
     _refuse(path, entries, len(walk.data))
     ends = max((entry.start + entry.nbytes for entry in entries), default=begins)
-    return Header(path, says, {entry.name: entry for entry in entries}, alignment, ends)
+    return Header(path, metadata, {entry.name: entry for entry in entries}, alignment, ends)
 
 
 def _tensors(walk: "_Walk", count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-    """Name, shape, type and offset in the data."""
+    """Yield name, shape, type and offset in the data."""
     for _ in range(count):
         name = walk.text("the name of a tensor")
         dimensions = walk.number("<I", name)
@@ -107,8 +107,11 @@ def _tensors(walk: "_Walk", count: int) -> Iterator[tuple[str, tuple[int, ...], 
 
 def _placed(
     path: Path, begins: int, alignment: int, name: str, shape: tuple[int, ...], kind: int, offset: int
-) -> Entry:
-    """Raises CheckpointError for a type that nobody knows, a row that is no whole number of blocks, a crooked place."""
+) -> Stored:
+    """Place a tensor in the file.
+
+    Raises CheckpointError for a type that nobody knows, rows that are no whole blocks, and a place out of alignment.
+    """
     try:
         block, nbytes = GGML_QUANT_SIZES[Kind(kind)]
     except (ValueError, KeyError):
@@ -121,11 +124,11 @@ def _placed(
     count = 1
     for size in shape:
         count *= size
-    return Entry(name, shape, Kind(kind), begins + offset, count // block * nbytes)
+    return Stored(name, shape, Kind(kind), begins + offset, count // block * nbytes)
 
 
-def _refuse(path: Path, entries: list[Entry], length: int) -> None:
-    """Raises CheckpointError for a name that is there twice, tensors that overlap, and a file that ends early."""
+def _refuse(path: Path, entries: list[Stored], length: int) -> None:
+    """Raise CheckpointError for a name that is there twice, tensors that overlap, and a file that ends early."""
     twice = [name for name, times in Counter(entry.name for entry in entries).items() if times > 1]
     if twice:
         raise CheckpointError(f"{path}: has tensor {twice[0]} twice; the file is damaged, or its writer is at fault")
@@ -145,17 +148,17 @@ def _aligned(at: int, alignment: int) -> int:
 
 
 class _Walk:
-    """Through the bytes, never beyond their end."""
+    """A walk through the bytes of a file, never beyond their end."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, len(MAGIC)
 
     def number(self, form: str, what: str) -> Any:
-        """The next number of this form."""
+        """Read the next number, of this form."""
         return unpack_from(form, self.data, self._past(Struct(form).size, what))[0]
 
     def text(self, what: str) -> str:
-        """The next text. Raises CheckpointError where it is none."""
+        """Read the next text. Raises CheckpointError for bytes that are none."""
         count = self.number("<Q", what)
         start = self._past(count, what)
         try:
@@ -164,7 +167,7 @@ class _Walk:
             raise CheckpointError(f"{self.path}: {what} is no text; the file is damaged") from None
 
     def value(self, kind: int, key: str) -> Any:
-        """The next value of a type: a number, a text, or how many a list has."""
+        """Read the next value of a type: a number, a text, or the length of a list."""
         if kind == ValueType.STRING:
             return self.text(key)
         if kind in SCALARS:
@@ -173,18 +176,20 @@ class _Walk:
             raise CheckpointError(
                 f"{self.path}: {key} is of type {kind}, which GGUF does not have; the file is damaged"
             )
-        of, count = self.number("<I", key), self.number("<Q", key)
-        if of in SCALARS:
-            self._past(count * Struct(SCALARS[ValueType(of)]).size, key)
+        element, count = self.number("<I", key), self.number("<Q", key)
+        if element in SCALARS:
+            self._past(count * Struct(SCALARS[ValueType(element)]).size, key)
             return Listed(count)
-        if of != ValueType.STRING:
-            raise CheckpointError(f"{self.path}: {key} is a list of type {of}, which is not read; the file is damaged")
+        if element != ValueType.STRING:
+            raise CheckpointError(
+                f"{self.path}: {key} is a list of type {element}, which is not read; the file is damaged"
+            )
         for _ in range(count):
             self._past(self.number("<Q", key), key)
         return Listed(count)
 
     def _past(self, count: int, what: str) -> int:
-        """Where the next bytes begin, which are passed."""
+        """Pass the next bytes, and return where they begin."""
         start = self.at
         self.at += count
         if self.at > len(self.data):

@@ -1,8 +1,7 @@
-"""Which of llama.cpp's pre-tokenizers a tokenizer.json has: what cuts text into words before byte-level BPE.
+"""llama.cpp's names for what cuts text into words before byte-level BPE, the pre-tokenizer of a tokenizer.json.
 
-llama.cpp knows them by name, and cuts with code of its own for each. They are told apart by the expression that
-tokenizer.json cuts with, and by whether whole words that are tokens are taken without merging (``ignore_merges``),
-which there goes with the name.
+llama.cpp has code of its own for each name. They are told apart by the expression that tokenizer.json cuts with, and by
+whether words that are tokens are taken whole, without merging (``ignore_merges``), which llama.cpp ties to the name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,9 +43,9 @@ NAMES = {
 
 
 def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name for what a tokenizer.json with a byte-level BPE model does before it merges.
+    """Find llama.cpp's name for the pre-tokenizer of a tokenizer.json with a byte-level BPE model.
 
-    Raises RecipeError for what none of them does.
+    Raises RecipeError if it has none.
     """
     steps, whole = _steps(tokenizer.get("pre_tokenizer")), bool(tokenizer["model"].get("ignore_merges", False))
     name = NAMES.get((_expression(steps), whole))
@@ -61,21 +60,22 @@ def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
 
 
 def of_bytes(tokenizer: Mapping[str, Any]) -> str:
-    """The same where nothing is merged, so that it does not matter where text is cut."""
+    """Find a name for a model that merges nothing, so that it does not matter where text is cut."""
     last = (_steps(tokenizer.get("pre_tokenizer")) or [{}])[-1]
     plain = last.get("type") == "ByteLevel" and not last.get("add_prefix_space", True)
     return NAMES[_GPT2, False] if plain else pre_tokenizer(tokenizer)
 
 
-def _steps(found: Any) -> list[Mapping[str, Any]]:
-    if not found:
+def _steps(cut: Any) -> list[Mapping[str, Any]]:
+    """The steps of a pre-tokenizer, those of sequences one after the other."""
+    if not cut:
         return []
-    nested: Sequence[Any] = found["pretokenizers"] if found.get("type") == "Sequence" else [found]
-    return [step for each in nested for step in (_steps(each) if each.get("type") == "Sequence" else [each])]
+    nested: Sequence[Any] = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
+    return [step for part in nested for step in (_steps(part) if part.get("type") == "Sequence" else [part])]
 
 
 def _expression(steps: list[Mapping[str, Any]]) -> str:
-    """What is cut with; empty for what none of the names does."""
+    """The expression that text is cut with; empty if none of the names does so."""
     *cuts, last = steps or [{}]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
         return ""

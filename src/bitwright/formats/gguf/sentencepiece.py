@@ -1,4 +1,4 @@
-"""SentencePiece's model file, as much of it as GGUF repeats: pieces with score and type, and three settings.
+"""SentencePiece's model file, read as far as GGUF repeats it: pieces with score and type, and three settings.
 
 A tokenizer.model is a message of protocol buffers: fields, each a number and a type in a varint, then a varint, 4 or 8
 bytes, or a length and as many bytes. Pieces are field 1 (text 1, score 2, type 3); the trainer's settings are field 2
@@ -14,7 +14,7 @@ from bitwright.core.errors import CheckpointError
 
 BPE = 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of pieces; GGUF has the same numbers for them."""
+"""The types of pieces; GGUF has the same numbers for them."""
 VARINT, EIGHT, BYTES, FOUR = 0, 1, 2, 5
 
 
@@ -29,7 +29,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieces:
-    """A model's pieces in the order of their ids, what kind of model it is, and how text is prepared."""
+    """A model's pieces in the order of their ids, its kind, and how text is prepared."""
 
     pieces: tuple[Piece, ...]
     kind: int
@@ -38,7 +38,7 @@ class SentencePieces:
 
 
 def parse(raw: bytes, where: str) -> SentencePieces:
-    """The model in a file's bytes. Raises CheckpointError, beginning with ``where``, for anything else."""
+    """Read the model in a file's bytes. Raises CheckpointError, which begins with ``where``, for anything else."""
     pieces: list[Piece] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -61,12 +61,12 @@ def parse(raw: bytes, where: str) -> SentencePieces:
 
 
 def _piece(raw: bytes) -> Piece:
-    found = dict(_fields(raw))
-    return Piece(found[1].decode("utf-8"), float(found.get(2, 0.0)), int(found.get(3, NORMAL)))
+    fields = dict(_fields(raw))
+    return Piece(fields[1].decode("utf-8"), float(fields.get(2, 0.0)), int(fields.get(3, NORMAL)))
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field: an int, a float, or bytes."""
+    """Yield number and value of each field: an int, a float, or bytes."""
     at = 0
     while at < len(raw):
         key, at = _varint(raw, at)
@@ -89,7 +89,7 @@ def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
-    """Seven bits a byte, the lowest first; the last byte has no upper bit."""
+    """Read a number in seven bits a byte, the lowest first; the last byte has no upper bit."""
     value = 0
     for shift in range(0, 70, 7):
         byte = raw[at]

@@ -1,4 +1,4 @@
-"""The tokenizer beside a model, as GGUF's metadata: tokens, what begins and ends a text, the chat template."""
+"""The tokenizer of a model as GGUF's metadata: tokens, beginning and end of a text, chat templates."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.json_values import parse_object
-from bitwright.formats.gguf.entries import Entry, count, flag, integers, numbers, text, texts
+from bitwright.formats.gguf.file import Entry, count, flag, integers, numbers, text, texts
 from bitwright.formats.gguf.sentencepiece import parse
 from bitwright.formats.gguf.vocabulary import BASE, Vocabulary, from_json, from_model
 
@@ -18,7 +18,7 @@ TOKENIZER, PIECES, SETTINGS, TEMPLATE = (
     "chat_template.jinja",
 )
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
-"""Kinds of special tokens, and GGUF's names of them (with its own spelling)."""
+"""The kinds of special tokens, and GGUF's names of them (in its own spelling)."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,23 @@ class Tokenizer:
     named_templates: Mapping[str, str]
 
     def entries(self) -> Iterator[Entry]:
-        """The metadata."""
-        found, at = self.vocabulary, "tokenizer.ggml"
-        tokens, types, scores = found.filled(self.rows)
-        yield text(f"{at}.model", found.model)
-        yield text(f"{at}.pre", found.pre or "default")
+        """Yield the metadata."""
+        vocabulary, at = self.vocabulary, "tokenizer.ggml"
+        tokens, types, scores = vocabulary.filled(self.rows)
+        yield text(f"{at}.model", vocabulary.model)
+        yield text(f"{at}.pre", vocabulary.pre or "default")
         yield texts(f"{at}.tokens", tokens)
         yield integers(f"{at}.token_type", types)
-        if found.scores is not None:
+        if vocabulary.scores is not None:
             yield numbers(f"{at}.scores", scores)
-        if found.merges is not None:
-            yield texts(f"{at}.merges", found.merges)
+        if vocabulary.merges is not None:
+            yield texts(f"{at}.merges", vocabulary.merges)
         for kind, token in self.special.items():
             yield count(f"{at}.{SPECIAL[kind]}_token_id", token)
         yield flag(f"{at}.add_bos_token", self.add_bos)
         yield flag(f"{at}.add_eos_token", self.add_eos)
-        if found.space_prefix is not None:
-            yield flag(f"{at}.add_space_prefix", found.space_prefix)
+        if vocabulary.space_prefix is not None:
+            yield flag(f"{at}.add_space_prefix", vocabulary.space_prefix)
         yield from self._templates()
 
     def _templates(self) -> Iterator[Entry]:
@@ -63,8 +63,10 @@ class Tokenizer:
 
 
 def tokenizer(folder: Path, config: Mapping[str, Any], rows: int) -> Tokenizer:
-    """The tokenizer in a model's folder. Raises RecipeError for what GGUF cannot express, CheckpointError for files
-    that cannot be read."""
+    """Read the tokenizer in a model's folder, for an embedding with so many rows.
+
+    Raises RecipeError for what GGUF cannot express, CheckpointError for files that cannot be read.
+    """
     described, settings = _object(folder / TOKENIZER), _object(folder / SETTINGS)
     vocabulary = _vocabulary(folder, described)
     for token, added in (settings.get("added_tokens_decoder") or {}).items():
@@ -77,7 +79,7 @@ def tokenizer(folder: Path, config: Mapping[str, Any], rows: int) -> Tokenizer:
             f"llama.cpp always has one; {BASE}"
         )
     begins, ends = _template_adds(described, vocabulary, special)
-    vocabulary.filled(rows)  # refuses what does not fit
+    vocabulary.filled(rows)  # refused now if it does not fit
     default, named = _chat(folder, settings)
     return Tokenizer(
         vocabulary,
@@ -91,8 +93,8 @@ def tokenizer(folder: Path, config: Mapping[str, Any], rows: int) -> Tokenizer:
 
 
 def _setting(settings: Mapping[str, Any], key: str, otherwise: bool) -> bool:
-    found = settings.get(key)
-    return otherwise if found is None else bool(found)
+    value = settings.get(key)
+    return otherwise if value is None else bool(value)
 
 
 def _vocabulary(folder: Path, described: Mapping[str, Any]) -> Vocabulary:
@@ -113,21 +115,21 @@ def _vocabulary(folder: Path, described: Mapping[str, Any]) -> Vocabulary:
 def _special(
     vocabulary: Vocabulary, settings: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, int]]:
-    """Ids of special tokens: as the tokenizer names them, or else by config.json."""
+    """Yield the ids of special tokens: as the tokenizer names them, or else as config.json numbers them."""
     by_text = {content: token for token, content in vocabulary.tokens.items()}
     for kind in SPECIAL:
         named, numbered = settings.get(f"{kind}_token"), config.get(f"{kind}_token_id")
         content = named.get("content") if isinstance(named, dict) else named
         numbered = numbered[0] if isinstance(numbered, list) and numbered else numbered
-        found = by_text.get(content, numbered) if content is not None else numbered
-        if isinstance(found, int) and found in vocabulary.tokens:
-            yield kind, found
+        token = by_text.get(content, numbered) if content is not None else numbered
+        if isinstance(token, int) and token in vocabulary.tokens:
+            yield kind, token
 
 
 def _template_adds(
     described: Mapping[str, Any], vocabulary: Vocabulary, special: Mapping[str, int]
 ) -> tuple[bool | None, bool | None]:
-    """Whether a text gets what begins and what ends it; None where tokenizer.json does not say."""
+    """Whether a text gets the tokens that begin and end it; None if tokenizer.json does not say."""
     after = described.get("post_processor") or {}
     steps = after.get("processors", [after])
     single = next((step["single"] for step in steps if step.get("type") == "TemplateProcessing"), None)
@@ -143,16 +145,16 @@ def _template_adds(
 
 def _chat(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:
     """The chat template, and others by name."""
-    file, found = folder / TEMPLATE, settings.get("chat_template")
+    file, stated = folder / TEMPLATE, settings.get("chat_template")
     named = {}
-    if isinstance(found, list):
-        named = {str(each["name"]): str(each["template"]) for each in found}
+    if isinstance(stated, list):
+        named = {str(template["name"]): str(template["template"]) for template in stated}
     default = file.read_text(encoding="utf-8") if file.exists() else named.pop("default", None)
-    return (found if isinstance(found, str) and default is None else default), named
+    return (stated if isinstance(stated, str) and default is None else default), named
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """A JSON file, empty where there is none."""
+    """The object in a JSON file; empty if there is no such file."""
     try:
         return parse_object(file.read_bytes(), str(file)) if file.exists() else {}
     except OSError as error:

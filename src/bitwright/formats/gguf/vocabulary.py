@@ -1,7 +1,7 @@
 """A tokenizer's tokens as GGUF lists them: byte-level BPE and SentencePiece's BPE.
 
-``gpt2`` is byte-level BPE: tokens and merges. ``llama`` is SentencePiece: tokens, and scores that say what is merged
-first; from a tokenizer.json, where SentencePiece's merges stand in order, a token's score is that order, negative.
+``gpt2`` is byte-level BPE: tokens and merges. ``llama`` is SentencePiece: tokens, and scores that tell what is merged
+first. A tokenizer.json lists SentencePiece's merges in order instead; a token's score is then its place, negative.
 """
 
 from collections.abc import Mapping
@@ -26,10 +26,8 @@ from bitwright.formats.gguf.sentencepiece import (
 SPACE = "▁"
 NEVER_MERGED = -1e6
 NO_MERGES = "[no merges]"
-"""A list is not empty in GGUF: two words that no bytes become where nothing is merged."""
+"""The merges of a tokenizer that has none, two words that no bytes become: a list in GGUF is not empty."""
 BASE = "--base with a GGUF file that llama.cpp's own converter made takes the tokenizer from there"
-
-
 _NO_SCORES = f"its merges are none that SentencePiece's scores could say, and llama.cpp goes by those; {BASE}"
 
 
@@ -46,13 +44,13 @@ class Vocabulary:
     space_prefix: bool | None = None
 
     def add(self, token: int, content: str, special: bool) -> None:
-        """A token that is found in text before anything is merged."""
+        """Add a token that is looked for in a text before anything is merged."""
         if self.types.get(token) != UNKNOWN:
             self.types[token] = CONTROL if special else USER_DEFINED
         self.tokens[token] = _as_found(content, self.types[token]) if self.model == "llama" else content
 
     def filled(self, rows: int) -> tuple[list[str], list[int], list[float]]:
-        """Tokens, types and scores of as many ids as the embedding has rows; ids that nothing has are unused.
+        """Tokens, types and scores for every row of the embedding; ids without a token are unused.
 
         Raises RecipeError for more tokens than rows, and for two that are alike.
         """
@@ -77,7 +75,7 @@ class Vocabulary:
 
 
 def from_json(tokenizer: Mapping[str, Any], pieces: SentencePieces | None) -> Vocabulary:
-    """The vocabulary of a tokenizer.json; ``pieces`` of a tokenizer.model beside it have the scores themselves."""
+    """Read the vocabulary of a tokenizer.json; ``pieces`` of a tokenizer.model beside it have the scores."""
     model = tokenizer["model"]
     if model.get("type", "BPE") != "BPE":
         raise RecipeError(
@@ -86,14 +84,14 @@ def from_json(tokenizer: Mapping[str, Any], pieces: SentencePieces | None) -> Vo
     refused = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if refused:
         raise RecipeError(f"llama.cpp has no BPE with {', '.join(refused)}, which tokenizer.json asks for; {BASE}")
-    found = _sentencepiece(tokenizer, pieces) if model.get("byte_fallback") else _byte_level(tokenizer)
+    vocabulary = _sentencepiece(tokenizer, pieces) if model.get("byte_fallback") else _byte_level(tokenizer)
     for token in tokenizer.get("added_tokens") or ():
-        found.add(int(token["id"]), token["content"], bool(token.get("special")))
-    return found
+        vocabulary.add(int(token["id"]), token["content"], bool(token.get("special")))
+    return vocabulary
 
 
 def from_model(file: Path) -> Vocabulary:
-    """The vocabulary of a tokenizer.model. Raises CheckpointError for a damaged one, RecipeError for no BPE."""
+    """Read the vocabulary of a tokenizer.model. Raises CheckpointError for a damaged one, RecipeError for no BPE."""
     return _from_pieces(parse(file.read_bytes(), str(file)))
 
 
@@ -110,8 +108,8 @@ def _byte_level(tokenizer: Mapping[str, Any]) -> Vocabulary:
 
 
 def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each merge as GGUF writes it, and the token that it makes."""
-    pairs = [tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in model["merges"]]
+    """The merges as GGUF writes them, each with the token that it makes."""
+    pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     spaced = next((pair for pair in pairs if any(" " in half for half in pair)), None)
     if spaced is not None:
         raise RecipeError(f"tokenizer.json merges {spaced}, and GGUF has no words for a space within a merge; {BASE}")
@@ -131,13 +129,14 @@ def _sentencepiece(tokenizer: Mapping[str, Any], pieces: SentencePieces | None) 
     model, prefix = tokenizer["model"], _space_prefix(tokenizer)
     tokens = {int(n): text for text, n in model["vocab"].items()}
     if pieces is not None and all(tokens.get(n) == piece.text for n, piece in enumerate(pieces.pieces)):
-        found = _from_pieces(pieces)
-        found.space_prefix = prefix
-        new = {n: text for n, text in tokens.items() if n not in found.tokens}
-        found.tokens |= new
-        found.types |= dict.fromkeys(new, NORMAL)
-        return found
-    order = _order([made for _, made in _merges(model)], {pair for pair, _ in _merges(model)}, set(tokens.values()))
+        vocabulary = _from_pieces(pieces)
+        vocabulary.space_prefix = prefix
+        new = {n: text for n, text in tokens.items() if n not in vocabulary.tokens}
+        vocabulary.tokens |= new
+        vocabulary.types |= dict.fromkeys(new, NORMAL)
+        return vocabulary
+    merges = _merges(model)
+    order = _order([token for _, token in merges], {pair for pair, _ in merges}, set(tokens.values()))
     scores = {n: order.get(text, NEVER_MERGED) for n, text in tokens.items()}
     types = {n: BYTE if _is_byte(text) else NORMAL for n, text in tokens.items()}
     unknown = model.get("unk_token")
@@ -145,15 +144,15 @@ def _sentencepiece(tokenizer: Mapping[str, Any], pieces: SentencePieces | None) 
     return Vocabulary("llama", tokens, types, scores=scores, space_prefix=prefix)
 
 
-def _order(made: list[str], merges: set[str], tokens: set[str]) -> dict[str, float]:
-    """The score of each token that merging makes, by its turn.
+def _order(merged: list[str], merges: set[str], tokens: set[str]) -> dict[str, float]:
+    """The scores of the tokens that merging makes, by the order of the merges.
 
-    llama.cpp merges whatever two tokens make a third, by the third's score. Raises RecipeError for merges that cannot
-    be told so: where one of two pairs that make the same token comes later, or never.
+    llama.cpp merges whatever two tokens make a third, by the third's score. Raises RecipeError for merges that scores
+    cannot express: one of two pairs that make the same token comes later, or never.
     """
     order: dict[str, float] = {}
-    for n, token in enumerate(made):
-        if token in order and made[n - 1] != token:
+    for n, token in enumerate(merged):
+        if token in order and merged[n - 1] != token:
             raise RecipeError(f"tokenizer.json merges {token!r} of two pairs with others in between; {_NO_SCORES}")
         order.setdefault(token, -float(n))
     for token in order:
@@ -176,7 +175,7 @@ def _from_pieces(model: SentencePieces) -> Vocabulary:
 
 
 def _as_found(text: str, type: int) -> str:
-    """Tokens that are looked for in the text itself have its spaces."""
+    """A token as it stands in a text: those that are looked for there have its spaces."""
     return text.replace(SPACE, " ") if type == USER_DEFINED else text
 
 
@@ -185,7 +184,7 @@ def _is_byte(text: str) -> bool:
 
 
 def _space_prefix(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a text is tokenized as if a space stood before it. Raises RecipeError for what does something else."""
+    """Whether a text is tokenized as if a space stood before it. Raises RecipeError for other preparations."""
     normalizer, cut = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

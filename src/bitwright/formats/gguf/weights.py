@@ -1,13 +1,12 @@
-"""A quantized linear in GGUF's blocks: its codes where a type has a place for them, else quantized once more.
+"""A quantized linear in GGUF's blocks: with its own codes if a type has a place for them, else quantized once more.
 
-Levels are codes less their zero point. Where all levels that a grid can have lie within those of Q4_0 or Q8_0 the
-weight is held exactly, if its scales are numbers of float16: symmetric grids, and asymmetric ones of 2, 3, 5, 6 and 7
-bits. Asymmetric codes of 4 bits go into Q4_1, whose minimum m = -z d is rounded to float16. A block has 32 weights of a
-row, so larger groups along the input repeat their scale.
+Levels are codes less their zero point. If all levels that a grid can have lie within those of Q4_0 or Q8_0 the weight
+is held exactly, provided its scales are numbers of float16: symmetric grids, and asymmetric ones of 2, 3, 5, 6 and 7
+bits. Asymmetric codes of 4 bits go into Q4_1, whose minimum m = -z d is rounded to float16; so do codes of up to 4 bits
+with a real minimum. A block has 32 weights of a row, so larger groups along the input repeat their scale.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,25 +14,24 @@ from gguf import GGMLQuantizationType as Kind
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bitwright.core.convert import require_finite
+from bitwright.core.convert import SquaredError, described, require_finite, rows_of
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.grid import FULL, Grid, Tile, Zero
+from bitwright.core.panels import row_panels
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
 from bitwright.formats.gguf.blocks import BLOCK, KINDS, Bytes, Fitted, chosen, nbytes_of, nearest, packed, valued
 
 FEW_BITS = 4
-TOGETHER = 2**22
-"""Weights that are worked on at a time."""
 SCALES_LOST = 1e-3
 """The relative squared error of a linear that kept its codes above which its scales are lost, not rounded."""
 LEVELS_LOST = {Kind.Q4_0: 0.5, Kind.Q4_1: 0.5, Kind.Q8_0: SCALES_LOST, Kind.F16: 1e-4}
-"""The same where it was quantized once more, by what it is then."""
+"""The error above which scales are lost if a linear was quantized once more, by its new type."""
 SMALLEST_NORMAL = torch.finfo(torch.float16).tiny
 Rows = slice | Int[Tensor, " R"]
 HOLDS = (
-    "2 to 7 bits, symmetric or not, and 8 bits symmetric, per channel or in groups along the input that are a multiple "
-    f"of {BLOCK}"
+    "2 to 7 bits, symmetric or not (2 to 4 with a real-valued zero), and 8 bits symmetric, per channel or in groups "
+    f"along the input that are a multiple of {BLOCK}"
 )
 
 
@@ -66,7 +64,7 @@ def _within(grid: Grid, kind: Kind) -> bool:
 
 
 def _turned(grid: Grid, kind: Kind) -> bool:
-    """Whether levels and scales change their sign: where the grid has its further level above."""
+    """Whether levels and scales change their sign: the grid has its further level above zero, the type below."""
     return _within(grid, kind) and levels_of(grid)[1] > KINDS[kind].highest
 
 
@@ -76,42 +74,40 @@ def _in_blocks(tile: Tile) -> bool:
 
 @dataclass(frozen=True)
 class Held:
-    """The bytes of a linear, and what it lost on the way."""
+    """The bytes of a linear, and what it lost."""
 
     data: Bytes
     difference: Difference
 
 
 def held(name: str, weight: QTensor, kind: Kind, lossy: bool, order: Int[Tensor, " O"] | None = None) -> Held:
-    """A linear in blocks of this type, its rows in ``order``.
+    """Put a linear into blocks of this type, its rows in ``order``.
 
-    Raises RecipeError where its codes cannot be kept, unless ``lossy``: then blocks that hold theirs keep them, and the
+    Raises RecipeError if its codes cannot be kept, unless ``lossy``: then blocks that hold theirs keep them, and the
     others are quantized once more.
     """
     require_finite(name, weight)
     out = np.empty((weight.shape[0], nbytes_of((weight.shape[1],), kind)), np.uint8)
     marked = _with_outliers(weight)
     dense = weight.dequantize(torch.float32) if marked is not None or weight.tile.out != 1 else None
-    codes, lost, size = True, 0.0, 0.0
-    for panel in _panels(weight.shape):
+    codes, error = True, SquaredError()
+    for panel in row_panels(weight.shape):
         rows = panel if order is None else order[panel]
-        before = _values(weight, rows) if dense is None else dense[rows]
+        before = rows_of(weight, rows).dequantize(torch.float32) if dense is None else dense[rows]
         out[panel], after, kept = _blocks(name, weight, rows, before, None if marked is None else marked[rows], kind)
         if not (kept or lossy):
             raise RecipeError(
-                f"{name}: {_described(weight)} cannot be held exactly in GGUF, which holds {HOLDS}. --lossy quantizes "
+                f"{name}: {described(weight)} cannot be held exactly in GGUF, which holds {HOLDS}. --lossy quantizes "
                 "such weights once more and says what that adds"
             )
         codes = codes and kept
-        lost += float((after - before).double().square().sum())
-        size += float(before.double().square().sum())
-    error = lost / size if size else (0.0 if not lost else float("inf"))
-    _require_reached(name, weight, kind, error, codes)
-    return Held(out, Difference(name, codes, error))
+        error.add(before, after)
+    _require_reached(name, weight, kind, error.relative, codes)
+    return Held(out, Difference(name, codes, error.relative))
 
 
 def _require_reached(name: str, weight: QTensor, kind: Kind, error: float, codes: bool) -> None:
-    """Raises CheckpointError where small scales lost more than rounding to 11 bits, or to few levels, ever costs."""
+    """Raise CheckpointError if small scales lost more than rounding to 11 bits, or to few levels, ever costs."""
     scale = weight.scale.float().abs()
     if error > (SCALES_LOST if codes else LEVELS_LOST[kind]) and bool((scale < SMALLEST_NORMAL).any()):
         raise CheckpointError(
@@ -124,25 +120,25 @@ def _require_reached(name: str, weight: QTensor, kind: Kind, error: float, codes
 def _blocks(
     name: str, weight: QTensor, rows: Rows, before: Float[Tensor, "R I"], marked: Bool[Tensor, "R B"] | None, kind: Kind
 ) -> tuple[Bytes, Float[Tensor, "R I"], bool]:
-    """Rows packed, the values that they have then, and whether all codes were kept."""
+    """Pack rows: their bytes, the values that they have then, and whether all codes were kept."""
     if kind is Kind.F16:
         half = before.half()
         return half.numpy().view(np.uint8), half.float(), False
-    if not _in_blocks(_tile(weight)):
-        found, kept = nearest(before, kind), False
+    if not _in_blocks(_tile(weight)) or (weight.grid.zero is Zero.REAL and kind is not Kind.Q4_1):
+        blocks, kept = nearest(before, kind), False
     else:
-        found = _as_they_are(name, weight, rows, kind)
-        each = found[0].view(len(before), -1, BLOCK)
-        fits = (each.amin(-1) >= KINDS[kind].lowest) & (each.amax(-1) <= KINDS[kind].highest)
+        blocks = _as_they_are(name, weight, rows, kind)
+        levels = blocks[0].view(len(before), -1, BLOCK)
+        fits = (levels.amin(-1) >= KINDS[kind].lowest) & (levels.amax(-1) <= KINDS[kind].highest)
         fits = fits if marked is None else fits & ~marked
         kept = bool(fits.all())
         if not kept:
-            found = chosen(found, nearest(before, kind), fits)
-    return packed(*found, kind), valued(*found), kept
+            blocks = chosen(blocks, nearest(before, kind), fits)
+    return packed(*blocks, kind), valued(*blocks), kept
 
 
 def _with_outliers(weight: QTensor) -> Bool[Tensor, "O B"] | None:
-    """The blocks in which a weight is kept exactly."""
+    """The blocks that have an outlier in them; None if there are no outliers."""
     if weight.outlier_index is None or not weight.outlier_index.numel():
         return None
     marked = torch.zeros(weight.shape[0], -(-weight.shape[1] // BLOCK), dtype=torch.bool)
@@ -156,9 +152,9 @@ def _tile(weight: QTensor) -> Tile:
 
 
 def _as_they_are(name: str, weight: QTensor, rows: Rows, kind: Kind) -> Fitted:
-    """Levels of rows, with the scales and minima of their groups repeated for each block."""
-    of_block = torch.arange(0, weight.shape[1], BLOCK) // weight.tile.size(weight.shape)[1]
-    scale = weight.scale[rows][:, of_block].float()
+    """The levels of rows, with the scales and minima of their groups repeated for each block."""
+    group = torch.arange(0, weight.shape[1], BLOCK) // weight.tile.size(weight.shape)[1]
+    scale = weight.scale[rows][:, group].float()
     d = scale.half()
     if not d.isfinite().all():
         raise CheckpointError(
@@ -169,7 +165,7 @@ def _as_they_are(name: str, weight: QTensor, rows: Rows, kind: Kind) -> Fitted:
         levels, turned = _levels(weight, rows), _turned(weight.grid, kind)
         return (-levels, -d, None) if turned else (levels, d, None)
     assert weight.zero is not None
-    zero = weight.zero[rows][:, of_block].float()
+    zero = weight.zero[rows][:, group].float()
     m = (zero if weight.grid.zero is Zero.REAL else -zero * d.float()).half()
     return weight.codes[rows].to(torch.int16), d, m
 
@@ -180,25 +176,3 @@ def _levels(weight: QTensor, rows: Rows) -> Int[Tensor, "O I"]:
         return codes
     zero = weight.zero[rows].to(torch.int16)
     return (codes.view(*zero.shape, -1) - zero[..., None]).view(codes.shape)
-
-
-def _values(weight: QTensor, rows: Rows) -> Float[Tensor, "O I"]:
-    """Rows as the folder says them, in float32."""
-    zero = None if weight.zero is None else weight.zero[rows]
-    part = QTensor(weight.codes[rows], weight.scale[rows], zero, weight.grid, replace(weight.tile, out=1))
-    return part.dequantize(torch.float32)
-
-
-def _panels(shape: tuple[int, int]) -> Iterator[slice]:
-    at_once = max(1, TOGETHER // shape[1])
-    for start in range(0, shape[0], at_once):
-        yield slice(start, min(start + at_once, shape[0]))
-
-
-def _described(weight: QTensor) -> str:
-    """What a weight is, for a message."""
-    rows, columns = weight.tile.size(weight.shape)
-    kind = "symmetric" if weight.grid.symmetric else "asymmetric"
-    kept = 0 if weight.outlier_index is None else weight.outlier_index.numel()
-    outliers = f", with {kept} outliers," if kept else ""
-    return f"a {weight.grid.bits}-bit {kind} weight {list(weight.shape)} in tiles of {rows} x {columns}{outliers}"

@@ -1,4 +1,4 @@
-"""Which architectures MLC-LLM runs that Bitwright writes, what it calls their tensors, and what it asks of a config.
+"""MLC-LLM's architectures that Bitwright writes: their names of tensors, and their settings.
 
 Names and fields as in mlc-llm of July 2026 (79d603f); llama has been compiled and run, the others are read from it.
 """
@@ -7,17 +7,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitwright.core.decoder import DOWN, FINAL_NORM, GATE_UP, QKV, Config, Decoder, O, OddConfigError, decoder_of
+from bitwright.core.decoder import (
+    DOWN,
+    FINAL_NORM,
+    GATE_UP,
+    QK_NORMS,
+    QKV,
+    Config,
+    Decoder,
+    O,
+    OddConfigError,
+    decoder_of,
+)
 from bitwright.core.errors import CheckpointError, RecipeError
 
 ELSEWHERE = "bitwright quantize without --format and --engine writes a folder for transformers"
 BATCH, CHUNK = 128, 8192
-"""What MLC itself writes: sequences at once, and tokens of a prompt at once at most."""
+"""The numbers that MLC itself writes: sequences at once, and the most tokens of a prompt at once."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is special about one of MLC's models.
+    """The ways in which one of MLC's models differs from the others.
 
     ``qkv`` is its name of q, k and v together, ``base`` that of the rotary base. ``biased``: its attention may have
     biases. ``ties``: its output layer may be the embedding. ``windowed``: its attention may have a window.
@@ -72,9 +83,10 @@ def matrices(decoder: Decoder) -> Iterator[Place]:
 
 
 def norms(decoder: Decoder) -> list[str]:
-    """Names of the norms' weights, those within the attention of a block last."""
+    """The names of the norms' weights, those within the attention of a block last."""
     tensors = ((name, len(shape)) for name, shape in decoder.block.items() if name.endswith(".weight"))
-    inside = sorted((name for name, dimensions in tensors if dimensions == 1), key=lambda name: "self_attn" in name)
+    within = {f"{norm}.weight" for norm in QK_NORMS}
+    inside = sorted((name for name, dimensions in tensors if dimensions == 1), key=lambda name: name in within)
     return [*(f"{block}.{name}" for block in decoder.block_names for name in inside), f"{FINAL_NORM}.weight"]
 
 
@@ -107,7 +119,7 @@ def _not_said(key: str, value: Any) -> CheckpointError:
 
 
 def _unknown(decoder: Decoder) -> Iterator[tuple[str, Any]]:
-    """Settings that MLC's model would silently compute otherwise."""
+    """Yield the settings that MLC's model would silently compute in another way, with their values."""
     ours = architecture(decoder)
     if decoder.rope.kind not in ours.rope_types:
         yield "the type of rotary scaling", decoder.rope.kind

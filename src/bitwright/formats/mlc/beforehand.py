@@ -1,6 +1,5 @@
-"""Which preset weights go into, and what of them can be refused before any is read or written."""
+"""The choice of a preset, and what is refused before any weight is read or written."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from bitwright.core.decoder import HEAD, Decoder
@@ -10,7 +9,7 @@ from bitwright.core.grid import Grid, Tile
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures
-from bitwright.formats.mlc.presets import AUTOAWQ, EMBEDDINGS_KEPT, PRESETS, Preset, is_autoawq
+from bitwright.formats.mlc.presets import AUTOAWQ, EMBEDDINGS_KEPT, PRESETS, Preset
 
 FLOAT16 = "f16"
 HOLDS = (
@@ -18,41 +17,31 @@ HOLDS = (
     "of those, symmetric; fewer bits in such groups as 4 bits; of llama also 4 bits with zero points in groups of 128 "
     "(q4f16_autoawq)"
 )
-"""What it holds, in words."""
+"""What the format holds, in words."""
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The preset of a model; ``awq``: its blocks are in AWQ's layout, which is MLC's q4f16_autoawq."""
+def preset_for(decoder: Decoder, grid: Grid, tile: Tile, options: WriteOptions) -> Preset:
+    """The preset of a model with linears of this grid and tile.
 
-    preset: Preset
-    awq: bool
-
-    @property
-    def name(self) -> str:
-        """As MLC calls it."""
-        return AUTOAWQ if self.awq else self.preset.name
-
-    @classmethod
-    def of(cls, decoder: Decoder, grid: Grid, tile: Tile, options: WriteOptions) -> "Chosen":
-        """For linears of this grid and tile. Raises RecipeError for what MLC has in no, or not in this architecture."""
-        kind = decoder.model_type
-        if is_autoawq(grid, tile) and kind == "llama":
-            return cls(PRESETS[-1], True)
-        if is_autoawq(grid, tile) and not options.lossy:
-            raise RecipeError(
-                f"weights with zero points are {AUTOAWQ} to MLC-LLM, which has only half of that for {kind}; "
-                f"quantize the original with --scheme mlc:q4f16_1 or W4A16g{tile.in_}sym, or quantize them once more, "
-                "with --lossy on bitwright export"
-            )
-        preset = preset_of(grid, tile)
-        if options.embeddings != FLOAT16:
-            return cls(preset, False)
-        if preset.scheme.weight.bits != EMBEDDINGS_KEPT.scheme.weight.bits:
-            raise RecipeError(
-                f"--embeddings {FLOAT16} goes with 4 bits (MLC's q4f16_2), and this is {preset.name}; leave it out"
-            )
-        return cls(EMBEDDINGS_KEPT, False)
+    Raises RecipeError if MLC has none, or none in this architecture.
+    """
+    kind = decoder.model_type
+    if AUTOAWQ.holds(grid, tile) and kind == "llama":
+        return AUTOAWQ
+    if AUTOAWQ.holds(grid, tile) and not options.lossy:
+        raise RecipeError(
+            f"weights with zero points are {AUTOAWQ.name} to MLC-LLM, which has only half of that for {kind}; "
+            f"quantize the original with --scheme mlc:q4f16_1 or W4A16g{tile.in_}sym, or quantize them once more, "
+            "with --lossy on bitwright export"
+        )
+    preset = preset_of(grid, tile)
+    if options.embeddings != FLOAT16:
+        return preset
+    if preset.scheme.weight.bits != EMBEDDINGS_KEPT.scheme.weight.bits:
+        raise RecipeError(
+            f"--embeddings {FLOAT16} goes with 4 bits (MLC's q4f16_2), and this is {preset.name}; leave it out"
+        )
+    return EMBEDDINGS_KEPT
 
 
 def preset_of(grid: Grid, tile: Tile) -> Preset:
@@ -63,22 +52,22 @@ def preset_of(grid: Grid, tile: Tile) -> Preset:
 
 
 def check_weights(decoder: Decoder, folder: Path, options: WriteOptions, foreseen: Foreseen) -> None:
-    """Refuses a model whose weights no preset holds, or that has other tensors than MLC's model. Raises UserError."""
+    """Refuse a model whose weights no preset holds, or that has other tensors than MLC's. Raises UserError."""
     if foreseen.grid is None or foreseen.tile is None:
         raise nothing_quantized(folder)
-    chosen = Chosen.of(decoder, foreseen.grid, foreseen.tile, options)
+    preset = preset_for(decoder, foreseen.grid, foreseen.tile, options)
     names = {*foreseen.passed, *(f"{linear}.weight" for linear in foreseen.linears)}
     wanted = decoder.tensors.keys()
     for place in architectures.matrices(decoder):
         kept = [linear for linear in place.linears if linear not in foreseen.linears]
         if kept and f"{kept[0]}.weight" in names and not options.lossy:
-            raise cannot_hold(f"{kept[0]} is not quantized", chosen.name, options.lossy)
-        if chosen.awq and not kept:
+            raise cannot_hold(f"{kept[0]} is not quantized", preset.name, options.lossy)
+        if preset.is_awq and not kept:
             shapes = [foreseen.linears[linear] for linear in place.linears]
             if (outputs := sum(rows for rows, _ in shapes)) % awq.IN_WORD:
                 raise RecipeError(
-                    f"{place.name}: {outputs} output features are no multiple of {awq.IN_WORD}, as {AUTOAWQ} packs "
-                    "them; quantize the original with --scheme mlc:q4f16_1"
+                    f"{place.name}: {outputs} output features are no multiple of {awq.IN_WORD}, as {AUTOAWQ.name} "
+                    "packs them; quantize the original with --scheme mlc:q4f16_1"
                 )
     for name in sorted(wanted - names):
         raise no_tensor(folder, name)
@@ -87,24 +76,24 @@ def check_weights(decoder: Decoder, folder: Path, options: WriteOptions, foresee
 
 
 def nothing_quantized(folder: Path) -> RecipeError:
-    """Of a folder without quantized linears."""
+    """The error of a folder without quantized linears."""
     return RecipeError(f"{folder} is not quantized; bitwright quantize does that, --scheme mlc:q4f16_1")
 
 
 def no_tensor(folder: Path, name: str) -> CheckpointError:
-    """Of a tensor that is not there."""
+    """The error of a tensor that is not there."""
     return CheckpointError(f"{folder} has no tensor {name}, which MLC-LLM's model needs")
 
 
 def no_place(folder: Path, name: str, decoder: Decoder) -> CheckpointError:
-    """Of a tensor too many."""
+    """The error of a tensor too many."""
     return CheckpointError(
         f"{folder}: {name} has no place in MLC-LLM's {decoder.model_type}; {architectures.ELSEWHERE}"
     )
 
 
 def cannot_hold(what: str, quantization: str, lossy: bool) -> RecipeError:
-    """Of a linear that is not quantized, or not so that its codes can be kept."""
+    """The error of a linear that is not quantized, or whose codes cannot be kept."""
     more = "bitwright export --lossy quantizes such weights once more and says what that adds"
     return RecipeError(
         f"{what} in MLC-LLM's {quantization}; the format holds {HOLDS}. "

@@ -1,4 +1,4 @@
-"""The index of MLC-LLM's shards read back, distrusted: which tensor lies where, and that it can."""
+"""The index of MLC-LLM's shards, read and checked: the place of every tensor."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from bitwright.core.json_values import parse_object
 from bitwright.formats.mlc.shards import INDEX
 
 INDICES = (INDEX, "ndarray-cache.json")
-"""What the index is called, now and in older folders."""
+"""The names of the index, now and in older folders."""
 RAW, RAW_SHARD = "raw", "raw-shard"
 ITEM = {"uint32": "<u4", "int32": "<i4", "float16": "<f2", "float32": "<f4", "bfloat16": "<u2", "uint8": "u1"}
 ITEM |= {"int8": "i1", "uint16": "<u2"}
@@ -22,7 +22,7 @@ ITEM |= {"int8": "i1", "uint16": "<u2"}
 
 @dataclass(frozen=True)
 class Record:
-    """A tensor: its shape and type there, the shard, and where in it its bytes begin."""
+    """A tensor: its shape and type in the folder, its shard, and the first of its bytes there."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,44 +31,47 @@ class Record:
     start: int
     nbytes: int
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Any:
-        """Rows [start, stop) as they lie there, mapped."""
-        item, stop = np.dtype(ITEM[self.dtype]), self.shape[0] if stop is None else stop
-        each = self.nbytes // self.shape[0]
+    def rows(self, rows: slice | None = None) -> Any:
+        """Rows as they are stored, mapped; by default all."""
+        start, stop = (0, self.shape[0]) if rows is None else (rows.start, rows.stop)
+        width = self.nbytes // self.shape[0]
         shape = (stop - start, *self.shape[1:])
-        return np.memmap(self.shard, item, "r", self.start + start * each, shape)
+        return np.memmap(self.shard, np.dtype(ITEM[self.dtype]), "r", self.start + start * width, shape)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What an index says; ``digests`` are the shards' checksums."""
+    """The contents of an index; ``digests`` are the shards' checksums."""
 
     records: Mapping[str, Record]
     digests: Mapping[Path, str]
 
     def changed(self) -> list[str]:
-        """Shards that are not what their checksums say, all bytes being read."""
+        """The shards that differ from their checksums, in words; all bytes are read."""
         wrong = []
-        for path, said in self.digests.items():
+        for path, stated in self.digests.items():
             with path.open("rb") as file:
-                if file_digest(file, lambda: md5(usedforsecurity=False)).hexdigest() != said:
+                if file_digest(file, lambda: md5(usedforsecurity=False)).hexdigest() != stated:
                     wrong.append(f"{path.name} is not what its checksum says")
         return wrong
 
 
 def read_cache(folder: Path) -> Cache:
-    """Raises CheckpointError for an index that is not there or contradicts itself, and for shards that are missing or
-    of another length."""
+    """Read the index of a folder.
+
+    Raises CheckpointError for an index that is not there or contradicts itself, and for shards that are missing or of
+    another length.
+    """
     path = next((folder / name for name in INDICES if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder}: has no {INDICES[0]}, MLC-LLM's index of weights; copy the whole folder")
     records, digests = dict[str, Record](), dict[Path, str]()
     try:
-        for said in parse_object(path.read_bytes(), str(path))["records"]:
-            shard = _shard(folder, path, said)
-            if said.get("md5sum"):
-                digests[shard] = str(said["md5sum"])
-            for record in _records(path, shard, said):
+        for entry in parse_object(path.read_bytes(), str(path))["records"]:
+            shard = _shard(folder, path, entry)
+            if entry.get("md5sum"):
+                digests[shard] = str(entry["md5sum"])
+            for record in _records(path, shard, entry):
                 if record.name in records:
                     raise CheckpointError(f"{path}: names {record.name} twice; the folder is damaged, write it again")
                 records[record.name] = record
@@ -77,44 +80,42 @@ def read_cache(folder: Path) -> Cache:
     return Cache(records, digests)
 
 
-def _shard(folder: Path, index: Path, said: Any) -> Path:
-    """The file of a shard, there and as long as the index says."""
-    name = str(said["dataPath"])
+def _shard(folder: Path, index: Path, entry: Any) -> Path:
+    """The file of a shard, which is there and as long as the index says."""
+    name = str(entry["dataPath"])
     path = folder / name
-    if Path(name).name != name or said["format"] != RAW_SHARD:
+    if Path(name).name != name or entry["format"] != RAW_SHARD:
         raise CheckpointError(f"{index}: {name} is no shard beside it, in format {RAW_SHARD}; the index is damaged")
     if not path.is_file():
         raise CheckpointError(f"{folder}: {name} is missing, which {index.name} names; copy the whole folder again")
-    if (length := path.stat().st_size) != said["nbytes"]:
+    if (length := path.stat().st_size) != entry["nbytes"]:
         raise CheckpointError(
-            f"{path}: has {length:,} bytes, and {index.name} says {said['nbytes']:,}; copy or write the folder again"
+            f"{path}: has {length:,} bytes, and {index.name} says {entry['nbytes']:,}; copy or write the folder again"
         )
     return path
 
 
-def _records(index: Path, shard: Path, said: Any) -> list[Record]:
+def _records(index: Path, shard: Path, entry: Any) -> list[Record]:
     """The tensors of a shard, one after the other."""
-    found, end = [], 0
-    for one in sorted(said["records"], key=lambda one: one["byteOffset"]):
-        name, shape, dtype = str(one["name"]), tuple(int(size) for size in one["shape"]), str(one["dtype"])
-        start, nbytes = int(one["byteOffset"]), int(one["nbytes"])
+    records, end = [], 0
+    for tensor in sorted(entry["records"], key=lambda tensor: tensor["byteOffset"]):
+        name, shape, dtype = str(tensor["name"]), tuple(int(size) for size in tensor["shape"]), str(tensor["dtype"])
+        start, nbytes, form = int(tensor["byteOffset"]), int(tensor["nbytes"]), tensor["format"]
         # float32 that is kept as bfloat16 until it is loaded
-        stored = "bfloat16" if one["format"] == "f32-to-bf16" and dtype == "float32" else dtype
-        if stored not in ITEM or not (one["format"] == RAW or stored != dtype) or not shape:
-            raise CheckpointError(
-                f"{index}: {name} is {dtype} {list(shape)} in format {one['format']}, which is not read"
-            )
+        stored = "bfloat16" if form == "f32-to-bf16" and dtype == "float32" else dtype
+        if stored not in ITEM or not (form == RAW or stored != dtype) or not shape:
+            raise CheckpointError(f"{index}: {name} is {dtype} {list(shape)} in format {form}, which is not read")
         if int(np.prod(shape)) * np.dtype(ITEM[stored]).itemsize != nbytes or min(shape) < 1:
             raise CheckpointError(
                 f"{index}: {name} is {dtype} {list(shape)} and {nbytes:,} bytes; the index is damaged"
             )
-        if start < end or start + nbytes > said["nbytes"]:
+        if start < end or start + nbytes > entry["nbytes"]:
             raise CheckpointError(
                 f"{index}: {name} lies at bytes {start:,} to {start + nbytes:,} of {shard.name}, within another tensor "
                 "or beyond its end; the index is damaged"
             )
         end = start + nbytes
-        found.append(Record(name, shape, stored, shard, start, nbytes))
-    if end != said["nbytes"]:
+        records.append(Record(name, shape, stored, shard, start, nbytes))
+    if end != entry["nbytes"]:
         raise CheckpointError(f"{shard}: has bytes after its last tensor; the folder is damaged, write it again")
-    return found
+    return records

@@ -19,15 +19,15 @@ TOKENIZER_FILES = (
 GENERATION = {
     "temperature": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "top_p": 1.0,
 }  # fmt: skip
-"""What holds where generation_config.json says nothing."""
+"""The settings for keys that generation_config.json leaves out."""
 SYSTEM, PROMPT = "{system_message}", "You are a helpful assistant."
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """How messages are written: by what a chat template of the same kind has in it, and between what they stand.
+    """A way to write messages as text.
 
-    ``ends`` are the tokens that end an answer.
+    ``sign`` is what a chat template of this kind has in it, ``ends`` are the tokens that end an answer.
     """
 
     name: str
@@ -53,16 +53,19 @@ CONVERSATIONS = (
                  role_after_system=False),
 )  # fmt: skip
 PLAIN = Conversation("LM", "", SYSTEM, "", "", "", ("",), (), "")
-"""Text goes on: what a model without a chat template does."""
+"""The conversation of a model without a chat template: text goes on."""
 
 
 def chat_config(config: Config, decoder: Decoder, folder: Path, quantization: str, base: Path | None) -> dict[str, Any]:
-    """The contents of mlc-chat-config.json. ``base``, one of the same architecture, is asked first for conversation and
-    generation. Raises CheckpointError and RecipeError for files that cannot be read."""
+    """Build the contents of mlc-chat-config.json.
+
+    Conversation and generation are those of ``base``, a config of the same architecture, if there is one. Raises
+    CheckpointError and RecipeError for files that cannot be read.
+    """
     settings, generation = model_config(decoder), _read(folder / "generation_config.json")
     known = {} if base is None else of_base(base, decoder.model_type)
     tokens = Tokens.of(folder)
-    found: dict[str, Any] = {
+    chat: dict[str, Any] = {
         "version": VERSION,
         "model_type": decoder.model_type,
         "quantization": quantization,
@@ -77,42 +80,44 @@ def chat_config(config: Config, decoder: Decoder, folder: Path, quantization: st
         "pipeline_parallel_stages": 1,
     }
     for key, value in GENERATION.items():
-        found[key] = known.get(key, generation.get(key) if generation.get(key) is not None else value)
-    found["tokenizer_files"] = files_of(folder)
-    found["tokenizer_info"] = tokens.info
+        chat[key] = known.get(key, generation.get(key) if generation.get(key) is not None else value)
+    chat["tokenizer_files"] = files_of(folder)
+    chat["tokenizer_info"] = tokens.info
     ids = {key: generation.get(key, config.get(key)) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    found["conv_template"] = known.get("conv_template") or _conversation(folder, ids, tokens)
-    found |= {key: value if value is not None else 0 for key, value in ids.items()}
-    return found | {"model_task": "chat", "embedding_metadata": None}
+    chat["conv_template"] = known.get("conv_template") or _conversation(folder, ids, tokens)
+    chat |= {key: value if value is not None else 0 for key, value in ids.items()}
+    return chat | {"model_task": "chat", "embedding_metadata": None}
 
 
 def files_of(folder: Path) -> list[str]:
-    """The tokenizer's files. Raises CheckpointError where there are none that MLC reads."""
-    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not {"tokenizer.json", "tokenizer.model"} & {*found}:
+    """The names of the tokenizer's files. Raises CheckpointError if there are none that MLC reads."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not {"tokenizer.json", "tokenizer.model"} & {*names}:
         raise CheckpointError(
             f"{folder} has neither tokenizer.json nor tokenizer.model, and MLC-LLM reads nothing else; save the "
             "tokenizer with transformers (a fast one), and repeat"
         )
-    return found
+    return names
 
 
 def of_base(base: Path, kind: str) -> dict[str, Any]:
-    """An mlc-chat-config.json, or that of a folder. Raises RecipeError for what is none, and for one of another
-    architecture."""
+    """Read an mlc-chat-config.json, or that of a folder.
+
+    Raises RecipeError for anything else, and for one of another architecture.
+    """
     path = base / CONFIG if base.is_dir() else base
     try:
-        found = _read(path) if path.is_file() and path.stat().st_size <= MOST_BYTES else {}
+        config = _read(path) if path.is_file() and path.stat().st_size <= MOST_BYTES else {}
     except CheckpointError:
-        found = {}  # no JSON, or no text at all
+        config = {}  # no JSON, or no text at all
     if not path.is_file():
         wrong = f"has no {CONFIG}" if base.is_dir() else "there is no such file"
-    elif not isinstance(found.get("conv_template"), dict):
+    elif not isinstance(config.get("conv_template"), dict):
         wrong = f"is no {CONFIG}, which is a JSON object with a conv_template"
-    elif found.get("model_type") != kind:
-        wrong = f"is the {CONFIG} of a {found.get('model_type')} model"
+    elif config.get("model_type") != kind:
+        wrong = f"is the {CONFIG} of a {config.get('model_type')} model"
     else:
-        return found
+        return config
     raise RecipeError(
         f"--base {base}: {wrong}; name the {CONFIG} of a {kind} model, or the folder that it is in, or leave --base out"
     )
@@ -120,7 +125,7 @@ def of_base(base: Path, kind: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What tokenizer.json says: how many tokens there are, the ids of the special ones, and how MLC has to decode."""
+    """The contents of tokenizer.json: the number of tokens, the ids of special ones, and how MLC has to decode."""
 
     count: int | None
     special: Mapping[str, int]
@@ -128,12 +133,12 @@ class Tokens:
 
     @classmethod
     def of(cls, folder: Path) -> "Tokens":
-        """Raises CheckpointError for a file that is no JSON."""
-        said = _read(folder / "tokenizer.json")
-        special = {one["content"]: one["id"] for one in said.get("added_tokens") or ()}
-        vocabulary = (said.get("model") or {}).get("vocab") or ()
+        """Read the tokenizer.json of a folder. Raises CheckpointError for a file that is no JSON."""
+        tokenizer = _read(folder / "tokenizer.json")
+        special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+        vocabulary = (tokenizer.get("model") or {}).get("vocab") or ()
         names = vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary)
-        decoders, normalizers = _parts(said.get("decoder")), _parts(said.get("normalizer"))
+        decoders, normalizers = _parts(tokenizer.get("decoder")), _parts(tokenizer.get("normalizer"))
         info = {
             "token_postproc_method": "byte_level" if _has(decoders, type="ByteLevel") else "byte_fallback",
             "prepend_space_in_encode": _has(normalizers, type="Prepend", prepend="\u2581"),
@@ -143,28 +148,28 @@ class Tokens:
 
 
 def _conversation(folder: Path, ids: Mapping[str, Any], tokens: Tokens) -> dict[str, Any]:
-    """By the model's own chat template, as far as one of the known kinds is in it."""
-    said = str(_read(folder / "tokenizer_config.json").get("chat_template") or "")
+    """The conversation that the model's own chat template stands for, as far as it is of a known kind."""
+    stated = str(_read(folder / "tokenizer_config.json").get("chat_template") or "")
     beside = folder / "chat_template.jinja"
-    template = said or (beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else "")
-    one = next((kind for kind in CONVERSATIONS if template and kind.sign in template), PLAIN)
+    template = stated or (beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else "")
+    kind = next((kind for kind in CONVERSATIONS if template and kind.sign in template), PLAIN)
     eos = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
     stops = [number for number in eos if number is not None] + [
-        tokens.special[e] for e in one.ends if e in tokens.special
+        tokens.special[e] for e in kind.ends if e in tokens.special
     ]
     begins = ids["bos_token_id"] is not None and _begins(folder)
     return {
-        "name": one.name,
-        "system_template": one.system,
-        "system_message": one.message,
+        "name": kind.name,
+        "system_template": kind.system,
+        "system_message": kind.message,
         **({"system_prefix_token_ids": [ids["bos_token_id"]]} if begins else {}),
-        "add_role_after_system_message": one.role_after_system,
-        "roles": {"user": one.user, "assistant": one.assistant},
+        "add_role_after_system_message": kind.role_after_system,
+        "roles": {"user": kind.user, "assistant": kind.assistant},
         "role_templates": {"user": "{user_message}", "assistant": "{assistant_message}", "tool": "{tool_message}"},
         "messages": [],
-        "seps": list(one.between),
-        "role_content_sep": one.after_role,
-        "role_empty_sep": one.after_role,
+        "seps": list(kind.between),
+        "role_content_sep": kind.after_role,
+        "role_empty_sep": kind.after_role,
         "stop_str": [],
         "stop_token_ids": list(dict.fromkeys(stops)),
         "function_string": "",
@@ -174,16 +179,16 @@ def _conversation(folder: Path, ids: Mapping[str, Any], tokens: Tokens) -> dict[
 
 def _begins(folder: Path) -> bool:
     """Whether texts begin with a token of their own."""
-    said = _read(folder / "tokenizer_config.json").get("add_bos_token")
+    stated = _read(folder / "tokenizer_config.json").get("add_bos_token")
     processor = json.dumps(_read(folder / "tokenizer.json").get("post_processor") or {})
-    return bool(said) if said is not None else "TemplateProcessing" in processor and "SpecialToken" in processor
+    return bool(stated) if stated is not None else "TemplateProcessing" in processor and "SpecialToken" in processor
 
 
-def _parts(said: Any) -> list[Mapping[str, Any]]:
-    """A decoder or normalizer, or those of a sequence."""
-    if not isinstance(said, dict):
+def _parts(step: Any) -> list[Mapping[str, Any]]:
+    """A decoder or normalizer, or the parts of a sequence of them."""
+    if not isinstance(step, dict):
         return []
-    return list(said.get("decoders") or said.get("normalizers") or [said])
+    return list(step.get("decoders") or step.get("normalizers") or [step])
 
 
 def _has(parts: list[Mapping[str, Any]], **wanted: Any) -> bool:
@@ -191,11 +196,11 @@ def _has(parts: list[Mapping[str, Any]], **wanted: Any) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file. Raises CheckpointError."""
+    """The object in a JSON file; empty if there is no such file. Raises CheckpointError."""
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return contents if isinstance(contents, dict) else {}

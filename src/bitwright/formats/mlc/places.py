@@ -1,15 +1,15 @@
-"""Where the tensors of a model lie in MLC-LLM's folder, from what its mlc-chat-config.json says."""
+"""The places of a model's tensors in a folder of MLC-LLM, told from its mlc-chat-config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from bitwright.core.decoder import HEAD, Decoder, OddConfigError, decoder_of
+from bitwright.core.decoder import BLOCKS, HEAD, Decoder, OddConfigError, decoder_of
 from bitwright.core.engine_file import Shape
 from bitwright.formats.mlc import architectures
 from bitwright.formats.mlc.chat import CONFIG
-from bitwright.formats.mlc.presets import AUTOAWQ, AUTOAWQ_GROUP, EMBEDDINGS_KEPT, PRESETS, Preset
+from bitwright.formats.mlc.presets import NAMES, Preset
 
 AS_THEY_ARE = ("q0f16", "q0bf16", "q0f32")
 """MLC's names for weights that are not quantized."""
@@ -17,12 +17,12 @@ DIMENSIONS = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "head_dim"),
     *("num_key_value_heads", "tie_word_embeddings", "attention_bias"),
 )
-"""What of a model_config tells which tensors there are, by the keys of config.json."""
+"""The keys of a model_config, and of config.json, that tell which tensors there are."""
 
 
 @dataclass(frozen=True)
 class Home:
-    """Where a tensor of the folder lies: from which row of which matrix on, and its own shape."""
+    """The place of a tensor of the original: MLC's matrix, the first row in it, and the tensor's own shape."""
 
     name: str
     row: int
@@ -31,53 +31,53 @@ class Home:
 
 @dataclass(frozen=True)
 class Places:
-    """``says`` is the contents of mlc-chat-config.json."""
+    """The places of all tensors; ``config`` is the contents of mlc-chat-config.json."""
 
-    says: Mapping[str, Any]
+    config: Mapping[str, Any]
 
     @cached_property
     def unknown(self) -> str:
-        """Why the architecture is not looked at; "" if it is."""
-        if self.says.get("model_type") not in architectures.ARCHITECTURES:
-            return f"model type {self.says.get('model_type')} is not known here"
-        if self.quantization not in (AUTOAWQ, *AS_THEY_ARE) and self.preset is None:
+        """The reason why the architecture is not looked at; "" if it is."""
+        if self.config.get("model_type") not in architectures.ARCHITECTURES:
+            return f"model type {self.config.get('model_type')} is not known here"
+        if self.quantization not in AS_THEY_ARE and self.preset is None:
             return f"quantization {self.quantization} is not known here"
         return self._decoder if isinstance(self._decoder, str) else ""
 
     def needed(self) -> dict[str, Shape]:
-        """What the folder has to hold, by MLC's names, as it is stored."""
-        found = dict[str, Shape]()
+        """The tensors that the folder has to hold, by MLC's names, in the shapes that are stored."""
+        shapes = dict[str, Shape]()
         for name, shape in self.matrices.items():
-            found |= self.stored_as(name, shape)
+            shapes |= self.stored_as(name, shape)
         for home in self.homes.values():
             if len(home.shape) == 1:
-                before = found.get(home.name, (0,))[0]
-                found[home.name] = (max(before, home.row + home.shape[0]),)
-        return found
+                before = shapes.get(home.name, (0,))[0]
+                shapes[home.name] = (max(before, home.row + home.shape[0]),)
+        return shapes
 
     @cached_property
     def quantization(self) -> str:
-        """MLC's name of it."""
-        return str(self.says.get("quantization"))
+        """MLC's name of the quantization."""
+        return str(self.config.get("quantization"))
 
     @cached_property
     def preset(self) -> Preset | None:
-        """The preset that it names, None for another layout."""
-        known = (*PRESETS, EMBEDDINGS_KEPT)
-        return next((preset for preset in known if preset.name == self.quantization), None)
+        """The preset of this name; None for another layout."""
+        return NAMES.get(self.quantization)
 
     @cached_property
     def _decoder(self) -> Decoder | str:
-        """The decoder that the config describes; in words what it does not say."""
-        settings = self.says.get("model_config") or {}
+        """The decoder that the config describes; if it describes none, the reason in words."""
+        settings = self.config.get("model_config") or {}
+        dimensions = {key: settings.get(key) for key in DIMENSIONS}
         try:
-            return decoder_of({key: settings.get(key) for key in DIMENSIONS} | {"model_type": self.says["model_type"]})
+            return decoder_of(dimensions | {"model_type": self.config["model_type"]})
         except OddConfigError as error:
             return f"{CONFIG} does not say {error.key} as one number"
 
     @cached_property
     def homes(self) -> dict[str, Home]:
-        """Where the folder's tensors lie, by their names; empty if the architecture is unknown."""
+        """The places of the original's tensors, by their names; empty if the architecture is unknown."""
         if self.unknown or isinstance(self._decoder, str):
             return {}
         decoder, shapes = self._decoder, self._decoder.parameters
@@ -100,26 +100,20 @@ class Places:
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """MLC's matrices and their shapes [N, K]."""
-        found = dict[str, tuple[int, int]]()
+        shapes = dict[str, tuple[int, int]]()
         for home in self.homes.values():
             if len(home.shape) == 2:
-                rows = max(found.get(home.name, (0, 0))[0], home.row + home.shape[0])
-                found[home.name] = (rows, home.shape[1])
-        return found
+                rows = max(shapes.get(home.name, (0, 0))[0], home.row + home.shape[0])
+                shapes[home.name] = (rows, home.shape[1])
+        return shapes
 
     def stored_as(self, name: str, shape: tuple[int, int]) -> dict[str, Shape]:
-        """The tensors of a matrix."""
-        (rows, columns), preset = shape, self.preset
-        outside = ".layers." not in name
-        if self.quantization == AUTOAWQ and not outside:
-            groups, words = columns // AUTOAWQ_GROUP, rows // 8
-            return dict(zip(awq_leaves(name), ((columns, words), (groups, words), (groups, rows)), strict=True))
-        if preset is None or (outside and not preset.embeddings):
+        """The tensors that a matrix is stored as."""
+        if self.preset is None or not (self.preset.embeddings or is_inside(name)):
             return {f"{name}.weight": shape}
-        scales = (rows, -(-columns // preset.group))
-        return {f"{name}.q_weight": (rows, preset.words(columns)), f"{name}.q_scale": scales}
+        return self.preset.stored(name, shape)
 
 
-def awq_leaves(name: str) -> tuple[str, str, str]:
-    """Words of codes, words of zero points, scales."""
-    return (f"{name}.qweight", f"{name}.qzeros", f"{name}.scales")
+def is_inside(name: str) -> bool:
+    """Whether a matrix of MLC's is one of the blocks, not embedding or output layer."""
+    return name.startswith(f"{BLOCKS}.")

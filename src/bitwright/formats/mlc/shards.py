@@ -1,4 +1,4 @@
-"""MLC-LLM's files of weights: ``params_shard_N.bin``, and ``tensor-cache.json``, which says what is where in them."""
+"""MLC-LLM's files of weights: ``params_shard_N.bin``, and ``tensor-cache.json``, their index."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,13 +27,13 @@ class Shards:
     waiting: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor; writes a shard where it is full. Raises OutputError."""
+        """Take a tensor, and write a shard if one is full. Raises OutputError."""
         if self.waiting and self._bytes() + _nbytes(tensor) > SHARD_BYTES:
             self._write()
         self.waiting.append((name, tensor.contiguous()))
 
     def finish(self, parameters: int) -> None:
-        """Writes what is left, and the index; ``parameters`` is the number of weights of the model."""
+        """Write the last shard, and the index; ``parameters`` is the number of weights of the model."""
         if self.waiting:
             self._write()
         nbytes = sum(shard["nbytes"] for shard in self.records)

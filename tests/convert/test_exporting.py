@@ -56,6 +56,16 @@ def test_the_weights_stay(scheme: str, format: str, folder: Folder, tmp_path: Pa
     assert back.exact == back.linears and bitwright.verify(tmp_path / "back").passed
 
 
+@pytest.mark.parametrize("format", ["gptq", "awq", "bitwright"])
+def test_a_group_that_is_the_whole_row_of_some_linears_is_no_scheme_of_their_own(
+    format: str, folder: Folder, tmp_path: Path
+) -> None:
+    """All but down_proj have 64 input features, so one group of 64 cannot be told from a channel."""
+    result = bitwright.export(folder("W4A16g64"), tmp_path / "out", format=format)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert result.exact == result.linears and not config.get("dynamic") and not config.get("exceptions")
+
+
 @torch.inference_mode()
 def test_dense_is_what_the_client_computes(folder: Folder, tmp_path: Path) -> None:
     result = bitwright.export(folder("W4A16g32ic"), tmp_path / "out", format="dense")

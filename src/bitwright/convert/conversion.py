@@ -1,6 +1,5 @@
 """The driver of an export: block by block, each linear of a quantized folder as another format holds it."""
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -82,11 +81,14 @@ class Conversion:
         """
         described = self.model.described
         assert described is not None, "a quantized folder says how"
-        counted = Counter(row.scheme for row in rows)
-        most = max(sorted(counted), key=lambda scheme: counted[scheme])
         bits = [None if grid is None else grid.bits for grid in (described.activations, described.kv)]
-        schemes = {text: Scheme.parse(text).with_activations(*bits) for text in counted}
-        own = {row.name: schemes[row.scheme] for row in rows if row.scheme != most}
+        schemes = {row.scheme: Scheme.parse(row.scheme).with_activations(*bits) for row in rows}
+        own_by_scheme = {
+            text: {row.name: schemes[row.scheme] for row in rows if not _fits(row, schemes[row.scheme], scheme)}
+            for text, scheme in schemes.items()
+        }
+        most = min(sorted(schemes), key=lambda text: len(own_by_scheme[text]))
+        own = own_by_scheme[most]
         if own and not self.writer.format.mixes:
             raise RecipeError(
                 f"{next(iter(own))}: on another grid than most linears; format {self.writer.format.name} has one for "
@@ -110,3 +112,8 @@ class Conversion:
             kept = () if model.described is None else model.described.kept
             return tuple(sorted({*kept, "lm_head"} - set(model.linears)))
         return tuple(sorted(view.linears - {view.linear(name) for name in quantized}))
+
+
+def _fits(row: LinearReport, own: Scheme, scheme: Scheme) -> bool:
+    """Whether a linear is stored as another scheme than its own says too: a group may be its whole row."""
+    return own.weight == scheme.weight and row.tile == scheme.tile.size(row.shape)

@@ -1,5 +1,6 @@
 """The driver of an export: block by block, each linear of a quantized folder as another format holds it."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -83,21 +84,22 @@ class Conversion:
         assert described is not None, "a quantized folder says how"
         bits = [None if grid is None else grid.bits for grid in (described.activations, described.kv)]
         schemes = {row.scheme: Scheme.parse(row.scheme).with_activations(*bits) for row in rows}
-        own_by_scheme = {
+        unlike = {
             text: {row.name: schemes[row.scheme] for row in rows if not _fits(row, schemes[row.scheme], scheme)}
             for text, scheme in schemes.items()
         }
-        most = min(sorted(schemes), key=lambda text: len(own_by_scheme[text]))
-        own = own_by_scheme[most]
-        if own and not self.writer.format.mixes:
+        counted, mixes = Counter(row.scheme for row in rows), self.writer.format.mixes
+        most = max(sorted(counted), key=lambda text: (mixes or not unlike[text], counted[text]))
+        own = unlike[most]
+        if own and not mixes:
             raise RecipeError(
                 f"{next(iter(own))}: on another grid than most linears; format {self.writer.format.name} has one for "
                 f"all. Quantize the original with --format {self.writer.format.name}"
             )
         family = family_of(self.model.folder)
         dtype = self.writer.format.scales or self.model.outline(rows[0].name).scale.dtype
-        unlike = departures(schemes[most], own, rows)
-        return WrittenModel(schemes[most], family, dtype, self._kept_linears(), unlike, schemes=own)
+        departing = departures(schemes[most], own, rows)
+        return WrittenModel(schemes[most], family, dtype, self._kept_linears(), departing, schemes=own)
 
     def _kept_linears(self) -> tuple[str, ...]:
         """The linears that are not quantized, by their names in the model.

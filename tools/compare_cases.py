@@ -1,4 +1,4 @@
-"""The runs that ``compare_trees.py`` makes with each tree, and the small random models that some of them take."""
+"""The cases that ``compare_trees.py`` runs with each tree, and the small random models that some of them take."""
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDED = "embedded"
-"""What the embedded model is called here."""
+"""The name of the embedded model here."""
 OUTCOME, LEARNED = "outcome.json", "learned.safetensors"
-"""In the folder of a case: what the call returned, or why it refused; learned parameters that it saved."""
+"""Files in the folder of a case: what the call returned, or why it refused; learned parameters that it saved."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of ``quantize``, or of ``export`` where a ``source`` is named. ``name`` is its folder too.
+    """One call of ``quantize``, or of ``export`` if it has a ``source``. ``name`` is its folder too.
 
     ``how`` are keys of a Recipe, or arguments of ``export``. ``source``, ``loads`` and ``base`` name earlier cases:
-    whose output is exported, whose learned parameters are loaded, whose file is the base. The process is killed at the
-    call of the listener with each of these numbers (``kills``), and the same call is made again.
+    whose output is exported, whose learned parameters are loaded, whose file is the base. For each number of ``kills``
+    the process is killed at the call of the listener that has this number, and the same call is made again.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Case:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The cases that come before."""
+        """The names of cases that this one needs; they come before it."""
         return tuple(name for name in (self.source, self.loads, self.base) if name)
 
 
@@ -50,14 +50,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 QUICK: dict[str, Any] = {"refine": False}
 REFINED = (("small", "gptq"), ("small", "lwc"), ("small", "let+lwc+gptq"))
-"""Refining ranges takes longer than all else: most runs of trained methods and of gptq leave it out, these do not."""
+"""The trained methods and gptq that refine ranges; the others leave it out, since nothing takes longer."""
 FORMATS: dict[str, str] = {
     "default": "W4A16g128", "compressed-tensors": "W2A16g64sym", "bitwright": "W3A16g64", "dense": "W3A16g32",
     "gptq": "W4A16g32", "awq": "W4A16g64", "gguf": "W4A16g32", "mlc": "mlc:q4f16_1",
 }  # fmt: skip
-"""A scheme that each format holds."""
+"""Formats, each with a scheme that it holds."""
 HOLD_ALL = ("default", "bitwright", "dense")
-"""The formats that hold outliers, and groups along the output."""
+"""Formats that hold outliers, and groups along the output."""
 SCHEMES = (
     "W4A16g128", "W4A16g32", "W3A16", "W2A16g64sym", "W5A16sym", "W6A16g64", "W8A16g32", "W3A16g64ic", "W4A16g32icsym",
     "W4A4KV4", "W8A8", "W4A8KV4", "W4A16KV4", "mlc:q4f16_1", "mlc:q3f16_1", "mlc:q2f16_1",
@@ -91,7 +91,7 @@ EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
     "opt/gptq/default": {"gptq": {}, "awq": {}, "bitwright": {}, "dense": {}},
     "experts/rtn/compressed-tensors": {"bitwright": {}, "dense": {}, "gptq": {}},
 }  # fmt: skip
-"""Outputs that are written in other formats, and with which arguments."""
+"""Exports: by the case whose output is read, the formats that are written, with arguments."""
 W4 = {"scheme": "W4A16g32"}
 RTN, GPTQ, LWC = (W4 | {"method": "rtn"}, W4 | TEXT | {"method": "gptq"}, W4 | TRAINED | {"method": "lwc"})
 EASYQUANT = W4 | {"method": "easyquant"}
@@ -234,26 +234,26 @@ REFUSED = (
 
 
 def cases(models: Sequence[str]) -> list[Case]:
-    """List all runs. ``models`` are the larger ones: each takes every method twice, and every format."""
-    found = [_case("small", method, format, format != "default") for method in METHODS for format in FORMATS]
+    """List all cases. ``models`` are the larger ones: each takes every method twice, and every format."""
+    listed = [_case("small", method, format, format != "default") for method in METHODS for format in FORMATS]
     for scheme in SCHEMES:
         for method in ("rtn", "gptq") if "A16" in scheme or "mlc" in scheme else ("rtn", "smoothquant", "omniquant"):
-            found.append(_with_scheme("llama", method, scheme))
+            listed.append(_with_scheme("llama", method, scheme))
     for model in models:
         for at, method in enumerate(METHODS):
-            found += [_case(model, method, format, quick=True) for format in ("default", list(FORMATS)[1 + at % 7])]
-        found += [_case(model, "rtn", format) for format in FORMATS]
-        found += [_with_scheme(model, "rtn", scheme) for scheme in (*SCHEMES, "W3A16g128ic")]
-    found += OTHERS
+            listed += [_case(model, method, format, quick=True) for format in ("default", list(FORMATS)[1 + at % 7])]
+        listed += [_case(model, "rtn", format) for format in FORMATS]
+        listed += [_with_scheme(model, "rtn", scheme) for scheme in (*SCHEMES, "W3A16g128ic")]
+    listed += OTHERS
     for source, formats in EXPORTS.items():
-        found += [Case(f"export/{source}/{format}", how=how | {"format": format}, source=source)
+        listed += [Case(f"export/{source}/{format}", how=how | {"format": format}, source=source)
                   for format, how in formats.items()]  # fmt: skip
-    found += [replace(case, refused=True) for case in REFUSED]
-    return list({case.name: case for case in found}.values())
+    listed += [replace(case, refused=True) for case in REFUSED]
+    return list({case.name: case for case in listed}.values())
 
 
 def _case(model: str, method: str, format: str, quick: bool = False) -> Case:
-    """A method and a format on a model, told to decide only what the format holds."""
+    """Make the case of a method and a format; the method decides only what the format holds."""
     how = METHODS[method] | {"scheme": FORMATS[format], "method": method}
     if quick and ("lwc" in method or "gptq" in method) and (model, method) not in REFINED:
         how |= QUICK
@@ -267,7 +267,7 @@ def _case(model: str, method: str, format: str, quick: bool = False) -> Case:
 
 
 def _with_scheme(model: str, method: str, scheme: str) -> Case:
-    """A method and a scheme on a model, the format left open."""
+    """Make the case of a method and a scheme; the recipe names no format."""
     how = METHODS[method] | {"scheme": scheme, "method": method}
     return Case(f"{model}/{method}/{scheme.replace(':', '_')}", model, how)
 
@@ -285,11 +285,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "experts": ("Qwen3Moe", "bfloat16", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
     "fused": ("GptOss", "float32", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
 }
-"""By name: the class in transformers, the dtype, what is not as in SIZES."""
+"""Random models by name: their class in transformers, their dtype, and what is not as in SIZES."""
 
 
 def make_models(folder: Path, wanted: Collection[str]) -> Iterator[str]:
-    """Make those of these models that are not there yet; yield their names."""
+    """Make the wanted models that are not there yet; yield their names."""
     for name, (kind, dtype, changes) in MODELS.items():
         if name in wanted and not (folder / name).exists():
             shutil.rmtree(folder / f"{name}.new", ignore_errors=True)
@@ -299,7 +299,7 @@ def make_models(folder: Path, wanted: Collection[str]) -> Iterator[str]:
 
 
 def _make(folder: Path, kind: str, dtype: str, sizes: dict[str, Any]) -> None:
-    """A random model in several shards, a few input channels of it larger than the others."""
+    """Write a random model in several shards, with a few input channels larger than the others."""
     import torch
     import transformers
 
@@ -320,7 +320,7 @@ def _make(folder: Path, kind: str, dtype: str, sizes: dict[str, Any]) -> None:
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """One token per byte."""
+    """Save a tokenizer with one token per byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

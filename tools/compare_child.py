@@ -2,8 +2,8 @@
 
     python tools/compare_child.py TREE [KILL]      with TREE/src in PYTHONPATH
 
-Says the name of each case that is done. With KILL, the call of the first one kills this process at that call of its
-listener. ``compare_trees.py`` starts it, in DIR/before and in DIR/after.
+It prints the name of each case when it is done. With KILL, only the first case is performed, and the process is killed
+at that call of its listener. ``compare_side.py`` starts it, in the folder where the outputs of the tree lie.
 """
 
 import json
@@ -14,16 +14,22 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compare_cases import LEARNED, OUTCOME, Case
 
+if TYPE_CHECKING:
+    from bitwright.api import Exported, Result
+
 FOLDER, FILE = "out", "out.gguf"
-"""What the output of a case is called, in the case's folder."""
+"""The names of a case's output in the folder of the case."""
 
 
 def perform(case: Case, kill: int = 0) -> dict[str, Any]:
-    """Make the call of a case. Return its result or its message; the process is killed at this call of the listener."""
+    """Make the call of a case; return its result, or its message if it is refused.
+
+    The process is killed at the call of the listener that has the number ``kill``; 0 is none.
+    """
     import bitwright
 
     calls = 0
@@ -40,16 +46,16 @@ def perform(case: Case, kill: int = 0) -> dict[str, Any]:
     if case.loads:
         how["load_parameters"] = f"{case.loads}/{LEARNED}"
     saved = f"{case.name}/{LEARNED}" if case.saves else None
-    made: Any
+    result: Exported | Result
     try:
         if case.source:
-            made = bitwright.export(f"{case.source}/{FOLDER}", output, listener=listen, **how)
+            result = bitwright.export(f"{case.source}/{FOLDER}", output, listener=listen, **how)
         else:
             recipe = bitwright.Recipe(model=f"../models/{case.model}", **how)
-            made = bitwright.quantize(recipe, output, workers=case.workers, save_parameters=saved, listener=listen)
+            result = bitwright.quantize(recipe, output, workers=case.workers, save_parameters=saved, listener=listen)
     except bitwright.UserError as error:
         return {"refused": str(error).replace(str(Path.cwd()), "DIR")}
-    return {"result": {key: value for key, value in asdict(made).items() if key not in ("seconds", "peak_bytes")}}
+    return {"result": {key: value for key, value in asdict(result).items() if key not in ("seconds", "peak_bytes")}}
 
 
 def output_of(case: Case) -> Path:
@@ -58,7 +64,7 @@ def output_of(case: Case) -> Path:
 
 
 def outcome(case: Case) -> dict[str, Any]:
-    """Perform a case, killed as often as it says and called again."""
+    """Perform a case. It is killed and called again as often as it says."""
     for kill in case.kills:
         command = [sys.executable, __file__, sys.argv[1], str(kill)]
         ended = subprocess.run(command, input=json.dumps([asdict(case)]), text=True, check=False).returncode
@@ -72,13 +78,12 @@ def outcome(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Perform all cases; what libraries print goes to standard error."""
+    """Perform all cases. Whatever libraries print goes to standard error."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for case in _read():
         Path(case.name).mkdir(parents=True)
-        found = outcome(case)
-        Path(case.name, OUTCOME).write_text(json.dumps(found, indent=1), encoding="utf-8")
+        Path(case.name, OUTCOME).write_text(json.dumps(outcome(case), indent=1), encoding="utf-8")
         print(case.name, file=out, flush=True)
 
 
@@ -90,7 +95,7 @@ def _require_bitwright_of(tree: Path) -> None:
 
 
 def _read() -> list[Case]:
-    return [Case(**(one | {"kills": tuple(one["kills"])})) for one in json.load(sys.stdin)]
+    return [Case(**(keys | {"kills": tuple(keys["kills"])})) for keys in json.load(sys.stdin)]
 
 
 if __name__ == "__main__":

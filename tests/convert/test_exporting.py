@@ -56,6 +56,20 @@ def test_the_weights_stay(scheme: str, format: str, folder: Folder, tmp_path: Pa
     assert back.exact == back.linears and bitwright.verify(tmp_path / "back").passed
 
 
+@pytest.mark.parametrize(("scheme", "format"), [
+    ("W4A16g32", "gptq"), ("W4A16g32", "awq"), ("W4A16g32", "bitwright"), ("W4A16g64", "awq"),
+])  # fmt: skip
+def test_a_group_that_is_the_whole_row_of_some_linears_is_no_scheme_of_their_own(
+    scheme: str, format: str, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    """One group of a row cannot be told from a channel: of down_proj in groups of 32, of all others in groups of 64."""
+    model = tiny(intermediate_size=32 if scheme == "W4A16g32" else 192)
+    bitwright.quantize(Recipe(str(model), scheme, "rtn"), tmp_path / "quantized")
+    result = bitwright.export(tmp_path / "quantized", tmp_path / "out", format=format)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert result.exact == result.linears and not config.get("dynamic") and not config.get("exceptions")
+
+
 @torch.inference_mode()
 def test_dense_is_what_the_client_computes(folder: Folder, tmp_path: Path) -> None:
     result = bitwright.export(folder("W4A16g32ic"), tmp_path / "out", format="dense")

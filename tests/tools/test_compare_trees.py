@@ -1,4 +1,4 @@
-"""What the comparison of two trees reports: nothing where nothing differs, else the file, and what in it."""
+"""The comparison of two trees reports nothing if nothing differs, else the file, and the key in it."""
 
 import json
 from collections.abc import Callable
@@ -11,24 +11,30 @@ import torch
 from gguf import GGUFWriter
 from safetensors.torch import save_file
 
+from compare_allowed import ALLOWED
 from compare_cases import EMBEDDED, METHODS, OUTCOME, Case, cases
-from compare_trees import Side, origins, prepare, run, shares, verdict, with_needs
+from compare_files import Difference
+from compare_side import Side, locked
+from compare_trees import prepare, run, shares, verdict, with_needs
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case("case", EMBEDDED, {"scheme": "W4A16g128"})
-ACCOUNT = {"bitwright": "0.1.0", "recipe": {"seed": 0}, "totals": {"linears": 14},
-           "blocks": [{"linears": [{"name": "q", "weight_error": 0.125}]}]}  # fmt: skip
+LINEAR = {"name": "y", "shape": [1, 2], "storage_bits": 32, "bits_per_weight": 16.0, "weight_error": 0.125}
+ACCOUNT = {"bitwright": "0.2.0", "scheme": "W4A16g128", "recipe": {"seed": 0}, "totals": {"linears": 14},
+           "notes": ["rtn needs no calibration text; it is used to report output errors"],
+           "blocks": [{"linears": [LINEAR]}]}  # fmt: skip
 Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture
 def sides(tmp_path: Path) -> tuple[Side, Side]:
-    """Two trees that have written the same for a case, with another clock."""
+    """Two trees whose outputs of a case are the same, but for seconds and dates."""
     for name in ("before", "after"):
         out = tmp_path / name / CASE.name / "out"
         out.mkdir(parents=True)
         (out / "bitwright.json").write_text(json.dumps(ACCOUNT))
         (out / "bitwright-timings.json").write_text(name)
+        (out / "journal.jsonl").write_text(name)
         (out / "config.json").write_text('{"a": 1, "b": 2}')
         (out / "params.bin").write_bytes(b"bytes")
         save_file({"x": torch.zeros(4), "y": torch.ones(2)}, out / "model.safetensors")
@@ -37,11 +43,18 @@ def sides(tmp_path: Path) -> tuple[Side, Side]:
     return Side("before", ROOT, tmp_path), Side("after", ROOT, tmp_path)
 
 
-def write_gguf(path: Path, account: dict[str, Any] = ACCOUNT, weight: float = 1, name: str = "model") -> None:
+def judged(sides: tuple[Side, Side], case: Case = CASE) -> tuple[str, list[str]]:
+    judgement = verdict(case, *sides)
+    return judgement.word, list(judgement.reasons)
+
+
+def write_gguf(
+    path: Path, account: dict[str, Any] = ACCOUNT, weight: float = 1, name: str = "model", tensor: str = "w"
+) -> None:
     writer = GGUFWriter(path, "llama")
     writer.add_string("general.name", name)
     writer.add_string("bitwright.account", json.dumps(account))
-    writer.add_tensor("w", np.full((2, 32), weight, np.float32))
+    writer.add_tensor(tensor, np.full((2, 32), weight, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -49,8 +62,13 @@ def write_gguf(path: Path, account: dict[str, Any] = ACCOUNT, weight: float = 1,
 
 
 def out(sides: tuple[Side, Side]) -> Path:
-    """What the second tree wrote."""
+    """The output of the second tree."""
     return sides[1].folder / CASE.name / "out"
+
+
+def linear(account: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = account["blocks"][0]["linears"][0]
+    return row
 
 
 def changed(change: Change) -> dict[str, Any]:
@@ -60,18 +78,18 @@ def changed(change: Change) -> dict[str, Any]:
 
 
 def test_the_same(sides: tuple[Side, Side]) -> None:
-    assert verdict(CASE, sides) == ("same", [])
+    assert judged(sides) == ("same", [])
     (out(sides) / "bitwright.json").write_text(json.dumps(dict(reversed(ACCOUNT.items())), indent=1))
-    assert verdict(CASE, sides) == ("same", []), "of the account the values count"
+    assert judged(sides) == ("same", []), "of the account the values count"
 
 
 def test_a_changed_byte(sides: tuple[Side, Side]) -> None:
     (out(sides) / "params.bin").write_bytes(b"bites")
     save_file({"x": torch.zeros(4), "y": torch.full((2,), 2.0)}, out(sides) / "model.safetensors")
     (out(sides) / "config.json").write_text('{"b": 2, "a": 1}')
-    word, said = verdict(CASE, sides)
+    word, reasons = judged(sides)
     assert word == "differs"
-    assert [one.split()[:2] for one in said] == [
+    assert [reason.split()[:2] for reason in reasons] == [
         ["out/config.json:", "<bytes>"], ["out/model.safetensors:", "y.data"], ["out/params.bin:", "<bytes>"],
     ]  # fmt: skip
 
@@ -79,25 +97,39 @@ def test_a_changed_byte(sides: tuple[Side, Side]) -> None:
 def test_a_file_that_is_missing_and_one_too_many(sides: tuple[Side, Side]) -> None:
     (out(sides) / "bitwright-timings.json").unlink()
     (out(sides) / "more.txt").write_text("more")
-    (out(sides) / "allocation.json").write_text("{}")
-    assert verdict(CASE, sides) == ("differs", [
+    assert judged(sides) == ("differs", [
         "out/bitwright-timings.json: <file> 6 -> (absent)", "out/more.txt: <file> (absent) -> 4",
     ])  # fmt: skip
-    (out(sides) / "more.txt").unlink()
-    (out(sides) / "bitwright-timings.json").write_text("")
-    assert verdict(CASE, sides) == ("listed", ["what a run allocated is said"])
+
+
+def test_an_allocation_that_is_new(sides: tuple[Side, Side]) -> None:
+    file = out(sides) / "allocation.json"
+    file.write_text('{"scheme": "W4A16g128", "linears": {"y": "W4A16g128", "head": null}}')
+    assert judged(sides) == ("listed", ["the schemes of linears are said"])
+    file.write_text('{"scheme": "W4A16g128", "linears": {"y": "W4A16g128", "head": "W4A16g128"}}')
+    assert judged(sides)[0] == "differs", "the account names no other linear than y"
 
 
 @pytest.mark.parametrize(("change", "word", "says"), [
-    (lambda a: a.update(bitwright="0.2.0"), "listed", "Bitwright's version"),
-    (lambda a: a.update(allocation={"q": 4}), "listed", "what a run allocated is said"),
-    (lambda a: a["recipe"].update(target=3), "listed", "a key that a recipe has gained"),
+    (lambda a: a.update(bitwright="0.3.0"), "differs", "bitwright '0.2.0' -> '0.3.0'"),
+    (lambda a: a.update(allocation={"q": 4}), "differs", "allocation (absent) -> {'q': 4}"),
+    (lambda a: a["recipe"].update(scheme_for=None), "listed", "the schemes of linears are said"),
+    (lambda a: a["recipe"].update(scheme_for="y=W3A16"), "differs", "recipe.scheme_for (absent) -> 'y=W3A16'"),
+    (lambda a: a["recipe"].update(target=None), "differs", "recipe.target (absent) -> None"),
     (lambda a: a["recipe"].update(seed=1), "differs", "recipe.seed 0 -> 1"),
     (lambda a: a["recipe"].pop("seed"), "differs", "recipe.seed 0 -> (absent)"),
     (lambda a: a["totals"].update(linears=13), "differs", "totals.linears 14 -> 13"),
-    (lambda a: a["blocks"][0]["linears"][0].update(weight_error=0.12500001), "listed", "computed in one place"),
-    (lambda a: a["blocks"][0]["linears"][0].update(weight_error=0.126), "differs",
-     "blocks.0.linears.0.weight_error 0.125 -> 0.126"),
+    (lambda a: linear(a).update(weight_error=0.125 + 2e-16), "listed", "sums in another order"),
+    (lambda a: linear(a).update(weight_error=0.12500001), "differs",
+     "blocks.0.linears.0.weight_error 0.125 -> 0.12500001"),
+    (lambda a: linear(a).update(storage_bits=64), "listed", "bits are those that the format stores"),
+    (lambda a: linear(a).update(storage_bits=48), "differs", "blocks.0.linears.0.storage_bits 32 -> 48"),
+    (lambda a: linear(a).update(bits_per_weight=32.0), "listed", "bits are those that the format stores"),
+    (lambda a: linear(a).update(bits_per_weight=8.0), "differs", "blocks.0.linears.0.bits_per_weight 16.0 -> 8.0"),
+    (lambda a: a.update(notes=["rtn needs no calibration data; they are used to report output errors"]), "listed",
+     "notes and refusals are worded anew"),
+    (lambda a: a.update(notes=["rtn needs nothing"]), "differs",
+     "notes.0 'rtn needs no calibration text; it is used to report output errors' -> 'rtn needs nothing'"),
     (lambda a: a["blocks"].append({}), "differs", "blocks.1 (absent) -> {}"),
 ])  # fmt: skip
 def test_the_account_in_a_folder_and_in_a_gguf_file(
@@ -109,15 +141,22 @@ def test_the_account_in_a_folder_and_in_a_gguf_file(
     }
     for name, write in writers.items():
         write()
-        found, said = verdict(CASE, sides)
-        assert (found, said[0 if word == "listed" else -1]) == (word, says if word == "listed" else f"{name}: {says}")
+        found, reasons = judged(sides)
+        assert (found, reasons[0 if word == "listed" else -1]) == (
+            word,
+            says if word == "listed" else f"{name}: {says}",
+        )
 
 
 def test_a_gguf_file_with_another_tensor_or_another_key(sides: tuple[Side, Side]) -> None:
-    write_gguf(out(sides) / "model.gguf", changed(lambda a: a.update(bitwright="0.2.0")), weight=2, name="other")
-    word, said = verdict(CASE, sides)
-    assert word == "differs" and len(said) == 2, "the version is listed"
-    assert said[0].startswith("out/model.gguf: general.name.") and said[-1].startswith("out/model.gguf: w.2 256 bytes")
+    write_gguf(
+        out(sides) / "model.gguf", changed(lambda a: a["recipe"].update(allocation=None)), weight=2, name="other"
+    )
+    word, reasons = judged(sides)
+    assert word == "differs" and len(reasons) == 2, "the key of the recipe is listed"
+    assert reasons[0].startswith("out/model.gguf: general.name.") and reasons[-1].startswith(
+        "out/model.gguf: w.2 256 bytes"
+    )
 
 
 @pytest.mark.parametrize(("outcomes", "refused", "word", "says"), [
@@ -126,6 +165,8 @@ def test_a_gguf_file_with_another_tensor_or_another_key(sides: tuple[Side, Side]
     (({"refused": "no"}, {"result": {}}), True, "failed", "after: was not refused"),
     (({"refused": "no"}, {"refused": "no"}), False, "failed", "before: no"),
     (({"result": {}}, {"failed": "KeyError: 1"}), False, "failed", "after: KeyError: 1"),
+    (({"refused": "W4B16 [sym|asym], for example"}, {"refused": "W4B16 [sym|asym|real], for example"}), True, "listed",
+     "notes and refusals are worded anew"),
     (({"result": {"fallbacks": ["a"]}}, {"result": {"fallbacks": []}}), False, "differs",
      "outcome.json: result.fallbacks.0 'a' -> (absent)"),
 ])  # fmt: skip
@@ -134,7 +175,48 @@ def test_what_calls_return(
 ) -> None:
     for side, outcome in zip(sides, outcomes, strict=True):
         (side.folder / CASE.name / OUTCOME).write_text(json.dumps(outcome))
-    assert verdict(Case(CASE.name, refused=refused), sides) == (word, [says] if says else [])
+    assert judged(sides, Case(CASE.name, refused=refused)) == (word, [says] if says else [])
+
+
+def allowed(difference: Difference, case: Case, outputs: Path) -> bool:
+    return difference.reason(case, outputs, ALLOWED) is not None
+
+
+def test_units_that_were_on_their_way_when_a_run_was_killed() -> None:
+    def resumed(after: object, name: str = "killed/rtn", workers: int | None = None) -> bool:
+        difference = Difference(OUTCOME, "result.resumed", 3, after)
+        return allowed(difference, Case(name, workers=workers), Path("nowhere"))
+
+    assert resumed(4) and resumed(5, workers=2)
+    assert not resumed(5) and not resumed(4, name="small/rtn") and not resumed(None)
+
+
+def test_bits_and_bytes_are_those_on_disk(tmp_path: Path) -> None:
+    rows = [LINEAR | {"name": "model.layers.0.self_attn.q_proj", "shape": [2, 32], "storage_bits": 2048}]
+    (tmp_path / "run").mkdir()
+    write_gguf(tmp_path / "run/out.gguf", ACCOUNT | {"blocks": [{"linears": rows}]}, tensor="blk.0.attn_q.weight")
+    (tmp_path / "export/out").mkdir(parents=True)
+    (tmp_path / "export/out/weights").write_bytes(bytes(100))
+    run, export = Case("run"), Case("export", source="run")
+
+    def bits(after: float, case: Case = run, key: str = "blocks.0.linears.0.bits_per_weight") -> bool:
+        file = OUTCOME if key.startswith("result") else "out.gguf/bitwright.json"
+        return allowed(Difference(file, key, 4.5, after), case, tmp_path)
+
+    assert bits(32.0) and bits(32.0, key="totals.bits_per_weight") and bits(32.0, key="result.bits_per_weight")
+    assert bits(32.0, export), "an export tells of the run that made its source"
+    assert not bits(31.0) and not bits(31.0, export) and not bits(31.0, key="totals.bits_per_weight")
+    assert bits(100, export, "result.bytes_out") and not bits(101, export, "result.bytes_out")
+
+
+def test_the_bits_of_groups_of_forty(tmp_path: Path) -> None:
+    """Rows of 128 weights are three groups of 40 and one of 8, each in 4 words of 32 bits with 16 bits of scale."""
+    (tmp_path / "settings/mlc_three_bits/out").mkdir(parents=True)
+    account = ACCOUNT | {"blocks": [{"linears": [LINEAR | {"shape": [128, 128]}]}]}
+    (tmp_path / "settings/mlc_three_bits/out/bitwright.json").write_text(json.dumps(account))
+    for bits, holds in ((4.5, True), (3.5, False)):
+        difference = Difference("out/bitwright.json", "blocks.0.linears.0.bits_per_weight", 3.25, bits)
+        assert allowed(difference, Case("settings/mlc_three_bits"), tmp_path) is holds
 
 
 def test_the_cases_stand_after_those_that_they_need() -> None:
@@ -154,15 +236,45 @@ def test_the_cases_stand_after_those_that_they_need() -> None:
 def test_a_tree_is_the_same_as_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused = Case("refused", EMBEDDED, {"scheme": "W4A16g96"}, refused=True)
     prepare(tmp_path, ROOT, [], [])
-    assert run(ROOT, ROOT, tmp_path, [CASE, refused], jobs=1, reuse=False) == 0
+    sides = Side.before(ROOT, tmp_path), Side.after(ROOT, tmp_path)
+    assert run(*sides, [CASE, refused], jobs=1, reuse=False) == 0
     assert capsys.readouterr().out.splitlines()[:4] == [
         "before: 2 cases to run, 0 kept", "same    case", "same    refused", "same    the embedded model itself",
     ]  # fmt: skip
-    assert (tmp_path / "after/case/out/model.safetensors").is_file()
-    assert "what divides them" in json.loads((tmp_path / "after/refused" / OUTCOME).read_text())["refused"]
+    assert (sides[1].folder / "case/out/model.safetensors").is_file()
+    assert "what divides them" in json.loads((sides[1].folder / "refused" / OUTCOME).read_text())["refused"]
     (tmp_path / "before/case/out/config.json").write_text("{}")
-    sides = Side("before", ROOT, tmp_path), Side("after", ROOT, tmp_path)
-    assert verdict(CASE, sides)[1][0].startswith("out/config.json: architectures (absent) -> ")
-    made_of = origins([CASE, refused], tmp_path, ROOT)
-    assert sides[0].missing([CASE, refused], made_of) == [], "with --reuse-before these are kept"
-    assert sides[0].missing([CASE, refused], made_of | {"case": "another model"}) == [CASE]
+    assert judged(sides)[1][0].startswith("out/config.json: architectures (absent) -> ")
+    origins = sides[0].origins([CASE, refused])
+    assert sides[0].missing([CASE, refused], origins) == [], "with --reuse-before these are kept"
+    assert sides[0].missing([CASE, refused], origins | {"case": "another model"}) == [CASE]
+
+
+def test_each_tree_after_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    trees = [tmp_path / "mine/bitwright", tmp_path / "yours/bitwright"]
+    folders = [Side.after(tree, tmp_path).folder for tree in trees]
+    assert len(set(folders)) == 2 and all(folder.parent == tmp_path for folder in folders)
+    assert folders[0].name.endswith("mine-bitwright") and folders[1].name.endswith("yours-bitwright")
+    assert {Side.before(tree, tmp_path).folder for tree in trees} == {tmp_path / "before"}
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    refused = pytest.raises(SystemExit, match="another run works in")
+    with locked(tmp_path / "after"), refused, locked(tmp_path / "after"):
+        pass
+    with locked(tmp_path / "before", shared=True):
+        with locked(tmp_path / "before", shared=True):
+            pass  # both read it
+        with refused, locked(tmp_path / "before"):
+            pass
+    with locked(tmp_path / "before"):
+        pass  # the others have ended
+
+
+def test_a_run_leaves_alone_what_another_one_writes(tmp_path: Path) -> None:
+    prepare(tmp_path, ROOT, [], [])
+    sides = Side.before(ROOT, tmp_path), Side.after(ROOT, tmp_path)
+    for side in sides:
+        with locked(side.folder), pytest.raises(SystemExit, match=f"another run works in {side.folder}"):
+            run(*sides, [CASE], jobs=1, reuse=False)
+        assert not (side.folder / CASE.name).exists()

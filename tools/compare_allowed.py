@@ -27,8 +27,6 @@ IN_BLOCK = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 """The linears of a block by their names in GGUF."""
-
-
 UNCOUNTED = (".bias", ".weight_shape")
 """Tensors of a linear that its bits leave out."""
 

@@ -27,8 +27,6 @@ IN_BLOCK = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 """The linears of a block by their names in GGUF."""
-
-
 UNCOUNTED = (".bias", ".weight_shape")
 """Tensors of a linear that its bits leave out."""
 
@@ -79,7 +77,7 @@ def groups_of_forty(difference: Difference, case: Case, outputs: Path) -> bool:
 
 
 def size_on_disk(difference: Difference, case: Case, outputs: Path) -> bool:
-    """Whether the bytes that an export reports are those of the file or the folder that it wrote."""
+    """Whether the bytes that are reported are those of the file or the folder that was written."""
     return difference.after == sum(path.stat().st_size for path in _output(case.name, outputs))
 
 
@@ -169,9 +167,7 @@ ALLOWED = (
     Allowed(BITS, "blocks.*.linears.*.bits_per_weight", groups_of_forty, case="settings/mlc_three_bits"),
     Allowed(BITS, "totals.bits_per_weight", stored_bits),
     Allowed(BITS, "result.bits_per_weight", stored_bits, file=OUTCOME),
-    Allowed(
-        "an export counts the bytes of its account, which is longer", "result.bytes_out", size_on_disk, file=OUTCOME
-    ),
+    Allowed("the size counts the account, which is longer", "result.bytes_out", size_on_disk, file=OUTCOME),
     Allowed(WORDING, "notes.*", reworded),
     Allowed(WORDING, "result.notes.*", reworded, file=OUTCOME),
     Allowed(WORDING, "refused", reworded, file=OUTCOME),

@@ -11,7 +11,7 @@ from typing import Any
 
 from compare_cases import OUTCOME, Case
 from compare_child import FILE, FOLDER
-from compare_files import ABSENT, ACCOUNT, IN_GGUF, Allowed, Difference, is_gguf
+from compare_files import ABSENT, ACCOUNT, IN_GGUF, Allowed, Difference, by_name, is_gguf
 
 WORDS = (
     ("methods that see a text lose less", "methods that see calibration data lose less"),
@@ -19,6 +19,7 @@ WORDS = (
     ("learns from text and none was named", "learns from calibration data and none were named"),
     ("[sym|asym], for example", "[sym|asym|real], for example"),
     ("in groups along the input, the same for all linears. Leave", "in groups along the input. Leave"),
+    ("asymmetric weight in tiles of", "asymmetric weight [128, 256] in tiles of"),
 )
 """Parts of notes and refusals, as they were worded and as they are."""
 IN_BLOCK = {
@@ -88,6 +89,11 @@ def one_more_or_less(difference: Difference, case: Case, outputs: Path) -> bool:
     return isinstance(before, int) and isinstance(after, int) and abs(before - after) <= on_the_way
 
 
+def in_another_order(difference: Difference, case: Case, outputs: Path) -> bool:
+    """Whether two linears stand at one place of a list; that the lists have the same linears, other keys tell."""
+    return isinstance(difference.before, str) and isinstance(difference.after, str)
+
+
 def schemes_of_linears(difference: Difference, case: Case, outputs: Path) -> bool:
     """Whether a new ``allocation.json`` has the recipe's scheme for every linear that the account names."""
     if difference.before is not ABSENT:
@@ -129,7 +135,7 @@ def _account(path: Path, modified: int) -> Any:
     from gguf import GGUFReader
 
     account = GGUFReader(path).fields[IN_GGUF].parts[-1].tobytes() if is_gguf(path) else path.read_bytes()
-    return json.loads(account)
+    return by_name(json.loads(account))
 
 
 @lru_cache(maxsize=64)
@@ -172,6 +178,12 @@ ALLOWED = (
     Allowed(WORDING, "result.notes.*", reworded, file=OUTCOME),
     Allowed(WORDING, "refused", reworded, file=OUTCOME),
     Allowed("units on their way when a run is killed", "result.resumed", one_more_or_less, OUTCOME, "killed/*"),
+    Allowed(
+        "linears of described architectures are listed in the order of the block",
+        "<order>.*",
+        in_another_order,
+        case="*qwen2/*",
+    ),
     Allowed("sums in another order", "blocks.*.linears.*.weight_error", rounded),
 )
 """Differences that may be. ``outcome.json`` is the result of a call, or its message."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from compare_cases import Case
 
@@ -93,11 +94,26 @@ def _within(name: str, before: Path, after: Path) -> list[Difference]:
         return [Difference(name, "<bytes>", digest(before), f"one of them cannot be read: {error}")]
     differences: list[Difference] = []
     if kind == GGUF:
-        accounts = [parts.pop(IN_GGUF, ABSENT) for parts in values if isinstance(parts, dict)]
-        differences += [Difference(f"{name}/{ACCOUNT}", *rest) for rest in unlike(*accounts)]
-    differences += [Difference(name, *rest) for rest in unlike(*values)]
+        accounts = [by_name(parts.pop(IN_GGUF, ABSENT)) for parts in values if isinstance(parts, dict)]
+        differences += [Difference(f"{name}/{ACCOUNT}", *rest) for rest in unlike(accounts[0], accounts[1])]
     as_values = Path(name).name == ACCOUNT or kind == GGUF
+    if Path(name).name == ACCOUNT:
+        values = by_name(values[0]), by_name(values[1])
+    differences += [Difference(name, *rest) for rest in unlike(*values)]
     return differences if differences or as_values else bytes_differ
+
+
+def by_name(account: object) -> object:
+    """Sort the linears of an account's blocks by their names; ``<order>`` has the names as they were listed."""
+    if not isinstance(account, dict) or not isinstance(account.get("blocks"), list):
+        return account
+    listed: list[str] = []
+    in_order: list[dict[str, Any]] = []
+    for block in account["blocks"]:
+        rows = block.get("linears", [])
+        listed += [row["name"] for row in rows]
+        in_order.append({**block, "linears": sorted(rows, key=lambda row: str(row["name"]))} if rows else block)
+    return account | {"blocks": in_order, "<order>": listed}
 
 
 def is_gguf(path: Path) -> bool:

@@ -84,11 +84,15 @@ class Conversion:
         """
         described = self.model.described
         assert described is not None, "a quantized folder says how"
-        counted = Counter(row.scheme for row in rows)
-        most = max(sorted(counted), key=lambda scheme: counted[scheme])
         bits = [None if grid is None else grid.bits for grid in (described.activations, described.kv)]
+        counted = Counter(row.scheme for row in rows)
         schemes = {text: Scheme.parse(text).with_activations(*bits) for text in counted}
-        own = {row.name: schemes[row.scheme] for row in rows if row.scheme != most}
+        unlike = {
+            text: {row.name: schemes[row.scheme] for row in rows if not _fits(row, schemes[row.scheme], scheme)}
+            for text, scheme in schemes.items()
+        }
+        most = min(sorted(counted), key=lambda text: (len(unlike[text]), -counted[text]))
+        own = unlike[most]
         if own and not self.writer.format.mixes:
             raise RecipeError(
                 f"{next(iter(own))}: on another grid than most linears; format {self.writer.format.name} has one for "
@@ -96,8 +100,8 @@ class Conversion:
             )
         family = family_of(self.model.folder)
         dtype = self.writer.format.scales or self.model.outline(rows[0].name).scale.dtype
-        unlike = departures(schemes[most], own, rows)
-        return WrittenModel(schemes[most], family, dtype, self._kept_linears(), unlike, schemes=own)
+        departing = departures(schemes[most], own, rows)
+        return WrittenModel(schemes[most], family, dtype, self._kept_linears(), departing, schemes=own)
 
     def _kept_linears(self) -> tuple[str, ...]:
         """The linears that are not quantized, by their names in the model.
@@ -112,3 +116,8 @@ class Conversion:
             kept = () if model.described is None else model.described.kept
             return tuple(sorted({*kept, "lm_head"} - set(model.linears)))
         return tuple(sorted(view.linears - {view.linear(name) for name in quantized}))
+
+
+def _fits(row: LinearReport, own: Scheme, scheme: Scheme) -> bool:
+    """Whether a linear is stored as another scheme than its own says too: a group may be its whole row."""
+    return own.weight == scheme.weight and row.tile == scheme.tile.size(row.shape)

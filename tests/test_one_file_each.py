@@ -316,7 +316,7 @@ def test_they_are_in_the_help_and_in_the_tables(
     shown = " ".join(capsys.readouterr().out.split())
     assert "tighter: share of a range that is kept. [default: 0.95]" in shown
     assert "tighter: keep a share of each range" in shown
-    with pytest.raises(RecipeError, match=r"tightness is 2\.0; it is between 0 and 1"):
+    with pytest.raises(RecipeError, match=r"tightness is 2\.0; it is more than 0 and at most 1"):
         bitwright.plan(bitwright.Recipe(str(model), "W4A16g32", "tighter", tightness=2.0))
     with pytest.raises(RecipeError, match=r"byte\.cpp cannot run scheme W3A16g32.*nearest scheme .* W4A16g32"):
         bitwright.plan(bitwright.Recipe(str(model), "W3A16g32", "tighter", engines="byte.cpp"))

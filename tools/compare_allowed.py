@@ -4,6 +4,7 @@ To allow one more, add a line: the exact key, and a check that lets nothing else
 """
 
 import json
+import re
 from functools import lru_cache
 from math import ceil, isclose
 from pathlib import Path
@@ -19,9 +20,13 @@ WORDS = (
     ("learns from text and none was named", "learns from calibration data and none were named"),
     ("[sym|asym], for example", "[sym|asym|real], for example"),
     ("in groups along the input, the same for all linears. Leave", "in groups along the input. Leave"),
+    ("symmetric or not, and 8 bits", "symmetric or not (2 to 4 with a real-valued zero), and 8 bits"),
+    ("Known: llama, opt.", "Known: llama, mistral, opt, qwen2, qwen3."),
     ("asymmetric weight in tiles of", "asymmetric weight [128, 256] in tiles of"),
 )
 """Parts of notes and refusals, as they were worded and as they are."""
+ADDED = r"The nearest scheme that it holds is \S+\. "
+"""What refusals say besides."""
 IN_BLOCK = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
@@ -45,12 +50,12 @@ def rounded(difference: Difference, case: Case, outputs: Path) -> bool:
 
 def reworded(difference: Difference, case: Case, outputs: Path) -> bool:
     """Whether a text has the new words in place of the old ones, and is the same otherwise."""
-    text = difference.before
-    if not isinstance(text, str):
+    text, after = difference.before, difference.after
+    if not isinstance(text, str) or not isinstance(after, str):
         return False
     for old, new in WORDS:
         text = text.replace(old, new)
-    return difference.after == text
+    return re.sub(ADDED, "", after) == text
 
 
 def stored_bits(difference: Difference, case: Case, outputs: Path) -> bool:
@@ -90,8 +95,14 @@ def one_more_or_less(difference: Difference, case: Case, outputs: Path) -> bool:
 
 
 def in_another_order(difference: Difference, case: Case, outputs: Path) -> bool:
-    """Whether two linears stand at one place of a list; that the lists have the same linears, other keys tell."""
+    """Whether an order differs and nothing else: that the values are the same, other keys tell."""
     return isinstance(difference.before, str) and isinstance(difference.after, str)
+
+
+def group_is_row(difference: Difference, case: Case, outputs: Path) -> bool:
+    """Whether groups that are whole rows are said to be groups of 128, as those of the other linears are."""
+    values = difference.before, difference.after
+    return values in ((-1, 128), ({"tile": [1, 128], "outliers": 0}, ABSENT))
 
 
 def schemes_of_linears(difference: Difference, case: Case, outputs: Path) -> bool:
@@ -162,6 +173,8 @@ def _in_model(name: str) -> str:
 
 BITS = "bits are those that the format stores"
 SCHEMES = "the schemes of linears are said"
+ORDER = "linears of described architectures are listed in the order of the block"
+ROWS = "a group that is a whole row is said to be one of the groups that the other linears have"
 WORDING = "notes and refusals are worded anew"
 ALLOWED = (
     Allowed(SCHEMES, "<file>", schemes_of_linears, file="allocation.json"),
@@ -178,12 +191,10 @@ ALLOWED = (
     Allowed(WORDING, "result.notes.*", reworded, file=OUTCOME),
     Allowed(WORDING, "refused", reworded, file=OUTCOME),
     Allowed("units on their way when a run is killed", "result.resumed", one_more_or_less, OUTCOME, "killed/*"),
-    Allowed(
-        "linears of described architectures are listed in the order of the block",
-        "<order>.*",
-        in_another_order,
-        case="*qwen2/*",
-    ),
+    Allowed(ORDER, "<order>.*", in_another_order, case="*qwen2/*"),
+    Allowed(ORDER, "<bytes>", in_another_order, "config.json", "qwen2/easyquant/default"),
+    Allowed(ROWS, "quantization_config.weights.tile.1", group_is_row, "*.json", "export/small/rtn/default/bitwright"),
+    Allowed(ROWS, "quantization_config.exceptions.*", group_is_row, "*.json", "export/small/rtn/default/bitwright"),
     Allowed("sums in another order", "blocks.*.linears.*.weight_error", rounded),
 )
 """Differences that may be. ``outcome.json`` is the result of a call, or its message."""

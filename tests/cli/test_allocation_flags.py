@@ -28,3 +28,11 @@ def test_an_allocation_needs_no_scheme(run: Run, model: Path, tmp_path: Path) ->
     assert files[0].read_bytes() == files[1].read_bytes()
     neither = run("quantize", model, "--dry-run")
     assert neither.code == 2 and "does not say which scheme" in neither.error
+
+
+def test_inspect_counts_the_linears_of_each_scheme(run: Run, model: Path, tmp_path: Path) -> None:
+    schemes = ["--scheme-for", "*.down_proj=W8A16g32", "--exclude", "*.0.self_attn.*"]
+    ran = run("quantize", model, "--scheme", "W4A16g32", "--method", "rtn", *schemes, "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    shown = " ".join(run("inspect", tmp_path / "out").out.split())
+    assert "scheme W4A16g32 (8), not quantized (5), W8A16g32 (2)" in shown

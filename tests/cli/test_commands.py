@@ -211,7 +211,7 @@ class TestInspect:
 
     def test_linears(self, run: Run, quantized: Path) -> None:
         ran = run("inspect", quantized, "--linears")
-        assert ran.out.count("up_proj") == 2 and "packed" in ran.out
+        assert ran.out.count("up_proj") == 2 and "W4A16g32" in ran.out
 
     def test_json(self, run: Run, quantized: Path) -> None:
         found = run("inspect", quantized, "--json").json

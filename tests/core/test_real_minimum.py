@@ -148,3 +148,15 @@ def test_read_back_codes_without_a_minimum_are_not_those_of_one() -> None:
     q = made(torch.randn(4, 64, generator=torch.Generator().manual_seed(4)), Grid.with_real_minimum(4), Tile(1, 32))
     stored = Levels(q.codes.to(torch.int8), q.scale.half(), None, 32)
     assert unlike(replace(q, scale=q.scale.half().float()), slice(None), stored) == "minima"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", [Grid.with_real_minimum(4), Grid.integers(4), Grid.integers(4, symmetric=True)])
+def test_the_span_of_stored_numbers_gives_them_back(grid: Grid, dtype: torch.dtype) -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    scale, zero = affine(low, high, grid, dtype)
+    again, zero_again = affine(*span(scale, zero, grid), grid, dtype)
+    assert torch.equal(again, scale)
+    if zero is not None and zero_again is not None:
+        assert torch.equal(zero_again, zero)

@@ -25,9 +25,9 @@ class Sample(Settings):
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ({"share": 0}, "share is 0; it is between 0 and 1"),
-        ({"share": 1.5}, "share is 1.5; it is between 0 and 1"),
-        ({"share": float("nan")}, "share is nan; it is between 0 and 1"),
+        ({"share": 0}, "share is 0; it is more than 0 and at most 1"),
+        ({"share": 1.5}, "share is 1.5; it is more than 0 and at most 1"),
+        ({"share": float("nan")}, "share is nan; it is more than 0 and at most 1"),
         ({"count": 0}, "count is 0; one is needed"),
         ({"how": "fats"}, "there is no how 'fats'; did you mean fast? Known: fast, slow"),
         ({"more": "c"}, "there is no more 'c'; Known: a, b"),

@@ -108,8 +108,6 @@ def test_what_it_cannot_hold_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"a\.b .*: 12 output features are no multiple of 8"):
         format.encode("a.b", some((12, 32), Grid.integers(4), Tile(1, 32)))
     for scheme, says in (
-        ("W4A4", "format awq cannot hold the activations"),
-        ("W4A16KV4", "format awq cannot hold the activations or KV cache"),
         ("W3A16g128", "awq holds 4 bits, scheme W3A16g128 asks for 3"),
         ("W4A16g128ic", "awq holds neither groups along the output"),
     ):

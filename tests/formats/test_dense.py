@@ -4,7 +4,6 @@ from tests.conftest import Checkpoints
 from transformers import AutoConfig
 
 from bitwright.core.decisions import LinearDecision
-from bitwright.core.errors import RecipeError
 from bitwright.core.grid import Grid, Tile
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import Scheme
@@ -36,13 +35,6 @@ def test_slices_are_one_tensor_under_its_own_name() -> None:
     assert torch.equal(tensors["a.output.weight"][1], slices[1].dequantize())
     assert torch.equal(dense.decode_stacked(tensors, "a.output.weight", Grid.integers(3)), tensors["a.output.weight"])
     assert dense.stored_bytes((3, 6, 8), Scheme(Grid.integers(3)), torch.float32) == 3 * 6 * 8 * 4
-
-
-@pytest.mark.parametrize("text", ["W4A4", "W8A8", "W4A16KV4", "W4A4KV16"])
-def test_activations_have_no_place_in_it(text: str, tiny: Checkpoints) -> None:
-    family = llama.family(AutoConfig.from_pretrained(tiny()).to_dict())
-    with pytest.raises(RecipeError, match=f"dense cannot hold the activations or KV cache of scheme {text}"):
-        dense.quantization_config(WrittenModel(Scheme.parse(text), family, torch.bfloat16))
 
 
 def test_it_is_an_ordinary_model(tiny: Checkpoints) -> None:

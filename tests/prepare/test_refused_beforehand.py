@@ -14,6 +14,7 @@ from tests.plugin.experts import save_original
 import bitwright
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.recipe import Recipe
+from bitwright.core.registry import formats
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,16 @@ def test_an_output_layer_that_does_not_fit_may_be_left_out(tiny: Checkpoints) ->
 def test_fused_experts_are_named(format: str, of_experts: dict[str, Path]) -> None:
     with pytest.raises(RecipeError, match=rf"layers\.0\.mlp\.experts\.\w+: {format} holds no .* fused over 4 experts"):
         bitwright.plan(Recipe(str(of_experts["GptOss"]), "W4A16g32", "rtn", format))
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W8A8", "W4A16KV4", "W4A4KV16"])
+def test_activations_are_refused_by_every_format_of_weights_alone(scheme: str, tiny: Checkpoints) -> None:
+    alone = [format.name for format in formats() if format.weights_only]
+    assert {"dense", "gptq", "awq", "gguf", "mlc"} <= {*alone}
+    for format in alone:
+        says = f"format {format} cannot hold the activations or KV cache of scheme {scheme}"
+        with pytest.raises(RecipeError, match=says):
+            bitwright.plan(Recipe(str(tiny()), scheme, "rtn", format))
 
 
 def test_an_export_of_activations_is_refused_before_anything_is_written(tiny: Checkpoints, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """inspect(): list what a model folder holds, original or quantized, from its headers alone."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -23,8 +24,8 @@ class LinearSize:
     """A linear on disk.
 
     ``bits_per_weight`` counts codes, scales, zeros and outliers. ``tile`` is the number of output and of input
-    features that share a scale; it is None if the linear is not quantized. A weight that is fused over experts has a
-    ``shape`` of three numbers.
+    features that share a scale, and ``scheme`` what it says of the weight; both are None if the linear is not
+    quantized. A weight that is fused over experts has a ``shape`` of three numbers.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LinearSize:
     dtype: str
     bits_per_weight: float
     tile: tuple[int, int] | None = None
+    scheme: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Inspection:
     bits_per_weight: float
     model_bits_per_weight: float
     linears: tuple[LinearSize, ...]
+
+    @property
+    def schemes(self) -> dict[str | None, int]:
+        """How many linears have each scheme, the most frequent first; None stands for those that are not quantized."""
+        return dict(Counter(row.scheme for row in self.linears).most_common())
 
 
 def inspect(path: Path | str) -> Inspection:
@@ -99,8 +106,12 @@ def _packed(model: QuantizedFolder, name: str) -> LinearSize:
     slices = model.outline_slices(name) if name in model.stacks else [model.outline(name)]
     first = slices[0]
     outliers = sum(0 if part.outlier_index is None else part.outlier_index.numel() for part in slices)
-    bits = model.format.stored_bits(shape, Scheme(first.grid, first.tile), first.scale.dtype, outliers)
-    return LinearSize(name, tuple(shape), "packed", bits / max(1, prod(shape)), first.tile.size(first.shape))
+    scheme = Scheme(first.grid, first.tile)
+    bits = model.format.stored_bits(shape, scheme, first.scale.dtype, outliers) / max(1, prod(shape))
+    if (described := model.described) is not None:
+        grids = (described.activations, described.kv)
+        scheme = scheme.with_activations(*(None if grid is None else grid.bits for grid in grids))
+    return LinearSize(name, tuple(shape), "packed", bits, first.tile.size(first.shape), str(scheme))
 
 
 def _dense(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[LinearSize]:

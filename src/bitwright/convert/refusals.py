@@ -55,7 +55,7 @@ def _refuse_activations(model: QuantizedFolder, to: Format) -> None:
         name = model.linears[0]
         activations, kv = (None if grid is None else grid.bits for grid in (described.activations, described.kv))
         tile = described.tile_of(name) or Tile(1, FULL)
-        scheme = Scheme(described.grid_of(name), tile, activation_bits=activations, kv_bits=kv)
+        scheme = Scheme(described.grid_of(name), tile).with_activations(activations, kv)
         raise RecipeError(
             f"format {to.name} cannot hold the activations or KV cache of scheme {scheme}, which {model.folder} was "
             f"quantized with; use format {WIDELY_LOADED} or {HOLDS_ALL}, or quantize the original with A16"

@@ -214,7 +214,12 @@ def reach(
 def span(
     scale: Float[Tensor, "*P"], zero: Shaped[Tensor, "*P"] | None, grid: Grid
 ) -> tuple[Float[Tensor, "*P"], Float[Tensor, "*P"]]:
-    """The range [low, high] for which ``affine`` gives this scale and zero point."""
+    """The range [low, high], in float32, for which ``affine`` gives this scale and zero.
+
+    ``zero`` is what the grid has: None, a zero point (a code), or the minimum m of a real-valued zero. A paper's real
+    zero in units of codes, W ~ (code - z) h, is m = -z h.
+    """
+    scale = scale.float()  # in a short dtype the ends would be rounded, and give another scale
     if zero is None:
         ends = grid.reach[0] * scale, grid.reach[1] * scale
         return torch.minimum(*ends), torch.maximum(*ends)

@@ -79,8 +79,9 @@ class Scheme:
         return None if bits is None or bits == UNQUANTIZED_BITS else Grid.integers(bits)
 
     def with_activations(self, activation_bits: int | None, kv_bits: int | None) -> "Scheme":
-        """This scheme of weights beside activations and KV cache of these bits."""
-        return replace(self, activation_bits=activation_bits, kv_bits=kv_bits)
+        """This scheme of weights beside activations and KV cache of these bits; None leaves either in 16 bits."""
+        follows = kv_bits == activation_bits
+        return replace(self, activation_bits=activation_bits, kv_bits=None if follows else kv_bits or UNQUANTIZED_BITS)
 
     @property
     def fixes_axis(self) -> bool:

@@ -96,7 +96,9 @@ class Setting:
     def _bounds(self) -> str:
         if self.most == inf:
             return f"it must be more than {self.above}" if self.least == -inf else f"it must be at least {self.least}"
-        return f"it is between {max(self.least, self.above)} and {self.most}"
+        if self.above >= self.least:
+            return f"it is more than {self.above} and at most {self.most}"
+        return f"it is between {self.least} and {self.most}"
 
 
 def setting(

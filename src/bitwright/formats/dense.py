@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.errors import RecipeError
 from bitwright.core.format import TensorFormat
 from bitwright.core.grid import Grid, Tile
 from bitwright.core.qtensor import QTensor
@@ -52,13 +51,7 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> 
 
 
 def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
-    """None: a dense folder is an ordinary model. Raises RecipeError for activations, which no such model quantizes."""
-    scheme = model.scheme
-    if scheme.activations is not None or scheme.kv is not None:
-        raise RecipeError(
-            f"format dense cannot hold the activations or KV cache of scheme {scheme}, an ordinary model has no place "
-            "for them; use format compressed-tensors or bitwright, or a scheme with A16"
-        )
+    """None: a dense folder is an ordinary model."""
     return None
 
 

@@ -261,11 +261,6 @@ def rules(model: WrittenModel) -> dict[str, Any]:
 def refuse_scheme(model: WrittenModel, format: str) -> None:
     """Raise RecipeError for a model that neither gptq nor awq has a place for."""
     scheme = model.scheme
-    if scheme.activations is not None or scheme.kv is not None:
-        raise RecipeError(
-            f"format {format} cannot hold the activations or KV cache of scheme {scheme}; use format "
-            "compressed-tensors or bitwright, or a scheme with A16"
-        )
     if any(own.weight.symmetric != scheme.weight.symmetric for own in model.schemes.values()):
         name = next(n for n, own in model.schemes.items() if own.weight.symmetric != scheme.weight.symmetric)
         asked = f" ({model.asked[name]})" if name in model.asked else ""

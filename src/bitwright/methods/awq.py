@@ -73,7 +73,7 @@ def _clip(block: Block, context: Context[Settings], data: BlockData, decisions: 
 
 
 METHOD = Closed(
-    summary="protect weights that read large activations by scales, then clip ranges; both by a search on the output",
+    summary="protect weights that read large activations by scales, then clip ranges, both by a search on the output",
     settings=Settings,
     decides=frozenset({Decision.TRANSFORM, Decision.RANGE}),
     decide=decide,

@@ -150,10 +150,10 @@ class AllocationRules:
         entries = [(f"--scheme-for {pattern}={scheme}", scheme) for pattern, scheme in self.patterns]
         named = {name: scheme for name, scheme in self.named.items() if scheme is not None}
         entries += [(f"--allocation {self.file}: {name} at {scheme}", scheme) for name, scheme in named.items()]
-        bits = (self.default.activation_bits, self.default.kv_bits)
+        grids = (self.default.activations, self.default.kv)
         for where, scheme in entries:
-            if (scheme.activation_bits, scheme.kv_bits) != bits:
-                own = scheme.with_activations(*bits)
+            if (scheme.activations, scheme.kv) != grids:
+                own = scheme.with_activations(*(None if grid is None else grid.bits for grid in grids))
                 raise RecipeError(
                     f"{where} has other activations or KV cache than {self.default}, which are the same in the whole "
                     f"model; write {own}"

@@ -8,7 +8,7 @@ from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Scheme
 from bitwright.methods import Composition, composed_for
 from bitwright.prepare.allocation_rules import AllocationRules
-from bitwright.prepare.format_choice import encoder, target
+from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED, encoder, target
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Question:
     def _refuse_activations(self) -> None:
         """Raise RecipeError for quantized activations if the target has a place for weights alone."""
         scheme = self.scheme
-        if isinstance(self.target, FileFormat) and (scheme.activations or scheme.kv):
+        if self.target.weights_only and (scheme.activations or scheme.kv):
             raise RecipeError(
-                f"format {self.target.name} holds weights alone, and scheme {scheme} quantizes activations or KV cache "
-                f"too; take W{scheme.weight.bits}A16, or --format compressed-tensors"
+                f"format {self.target.name} cannot hold the activations or KV cache of scheme {scheme}; use format "
+                f"{WIDELY_LOADED} or {HOLDS_ALL}, or a scheme with A16"
             )

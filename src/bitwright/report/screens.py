@@ -227,17 +227,25 @@ def inspection(console: Console, result: Any, linears: bool) -> None:
             ("parameters", f"{result.parameters:,}"),
             ("weights on disk", size(result.weight_bytes)),
             ("quantization", result.quantization or "none"),
-            ("scheme", result.scheme),
+            ("scheme", _schemes(result)),
             ("bits per weight", f"{result.bits_per_weight:.3f} of the linears, all that is stored for them"),
             ("", f"{result.model_bits_per_weight:.3f} of the whole model, embeddings too"),
         ],
     )
     if linears:
         rows = [
-            (row.name, _product(row.shape), row.dtype, _product(row.tile), f"{row.bits_per_weight:.3f}")
+            (row.name, _product(row.shape), row.scheme or row.dtype, _product(row.tile), f"{row.bits_per_weight:.3f}")
             for row in result.linears
         ]
         grid(console, "Linears", ("name", "out x in", "stored as", "share a scale", "bits per weight"), rows)
+
+
+def _schemes(result: Any) -> str | None:
+    """The scheme of a quantized folder; the number of linears with each, if it has several or leaves linears alone."""
+    counted = result.schemes
+    if len(counted) < 2:
+        return result.scheme or next(iter(counted), None)
+    return ", ".join(f"{'not quantized' if scheme is None else scheme} ({n})" for scheme, n in counted.items())
 
 
 def _product(sides: tuple[int, ...] | None) -> str:

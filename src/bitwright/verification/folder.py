@@ -74,7 +74,7 @@ def _logits(model: QuantizedFolder, original: Path | None, listener: Listener) -
     allowed = WITH_ACTIVATIONS if model.described and model.described.activations else LOGITS_APART
     summary = f"as loaded and as we decode the codes: {apart:.2g} standard deviations apart (at most {allowed})"
     if is_made_dense(model.checkpoint):
-        summary = "finite; our own decoding alone was run, transformers leaves this format to gptqmodel"
+        summary = "finite; our own decoding alone was run: transformers by itself does not load this format"
     checks.append(Check("logits", apart <= allowed, summary))
     if original is not None:
         reference = logits_of(lambda: load(original, device="cpu", dtype="float32"), tokens, listener, "the original")

@@ -127,12 +127,8 @@ def _loaded_by_us(division: Division, view: ModelView | None) -> tuple[str | Non
     stacked = [weight.name for weight in division.weights if weight.stacked]
     if stacked or view is None:
         return next(iter(stacked), None), None
-    modules = {weight.name: view.linear(weight.tensor) for weight in division.weights}
-    special = [name for name, module in modules.items() if module and module not in view.ordinary]
-    merged = [weight.name for weight in division.weights if view.merges(weight.tensor)]
-    kept = [k.tensor for k in division.kept if view.merges(k.tensor)]
-    beside = [*merged, *kept] if kept else []
-    return next(iter([*special, *beside]), None), next(iter(merged), None)
+    tensors = {weight.name: weight.tensor for weight in division.weights}
+    return view.needing_plugin(tensors, (kept.tensor for kept in division.kept))
 
 
 def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Division, bool]:

@@ -12,7 +12,7 @@ from bitwright.checkpoint.merge import merge_begun
 from bitwright.checkpoint.output import OutputFolder, begin_anew, work_folder
 from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.account import Account
-from bitwright.core.errors import ChangedError
+from bitwright.core.errors import ChangedError, blaming_the_machine
 from bitwright.core.progress import Listener, silent
 from bitwright.core.recipe import Recipe
 from bitwright.prepare.engine_choice import for_engines
@@ -96,13 +96,13 @@ def quantize(
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=question.single) as work:
         journal = Journal.open(work.work / JOURNAL, identity(run), restart=restart)
         resumed = _adopt_others(journal)
-        with _forgetting_what_changed(work.work):
+        with _forgetting_what_changed(work.work), blaming_the_machine():
             account, beside = _produce(run, work, journal, saved, crew, listener)
         timings = {"seconds": monotonic() - start, "peak_bytes": peak_memory() + beside, "resumed_units": resumed}
         if not question.single:
             write_json(work.path / TIMINGS, timings)
         work.publish()
-    return ranks.from_first(_result(run, output, account, timings))
+    return ranks.from_first(_result(run, output, account, timings, crew.workers))
 
 
 def speaks() -> bool:
@@ -147,7 +147,7 @@ def _help(run: Prepared, output: Path, crew: Crew) -> Result:
     work = work_folder(output.resolve())
     own = identity(run) | {WRITTEN: written}
     journal = Journal.open(work / f"journal-{ranks.index}.jsonl", own, restart=True)
-    with _forgetting_what_changed(work):
+    with _forgetting_what_changed(work), blaming_the_machine():
         crew.write_parts(run, work, journal, silent)
     ranks.wait_for_all()
     return ranks.from_first(None)
@@ -170,7 +170,7 @@ def _adopt_others(journal: Journal) -> int:
     return len(journal.recorded)
 
 
-def _result(run: Prepared, output: Path, account: Account, timings: dict[str, Any]) -> Result:
+def _result(run: Prepared, output: Path, account: Account, timings: dict[str, Any], workers: Workers) -> Result:
     errors = [block.output_error for block in account.blocks if block.output_error is not None]
     totals = account.totals
     assert totals is not None
@@ -190,6 +190,6 @@ def _result(run: Prepared, output: Path, account: Account, timings: dict[str, An
         verified=account.verified,
         peak_bytes=timings["peak_bytes"],
         resumed=timings["resumed_units"],
-        notes=tuple(dict.fromkeys((*notes_of(run), *account.notes))),
+        notes=tuple(dict.fromkeys((*notes_of(run, workers), *account.notes))),
         fallbacks=account.fallbacks,
     )

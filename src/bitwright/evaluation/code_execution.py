@@ -3,19 +3,17 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bitwright.core import child_process
 from bitwright.evaluation import sandbox
 
 SECONDS = 10.0
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**20
 GRACE = 5.0  # seconds that the watcher may take longer than the program
-# -I would make the order of sets differ from run to run. -s and -P are its other parts, and we set the environment.
-PYTHON = (sys.executable, "-s", "-P", "-B")
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ def run_program(program: str, seconds: float = SECONDS, isolate: bool = True) ->
     request = {"program": program, "seconds": seconds, "isolate": isolate}
     request |= {"memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES}
     with TemporaryDirectory(prefix="bitwright-", ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
-            (*PYTHON, str(Path(sandbox.__file__).resolve())),
+        process = child_process.start(
+            child_process.bare_command(str(Path(sandbox.__file__).resolve())),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -11,6 +11,8 @@ import sys
 
 PROGRAM = "bitwright"
 PATHS = "PYTHONPATH"
+KERNELS = "kernels"
+"""The package by which transformers fetches code from the hub and runs it, whatever trust_remote_code says."""
 MODEL_FILES = (".safetensors", ".gguf")
 HOME = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, os.pardir))
 """The folder that this very package is imported from."""
@@ -36,6 +38,11 @@ def forget_current_folder() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
+def hide_kernels() -> None:
+    """Make this process, which is ours alone, find no package of kernels; call it before transformers is imported."""
+    sys.modules.setdefault(KERNELS, None)  # type: ignore[arg-type]  # None: Python looks no further
+
+
 def safe_path(entries: list[str]) -> list[str]:
     """The entries of an import path that name no folder of a stranger's, as absolute paths.
 
@@ -45,9 +52,9 @@ def safe_path(entries: list[str]) -> list[str]:
     unsafe = {_absolute(entry) for entry in _entries() if not os.path.isabs(entry)}
     here, own = os.path.realpath(_absolute("") or os.sep), _own_folders()
     safe = []
-    for path in map(_absolute, entries):
+    for path in filter(None, map(_absolute, entries)):
         real = os.path.realpath(path)
-        if path and (real in own or not (real == here or path in unsafe or _holds_a_model(real))):
+        if real in own or not (real == here or path in unsafe or _holds_a_model(real)):
             safe.append(path)
     return safe
 

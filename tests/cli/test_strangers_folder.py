@@ -6,7 +6,7 @@ import pkgutil
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -67,7 +67,7 @@ class Stranger:
             content = json.loads((folder / file).read_text())
             (folder / file).write_text(json.dumps(content | change))
 
-    def ran(self, command: list[object], folder: Path, paths: str = SOURCE) -> str:
+    def ran(self, command: Sequence[object], folder: Path, paths: str = SOURCE) -> str:
         """Run a command in a folder; it must end well, and no trap may have run. Returns standard error."""
         environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         ended = subprocess.run(

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bitwright.core import child_process
+from bitwright.core.errors import MachineError
 from bitwright.evaluation import sandbox
 
 SECONDS = 10.0
@@ -35,7 +36,8 @@ class Outcome:
 def run_program(program: str, seconds: float = SECONDS, isolate: bool = True) -> Outcome:
     """Run a program in an empty temporary folder, for at most ``seconds``.
 
-    ``isolate`` runs it without network, and unable to signal other processes, if the kernel allows that.
+    ``isolate`` runs it without network, and unable to signal other processes, if the kernel allows that. Raises
+    MachineError if the system starts no more processes, which says nothing about the program.
     """
     request = {"program": program, "seconds": seconds, "isolate": isolate}
     request |= {"memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES}
@@ -56,7 +58,10 @@ def run_program(program: str, seconds: float = SECONDS, isolate: bool = True) ->
         finally:  # interrupted, too
             process.kill()
             process.communicate()
-    return _read(output)
+    outcome = _read(output)
+    if outcome.outcome == sandbox.NOT_STARTED:
+        raise MachineError.of(OSError("a generated program could not be started"))
+    return outcome
 
 
 def _environment(folder: str) -> dict[str, str]:

@@ -24,8 +24,10 @@ def start_workers(workers: int | None) -> "WorkerPool":
 
     Raises MachineError if the system refuses a process.
     """
-    wanted = workers is not None and 1 < workers <= MOST_WORKERS
-    return WorkerPool(most_workers(workers, WORKER_BYTES) if workers and wanted else 0)
+    if workers is None or workers > MOST_WORKERS:
+        return WorkerPool()
+    count = most_workers(workers, WORKER_BYTES)
+    return WorkerPool(count if count > 1 else 0)
 
 
 def most_workers(asked: int, nbytes: int, sharing: int = 1) -> int:
@@ -66,11 +68,16 @@ class WorkerPool:
 
     def _end(self) -> None:
         for process in self._waiting:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with suppress(OSError):
-                    pipe.close() if pipe else None
+            end(process)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a worker process, and close its pipes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):
+            pipe.close() if pipe else None
 
 
 def _start() -> "subprocess.Popen[bytes]":

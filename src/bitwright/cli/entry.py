@@ -8,6 +8,7 @@ import sys
 import traceback
 from importlib.metadata import version
 from io import TextIOWrapper
+from threading import Thread
 from typing import NoReturn
 
 from bitwright.cli.commands import app
@@ -51,6 +52,8 @@ def main() -> NoReturn:
             sys.exit(UNREAD)
         _bug(error)
     except Interrupted:
+        if (refusal := _no_thread()) is not None:  # OpenBLAS interrupts its process if it gets none
+            _fail(refusal, MENDABLE)
         _fail("interrupted; quantize and evaluate --tasks, when repeated, continue where they stopped", INTERRUPTED)
     except ReportedError:
         sys.exit(MENDABLE)
@@ -100,6 +103,17 @@ def _mendable(error: Exception) -> str | None:
         return str(MachineError.of(error))
     if isinstance(error, OSError) and error.errno in MACHINE:
         return f"the machine did not allow it: {error}; make room or check permissions, then try again"
+    return None
+
+
+def _no_thread() -> str | None:
+    """The message if the system starts no more threads, else None."""
+    thread = Thread(target=int)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        return str(MachineError.of(error))
+    thread.join()
     return None
 
 

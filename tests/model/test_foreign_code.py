@@ -76,7 +76,7 @@ def test_every_way_to_a_model(changed: Changed, tiny: Checkpoints, text: Path, t
     assert measured(folder, text, seqlen=16, windows=1) == measured(tiny(), text, seqlen=16, windows=1)
     for method, format in (("awq", "gptq"), ("rtn", "compressed-tensors")):
         calibration: dict[str, Any] = {"calibration": str(text), "samples": 2, "seqlen": 16} if method == "awq" else {}
-        outputs = []
+        outputs: list[Path] = []
         for source in (folder, tiny()):
             recipe = Recipe(str(source), "W4A16g32", method, format, **calibration)
             outputs.append(Path(bitwright.quantize(recipe, tmp_path / f"{method}{len(outputs)}").output))

@@ -26,10 +26,20 @@ MODULES = {"multiprocessing", "pty", "concurrent.futures.process", "runpy"}
 ALLOWED = {"core/child_process.py": {"Popen"}, "evaluation/sandbox.py": {"fork"}, "core/child_start.py": {"runpy"}}
 PARENT = """
 import sys, time
+from bitwright.stream import worker_pool
 from bitwright.stream.worker_pool import WorkerPool
+for target in sys.argv[1:]:
+    begin = worker_pool.python_command
+    worker_pool.python_command = lambda _: begin(target)
 pool = WorkerPool(2)
 print(*(process.pid for process in pool._waiting), flush=True)
 time.sleep(600)
+"""
+
+BUSY = """
+with open("/proc/self/comm", "w") as file:
+    file.write("busy")
+pow(7, 10**9)
 """
 
 
@@ -117,9 +127,10 @@ def test_forgetting(stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     entries = ["/script/folder", str(stranger / "lib"), str(stranger), HOME, str(tmp_path / "developed")]
     monkeypatch.setattr(sys, "path", list(entries))
+    monkeypatch.setenv("PATH", os.pathsep.join(["", "bin", "/usr/bin"]))
     import_path.forget_current_folder()
     assert sys.path == ["/script/folder", HOME, str(tmp_path / "developed")]
-    assert (os.environ[PATHS], os.environ["PYTHONSAFEPATH"]) == (HOME, "1")
+    assert (os.environ[PATHS], os.environ["PATH"], os.environ["PYTHONSAFEPATH"]) == (HOME, "/usr/bin", "1")
     monkeypatch.delenv(PATHS)
     monkeypatch.setattr(sys, "path", ["/script/folder", str(stranger)])
     import_path.forget_current_folder()
@@ -127,11 +138,22 @@ def test_forgetting(stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("name", "program"),
-    [("-m", True), ("/x/bin/bitwright", True), ("bitwright-script.py", True), ("-c", False), ("/x/pytest", False)],
+    ("command", "arguments", "program"),
+    [
+        (["python", "/x/bin/bitwright", "a"], ["/x/bin/bitwright", "a"], True),
+        (["python", "bitwright-script.py"], ["bitwright-script.py"], True),
+        (["python", "-c", "pass"], ["-c"], False),
+        (["python", "/x/pytest"], ["/x/pytest"], False),
+        (["python", "-m", "bitwright", "-m", "a"], ["-m", "-m", "a"], True),
+        (["python", "-um", "bitwright"], ["-m"], True),
+        (["python", "-Pmbitwright.cli", "a"], ["-m", "a"], True),
+        (["python", "-m", "theirs", "bitwright"], ["-m", "bitwright"], False),
+        (["python", "-mtheirs"], ["-m"], False),
+    ],
 )
-def test_is_program(name: str, program: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [name])
+def test_is_program(command: list[str], arguments: list[str], program: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "orig_argv", command)
     assert import_path.is_program() == program
 
 
@@ -164,6 +186,12 @@ def _importing(worker: int) -> bool:
         return False
 
 
+def _working(workers: list[int]) -> None:
+    """Wait until workers do nothing but arithmetic; the interpreter itself does not get its turn."""
+    for worker in workers:
+        _wait(lambda worker=worker: Path(f"/proc/{worker}/comm").read_text() == "busy\n")  # type: ignore[misc]
+
+
 def _stopped_while_importing(workers: list[int]) -> None:
     for worker in workers:
         _wait(lambda worker=worker: _importing(worker))  # type: ignore[misc]
@@ -185,10 +213,17 @@ def _ended(worker: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends orphans")
-@pytest.mark.parametrize("moment", [lambda _: None, lambda _: time.sleep(0.1), _stopped_while_importing])
-def test_no_worker_is_left(moment: Callable[[list[int]], None]) -> None:
-    environment = child_process.child_environment()
-    with subprocess.Popen([sys.executable, "-P", "-c", PARENT], stdout=subprocess.PIPE, env=environment) as parent:
+@pytest.mark.parametrize(
+    ("moment", "busy"),
+    [(lambda _: None, ""), (lambda _: time.sleep(0.1), ""), (_stopped_while_importing, ""), (_working, BUSY)],
+    ids=["just started", "a little later", "importing", "working"],
+)
+def test_no_worker_is_left(moment: Callable[[list[int]], None], busy: str, tmp_path: Path) -> None:
+    environment, command = child_process.child_environment(), [sys.executable, "-P", "-c", PARENT]
+    if busy:
+        (tmp_path / "busy.py").write_text(busy)
+        command.append(str(tmp_path / "busy.py"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
         assert parent.stdout is not None
         workers = [int(number) for number in parent.stdout.readline().split()]
         assert len(workers) == 2

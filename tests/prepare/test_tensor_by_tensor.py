@@ -430,7 +430,7 @@ class TestProcesses:
     def test_memory_bounds_the_workers(self, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
         monkeypatch.setattr(machine, "CGROUPS", Path("/nowhere"))
-        monkeypatch.setattr(worker_pool, "free_bytes", lambda: 10**11)
+        monkeypatch.setattr(worker_pool, "free_memory", lambda: 10**11)
         many = bitwright.plan(recipe, workers=8)
         fewer = bitwright.plan(recipe, workers=8, max_memory="2GB")
         assert many.workers == 8 > fewer.workers >= 1

@@ -31,7 +31,7 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
-    monkeypatch.setattr(worker_pool, "free_bytes", lambda: nbytes)
+    monkeypatch.setattr(worker_pool, "free_memory", lambda: nbytes)
 
 
 @pytest.mark.parametrize("workers", [1025, 10**7, 10**5000], ids=["1025", "millions", "endless"])
@@ -121,7 +121,7 @@ class TestCgroups:
         write(root / "cgroup/outer/memory.stat", f"anon 5\ninactive_file {GB // 2}\n")
         write(root / "cgroup/outer/cpu.max", "50000 100000\n")
         write(root / "cgroup/outer/inner/cpu.max", "max 100000\n")
-        assert (machine.free_bytes(), machine.usable_cores()) == (3 * GB // 2, 1)
+        assert (machine.free_memory(), machine.usable_cores()) == (3 * GB // 2, 1)
 
     def test_first_version(self, root: Path) -> None:
         write(root / "proc/self/cgroup", "4:memory:/docker/x\n1:cpu,cpuacct:/\n1:name=systemd:/\n")
@@ -129,12 +129,12 @@ class TestCgroups:
         write(root / "cgroup/memory/memory.usage_in_bytes", f"{GB // 4}\n")
         write(root / "cgroup/cpu/cpu.cfs_quota_us", "-1\n")
         write(root / "cgroup/cpu/cpu.cfs_period_us", "100000\n")
-        assert (machine.free_bytes(), machine.usable_cores()) == (3 * GB // 4, 2)
+        assert (machine.free_memory(), machine.usable_cores()) == (3 * GB // 4, 2)
 
     def test_none(self, root: Path) -> None:
-        assert (machine.free_bytes(), machine.usable_cores()) == (1024 * 10**7, 2)
+        assert (machine.free_memory(), machine.usable_cores()) == (1024 * 10**7, 2)
         (root / "proc/meminfo").unlink()
-        assert machine.free_bytes() is None
+        assert machine.free_memory() is None
 
 
 def write(path: Path, text: str) -> None:

@@ -20,8 +20,12 @@ HOME = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)),
 
 def is_program() -> bool:
     """Whether this process is the command line, and not somebody's program that imports ``bitwright``."""
-    name: str = (getattr(sys, "argv", None) or [""])[0]  # "-m" while Python imports the package that -m names
-    return name == "-m" or os.path.splitext(os.path.basename(name))[0].removesuffix("-script") == PROGRAM
+    arguments: list[str] = getattr(sys, "argv", None) or [""]
+    if arguments[0] == "-m":  # while Python imports the package that -m names, which may be somebody else's
+        module = sys.orig_argv[-len(arguments)]
+        module = module[module.find("m") + 1 :] if module.startswith("-") else module
+        return module.partition(".")[0] == PROGRAM
+    return os.path.splitext(os.path.basename(arguments[0]))[0].removesuffix("-script") == PROGRAM
 
 
 def forget_current_folder() -> None:
@@ -36,6 +40,8 @@ def forget_current_folder() -> None:
     if os.environ.get(PATHS):
         os.environ[PATHS] = os.pathsep.join(safe_path(_entries()))
     os.environ["PYTHONSAFEPATH"] = "1"
+    if "PATH" in os.environ:  # libraries ask programs such as uname about the machine
+        os.environ["PATH"] = absolute_entries(os.environ["PATH"]) or os.defpath
 
 
 def hide_kernels() -> None:

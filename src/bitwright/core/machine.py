@@ -18,7 +18,7 @@ def usable_cores() -> int:
     return max(1, min([cores, *(ceil(share) for share in _shares())]))
 
 
-def free_bytes() -> int | None:
+def free_memory() -> int | None:
     """The bytes of memory that new processes can have: what the machine has free, less if a cgroup allows less.
 
     None if the system does not say.

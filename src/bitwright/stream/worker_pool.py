@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import TracebackType
 
 from bitwright.core.child_process import child_environment, python_command, start
-from bitwright.core.machine import free_bytes, usable_cores
+from bitwright.core.machine import free_memory, usable_cores
 
 WORKER_BYTES = 260 * 2**20
 """The size of a worker process before any weight: it needs no transformers."""
@@ -35,7 +35,7 @@ def most_workers(asked: int, nbytes: int, sharing: int = 1) -> int:
 
     ``sharing`` processes share the machine and ask the same. The result is at least 1.
     """
-    free = free_bytes()
+    free = free_memory()
     return max(1, min(asked, usable_cores() // sharing, asked if free is None else free // nbytes // sharing))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bitwright.core import child_process, import_path
+from bitwright.core import child_process, child_start, import_path
 from bitwright.core.errors import MachineError
 from bitwright.core.import_path import HOME, PATHS, safe_path
 
@@ -236,3 +236,14 @@ def test_no_worker_is_left(moment: Callable[[list[int]], None], busy: str, tmp_p
             for worker in workers:
                 if not _ended(worker):
                     os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends orphans")
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_parent_that_ended_before(alive: bool, tmp_path: Path) -> None:
+    """The kernel knows nothing of a parent that ended before it was asked; then the child ends by itself."""
+    (tmp_path / "target.py").write_text("print('began')")
+    parent = os.getpid() if alive else 2**30
+    command = [sys.executable, "-P", child_start.__file__, str(parent), str(tmp_path / "target.py")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == ((0, "began\n") if alive else (1, ""))

@@ -9,7 +9,6 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ USED_UP = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 SEARCHED = ("PATH", "LD_LIBRARY_PATH")
 
 
-def python_command(target: str, *arguments: str, python: str | None = None) -> tuple[str, ...]:
+def python_command(target: str, python: str | None = None) -> tuple[str, ...]:
     """The command that runs a script, or ``main`` of a module of ours, in a new Python.
 
     ``python`` is an interpreter of another environment, which may be older and know no ``-P``.
     """
     start = str(Path(child_start.__file__).resolve())
     if python is not None:  # it may be a script that starts the interpreter, so its parent is not known
-        return python, start, "0", target, *arguments
-    return sys.executable, "-P", start, str(os.getpid()), target, *arguments
+        return python, start, "0", target
+    return sys.executable, "-P", start, str(os.getpid()), target
 
 
 def bare_command(script: str) -> tuple[str, ...]:
@@ -41,12 +40,9 @@ def bare_command(script: str) -> tuple[str, ...]:
     return sys.executable, "-s", "-P", "-B", str(Path(child_start.__file__).resolve()), str(os.getpid()), script
 
 
-def child_environment(other: bool = False, base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a child; ``other`` is for an interpreter that does not share this one's packages.
-
-    ``base`` is what is made safe, by default the environment of this process.
-    """
-    environment = dict(os.environ if base is None else base)
+def child_environment(other: bool = False) -> dict[str, str]:
+    """The environment of a child; ``other`` is for an interpreter that does not share this one's packages."""
+    environment = dict(os.environ)
     paths = environment.get(PATHS, "")
     path = safe_path(paths.split(os.pathsep) if paths else []) if other else safe_path(sys.path)
     for name in SEARCHED:

@@ -22,7 +22,7 @@ def is_program() -> bool:
     """Whether this process is the command line, and not somebody's program that imports ``bitwright``."""
     arguments: list[str] = getattr(sys, "argv", None) or [""]
     if arguments[0] == "-m":  # while Python imports the package that -m names, which may be somebody else's
-        module = sys.orig_argv[-len(arguments)]
+        module = (sys.orig_argv[-len(arguments) :] or [""])[0]
         module = module[module.find("m") + 1 :] if module.startswith("-") else module
         return module.partition(".")[0] == PROGRAM
     return os.path.splitext(os.path.basename(arguments[0]))[0].removesuffix("-script") == PROGRAM

@@ -13,7 +13,7 @@ from bitwright.checkpoint.output import OutputFolder, begin_anew, work_folder
 from bitwright.checkpoint.ranges import changed
 from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.account import Account
-from bitwright.core.errors import ChangedError
+from bitwright.core.errors import ChangedError, blaming_the_machine
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
 from bitwright.prepare.engine_choice import for_engines
@@ -100,7 +100,7 @@ def quantize(
         own = identity(run, data, beside)
         journal = Journal.open(work.work / JOURNAL, own, restart, lambda *read: listener(_read_again(*read)))
         resumed = _adopt_others(journal)
-        with _forgetting_what_changed(work.work):
+        with _forgetting_what_changed(work.work), blaming_the_machine():
             crew.ranks.from_first({key: own[key] for key in (WRITTEN, DATA)})
             account, of_workers = _produce(run, work, journal, saved, crew, beside, listener)
             if run.source.checkpoint.changed_times() != times and run.way.check_weights(listener) != data:
@@ -109,7 +109,7 @@ def quantize(
         if not question.single:
             write_json(work.path / TIMINGS, timings)
         work.publish()
-    return ranks.from_first(_result(run, output, account, timings))
+    return ranks.from_first(_result(run, output, account, timings, crew.workers))
 
 
 def speaks() -> bool:
@@ -164,7 +164,7 @@ def _help(run: Prepared, output: Path, crew: Crew) -> Result:
     work = work_folder(output.resolve())
     own = identity(run, "", sidecars(run.source.checkpoint.folder)) | of_first
     journal = Journal.open(work / f"journal-{ranks.index}.jsonl", own, restart=True)
-    with _forgetting_what_changed(work):
+    with _forgetting_what_changed(work), blaming_the_machine():
         crew.write_parts(run, work, journal, silent)
     ranks.wait_for_all()
     return ranks.from_first(None)
@@ -187,7 +187,7 @@ def _adopt_others(journal: Journal, *, just_written: bool = False) -> int:
     return len(journal.recorded if merge_begun(journal.path.parent) else journal.done)
 
 
-def _result(run: Prepared, output: Path, account: Account, timings: dict[str, Any]) -> Result:
+def _result(run: Prepared, output: Path, account: Account, timings: dict[str, Any], workers: Workers) -> Result:
     errors = [block.output_error for block in account.blocks if block.output_error is not None]
     totals = account.totals
     assert totals is not None
@@ -207,6 +207,6 @@ def _result(run: Prepared, output: Path, account: Account, timings: dict[str, An
         verified=account.verified,
         peak_bytes=timings["peak_bytes"],
         resumed=timings["resumed_units"],
-        notes=tuple(dict.fromkeys((*notes_of(run), *account.notes))),
+        notes=tuple(dict.fromkeys((*notes_of(run, workers), *account.notes))),
         fallbacks=account.fallbacks,
     )

@@ -6,6 +6,12 @@ print(bitwright.evaluate("OUTPUT", "text.txt", reference="MODEL").measurement)
 model = bitwright.load("OUTPUT")
 """
 
+from bitwright.core.import_path import forget_current_folder, hide_kernels, is_program
+
+if is_program():  # before anything else is imported: a model's folder may be the current one, with a torch.py in it
+    forget_current_folder()
+    hide_kernels()
+
 from typing import TYPE_CHECKING, Any
 
 from bitwright.core.errors import UserError

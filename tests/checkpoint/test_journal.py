@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bitwright.checkpoint.journal import Journal
+from bitwright.checkpoint.ranges import file_digest
 from bitwright.core.errors import OutputError
 
 IDENTITY: dict[str, Any] = {"recipe": {"scheme": "W4A16", "shape": (1, 2)}, "versions": {"torch": "2.13"}, "seed": 0}
@@ -30,6 +31,7 @@ def test_what_was_recorded_is_found_again(path: Path) -> None:
         "unit": "block.1",
         "file": "part-1",
         "bytes": 2,
+        "digests": {"part-1": file_digest(path.parent / "part-1")},
         "report": {"error": 0.5},
     }
     assert journal.done == journal.recorded

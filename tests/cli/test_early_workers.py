@@ -1,15 +1,20 @@
 """Worker processes start before the methods, and torch with them, are imported; and they end whatever happens."""
 
 import os
+import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.cli.conftest import SCHEME, Run
 
+from bitwright import cli
+from bitwright.cli import entry
 from bitwright.cli.settings import _workers
+from bitwright.core.child_process import child_environment
 from bitwright.stream import worker_pool
 from bitwright.stream.worker_pool import start_workers
 
@@ -103,3 +108,45 @@ def test_they_are_the_ones_that_work(
 ) -> None:
     ran = run("quantize", model, "--scheme", SCHEME, "--workers", 2, "-o", tmp_path / "out")
     assert ran.code == 0 and len(started) == 2
+
+
+def _without_processes() -> None:
+    """Give this process no children; for root, to whom the limit is nothing, as another user."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+    if os.getuid() == 0:
+        os.setuid(65534)
+
+
+def test_no_process_left_to_start() -> None:
+    command = [sys.executable, "-P", "-m", "bitwright"]
+    environment = child_environment() | {"PYTHONDONTWRITEBYTECODE": "1"}
+    ran = [
+        subprocess.run(
+            [*command, *arguments],
+            env=environment,
+            preexec_fn=_without_processes,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for arguments in (["--version"], ["quantize", "m", "--workers", "2"])
+    ]
+    if ran[0].returncode != 0:
+        pytest.skip("another user cannot run this Python")
+    assert ran[1].returncode == 2 and ran[1].stderr.startswith("error: the machine starts no more processes or threads")
+
+
+def test_an_interrupt_for_want_of_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenBLAS, which numpy brings, interrupts its process if it gets no thread."""
+
+    def interrupt() -> None:
+        raise cli.Interrupted
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(entry, "app", interrupt)
+    assert run("engines").code == 130
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    ran = run("engines")
+    assert ran.code == 2 and "starts no more processes or threads" in ran.error

@@ -116,12 +116,10 @@ class TestGoingOn:
         flags = ("--calibration", text, "--samples", 2, "--json")
         assert run("quantize", moved, "--scheme", SCHEME, "-o", begun, *flags).json["resumed"] == 1
 
-    def test_a_damaged_part_is_told(self, again: Run, begun: Path) -> None:
+    def test_a_damaged_part_is_made_again(self, again: Run, begun: Path) -> None:
         part = max(begun.with_name("out.partial").glob("part-*.safetensors"))
         part.write_bytes(b"\xff" * part.stat().st_size)
-        ran = again()
-        assert ran.code == 2 and str(part) in ran.error and "--restart" in ran.error
-        assert again("--restart").json["resumed"] == 0
+        assert again().json["resumed"] == 0
 
 
 def stop_after_a_block(monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:

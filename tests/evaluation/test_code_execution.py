@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bitwright.core.errors import MachineError
 from bitwright.evaluation import sandbox
 from bitwright.evaluation.code_execution import FILE_BYTES, run_program
 
@@ -143,3 +144,14 @@ def test_without_isolation_there_is_network_and_with_it_there_is_none(isolate: b
         )
     assert found.passed is not found.isolated
     assert isolate or not found.isolated
+
+
+def test_a_program_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That says nothing about the program, so it does not count as failed."""
+    script = tmp_path / "sandbox.py"
+    refusal = "def refuse():\n    raise BlockingIOError(11, 'Resource temporarily unavailable')\n\n\nos.fork = refuse\n"
+    source = Path(sandbox.__file__).read_text().replace("def main()", f"{refusal}\n\ndef main()")
+    script.write_text(source)
+    monkeypatch.setattr(sandbox, "__file__", str(script))
+    with pytest.raises(MachineError, match="starts no more processes"):
+        run_program("pass")

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import bitwright
 from bitwright.checkpoint import merge
 from bitwright.checkpoint.reader import Checkpoint
-from bitwright.core import panels
+from bitwright.core import machine, panels
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError, SchemeError, UserError
 from bitwright.core.method import WeightContext
@@ -29,7 +29,7 @@ from bitwright.core.progress import Progress
 from bitwright.core.recipe import Recipe
 from bitwright.core.settings import Settings
 from bitwright.methods import rtn
-from bitwright.stream import units
+from bitwright.stream import units, worker_pool
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -427,7 +427,10 @@ class TestProcesses:
         found = bitwright.plan(told)
         assert found.memory_bytes == found.memory.total > bitwright.plan(replace(told, method="rtn")).memory_bytes
 
-    def test_memory_bounds_the_workers(self, recipe: Recipe) -> None:
+    def test_memory_bounds_the_workers(self, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+        monkeypatch.setattr(machine, "CGROUPS", Path("/nowhere"))
+        monkeypatch.setattr(worker_pool, "free_memory", lambda: 10**11)
         many = bitwright.plan(recipe, workers=8)
         fewer = bitwright.plan(recipe, workers=8, max_memory="2GB")
         assert many.workers == 8 > fewer.workers >= 1

@@ -1,7 +1,5 @@
 """bench(): measure speed and memory of a model, and of the original in the same run."""
 
-import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,8 +10,10 @@ from typing import Any
 import torch
 
 from bitwright.api.exporting import export
+from bitwright.core.child_process import python_command
 from bitwright.core.engine import BenchInput
 from bitwright.core.errors import CheckpointError, UserError
+from bitwright.core.machine import usable_cores
 from bitwright.core.progress import Listener, silent
 from bitwright.evaluation.contenders import (
     chosen_engine,
@@ -28,7 +28,7 @@ from bitwright.formats import CONFIG
 from bitwright.model.config import model_config
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 
-TRANSFORMERS = (sys.executable, "-m", "bitwright.evaluation.transformers_speed")
+TRANSFORMERS = "bitwright.evaluation.transformers_speed"
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,20 @@ class _Lengths:
 
 @dataclass(frozen=True)
 class _Program:
-    """A program that times a model: its command, the request without the model, its device and dtype."""
+    """A program that times a model: its command, the request without the model, its device and dtype.
+
+    ``other`` is True if the command is of another Python than this one.
+    """
 
     command: tuple[str, ...]
     request: Mapping[str, Any]
     device: str
     dtype: str | None
+    other: bool = False
 
     def contender(self, role: str, name: Path, loaded: Path) -> Contender:
         """A model to be measured: it is shown as ``name``, and loaded from ``loaded``."""
-        return Contender(role, str(name), self.command, {**self.request, "model": str(loaded)})
+        return Contender(role, str(name), self.command, {**self.request, "model": str(loaded)}, self.other)
 
 
 def bench(
@@ -110,7 +114,7 @@ def bench(
             raise UserError(f"--{name} is {value}; it must be at least 1")
     model, against = Path(model), None if against is None else Path(against)
     chosen = chosen_engine(model, engine)
-    lengths = _Lengths(prompt, tokens, threads or len(os.sched_getaffinity(0)))
+    lengths = _Lengths(prompt, tokens, threads or usable_cores())
     refuse_idle(chosen, device=device, dtype=dtype, python=python, library=library)
     with ExitStack() as stack:
         if chosen.bench is BenchInput.GGUF:
@@ -139,7 +143,7 @@ def _transformers(model: Path, against: Path | None, lengths: _Lengths, device: 
     if against is not None:
         require_same_folders(model, against)
     request = {**vars(lengths), "device": str(where), "dtype": arithmetic}
-    return _Program(TRANSFORMERS, request, str(where), arithmetic)
+    return _Program(python_command(TRANSFORMERS), request, str(where), arithmetic)
 
 
 def _require_room(folder: Path, tokens: int) -> None:
@@ -154,7 +158,7 @@ def _require_room(folder: Path, tokens: int) -> None:
 
 def _llama_cpp(lengths: _Lengths, python: Path | str | None, library: Path | str | None) -> _Program:
     command, path = llama_cpp_command(python, library)
-    return _Program(command, {**vars(lengths), "library": path}, "as llama.cpp chooses", None)
+    return _Program(command, {**vars(lengths), "library": path}, "as llama.cpp chooses", None, python is not None)
 
 
 def _gguf_original(model: Path, against: Path, stack: ExitStack, listener: Listener) -> Path:

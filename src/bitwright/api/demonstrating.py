@@ -87,7 +87,7 @@ def _row(method: str, scheme: str, folder: Path, seconds: float | None, listener
 def complete(folder: Path, prompt: str) -> str:
     """Complete a prompt with a model, greedily."""
     model = load(folder, device="cpu")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.inference_mode():
         written = model.generate(  # type: ignore[operator]  # transformers types it as a tensor

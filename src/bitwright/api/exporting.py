@@ -12,6 +12,7 @@ from bitwright.checkpoint.output import OutputFolder
 from bitwright.convert.conversion import Conversion
 from bitwright.convert.refusals import refuse
 from bitwright.core.account import Account, ExportAccount, ExportedLinear
+from bitwright.core.errors import blaming_the_machine
 from bitwright.core.format import FileFormat, TensorFormat, WriteOptions
 from bitwright.core.progress import Listener, silent
 from bitwright.core.quantized import Difference
@@ -85,7 +86,8 @@ def export(
     options = WriteOptions(lossy, embeddings, None if base is None else Path(base), along)
     refuse_idle(format, embeddings, base, shard_size)
     refuse(model, to, options)
-    with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single) as work:
+    place_to_work = OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=single)
+    with place_to_work as work, blaming_the_machine():
         if isinstance(to, FileFormat):
             place = work.file if single else work.path
             with leaving_nothing(work):

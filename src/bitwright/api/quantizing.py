@@ -1,6 +1,6 @@
 """quantize(): write a smaller model from a model folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Any
 from bitwright.checkpoint.journal import Journal
 from bitwright.checkpoint.merge import merge_begun
 from bitwright.checkpoint.output import OutputFolder, begin_anew, work_folder
+from bitwright.checkpoint.ranges import changed
 from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.account import Account
-from bitwright.core.errors import ChangedError
-from bitwright.core.progress import Listener, silent
+from bitwright.core.errors import ChangedError, blaming_the_machine
+from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
 from bitwright.prepare.engine_choice import for_engines
 from bitwright.prepare.plan import notes_of
@@ -23,7 +24,8 @@ from bitwright.prepare.resources import Workers, place_to_save, refuse_output, r
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.ranks import Ranks
 from bitwright.stream.worker_pool import WorkerPool
-from bitwright.written.account import WRITTEN, identity
+from bitwright.written.account import DATA, WRITTEN, identity
+from bitwright.written.beside_weights import sidecars
 from bitwright.written.finishing import finish
 from bitwright.written.sink import JOURNAL, Sink
 
@@ -92,17 +94,22 @@ def quantize(
         return _help(run, output, crew)
     saved = None if save_parameters is None else place_to_save(run, Path(save_parameters), output)
     require_room(run, output)
-    run.way.check_weights(listener)
+    times = run.source.checkpoint.changed_times()
+    data, beside = run.way.check_weights(listener), sidecars(run.source.checkpoint.folder)
     with OutputFolder.claim(output, overwrite=overwrite, restart=restart, single=question.single) as work:
-        journal = Journal.open(work.work / JOURNAL, identity(run), restart=restart)
+        own = identity(run, data, beside)
+        journal = Journal.open(work.work / JOURNAL, own, restart, lambda *read: listener(_read_again(*read)))
         resumed = _adopt_others(journal)
-        with _forgetting_what_changed(work.work):
-            account, beside = _produce(run, work, journal, saved, crew, listener)
-        timings = {"seconds": monotonic() - start, "peak_bytes": peak_memory() + beside, "resumed_units": resumed}
+        with _forgetting_what_changed(work.work), blaming_the_machine():
+            crew.ranks.from_first({key: own[key] for key in (WRITTEN, DATA)})
+            account, of_workers = _produce(run, work, journal, saved, crew, beside, listener)
+            if run.source.checkpoint.changed_times() != times and run.way.check_weights(listener) != data:
+                raise changed(run.source.checkpoint.folder, "weight files are not what they were when it began")
+        timings = {"seconds": monotonic() - start, "peak_bytes": peak_memory() + of_workers, "resumed_units": resumed}
         if not question.single:
             write_json(work.path / TIMINGS, timings)
         work.publish()
-    return ranks.from_first(_result(run, output, account, timings))
+    return ranks.from_first(_result(run, output, account, timings, crew.workers))
 
 
 def speaks() -> bool:
@@ -128,26 +135,36 @@ class Crew:
 
 
 def _produce(
-    run: Prepared, work: OutputFolder, journal: Journal, saved: Path | None, crew: Crew, listener: Listener
+    run: Prepared,
+    work: OutputFolder,
+    journal: Journal,
+    saved: Path | None,
+    crew: Crew,
+    beside: Mapping[str, str],
+    listener: Listener,
 ) -> tuple[Account, int]:
     """Make the result in the work folder; return its account, and the peak bytes of the worker processes."""
-    crew.ranks.from_first(run.source.checkpoint.modified())
     sink = crew.write_parts(run, work.work, journal, listener)
     crew.ranks.wait_for_all()
-    _adopt_others(journal)
+    _adopt_others(journal, just_written=True)
     if saved is not None:
         write_tensors(saved, sink.learned, run.belonging)
-    return finish(run, work, sink, listener), sink.peak_bytes
+    return finish(run, work, sink, beside, listener), sink.peak_bytes
+
+
+def _read_again(read: int, total: int) -> Progress:
+    """The progress of reading what an earlier run finished, to see whether it is still the same."""
+    return Progress("read again", read, total, "bytes", peak_memory())
 
 
 def _help(run: Prepared, output: Path, crew: Crew) -> Result:
     """Make the share of a rank that is not the first. It has its own journal, which the first rank takes over."""
     ranks = crew.ranks
-    written: dict[str, str] = ranks.from_first(None)  # the first rank's times, and it has made the folder
+    of_first: dict[str, Any] = ranks.from_first(None)  # the first rank's times, and it has made the folder
     work = work_folder(output.resolve())
-    own = identity(run) | {WRITTEN: written}
+    own = identity(run, "", sidecars(run.source.checkpoint.folder)) | of_first
     journal = Journal.open(work / f"journal-{ranks.index}.jsonl", own, restart=True)
-    with _forgetting_what_changed(work):
+    with _forgetting_what_changed(work), blaming_the_machine():
         crew.write_parts(run, work, journal, silent)
     ranks.wait_for_all()
     return ranks.from_first(None)
@@ -163,14 +180,14 @@ def _forgetting_what_changed(work: Path) -> Iterator[None]:
         raise
 
 
-def _adopt_others(journal: Journal) -> int:
+def _adopt_others(journal: Journal, *, just_written: bool = False) -> int:
     """Take over the finished units of other ranks; return the number of all that are finished."""
     for other in sorted(journal.path.parent.glob(OTHER_JOURNALS)):
-        journal.adopt(other)
-    return len(journal.recorded)
+        journal.adopt(other, just_written=just_written)
+    return len(journal.recorded if merge_begun(journal.path.parent) else journal.done)
 
 
-def _result(run: Prepared, output: Path, account: Account, timings: dict[str, Any]) -> Result:
+def _result(run: Prepared, output: Path, account: Account, timings: dict[str, Any], workers: Workers) -> Result:
     errors = [block.output_error for block in account.blocks if block.output_error is not None]
     totals = account.totals
     assert totals is not None
@@ -190,6 +207,6 @@ def _result(run: Prepared, output: Path, account: Account, timings: dict[str, An
         verified=account.verified,
         peak_bytes=timings["peak_bytes"],
         resumed=timings["resumed_units"],
-        notes=tuple(dict.fromkeys((*notes_of(run), *account.notes))),
+        notes=tuple(dict.fromkeys((*notes_of(run, workers), *account.notes))),
         fallbacks=account.fallbacks,
     )

@@ -1,40 +1,56 @@
 """The journal of a run: a line for each finished unit, so that a killed run can go on.
 
 A JSON-lines file in the work folder. The first line is the identity of the run. Each other line is a unit whose file is
-durable: {"unit": "block.3", "file": "part-00003.safetensors", "bytes": n, "report": {...}}.
+durable: {"unit": "block.3", "file": "part-00003.safetensors", "bytes": n, "digests": {...}, "report": {...}}.
+``digests`` tells of each file of the unit whether it still has the bytes that it was written with.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bitwright.checkpoint.ranges import file_digest
 from bitwright.checkpoint.writer import write_text
 from bitwright.core.errors import OutputError, shown
 
 SHOWN_DIFFERENCES = 8
 ABSENT = "(absent)"
-UNIT_KEYS = {"unit": str, "file": str, "bytes": int, "report": dict}
+UNIT_KEYS = {"unit": str, "file": str, "bytes": int, "digests": dict, "report": dict}
+Listening = Callable[[int, int], None]
+"""A function that hears how many bytes of finished units were read again, and of how many."""
+
+
+def _unheard(done: int, total: int) -> None:
+    """Ignore progress."""
 
 
 class Journal:
     """An append-only record of finished units; every line is on disk before `record` returns.
 
-    `recorded` holds the last line of every unit that was ever finished. `done` holds those whose file still has its
-    recorded size; they need not be made again. Units whose parts a merge has removed are recorded, but not done, so ask
-    `merge_begun` first.
+    `recorded` holds the last line of every unit that was ever finished. `done` holds those whose files still have the
+    recorded bytes; they need not be made again. Units whose parts a merge has removed are recorded, but not done, so
+    ask `merge_begun` first.
     """
 
-    def __init__(self, path: Path, recorded: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, path: Path, recorded: dict[str, dict[str, Any]], progress: Listening = _unheard) -> None:
         """Begin with lines that were read; `path` exists and ends with a whole line. Use `Journal.open`."""
         self.path = path
         self.recorded = recorded
-        self.done = {unit: line for unit, line in recorded.items() if _file_is_there(path.parent, line)}
+        self.done: dict[str, dict[str, Any]] = {}
+        read, total = 0, sum(line["bytes"] for line in recorded.values())
+        for unit, line in recorded.items():
+            if _files_are_whole(path.parent, line):
+                self.done[unit] = line
+            read += line["bytes"]
+            progress(read, total)
 
     @classmethod
-    def open(cls, path: Path, identity: Mapping[str, Any], restart: bool = False) -> "Journal":
+    def open(
+        cls, path: Path, identity: Mapping[str, Any], restart: bool = False, progress: Listening = _unheard
+    ) -> "Journal":
         """Open the journal at `path`; begin a new one if there is none, or on `restart`.
 
         `identity` is a nested dict that JSON can hold. Raises OutputError if the journal has another identity, or is
@@ -53,18 +69,22 @@ class Journal:
             raise _damaged(path)
         if begun != asked:
             raise OutputError(_other_run(path, begun, asked))
-        return cls(path, {line["unit"]: line for line in lines[1:]})
+        return cls(path, {line["unit"]: line for line in lines[1:]}, progress)
 
-    def record(self, unit: str, file: str | Path, report: Mapping[str, Any]) -> None:
+    def record(
+        self, unit: str, file: str | Path, report: Mapping[str, Any], digests: Mapping[str, str] | None = None
+    ) -> None:
         """Record that a unit is finished, with its report.
 
-        `file` is durable and lies in the journal's folder. Raises OutputError if there is no such file, or if the line
-        cannot be written.
+        `file` is durable and lies in the journal's folder. `digests` are those of this file and of others beside it, by
+        their names; without them the file is read. Raises OutputError if there is no such file, or if the line cannot
+        be written.
         """
         name = Path(file).name
         try:
             size = (self.path.parent / name).stat().st_size
-            line = {"unit": unit, "file": name, "bytes": size, "report": dict(report)}
+            known = {name: file_digest(self.path.parent / name)} if digests is None else dict(digests)
+            line = {"unit": unit, "file": name, "bytes": size, "digests": known, "report": dict(report)}
             text = _line(line)
             _append(self.path, text)
         except OSError as error:
@@ -74,10 +94,11 @@ class Journal:
             ) from error
         self.recorded[unit] = self.done[unit] = json.loads(text)
 
-    def adopt(self, other: Path) -> None:
+    def adopt(self, other: Path, *, just_written: bool = False) -> None:
         """Take over the units of another process of this run from its journal, and remove that journal.
 
-        A journal with another identity, or a damaged one, counts as empty: its units are made again.
+        A journal with another identity, or a damaged one, counts as empty: its units are made again. The files of units
+        that were ``just_written`` are not read again.
         """
         own, lines = _whole_lines(self.path)[0], list[dict[str, Any]]()
         try:
@@ -90,7 +111,7 @@ class Journal:
             for line in lines[1:]:
                 _append(self.path, _line(line))
                 self.recorded[line["unit"]] = line
-                if _file_is_there(self.path.parent, line):
+                if _files_are_whole(self.path.parent, line, read=not just_written):
                     self.done[line["unit"]] = line
         other.unlink(missing_ok=True)
 
@@ -149,10 +170,15 @@ def _damaged(path: Path) -> OutputError:
     return OutputError(f"{path}: not the journal of a run; begin anew with --restart")
 
 
-def _file_is_there(folder: Path, line: Mapping[str, Any]) -> bool:
-    """Whether a unit's file has the size it was recorded with."""
+def _files_are_whole(folder: Path, line: Mapping[str, Any], read: bool = True) -> bool:
+    """Whether a unit's file has the size it was recorded with and, if they are ``read``, all its files their bytes."""
     path = folder / str(line["file"])
-    return path.is_file() and path.stat().st_size == int(line["bytes"])
+    if not path.is_file() or path.stat().st_size != int(line["bytes"]):
+        return False
+    try:
+        return not read or all(file_digest(folder / name) == digest for name, digest in line["digests"].items())
+    except OSError:
+        return False
 
 
 def _other_run(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

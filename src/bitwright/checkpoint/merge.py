@@ -20,11 +20,11 @@ from pathlib import Path
 
 from bitwright.checkpoint.header import Header, TensorEntry, build_header, file_order, read_header
 from bitwright.checkpoint.layout import INDEX, SINGLE
-from bitwright.checkpoint.ranges import Stored
-from bitwright.checkpoint.writer import atomic, sync_folder, write_json
+from bitwright.checkpoint.ranges import Stored, file_digest
+from bitwright.checkpoint.writer import Digested, atomic, sync_folder, write_json
 from bitwright.core.errors import CheckpointError, OutputError, shown
 
-PLAN = "merge.json"
+PLAN, MERGED = "merge.json", "merged.json"
 NO_PART = ""
 METADATA = {"format": "pt"}  # transformers refuses a safetensors file that does not say so
 
@@ -78,9 +78,11 @@ def merge_shards(parts: list[Path], folder: Path, shard_bytes: int, others: Sequ
     if work.resolve() == folder.resolve() and {shard.file for shard in plan.shards} & set(plan.parts):
         raise ValueError(f"a part in {work} is called as a shard will be; keep parts elsewhere or name them otherwise")
     last_use = {part: number for number, shard in enumerate(plan.shards) for part in shard.parts.values()}
+    digests = _digests_of_merged(work)
     for number, shard in enumerate(plan.shards):
-        if not _is_finished(folder / shard.file, shard):
-            _write_shard(work, folder, shard, others)
+        if not _is_finished(folder / shard.file, shard, digests.get(shard.file)):
+            digests[shard.file] = _write_shard(work, folder, shard, others)
+            write_json(work / MERGED, digests)
         _remove_parts(work, [part for part in plan.parts if last_use.get(part, 0) == number])
     if len(plan.shards) > 1:
         homes = {name: shard.file for shard in plan.shards for name in shard.parts}
@@ -144,19 +146,33 @@ def _sources(headers: list[Header], others: Sequence[Stored]) -> dict[str, str]:
     return sources
 
 
-def _is_finished(path: Path, shard: Shard) -> bool:
-    """Whether `path` is this shard; shards are written atomically, so header and length tell whether it is whole."""
+def _digests_of_merged(work: Path) -> dict[str, str]:
+    """The digests of the shards that a killed merge has finished, by file name; a shard without one is made again."""
+    try:
+        digests = json.loads((work / MERGED).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(digests) if isinstance(digests, dict) else {}
+
+
+def _is_finished(path: Path, shard: Shard, digest: str | None) -> bool:
+    """Whether `path` is this shard, with the bytes that it was written with."""
     try:
         header = read_header(path)
         with path.open("rb") as file:
             header_sha256 = hashlib.sha256(file.read(header.data_start)).hexdigest()
+        return header_sha256 == shard.header_sha256 and digest == file_digest(path)
     except (CheckpointError, OSError):
         return False
-    return header_sha256 == shard.header_sha256
 
 
-def _write_shard(work: Path, folder: Path, shard: Shard, others: Sequence[Stored]) -> None:
-    """Write one shard from its parts, all of which are still there."""
+def _write_shard(work: Path, folder: Path, shard: Shard, others: Sequence[Stored]) -> str:
+    """Write one shard from its parts, all of which are still there; return its digest."""
+    gone = [part for part in sorted(set(shard.parts.values()) - {NO_PART}) if not (work / part).exists()]
+    if gone:
+        raise OutputError(
+            f"{folder / shard.file}: not what was merged, and its part {gone[0]} is gone; begin anew with --restart"
+        )
     headers = [read_header(work / part) for part in sorted(set(shard.parts.values()) - {NO_PART})]
     tensors = {stored.entry.name: stored for stored in others}
     tensors |= {name: Stored(header, entry) for header in headers for name, entry in header.entries.items()}
@@ -164,12 +180,14 @@ def _write_shard(work: Path, folder: Path, shard: Shard, others: Sequence[Stored
     start = build_header(entries, METADATA)
     if hashlib.sha256(start).hexdigest() != shard.header_sha256:
         raise OutputError(f"{work}: the parts of {shard.file} changed since the merge began; begin anew with --restart")
-    with atomic(folder / shard.file, len(start) + shard.data_bytes) as file:
+    with atomic(folder / shard.file, len(start) + shard.data_bytes) as plain:
+        file = Digested(plain)
         file.write(start)
         for entry in file_order(entries):
             tensors[entry.name].copy_to(file)
             if shard.parts[entry.name] != NO_PART:
                 tensors[entry.name].forget()
+    return file.digest
 
 
 def _remove_parts(work: Path, parts: list[str]) -> None:

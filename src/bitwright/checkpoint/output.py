@@ -81,6 +81,11 @@ class OutputFolder:
         _remove_work(self.work)
         self._lock.release()
 
+    def empty_result(self) -> None:
+        """Remove all files of the result, which is about to be made from the beginning."""
+        for path in self.path.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
     def discard(self) -> None:
         """Remove the work folder if it holds nothing but an unfinished result; a run that can go on is kept."""
         if {path.name for path in self.work.iterdir()} <= {LOCK, RESULT}:

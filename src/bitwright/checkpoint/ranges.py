@@ -1,21 +1,41 @@
 """Byte ranges of files with checked headers; files that have changed since the check are refused."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 
 from bitwright.checkpoint.header import Header, TensorEntry
 from bitwright.core.errors import ChangedError, CheckpointError, shown
-from bitwright.core.tensor_bytes import memory_of
+from bitwright.core.tensor_bytes import DIGEST_BYTES, memory_of
 
 COPY_BYTES = 4 * 2**20
 CHUNK_BYTES = 64 * 2**20
 NARROW_CHUNK_BYTES = CHUNK_BYTES // 4  # float8 has no min and max of its own and is widened to float32
+
+
+class Sink(Protocol):
+    """Something that bytes are written to."""
+
+    def write(self, data: memoryview, /) -> int:
+        """Write bytes."""
+
+
+def new_digest() -> "blake2b":
+    """Begin a digest: 32 hexadecimal digits that tell whether bytes are still the same."""
+    return blake2b(digest_size=DIGEST_BYTES)
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file's bytes. Raises OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, new_digest).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -25,7 +45,7 @@ class Stored:
     header: Header
     entry: TensorEntry
 
-    def copy_to(self, file: BinaryIO) -> None:
+    def copy_to(self, file: Sink) -> None:
         """Append the tensor's bytes to a file, a piece at a time.
 
         Raises CheckpointError as `pieces` does, and OSError if the file cannot be written.
@@ -92,9 +112,15 @@ def _check_unchanged(header: Header, file: BinaryIO) -> None:
         raise changed(header.path, "it was written to since it was opened")
 
 
-def require_finite(header: Header, entry: TensorEntry) -> None:
-    """Raise CheckpointError if a floating tensor has a NaN or an infinity; the message counts them."""
-    if is_finite_tensor(header, entry):
+def require_finite(header: Header, entry: TensorEntry, state: "blake2b | None" = None) -> None:
+    """Raise CheckpointError if a floating tensor has a NaN or an infinity; the message counts them.
+
+    Its bytes go into the digest ``state`` too.
+    """
+    finite = True
+    for chunk in _chunks(header, entry, state):  # to its end: the digest is of all bytes
+        finite = is_finite(chunk) and finite
+    if finite:
         return
     nans = infinities = 0
     for chunk in _chunks(header, entry):
@@ -118,11 +144,13 @@ def is_finite(chunk: torch.Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
-def _chunks(header: Header, entry: TensorEntry) -> Iterator[torch.Tensor]:
+def _chunks(header: Header, entry: TensorEntry, state: "blake2b | None" = None) -> Iterator[torch.Tensor]:
     """The values of a tensor in pieces [elements] of at most 64 MiB; each piece overwrites the one before."""
     narrow = entry.dtype.itemsize == 1
     length = min(NARROW_CHUNK_BYTES if narrow else CHUNK_BYTES, entry.nbytes)
     buffer = torch.empty(length, dtype=torch.uint8, device="cpu")
     for piece in pieces(header, entry.start, entry.end, memory_of(buffer)):
+        if state is not None:
+            state.update(piece)
         values = buffer[: piece.nbytes].view(entry.dtype)
         yield values.float() if narrow else values

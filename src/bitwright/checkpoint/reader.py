@@ -12,7 +12,7 @@ import torch
 
 from bitwright.checkpoint.header import Header, TensorEntry
 from bitwright.checkpoint.layout import CONFIG, INDEX, find_weights, read_bytes, read_config
-from bitwright.checkpoint.ranges import Stored, is_finite_tensor, read_into, require_finite
+from bitwright.checkpoint.ranges import Stored, is_finite_tensor, new_digest, read_into, require_finite
 from bitwright.core.block import Outline
 from bitwright.core.errors import CheckpointError, nearest
 from bitwright.core.tensor_bytes import memory_of
@@ -146,18 +146,31 @@ class Checkpoint:
                 "and weights belong to different models: download both again"
             )
 
-    def check_finite(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read every floating tensor, 64 MiB at a time. Raises CheckpointError for the first with a NaN or infinity.
+    def changed_times(self) -> dict[str, str]:
+        """The time at which the system last changed each weight file or what it knows of it, file name -> nanoseconds.
 
-        `progress` is called with (bytes checked, bytes in all) after each tensor.
+        Nobody can set it, so it shows a file whose bytes were changed and whose `modified` time was set back.
         """
-        done, total = 0, self.total_bytes
+        return {file: str(header.path.stat().st_ctime_ns) for file, header in sorted(self._headers.items())}
+
+    def check_finite(self, progress: Callable[[int, int], None] | None = None) -> str:
+        """Read every tensor, 64 MiB at a time, and return a digest of all of them.
+
+        Raises CheckpointError for the first floating tensor with a NaN or infinity. `progress` is called with (bytes
+        checked, bytes in all) after each tensor.
+        """
+        done, total, state = 0, self.total_bytes, new_digest()
         for name in sorted(self.names, key=lambda name: (self._homes[name], self.entry(name).start)):
             entry = self.entry(name)
-            self.check_finite_tensor(name)
+            state.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
+            if entry.dtype.is_floating_point:
+                require_finite(self._header(name), entry, state)
+            else:
+                state.update(memory_of(self.read(name)))
             done += entry.nbytes
             if progress is not None:
                 progress(done, total)
+        return state.hexdigest()
 
     def check_finite_tensor(self, name: str) -> None:
         """Read one tensor, 64 MiB at a time. Raises CheckpointError if it is floating and has a NaN or infinity."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from bitwright.checkpoint.header import METADATA, TensorEntry, build_header, file_order
-from bitwright.checkpoint.ranges import COPY_BYTES, Stored, forget
+from bitwright.checkpoint.ranges import COPY_BYTES, Stored, forget, new_digest
 from bitwright.core.errors import CheckpointError, OutputError
 from bitwright.core.tensor_bytes import memory_of
 
@@ -107,10 +107,27 @@ def _flush(file: int) -> None:
     forget(file)
 
 
+class Digested:
+    """A file that computes the digest of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.state = file, new_digest()
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        """Write bytes."""
+        self.state.update(data)
+        return self.file.write(data)
+
+    @property
+    def digest(self) -> str:
+        """The digest of all bytes so far."""
+        return self.state.hexdigest()
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor | Stored], metadata: Mapping[str, str] | None = None
-) -> int:
-    """Write a safetensors file atomically and return its size in bytes; equal tensors give equal bytes.
+) -> str:
+    """Write a safetensors file atomically and return its ``file_digest``; equal tensors give equal bytes.
 
     Tensors may be on any device and have any strides; those that are not contiguous on the CPU are copied, one at a
     time. Tensors of another file are copied from it. Raises CheckpointError if that file has changed, ValueError for
@@ -121,7 +138,8 @@ def write_tensors(
     entries = [_entry(name, tensor) for name, tensor in tensors.items()]
     header = build_header(entries, metadata)
     size = len(header) + sum(entry.nbytes for entry in entries)
-    with atomic(path, size) as file:
+    with atomic(path, size) as plain:
+        file = Digested(plain)
         file.write(header)
         for entry in file_order(entries):
             tensor = tensors[entry.name]
@@ -129,7 +147,7 @@ def write_tensors(
                 tensor.copy_to(file)
             else:
                 file.write(memory_of(tensor.detach().cpu().contiguous()))
-    return size
+    return file.digest
 
 
 def write_text(path: Path, text: str) -> int:

@@ -8,14 +8,25 @@ import sys
 import traceback
 from importlib.metadata import version
 from io import TextIOWrapper
+from threading import Thread
 from typing import NoReturn
 
 from bitwright.cli.commands import app
 from bitwright.cli.console import err
-from bitwright.core.errors import ReportedError, UserError
+from bitwright.core.errors import NO_THREAD, MachineError, ReportedError, UserError
 
 MENDABLE, BUG, INTERRUPTED, UNREAD = 2, 1, 130, 141
-MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
+MACHINE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+}
 ISSUES = "Please report it with the lines above."
 
 
@@ -41,6 +52,8 @@ def main() -> NoReturn:
             sys.exit(UNREAD)
         _bug(error)
     except Interrupted:
+        if (refusal := _no_thread()) is not None:  # OpenBLAS interrupts its process if it gets none
+            _fail(refusal, MENDABLE)
         _fail("interrupted; quantize and evaluate --tasks, when repeated, continue where they stopped", INTERRUPTED)
     except ReportedError:
         sys.exit(MENDABLE)
@@ -83,11 +96,24 @@ def _mendable(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     # Out of memory, torch raises its own RuntimeError on a GPU, and a plain one on a CPU.
-    signs = ("MemoryError", "OutOfMemoryError", "can't allocate memory")
+    signs = ("MemoryError", "OutOfMemoryError", "can't allocate memory", "Cannot allocate memory")
     if any(sign in f"{type(error).__name__}: {error}" for sign in signs):
         return "out of memory; bitwright quantize --dry-run says how much a run needs"
+    if NO_THREAD in str(error) or (isinstance(error, OSError) and error.errno == errno.EAGAIN):
+        return str(MachineError.of(error))
     if isinstance(error, OSError) and error.errno in MACHINE:
         return f"the machine did not allow it: {error}; make room or check permissions, then try again"
+    return None
+
+
+def _no_thread() -> str | None:
+    """The message if the system starts no more threads, else None."""
+    thread = Thread(target=int)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        return str(MachineError.of(error))
+    thread.join()
     return None
 
 

@@ -3,10 +3,13 @@
 Every message says what was asked, what was found, where, and what to try.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 SHOWN_CHARACTERS = 100
+NO_THREAD = "can't start new thread"
+"""Python's message if the system gives no thread."""
 
 
 class UserError(Exception):
@@ -39,6 +42,29 @@ class ReportedError(UserError):
 
 class CalibrationError(UserError):
     """Calibration or evaluation data that is missing, unreadable or too short."""
+
+
+class MachineError(UserError):
+    """Processes, threads or open files of which the machine gives no more."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> "MachineError":
+        """The error for what the system refused."""
+        return cls(
+            f"the machine starts no more processes or threads: {error}. Take fewer --workers, end other programs, or "
+            "raise the limit (ulimit -u, ulimit -n, or the container's)"
+        )
+
+
+@contextmanager
+def blaming_the_machine() -> Iterator[None]:
+    """A context that turns the error of a thread that cannot be started into MachineError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if NO_THREAD in str(error):
+            raise MachineError.of(error) from error
+        raise
 
 
 def nearest(asked: str, known: Iterable[str]) -> str:

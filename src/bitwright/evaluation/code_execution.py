@@ -3,19 +3,18 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bitwright.core import child_process
+from bitwright.core.errors import MachineError
 from bitwright.evaluation import sandbox
 
 SECONDS = 10.0
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**20
 GRACE = 5.0  # seconds that the watcher may take longer than the program
-# -I would make the order of sets differ from run to run. -s and -P are its other parts, and we set the environment.
-PYTHON = (sys.executable, "-s", "-P", "-B")
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,14 @@ class Outcome:
 def run_program(program: str, seconds: float = SECONDS, isolate: bool = True) -> Outcome:
     """Run a program in an empty temporary folder, for at most ``seconds``.
 
-    ``isolate`` runs it without network, and unable to signal other processes, if the kernel allows that.
+    ``isolate`` runs it without network, and unable to signal other processes, if the kernel allows that. Raises
+    MachineError if the system starts no more processes, which says nothing about the program.
     """
     request = {"program": program, "seconds": seconds, "isolate": isolate}
     request |= {"memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES}
     with TemporaryDirectory(prefix="bitwright-", ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
-            (*PYTHON, str(Path(sandbox.__file__).resolve())),
+        process = child_process.start(
+            child_process.bare_command(str(Path(sandbox.__file__).resolve())),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -58,7 +58,10 @@ def run_program(program: str, seconds: float = SECONDS, isolate: bool = True) ->
         finally:  # interrupted, too
             process.kill()
             process.communicate()
-    return _read(output)
+    outcome = _read(output)
+    if outcome.outcome == sandbox.NOT_STARTED:
+        raise MachineError.of(OSError("a generated program could not be started"))
+    return outcome
 
 
 def _environment(folder: str) -> dict[str, str]:

@@ -1,12 +1,12 @@
 """The choices and checks of ``bench``: the engine, the program that times a model, and the original."""
 
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitwright.core import child_process
+from bitwright.core.child_process import python_command
 from bitwright.core.engine import BenchInput, Engine, engines
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
 from bitwright.evaluation import llamacpp_speed
@@ -19,6 +19,7 @@ from bitwright.model.source import open_checkpoint
 
 IDLE = {BenchInput.FOLDER: ("python", "library"), BenchInput.GGUF: ("device", "dtype")}
 """Options of ``bench`` that an engine does not use."""
+PROGRAM = str(Path(llamacpp_speed.__file__).resolve())
 
 
 def chosen_engine(model: Path, name: str | None) -> Engine:
@@ -66,38 +67,41 @@ def llama_cpp_command(python: Path | str | None, library: Path | str | None) -> 
     Raises UserError if ``python`` has no xllamacpp, if ``library`` is no llama.cpp, and if both are given.
     """
     if library is None:
-        return (_with_xllamacpp(python), llamacpp_speed.__file__), None
+        return _with_xllamacpp(python), None
     if python is not None:
         raise RecipeError(f"--library {library} needs no xllamacpp; leave --python {python} out")
-    command = (sys.executable, llamacpp_speed.__file__)
-    process = subprocess.run([*command, str(library)], capture_output=True, text=True, errors="replace")
+    command = python_command(PROGRAM)
+    process = child_process.run((*command, str(library)))
     if process.returncode:
+        output = process.stderr.decode(errors="replace").strip()[-500:]
         raise UserError(
-            f"--library {library} is no llama.cpp that can be measured: {process.stderr.strip()[-500:]}; name the "
+            f"--library {library} is no llama.cpp that can be measured: {output}; name the "
             "libllama.so (.dylib, .dll) of a build with -DBUILD_SHARED_LIBS=ON"
         )
     return command, str(Path(library).resolve())
 
 
-def _with_xllamacpp(python: Path | str | None) -> str:
-    """An interpreter that has xllamacpp, by default this one. Raises UserError if it does not have it."""
+def _with_xllamacpp(python: Path | str | None) -> tuple[str, ...]:
+    """The command of an interpreter, by default this one. Raises UserError if it does not have xllamacpp."""
     if python is None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise UserError(
                 "engine llama.cpp needs the package xllamacpp, which is not installed here: pip install "
                 "'bitwright[llamacpp]', or give --python INTERPRETER of an environment that has it"
             )
-        return sys.executable
+        return python_command(PROGRAM)
+    command = python_command(PROGRAM, python=str(python))
     try:
-        process = subprocess.run([str(python), "-c", "import xllamacpp"], capture_output=True, text=True)
+        process = child_process.run(command, other=True)
     except OSError as error:
         raise UserError(f"--python {python} cannot be run: {error.strerror}; name a Python interpreter") from None
     if process.returncode:
+        output = process.stderr.decode(errors="replace").strip()
         raise UserError(
-            f"--python {python} cannot import xllamacpp ({process.stderr.strip().splitlines()[-1:]}); install it "
-            f"there: {python} -m pip install xllamacpp"
+            f"--python {python} cannot import xllamacpp ({output.splitlines()[-1:]}); install it there: "
+            f"{python} -m pip install xllamacpp"
         )
-    return str(python)
+    return command
 
 
 def require_gguf(path: Path) -> None:

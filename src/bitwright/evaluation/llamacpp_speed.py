@@ -1,12 +1,12 @@
 """Measure speed and memory of a GGUF file in llama.cpp itself, from the package xllamacpp or built by the user.
 
     python llamacpp_speed.py REQUEST.json RESULT.json
-    python llamacpp_speed.py LIBRARY
+    python llamacpp_speed.py [LIBRARY]
 
 This is a script for any interpreter that has xllamacpp, so it imports the standard library alone. REQUEST: {"model":
 FILE.gguf, "prompt": n, "tokens": n, "threads": n, "library": PATH or null for xllamacpp}; RESULT: weight_bytes,
 peak_bytes, tokens_per_second, prompt_tokens_per_second, version. With one argument it checks whether that library can
-be used.
+be used, without any whether xllamacpp is there.
 
 xllamacpp's own interface is a server. Its shared library exports llama.cpp's C interface, which can be timed without a
 server. Of parameters that are passed by value, this script knows only the first four numbers, whose defaults it checks.
@@ -192,4 +192,7 @@ def main(request_file: str, result_file: str) -> None:
 
 
 if __name__ == "__main__":
-    (_loaded if len(sys.argv) == 2 else main)(*sys.argv[1:])
+    if len(sys.argv) == 1:
+        import xllamacpp  # noqa: F401
+    else:
+        (_loaded if len(sys.argv) == 2 else main)(*sys.argv[1:])

@@ -7,6 +7,7 @@ weights are dequantized.
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
@@ -23,11 +23,14 @@ from transformers import (
 from transformers.utils import logging
 
 from bitwright.checkpoint.account_file import read_account
-from bitwright.core.errors import CheckpointError, SchemeError
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.errors import CheckpointError, SchemeError, shown
 from bitwright.core.grid import Grid
+from bitwright.core.import_path import KERNELS
 from bitwright.core.registry import format_of, names
 from bitwright.core.scheme import Scheme
-from bitwright.formats import QuantizedFolder, is_made_dense
+from bitwright.formats import CONFIG, QuantizedFolder, is_made_dense, is_read
+from bitwright.model.config import read_config, without_hub_kernels
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.steps.activations import quantize_activations, quantize_attention
 
@@ -62,10 +65,23 @@ def load_with_loader(folder: Path, *, device: str = "auto", dtype: str = "auto")
     where, checkpoint = pick_device(device), open_checkpoint(folder)
     if is_made_dense(checkpoint):
         return _load_decoded(folder, device, dtype)
+    _refuse_kernels(checkpoint)
     model = load_model(folder, pick_dtype(dtype, where, checkpoint.dtype_of_weights), where)
     queries = left_out(folder)
     quantize_attention(model, queries, None)
     return Loaded(model, TRANSFORMERS if queries is None else BITWRIGHT)
+
+
+def _refuse_kernels(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a method whose linears may fetch kernels from the hub when they compute."""
+    quantization = checkpoint.config.get(CONFIG)
+    if quantization is not None and not is_read(checkpoint) and find_spec(KERNELS) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantized by {shown(method)}, for which transformers may fetch code from the hub "
+            f"with the package {KERNELS} and run it; do without that package here, or use the command bitwright, which "
+            "does not look at it"
+        )
 
 
 def _load_decoded(folder: Path, device: str, dtype: str) -> Loaded:
@@ -125,7 +141,10 @@ def load_model(
     """
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(StringIO()):  # compressed-tensors shows a bar per model that cannot be switched off
+        with (
+            redirect_stderr(StringIO()),
+            without_hub_kernels(),
+        ):  # compressed-tensors shows a bar per model that cannot be switched off
             loaded, report = _from_folder(folder, dtype) if tensors is None else _from_tensors(folder, dtype, tensors)
     except CheckpointError:
         raise
@@ -150,6 +169,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Map
     kind: Any = AutoModelForCausalLM
     loaded: tuple[PreTrainedModel, Mapping[str, Any]] = kind.from_pretrained(
         folder,
+        config=read_config(folder),
         dtype=dtype,
         local_files_only=True,
         trust_remote_code=False,
@@ -163,7 +183,7 @@ def _from_tensors(
     folder: Path, dtype: torch.dtype, tensors: Mapping[str, Tensor]
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """Load a model from tensors, with the folder's config without quantization_config; return it with the report."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = read_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 PASSED, FAILED, TOO_LONG, STARTED_OTHERS = "passed", "failed", "took too long", "started another process"
+NOT_STARTED = "could not be started"
 TOKEN_BYTES = 16
 OPEN_FILES = 64
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -43,7 +44,11 @@ def main() -> None:
     isolated = request["isolate"] and libc.unshare(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC) == 0
     token_read, token_write = os.pipe()
     proof_read, proof_write = os.pipe()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:
+        json.dump({"outcome": NOT_STARTED, "isolated": False}, sys.stdout)
+        return
     if child == 0:
         _alone(libc, isolated)
         _run(request, token_read, proof_write)

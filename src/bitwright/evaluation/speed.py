@@ -5,7 +5,6 @@ the equivalent for llama.cpp.
 """
 
 import json
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.core import child_process
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, Progress
 from bitwright.evaluation.llamacpp_speed import REFUSED, peak_resident
@@ -45,12 +45,14 @@ class Contender:
     """A model to be measured: its role in the table, its name, the command of its process, and the request to it.
 
     The command is called with two more arguments: a file that holds the request, and one to write the result into.
+    ``other`` is True if it is the command of another Python than this one.
     """
 
     role: str
     model: str
     command: tuple[str, ...]
     request: Mapping[str, Any]
+    other: bool = False
 
 
 def measure_in_turn(contenders: Sequence[Contender], rounds: int, listener: Listener) -> tuple[list[Speed], str]:
@@ -72,7 +74,7 @@ def _measured(contender: Contender) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bitwright-bench-") as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
         request.write_text(json.dumps(dict(contender.request)))
-        process = subprocess.run([*contender.command, str(request), str(result)], capture_output=True)
+        process = child_process.run((*contender.command, str(request), str(result)), contender.other)
         if process.returncode or not result.is_file():
             output = process.stderr.decode(errors="replace").strip()[-ERROR_CHARACTERS:]
             raise UserError(_failure(contender.model, process.returncode, output))

@@ -1,6 +1,7 @@
 """Read the config.json of a model with transformers, and compare it with that of another model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ DIMENSIONS = (
     "head_dim",
 )
 """Keys of config.json that tell one model from another."""
+IMPLEMENTATIONS = {
+    "_attn_implementation": ("eager", "sdpa", "flex_attention"),
+    "_experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+"""What a config may choose to compute with: what transformers or torch brings. Other names are code from elsewhere."""
 
 
 def architecture(config: Mapping[str, Any]) -> str:
@@ -35,15 +41,51 @@ def architecture(config: Mapping[str, Any]) -> str:
 
 def model_config(folder: Path) -> "PretrainedConfig":
     """The config as transformers reads it, offline and without remote code. Raises CheckpointError."""
-    from transformers import AutoConfig
-
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = read_config(folder)
     except Exception as error:  # transformers validates with several libraries, which have their own exceptions
         raise CheckpointError(
             f"{folder}/config.json: transformers cannot read it: {error}. Compare it with the original repository's"
         ) from error
     return config
+
+
+def read_config(folder: Path) -> "PretrainedConfig":
+    """The config as transformers reads it; the code that it names to compute with is forgotten, not fetched."""
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for part in _parts(config):
+        for key, known in IMPLEMENTATIONS.items():
+            if getattr(part, key, None) not in (None, *known):
+                setattr(part, key, None)
+    return config
+
+
+def _parts(config: Any) -> "Iterator[PretrainedConfig]":
+    """A config and the configs within it."""
+    from transformers import PretrainedConfig
+
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PretrainedConfig):
+            yield from _parts(value)
+
+
+@contextmanager
+def without_hub_kernels() -> Iterator[None]:
+    """A context in which transformers fetches no kernels from the hub, whatever a model's folder asks for."""
+    from transformers.integrations import hub_kernels
+
+    def refuse(name: str, *_: Any, **__: Any) -> Any:
+        raise ImportError(f"the folder asks for the kernel {name}, which is code from elsewhere: Bitwright runs none")
+
+    fetching: Any = hub_kernels
+    original, fetching.get_kernel = fetching.get_kernel, refuse
+    try:
+        yield
+    finally:
+        fetching.get_kernel = original
 
 
 def apart(here: Mapping[str, Any], there: Mapping[str, Any], keys: Sequence[str] = DIMENSIONS) -> str:

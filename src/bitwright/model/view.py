@@ -9,6 +9,7 @@ from torch import nn
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Outline
+from bitwright.model.config import read_config, without_hub_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,11 +65,9 @@ class ModelView:
 
         ``names`` are the names that the tensors would have, if they differ from those in the checkpoint.
         """
-        from transformers import AutoConfig  # takes seconds, so not for architectures with a description
-
         try:
-            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-            with torch.device("meta"):
+            config = read_config(checkpoint.folder)  # takes seconds, so not for architectures with a description
+            with torch.device("meta"), without_hub_kernels():
                 return cls.of_model(_class(config)._from_config(config), checkpoint.names if names is None else names)
         except Exception:  # transformers raises anything for a config that it does not know
             return None

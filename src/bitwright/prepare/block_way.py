@@ -94,10 +94,14 @@ class BlockWay:
         step = min(training.batch_size, len(tokens)) * tokens.shape[1]
         return estimate(self.skeleton, tokens.numel(), step, training.aug_loss)
 
-    def check_weights(self, listener: Listener) -> None:
-        """Look for NaN before the hours of work. Raises CheckpointError."""
+    def check_weights(self, listener: Listener) -> str:
+        """Look for NaN before the hours of work, and return a digest of all weights. Raises CheckpointError."""
         checkpoint = self.source.checkpoint
-        checkpoint.check_finite(lambda done, total: listener(Progress("check", done, total, "bytes", peak_memory())))
+
+        def checked(done: int, total: int) -> None:
+            listener(Progress("check", done, total, "bytes", peak_memory()))
+
+        return checkpoint.check_finite(checked)
 
     def driver(
         self,

@@ -79,12 +79,14 @@ def plan_of(run: Prepared, workers: Workers) -> Plan:
         workers=workers.count,
         calibration_tokens=0 if run.tokens is None else run.tokens.numel(),
         tensors=tensors_of(run),
-        notes=(*notes_of(run), *_outliers_on_top(run)),
+        notes=(*notes_of(run, workers), *_outliers_on_top(run)),
     )
 
 
-def notes_of(run: Prepared) -> Iterator[str]:
+def notes_of(run: Prepared, workers: Workers) -> Iterator[str]:
     """What a user should know before the run."""
+    if workers.note is not None:
+        yield workers.note
     if run.note is not None:
         yield run.note
     on_the_way = target(WIDELY_LOADED) if run.recipe.format is None else encoder(run.recipe.format)

@@ -6,14 +6,16 @@ from math import ceil, prod
 from pathlib import Path
 
 from bitwright.checkpoint.output import refuse_existing, refuse_overlap, require_free, work_folder
-from bitwright.core.errors import OutputError, RecipeError
+from bitwright.core.errors import OutputError, RecipeError, shown
 from bitwright.core.format import FileFormat
+from bitwright.core.machine import usable_cores
 from bitwright.core.recipe import size_in_bytes
 from bitwright.model.source import require_folder
 from bitwright.prepare.learned_parameters import saved_for
 from bitwright.prepare.prepared import Prepared
-from bitwright.stream.memory import RUNTIME_BYTES, WORKER_BYTES
+from bitwright.stream.memory import RUNTIME_BYTES
 from bitwright.stream.ranks import Ranks
+from bitwright.stream.worker_pool import MOST_WORKERS, WORKER_BYTES, most_workers
 
 WORTH_A_PROCESS = 2**25
 """Weights. For fewer a process of its own takes longer to start than to work."""
@@ -69,26 +71,35 @@ def require_room(run: Prepared, output: Path) -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """``count`` processes beside this one, or none if it is 1. ``memory_bytes`` is what all of them need."""
+    """``count`` processes beside this one, or none if it is 1. ``memory_bytes`` is what all of them need.
+
+    ``note`` is what the user should know if more were asked for than the machine can run.
+    """
 
     count: int
     memory_bytes: int
+    note: str | None = None
 
 
 def workers_for(run: Prepared, workers: int | None, max_memory: str | None, ranks: Ranks) -> Workers:
-    """As many as were asked for, else as there are cores; fewer if memory allows no more.
+    """As many as were asked for, else as there are cores; fewer if cores or memory allow no more.
 
-    Raises RecipeError for what cannot be: no worker at all, less memory than one needs, workers for a way that cannot
-    be shared.
+    Raises RecipeError for what cannot be: no worker at all or thousands, less memory than one needs, workers for a way
+    that cannot be shared.
     """
     limit = None if max_memory is None else size_in_bytes(max_memory, "max memory")
     if workers is not None and (type(workers) is not int or workers < 1):
-        raise RecipeError(f"workers {workers!r}: at least one is needed, and a whole number")
+        raise RecipeError(f"workers {shown(workers)}: at least one is needed, and a whole number")
+    if workers is not None and workers > MOST_WORKERS:
+        raise RecipeError(
+            f"workers {shown(workers)}: {MOST_WORKERS} processes are the most, and one for each of the "
+            f"{usable_cores()} usable cores is the most that helps; leave it out, and their number is chosen"
+        )
     process = run.way.budget(run.tokens, run.configuration.training)
     if not run.way.shares_out:
         _refuse(run, workers, max_memory, ranks)
         return Workers(1, process.total)
-    count = 1 if run.way.device.type != "cpu" else workers or _worth_while(run, ranks)
+    asked = 1 if run.way.device.type != "cpu" else workers or _worth_while(run)
     alone, beside = process.total, process.total - RUNTIME_BYTES + WORKER_BYTES
     if limit is not None and limit < alone:
         smaller = ", or leave that tensor as it is with --exclude" if limit > RUNTIME_BYTES else ""
@@ -97,15 +108,21 @@ def workers_for(run: Prepared, workers: int | None, max_memory: str | None, rank
             f"of them for Python and torch, the others for the largest tensor; allow {ceil(alone / 1e8) / 10:g}GB"
             f"{smaller}"
         )
-    if limit is not None:
-        count = max(1, min(count, (limit - RUNTIME_BYTES) // beside))
-    return Workers(count, alone if count == 1 else RUNTIME_BYTES + count * beside)
+    possible = most_workers(asked, beside, ranks.beside)
+    count = possible if limit is None else max(1, min(possible, (limit - RUNTIME_BYTES) // beside))
+    note = _note(asked, possible, beside) if workers is not None and possible < asked else None
+    return Workers(count, alone if count == 1 else RUNTIME_BYTES + count * beside, note)
 
 
-def _worth_while(run: Prepared, ranks: Ranks) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _worth_while(run: Prepared) -> int:
     weights = sum(prod(weight.shape) for weight in run.inventory.weights)
-    return max(1, min(cores // ranks.beside, weights // WORTH_A_PROCESS))
+    return max(1, min(usable_cores(), weights // WORTH_A_PROCESS))
+
+
+def _note(asked: int, possible: int, nbytes: int) -> str:
+    cores = usable_cores()
+    bound = f"memory for {possible} of {nbytes / 1e9:.1f} GB each" if possible < cores else f"{cores} usable cores"
+    return f"--workers {asked}: this machine has {bound}, so {possible} {'is' if possible == 1 else 'are'} used"
 
 
 def _refuse(run: Prepared, workers: int | None, max_memory: str | None, ranks: Ranks) -> None:

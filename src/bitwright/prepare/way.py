@@ -96,8 +96,11 @@ class Way(Protocol):
     def budget(self, tokens: Int[Tensor, "N T"] | None, training: Training | None) -> Budget:
         """The memory that one process needs."""
 
-    def check_weights(self, listener: Listener) -> None:
-        """Look for weights that are no numbers, if hours of work follow. Raises CheckpointError."""
+    def check_weights(self, listener: Listener) -> str:
+        """Look for weights that are no numbers, if hours of work follow. Raises CheckpointError.
+
+        The text tells these weights from others: a run goes on only if it is still the same.
+        """
 
     def driver(
         self,

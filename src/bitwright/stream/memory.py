@@ -21,8 +21,6 @@ PANEL_BYTES = 96
 """The temporaries per weight of a panel, in bytes, while its ranges are searched."""
 RUNTIME_BYTES = 560 * 2**20
 """The size of Python, torch and transformers themselves, before any weight (measured on Linux with a CPU build)."""
-WORKER_BYTES = 260 * 2**20
-"""The size of a worker process before any weight: it needs no transformers."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 

@@ -17,7 +17,7 @@ from bitwright.stream.parts import Part
 from bitwright.stream.pipeline import Started, TensorPlan
 from bitwright.stream.units import Unit
 from bitwright.stream.worker import Began, Done, Ended, Failed
-from bitwright.stream.worker_pool import WorkerPool
+from bitwright.stream.worker_pool import WorkerPool, end
 
 UNITS_PER_WORKER = 2
 """The number of units that a worker has at a time: it works on one, and reads the first tensor of the next."""
@@ -35,9 +35,13 @@ class _Worker:
     ) -> None:
         self.process = process
         self.inbox, self.tensor, self.ended = inbox, "", False
-        self.send(plan)
         self.listener = threading.Thread(target=self._listen, daemon=True)
-        self.listener.start()
+        try:
+            self.send(plan)
+            self.listener.start()
+        except BaseException:  # nobody else knows of the process yet
+            end(process)
+            raise
 
     def send(self, message: TensorPlan | Unit | None) -> None:
         """Send a plan, a unit, or None for the end. The listening thread notices a worker that has ended."""

@@ -5,7 +5,7 @@ shapes: O output features, I input features, R rows of a panel.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -36,13 +36,14 @@ Encoded = tuple[dict[str, Tensor], LinearReport]
 class Part:
     """A unit whose part is durable; ``report`` is None if nothing in it is quantized.
 
-    ``process`` is the number of the worker process that made it, and ``peak_bytes`` the peak memory of that process;
-    both are 0 if this process made it.
+    ``digests`` are those of its files by their names. ``process`` is the number of the worker process that made it, and
+    ``peak_bytes`` the peak memory of that process; both are 0 if this process made it.
     """
 
     unit: str
     file: str
     report: BlockReport | None
+    digests: Mapping[str, str] = field(default_factory=dict)
     process: int = 0
     peak_bytes: int = 0
 
@@ -136,11 +137,10 @@ class PartWriter:
         tensors = dict(passed)
         for stored, _ in linears:
             tensors |= stored
-        if learned:
-            write_tensors(self.folder / learned_file(file), learned)
-        write_tensors(self.folder / file, tensors)
+        files = {file: tensors} | ({learned_file(file): learned} if learned else {})
+        digests = {name: write_tensors(self.folder / name, held) for name, held in files.items()}
         rows = tuple(replace(row, digest=digest(stored)) for stored, row in linears)
-        return Part(unit, file, None if report is None else replace(report, linears=rows))
+        return Part(unit, file, None if report is None else replace(report, linears=rows), digests)
 
     def read(self, file: str, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
         """Read a part: the linears of ``grids`` are dequantized as ``NAME.weight``, other tensors are as stored.

@@ -32,7 +32,7 @@ class Skeleton:
 
         self.checkpoint, self.family, self.dtype, self.device = checkpoint, family, dtype, device
         with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         self.model.requires_grad_(False)
         self.model.eval()
         self.outline = self._outlined()

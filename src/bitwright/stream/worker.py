@@ -1,8 +1,8 @@
 """A worker process: it takes units from the process that started it, and reports what becomes of them.
 
 It receives a plan and then units on standard input, and sends messages on standard output. Both are pickled, because
-both ends of the pipe are our own. If the input ends without notice, the parent has ended, and the worker ends too: it
-must not write into a folder that another run may have taken over.
+both ends of the pipe are our own. If the parent ends, the worker ends too: it must not write into a folder that another
+run may have taken over. On Linux the kernel sees to that (``core/child_start.py``); elsewhere the input ends.
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import torch
 
-from bitwright.core.errors import UserError
+from bitwright.core.errors import UserError, blaming_the_machine
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.parts import Part
 from bitwright.stream.pipeline import TensorPlan, pipeline
@@ -72,15 +72,16 @@ def main() -> None:
     torch.set_num_threads(1)
     plan = _plan(sys.stdin.buffer)
     units: queue.Queue[Unit | None] = queue.Queue()
-    threading.Thread(target=_listen, args=(sys.stdin.buffer, units), daemon=True).start()
     try:
-        whole = pipeline(
-            _until_none(units),
-            plan,
-            lambda tensor: channel.send(Began(tensor)),
-            lambda part: channel.send(Done(replace(part, process=os.getpid(), peak_bytes=peak_memory()))),
-        )
-        deque(whole, maxlen=0)
+        with blaming_the_machine():
+            threading.Thread(target=_listen, args=(sys.stdin.buffer, units), daemon=True).start()
+            whole = pipeline(
+                _until_none(units),
+                plan,
+                lambda tensor: channel.send(Began(tensor)),
+                lambda part: channel.send(Done(replace(part, process=os.getpid(), peak_bytes=peak_memory()))),
+            )
+            deque(whole, maxlen=0)
         channel.send(Ended())
     except UserError as error:
         channel.send(Failed(error, str(error)))

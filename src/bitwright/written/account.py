@@ -16,15 +16,18 @@ from bitwright.prepare.prepared import Prepared, settled_format
 
 EXPECTED_SHARE = 0.01
 """The share of weights beyond three standard deviations in trained models."""
-WRITTEN = "written"
-"""The key of an identity for the times at which the model's files were written."""
+WRITTEN, DATA = "written", "data"
+"""Keys of an identity: the times at which the model's files were written, and what ``check_weights`` says of them."""
 LOST = 0.5
 """The relative squared error, ``|W_q - W|^2 / |W|^2``, above which a linear gets a note."""
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 
-def identity(run: Prepared) -> dict[str, Any]:
-    """Everything that decides the bytes of the result; a run is continued only if all of it is equal."""
+def identity(run: Prepared, data: str, beside: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that decides the bytes of the result; a run is continued only if all of it is equal.
+
+    ``data`` is what ``check_weights`` says of the weights, ``beside`` the digests of the sidecar files.
+    """
     recipe = run.recipe.as_dict()
     # The model, the calibration data and files are identified by their contents, not by their paths.
     for place in ("model", "calibration", "load_parameters", "allocation"):
@@ -36,7 +39,9 @@ def identity(run: Prepared) -> dict[str, Any]:
         "left_out": sorted(run.question.rules.left_out),
         "model": run.source.checkpoint.fingerprint(),
         WRITTEN: run.source.checkpoint.modified(),
-        "calibration": None if (data := _calibration(run)) is None else asdict(data),
+        DATA: data,
+        "beside_the_weights": dict(beside),
+        "calibration": None if (calibration := _calibration(run)) is None else asdict(calibration),
         "arithmetic": _arithmetic(run),
         "parameters": None if run.learned is None else run.learned.digest(),
         "versions": _versions(),

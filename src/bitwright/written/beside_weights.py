@@ -1,10 +1,12 @@
 """The files beside the weights: config.json, the allocation, and sidecar files of the original."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bitwright.checkpoint.ranges import file_digest
 from bitwright.checkpoint.writer import copy_file, write_json
+from bitwright.core.errors import CheckpointError
 from bitwright.core.format import TensorFormat
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import Allocation
@@ -46,9 +48,33 @@ def write_allocation(allocation: Allocation, linears: Iterable[str], folder: Pat
     write_json(folder / ALLOCATION, allocation.to_json(linears))
 
 
-def copy_along(source: Path, folder: Path) -> None:
-    """Copy the sidecar files of a model: tokenizer, generation settings, licence."""
-    for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
-        target = folder / path.relative_to(source)
+def sidecars(source: Path) -> dict[str, str]:
+    """The sidecar files of a model, tokenizer, generation settings, licence: digests by path in its folder.
+
+    Raises CheckpointError for a file that cannot be read.
+    """
+    paths = sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()})
+    try:
+        return {path.relative_to(source).as_posix(): file_digest(path) for path in paths}
+    except OSError as error:
+        raise CheckpointError(f"{source}: a file beside the weights cannot be read: {error}") from error
+
+
+def copy_along(source: Path, folder: Path, expected: Mapping[str, str] | None = None) -> None:
+    """Copy the sidecar files of a model.
+
+    Raises CheckpointError if they are not the ``expected`` ones, which were there when the run began.
+    """
+    now = sidecars(source)
+    if expected is not None and now != expected:
+        name = min(name for name in {*now, *expected} if now.get(name) != expected.get(name))
+        what = "is gone" if name not in now else "was not there" if name not in expected else "was another file"
+        when = "since the run began" if name not in now else "when the run began"
+        raise CheckpointError(
+            f"{source / name} {what} {when}: the result would not be of one model. Put it back as it was, then repeat "
+            "the command: what is finished is kept"
+        )
+    for name in now:
+        target = folder / name
         target.parent.mkdir(exist_ok=True)
-        copy_file(path, target)
+        copy_file(source / name, target)

@@ -1,6 +1,6 @@
 """Make the result from the parts of a run: shards, the files beside them, the account; or a format's own file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +28,17 @@ WEIGHTS = (".safetensors", ".bin")
 """The endings of files that hold weights, in a folder of any format."""
 
 
-def finish(run: Prepared, work: OutputFolder, sink: Sink, listener: Listener) -> Account:
+def finish(run: Prepared, work: OutputFolder, sink: Sink, beside: Mapping[str, str], listener: Listener) -> Account:
     """Make the result in its work folder from all parts, and return its account."""
     target = run.target
     folder = work.work / ON_THE_WAY if isinstance(target, FileFormat) else work.path
     folder.mkdir(exist_ok=True)
-    account = _make_folder(run, sink, folder)
+    account = _make_folder(run, sink, folder, beside)
     if not isinstance(target, FileFormat):
         write_account(folder, account)
         return account
     place = work.file if target.single else work.path
+    work.empty_result()  # a killed run may have written there
     account = account.without_digests
     along = {key: value for key, value in account.to_json().items() if key != TOTALS}
     model = QuantizedFolder.open(folder)
@@ -53,7 +54,7 @@ def finish(run: Prepared, work: OutputFolder, sink: Sink, listener: Listener) ->
     return account
 
 
-def _make_folder(run: Prepared, sink: Sink, folder: Path) -> Account:
+def _make_folder(run: Prepared, sink: Sink, folder: Path, beside: Mapping[str, str]) -> Account:
     """Make a folder of shards with the files beside them, and verify it; return its account, not yet written."""
     checkpoint, inventory = run.source.checkpoint, run.inventory
     merge_shards(sink.parts, folder, run.recipe.shard_bytes, [checkpoint.stored(name) for name in inventory.as_stored])
@@ -63,7 +64,7 @@ def _make_folder(run: Prepared, sink: Sink, folder: Path) -> Account:
     if run.recipe.quantize_lm_head:
         config["tie_word_embeddings"] = False
     described = write_config(config, settled_format(run, rows), run.written(rows), folder)
-    copy_along(checkpoint.folder, folder)
+    copy_along(checkpoint.folder, folder, beside)
     write_allocation(run.allocation, (*inventory.linears, *inventory.kept_linears), folder)
     return account_of(run, blocks, folder, described, require_sound(folder, checkpoint.shapes))
 

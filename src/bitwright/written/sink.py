@@ -64,6 +64,7 @@ class Sink:
 
     def note(self, part: Part) -> None:
         """Note one unit whose part is durable. Raises OutputError."""
-        self.journal.record(part.unit, part.file, {} if part.report is None else part.report.to_json())
+        report = {} if part.report is None else part.report.to_json()
+        self.journal.record(part.unit, part.file, report, part.digests)
         if part.process:
             self.peaks[part.process] = part.peak_bytes

@@ -8,7 +8,6 @@ are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``
 by ``_compressed_tensors_reading.py``.
 """
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -149,7 +148,6 @@ FORMAT = TensorFormat(
     leaves=LEAVES,
     codes="weight_packed",
     encode=encode,
-    encode_stacked=partial(gptq.refuse_stacked, format="compressed-tensors", instead=INSTEAD),
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read, codes_may_be_weight=codes_may_be_weight),

@@ -11,7 +11,7 @@ ACCOUNT = "bitwright.json"
 
 
 def read_account(folder: Path) -> Account | None:
-    """Read a folder's account; None if it cannot be read, because only the tensors are needed."""
+    """Read a folder's account. None if there is no account, or if it is damaged: a folder can be used without it."""
     try:
         return Account.from_json(json.loads((folder / ACCOUNT).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):

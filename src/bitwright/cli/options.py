@@ -33,7 +33,7 @@ EXAMPLES = {
     "verify": "bitwright verify OUTPUT --against MODEL",
     "export": "bitwright export OUTPUT --format gguf --output OTHER.gguf",
 }
-"""How commands are called whose flags are easily left out."""
+"""Examples for the errors of commands that need more than one argument."""
 UsageError: Any = typer.BadParameter.__base__
 """What click raises for arguments that it cannot take; newer versions of typer bring a click of their own."""
 

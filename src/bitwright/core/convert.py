@@ -1,6 +1,7 @@
-"""Conversions of a quantized weight to other terms, the values unchanged: what one format needs, from another.
+"""Write a quantized weight on another grid, or in smaller tiles, without changing its values.
 
-Nothing here quantizes again. A function returns None if the weight cannot be expressed in the terms asked for.
+An export uses this to move weights from one format to another. Nothing here quantizes again: a function returns None
+if the weight does not fit.
 """
 
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What comes out of a block, and the account that is given of it."""
+"""Quantized models as data: a block after quantization, and what a config.json says of the whole model."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -39,11 +39,11 @@ class Departure:
 class WrittenModel:
     """What the config of a written model has to say.
 
-    ``family`` is None for an architecture that nobody has described. ``dtype`` is that of the scales.
-    ``kept`` are the linears that stay as they are, by their names in the model. ``schemes`` are those of linears that
-    have another scheme than most, and ``departures`` the linears that are not as their scheme says, both by their names
-    on disk. ``only_ours``: there are weights that transformers needs our plugin for. ``asked`` says, for messages, what
-    gave a linear its scheme.
+    ``family`` is None for an architecture that nobody has described. ``dtype`` is that of the scales. ``kept`` are the
+    linears that stay as they are, by their names in the model. ``schemes`` are the schemes of linears for which another
+    scheme was asked than for most. ``departures`` are linears for which a method chose other groups than their scheme
+    has, or in which it kept outliers. Both are by the linears' names on disk. ``only_ours``: there are weights that
+    transformers needs our plugin for. ``asked`` says, for messages, what gave a linear its scheme.
     """
 
     scheme: Scheme
@@ -74,12 +74,12 @@ def departures(scheme: Scheme, schemes: Mapping[str, Scheme], rows: Iterable[Lin
 class Described:
     """What the quantization_config of a folder says of it, whoever wrote it.
 
-    ``grid`` is that of its linears, in whose ``codes`` they are read; ``kept`` the linears that are not quantized.
-    ``variant`` is what else a format needs to know to read its tensors. ``rules`` are regular expressions with the grid
-    of linears whose names they match from the beginning; the first that does counts, other linears have ``grid``.
-    ``grids`` and ``named_tiles`` are those of single linears. ``departures`` are the linears that are said to be unlike
-    the others. ``tile`` is that of the other linears, None if nothing is said of it; ``tiles`` has rules for it like
-    ``rules``.
+    A new format fills ``grid``, ``tile`` (None if the config does not say it) and ``kept``, the linears that are not
+    quantized; ``activations`` and ``kv`` if it has a place for them. If linears may have schemes of their own, it also
+    fills ``grids`` and ``named_tiles``, by the names of linears. The other fields are for configs of other tools:
+    ``rules`` and ``tiles`` are pairs of a regular expression and the grid or tile of the linears whose names it matches
+    from the beginning, of which the first counts; ``departures`` are linears with another tile, or with outliers, than
+    their scheme says; ``variant`` is what else the format needs to read its tensors.
     """
 
     grid: Grid

@@ -23,7 +23,9 @@ SLAB_WEIGHTS = 2**20
 
 
 class PackedLinear(nn.Module):
-    """A linear [O, I] of P x Q tiles and K outliers, whose tensors are named and packed as on disk (``formats``).
+    """A linear layer [O, I] that keeps its weight packed, in tensors with the names and bytes that they have on disk.
+
+    It has P x Q tiles and K outliers.
 
     Weights have the values of ``QTensor.dequantize``, computed in ``dtype``, the dtype of scales and outliers on disk;
     the model may run in another dtype. With ``activations``, inputs are quantized per token.

@@ -25,12 +25,12 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class AllocationRules:
-    """What a recipe says of the schemes of linears.
+    """The rules by which a recipe gives each linear its scheme.
 
-    ``default`` is the scheme of linears that nothing else is said of. ``patterns`` are those of ``--scheme-for`` with
-    their schemes. ``named`` is what ``file``, the allocation file, says of each linear; None leaves it in full
-    precision. What a pattern says counts before what the file says, and ``excluded``, the patterns of ``--exclude``,
-    before both.
+    ``patterns`` are those of ``--scheme-for``, with their schemes. ``file`` is the allocation file; ``named`` are the
+    linears in it with their schemes, None for one that stays in full precision. ``default`` is the scheme of all
+    linears that neither a pattern nor the file names. ``excluded`` are the patterns of ``--exclude``. If several rules
+    fit a linear, ``excluded`` takes precedence over ``patterns``, and ``patterns`` take precedence over the file.
     """
 
     default: Scheme
@@ -89,11 +89,11 @@ class AllocationRules:
         return frozenset(name for name in names if not any(_fits(name, pattern) for pattern, _ in self.patterns))
 
     def allocation(self, linears: Collection[str], kept_linears: Collection[str], others: Iterable[str]) -> Allocation:
-        """The scheme of every linear of a model; ``kept_linears`` are those that stay in full precision.
+        """The scheme of every linear of a model.
 
-        ``others`` are the names of tensors that may be linears that stay, for all that is known.
-
-        The default is the scheme that most linears have if none has the one that was asked for.
+        ``linears`` are quantized, ``kept_linears`` stay in full precision. ``others`` are further tensors that stay:
+        norms and embeddings, but also linears of an architecture that nobody has described. The default of the result
+        is the default that was asked for; if no linear has that, it is the scheme that most linears have.
 
         Raises RecipeError for a pattern that fits none of the ``linears``, for two patterns that give one of them
         different schemes, and for a file that names other linears.
@@ -176,7 +176,10 @@ class AllocationRules:
         return "leave one of them out; an --allocation file can name its linears one by one"
 
     def _refuse_strangers(self, linears: Collection[str], kept: Collection[str]) -> None:
-        """Raise RecipeError if the file names what is no linear of the model, or one that is not quantized."""
+        """Raise RecipeError if the allocation file names a tensor that this model does not have as a linear.
+
+        Also if it gives a scheme to a linear that stays in full precision, unless --exclude asks for that.
+        """
         known = {*linears, *kept}
         strange = [name for name in self.named if name not in known]
         if strange:
@@ -277,7 +280,7 @@ def _some(names: Collection[str]) -> str:
 
 
 def _why_kept(names: Collection[str]) -> str:
-    """Why these are not quantized, and what to do, to go on from their names and a comma."""
+    """The end of an error: why these linears are not quantized, and what to do. It follows their names and a comma."""
     if HEAD in names:
         return "which is not quantized; --quantize-lm-head quantizes it"
     if len(names) == 1:

@@ -1,4 +1,4 @@
-"""A model gone through block by block: what a run with calibration data needs, and what knows the architecture."""
+"""The way through a model block by block, for methods with calibration data; the architecture must be described."""
 
 from dataclasses import dataclass
 

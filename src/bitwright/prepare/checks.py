@@ -1,4 +1,4 @@
-"""What a recipe may not ask of a model: told from names, shapes and dtypes, before any weight is read."""
+"""The checks of a recipe against a model, made from names, shapes and dtypes before any weight is read."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass

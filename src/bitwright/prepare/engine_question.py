@@ -36,7 +36,7 @@ class ModelLimits:
     @cached_property
     def inventory(self) -> Inventory:
         """The linears that would be quantized. Raises UserError if the model cannot be quantized at all."""
-        return opened(self.question, self.device, tokenizer=False)[1].inventory  # a tokenizer if the format needs one
+        return opened(self.question, self.device, tokenizer=False)[1].inventory  # only names and shapes are asked
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -53,9 +53,10 @@ class ModelLimits:
         return {**quantized, **dict.fromkeys(self.inventory.kept_linears), **workload.exceptions}
 
     def obstacle(self, workload: Workload, format: str, ways: Sequence[Way]) -> str | None:
-        """Why this model does not go into a format under a workload's schemes, or does not run in one of these ways.
+        """Say why this model cannot be written in a format with a workload's schemes, or not run in one of these ways.
 
-        The words are without the advice of ``prepare``, which an engine may not run.
+        None if it can. The errors of ``prepare`` advise other schemes; that advice is left out here, because the engine
+        may not run those schemes.
         """
         rules = self.question.rules
         asked = {name: text for name in workload.exceptions if (text := rules.asked_for(name)) is not None}

@@ -1,4 +1,4 @@
-"""The way of a run through a model: block by block, or tensor by tensor. Nobody asks afterwards which of them it is."""
+"""The two ways to go through a model, block by block or tensor by tensor, behind one interface (``Way``)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +31,9 @@ class Inventory:
     in the order of the model; ``blocks`` is the number of decoder blocks. ``copied_head``: an output layer that shares
     its weight with the embedding gets a weight of its own.
 
-    ``special`` is a weight that transformers loads only with our plugin, whatever its codes; ``merged`` one that it
-    also loads without if it is symmetric. None if there is no such weight.
+    ``special`` is the first weight that transformers can load only with our plugin, whatever its codes are, such as a
+    stack of experts. ``merged`` is the first expert that transformers stacks itself: without our plugin it loads such a
+    weight only if it is symmetric. Each is None if there is no such weight.
     """
 
     weights: Sequence[Weight]

@@ -23,7 +23,9 @@ MOST_SCORES = 2**22
 
 
 def pick_arithmetic(name: str, device: torch.device, held: torch.dtype) -> torch.dtype:
-    """The dtype that ``precision`` names (``core/training.py``), for blocks that ``device`` holds in dtype ``held``.
+    """Choose the dtype that training multiplies in.
+
+    ``name`` is the setting ``precision`` (``core/training.py``), ``held`` the dtype of the blocks on ``device``.
 
     ``auto`` is bfloat16 on a CPU with instructions for it, and elsewhere ``held``.
     """
@@ -106,5 +108,8 @@ def causal_attention(
 
 @lru_cache(maxsize=1)
 def _later(tokens: int, sharing: int, dtype: torch.dtype) -> Float[Tensor, "S T"]:
-    """A mask with minus infinity where a token would read a later one, once for each query that shares a key."""
+    """Make the causal mask: minus infinity at every later token, and 0 at all others.
+
+    ``sharing`` queries share a key; the mask is repeated for each of them.
+    """
     return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1).repeat(sharing, 1)

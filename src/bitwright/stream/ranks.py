@@ -65,7 +65,7 @@ class Ranks:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """A context for work that every rank repeats.
+        """A context for work that every rank does by itself, with the same result on each.
 
         If the first rank has an error, it reports it, and the others raise ReportedError. If another rank has an error
         that the first does not have, that error is raised there as it is.

@@ -1,4 +1,4 @@
-"""The account of a run, bitwright.json, and the identity by which a run that goes on knows its own work."""
+"""Write the account of a run (bitwright.json), and the identity that tells whether a killed run may be continued."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -83,6 +83,7 @@ def account_of(
 
 
 def _totals(run: Prepared, rows: Sequence[LinearReport], folder: Path) -> Totals:
+    """The sums over all linears, and the sizes of the weight files, in bytes."""
     weights = sum(row.weights for row in rows)
     return Totals(
         linears=len(rows),
@@ -96,7 +97,10 @@ def _totals(run: Prepared, rows: Sequence[LinearReport], folder: Path) -> Totals
 
 
 def _along_the_output(run: Prepared, rows: Sequence[LinearReport]) -> int:
-    """The number of linears with groups along the output; if stored [in, out], their tile is along the second axis."""
+    """The number of linears with groups along the output.
+
+    A linear that is stored [in, out] has its tile turned too, so it is turned back here.
+    """
     transposed = {weight.name for weight in run.inventory.weights if weight.transposed}
     tiles = (row.tile[::-1] if row.name in transposed else row.tile for row in rows)
     return sum(columns == 1 < rows_ for rows_, columns in tiles)

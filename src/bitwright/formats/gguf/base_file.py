@@ -1,4 +1,4 @@
-"""A GGUF file that another one takes everything from but the weights: ``--base``."""
+"""The GGUF file of ``--base``: a new file copies its metadata and tokenizer, and none of its weights."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

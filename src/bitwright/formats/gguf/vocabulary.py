@@ -47,7 +47,7 @@ class Vocabulary:
         """Add a token that is looked for in a text before anything is merged."""
         if self.types.get(token) != UNKNOWN:
             self.types[token] = CONTROL if special else USER_DEFINED
-        self.tokens[token] = _as_found(content, self.types[token]) if self.model == "llama" else content
+        self.tokens[token] = _as_in_text(content, self.types[token]) if self.model == "llama" else content
 
     def filled(self, rows: int) -> tuple[list[str], list[int], list[float]]:
         """Tokens, types and scores for every row of the embedding; ids without a token are unused.
@@ -168,14 +168,17 @@ def _from_pieces(model: SentencePieces) -> Vocabulary:
         raise RecipeError(f"tokenizer.model is no BPE but SentencePiece's kind {model.kind}; {BASE}")
     if model.remove_extra_spaces:
         raise RecipeError(f"tokenizer.model drops repeated spaces, which llama.cpp does not; {BASE}")
-    tokens = {n: _as_found(piece.text, piece.type) for n, piece in enumerate(model.pieces)}
+    tokens = {n: _as_in_text(piece.text, piece.type) for n, piece in enumerate(model.pieces)}
     types = {n: piece.type for n, piece in enumerate(model.pieces)}
     scores = {n: piece.score for n, piece in enumerate(model.pieces)}
     return Vocabulary("llama", tokens, types, scores=scores, space_prefix=model.dummy_prefix)
 
 
-def _as_found(text: str, type: int) -> str:
-    """A token as it stands in a text: those that are looked for there have its spaces."""
+def _as_in_text(text: str, type: int) -> str:
+    """Write a token as it appears in a text.
+
+    llama.cpp searches the text for tokens that a user added, so these have ordinary spaces, not SentencePiece's sign.
+    """
     return text.replace(SPACE, " ") if type == USER_DEFINED else text
 
 

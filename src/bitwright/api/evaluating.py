@@ -120,7 +120,7 @@ class _Pair:
     def open(cls, folder: Path, reference: Path | None, device: str, dtype: str) -> "_Pair":
         """Check both folders before the text is read. Raises UserError for what cannot be loaded."""
         checkpoint = open_checkpoint(folder)
-        config = model_config(folder)
+        config = model_config(checkpoint)
         where = pick_device(device)
         arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)
         if reference is not None:
@@ -139,7 +139,7 @@ class _Pair:
 
 def _windows(folder: Path, text: str, seqlen: int | None, windows: int | None) -> Int[Tensor, "W T"]:
     """The text as windows of the model's tokens."""
-    config = model_config(folder)
+    config = model_config(open_checkpoint(folder))
     length = sequence_length(seqlen, getattr(config, "max_position_embeddings", None))
     tokens = tokenize(folder, text_of(text, "evaluation"))
     check_vocabulary(tokens, config, folder)
@@ -176,8 +176,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _check_reference(folder: Path, vocabulary: int) -> None:
     """Refuse a reference that cannot be the original, before the text is read and a model is loaded."""
-    open_checkpoint(folder)
-    size = model_config(folder).vocab_size
+    size = model_config(open_checkpoint(folder)).vocab_size
     if size != vocabulary:
         raise UserError(
             f"the reference {folder} has a vocabulary of {size}, the model one of {vocabulary}; "

@@ -1,10 +1,11 @@
 """Read the config.json of a model with transformers, and compare it with that of another model."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
+from bitwright.model.fitting import fitting_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,10 +34,15 @@ def architecture(config: Mapping[str, Any]) -> str:
     return str(named[0]) if isinstance(named, list) and named else "?"
 
 
-def model_config(folder: Path) -> "PretrainedConfig":
-    """The config as transformers reads it, offline and without remote code. Raises CheckpointError."""
+def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
+    """The config as transformers reads it, offline and without remote code, once it fits the tensors.
+
+    Raises CheckpointError.
+    """
     from transformers import AutoConfig
 
+    fitting_config(checkpoint)
+    folder = checkpoint.folder
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers validates with several libraries, which have their own exceptions

@@ -9,6 +9,8 @@ from torch import nn
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Outline
+from bitwright.core.errors import CheckpointError
+from bitwright.model.fitting import built_within, fitting_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,14 +50,18 @@ class ModelView:
     def of(cls, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> "ModelView | None":
         """The view of an architecture that transformers knows, without remote code; None for any other.
 
-        ``names`` are the names that the tensors would have, if they differ from those in the checkpoint.
+        ``names`` are the names that the tensors would have, if they differ from those in the checkpoint. Raises
+        CheckpointError if config.json does not fit the tensors.
         """
+        fitting_config(checkpoint)
         from transformers import AutoConfig  # takes seconds, so not for architectures with a description
 
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-            with torch.device("meta"):
+            with torch.device("meta"), built_within(checkpoint):
                 return cls.of_model(_class(config)._from_config(config), checkpoint.names if names is None else names)
+        except CheckpointError:
+            raise
         except Exception:  # transformers raises anything for a config that it does not know
             return None
 

@@ -12,6 +12,7 @@ from bitwright.core.errors import RecipeError
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.training import Training
 from bitwright.model.chosen_weights import Patterns, chosen
+from bitwright.model.fitting import built_within
 from bitwright.model.source import (
     Source,
     blaming_the_config,
@@ -117,7 +118,7 @@ def skeleton_of(source: Source, device: str) -> Skeleton:
     family, config = source.described()
     where = pick_device(device)
     dtype = pick_dtype("auto", where, source.checkpoint.dtype_of_weights)
-    with blaming_the_config(source.checkpoint.folder):
+    with blaming_the_config(source.checkpoint.folder), built_within(source.checkpoint):
         return Skeleton(source.checkpoint, config, family, dtype, where)
 
 

@@ -18,8 +18,14 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as ValueType
 
 from bitwright.core.errors import CheckpointError
+from bitwright.core.small_file import require_regular
 
 MAGIC, VERSIONS, ALIGNMENT, DIMENSIONS = b"GGUF", (2, 3), 32, 4
+MOST_ENTRIES, MOST_TEXT, MOST_HEADER = 2**20, 2**24, 2**28
+"""The most texts, keys and tensors of a header together, and the most bytes of a text and of a header.
+
+The largest vocabularies have 262,144 tokens and 514,906 merges, in 15 MB.
+"""
 SCALARS = {
     ValueType.UINT8: "<B", ValueType.INT8: "<b", ValueType.UINT16: "<H", ValueType.INT16: "<h",
     ValueType.UINT32: "<I", ValueType.INT32: "<i", ValueType.UINT64: "<Q", ValueType.INT64: "<q",
@@ -59,6 +65,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read a header. Raises CheckpointError for what is no GGUF file, is cut short, or contradicts itself."""
     try:
+        require_regular(path)
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
             if start != MAGIC:
@@ -85,7 +92,7 @@ def _header(path: Path, walk: "_Walk") -> Header:
         metadata[key] = walk.value(walk.number("<I", key), key)
     listed = list(_tensors(walk, tensors))
     alignment = metadata.get("general.alignment", ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
+    if not isinstance(alignment, int) or not 0 < alignment <= MOST_HEADER:
         raise CheckpointError(f"{path}: aligns its tensors by {alignment}; the file is damaged")
     begins = _aligned(walk.at, alignment)
     entries = [_placed(path, begins, alignment, *tensor) for tensor in listed]
@@ -151,7 +158,15 @@ class _Walk:
     """A walk through the bytes of a file, never beyond their end."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.at = path, data, len(MAGIC)
+        self.path, self.data, self.at, self.entries = path, data, len(MAGIC), 0
+
+    def entry(self) -> None:
+        """Count one more text, key or tensor. Raises CheckpointError for more than a header has."""
+        self.entries += 1
+        if self.entries > MOST_ENTRIES:
+            raise CheckpointError(
+                f"{self.path}: has more than {MOST_ENTRIES:,} texts, keys and tensors; no model has, so it is damaged"
+            )
 
     def number(self, form: str, what: str) -> Any:
         """Read the next number, of this form."""
@@ -160,6 +175,11 @@ class _Walk:
     def text(self, what: str) -> str:
         """Read the next text. Raises CheckpointError for bytes that are none."""
         count = self.number("<Q", what)
+        if count > MOST_TEXT:
+            raise CheckpointError(
+                f"{self.path}: {what} is a text of {count:,} bytes, more than {MOST_TEXT:,}; it is cut short, or damaged"
+            )
+        self.entry()
         start = self._past(count, what)
         try:
             return self.data[start : start + count].decode()
@@ -185,6 +205,7 @@ class _Walk:
                 f"{self.path}: {key} is a list of type {element}, which is not read; the file is damaged"
             )
         for _ in range(count):
+            self.entry()
             self._past(self.number("<Q", key), key)
         return Listed(count)
 
@@ -196,5 +217,9 @@ class _Walk:
             raise CheckpointError(
                 f"{self.path}: is cut short, or damaged: it ends at byte {len(self.data):,}, within {what}; download "
                 "it again"
+            )
+        if self.at > MOST_HEADER:
+            raise CheckpointError(
+                f"{self.path}: its header has more than {MOST_HEADER:,} bytes, at {what}; no model's has, so it is damaged"
             )
         return start

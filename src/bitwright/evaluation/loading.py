@@ -28,7 +28,7 @@ from bitwright.core.grid import Grid
 from bitwright.core.registry import format_of, names
 from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder, is_made_dense
-from bitwright.model.fitting import built_within, fitting_config
+from bitwright.model.fitting import built_within, require_fitting
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.steps.activations import quantize_activations, quantize_attention
 
@@ -126,7 +126,7 @@ def load_model(
     """
     logging.disable_progress_bar()
     checkpoint = open_checkpoint(folder)
-    fitting_config(checkpoint)
+    require_fitting(checkpoint)
     try:
         # compressed-tensors shows a bar per model that cannot be switched off
         with built_within(checkpoint), redirect_stderr(StringIO()):

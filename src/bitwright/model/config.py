@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
-from bitwright.model.fitting import fitting_config
+from bitwright.model.fitting import require_fitting
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,7 +41,7 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
-    fitting_config(checkpoint)
+    require_fitting(checkpoint)
     folder = checkpoint.folder
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -1,8 +1,8 @@
-"""Hold the sizes that a config.json states against the tensors that are there, before anything of such a size is built.
+"""Hold the sizes that a config.json states against the tensors that are there, before anything of a size is built.
 
-transformers builds what a config.json asks for: a million layers, or a table of labels of any length. ``fitting_config``
-looks at the JSON before transformers does; ``built_within`` stops transformers once it has built far more than the
-files hold.
+transformers builds what a config.json asks for: a million layers, or a table of labels of any length.
+``require_possible`` and ``require_fitting`` look at the JSON before transformers does; ``built_within`` stops
+transformers once it has built far more than the files hold.
 """
 
 import re
@@ -46,20 +46,30 @@ _COMPARE = (
 )
 
 
-def fitting_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The contents of config.json, once its sizes have been compared with the tensors. Raises CheckpointError."""
-    config = checkpoint.config
-    known = _Known(checkpoint)
+def require_fitting(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for sizes that ``require_possible`` refuses, and for a main size that no tensor has.
+
+    Main sizes are hidden size, number of blocks and number of heads of the language model.
+    """
+    known, text = _possible(checkpoint), checkpoint.config.get("text_config")
+    for part in (checkpoint.config, text if isinstance(text, dict) else {}):
+        _check_main(checkpoint, part, known)
+
+
+def require_possible(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a config.json with sizes far beyond those of the tensors, which nobody could build."""
+    _possible(checkpoint)
+
+
+def _possible(checkpoint: Checkpoint) -> "_Known":
+    config, known = checkpoint.config, _Known(checkpoint)
     for place, key, value in _numbers(config):
         if why := known.objection(key, value):
             raise _unfit(checkpoint, place, value, why)
     for place, count in _lengths(config):
         if count > max(SMALL, len(checkpoint.names), known.largest):
             raise _unfit(checkpoint, place, f"a list of {count:,} values", f"more than any of {known}")
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        _check_main(checkpoint, part, known)
-    return config
+    return known
 
 
 class _Known:
@@ -68,6 +78,7 @@ class _Known:
     def __init__(self, checkpoint: Checkpoint) -> None:
         shapes = checkpoint.shapes
         self.tensors, self.sizes = len(shapes), {size for shape in shapes.values() for size in shape}
+        self.widths = {size for name, shape in shapes.items() if ".weight" in name for size in shape}
         self.largest, self.experts = max(self.sizes, default=0), 0
         blocks: defaultdict[str, set[int]] = defaultdict(set)
         for name, shape in shapes.items():
@@ -118,7 +129,7 @@ def _check_main(checkpoint: Checkpoint, config: Mapping[str, Any], known: _Known
             if not isinstance(value, list) and (type(value) is not int or value < least):
                 raise _unfit(checkpoint, key, value, f"and it has to be a whole number, {least} or more")
     hidden = next((config[key] for key in HIDDEN if isinstance(config.get(key), int)), None)
-    if hidden is not None and known.sizes and not _is_a_size(hidden, known, checkpoint):
+    if hidden is not None and known.widths and not _is_a_size(hidden, known, checkpoint):
         raise _unfit(checkpoint, "hidden_size", hidden, "and no tensor has that size")
     layers = next((config[key] for key in LAYERS if isinstance(config.get(key), int)), None)
     more = sum(n for key, n in config.items() if MORE_LAYERS.search(key) and type(n) is int and 0 < n < SMALL_LAYERS)
@@ -136,7 +147,7 @@ def _check_main(checkpoint: Checkpoint, config: Mapping[str, Any], known: _Known
 def _is_a_size(hidden: int, known: _Known, checkpoint: Checkpoint) -> bool:
     """Whether a tensor has this size; in a quantized folder, it may be packed."""
     divisors = (1, 2, 4, 8, 16) if checkpoint.config.get("quantization_config") else (1,)
-    return any(hidden // divisor in known.sizes for divisor in divisors)
+    return any(hidden // divisor in known.widths for divisor in divisors)
 
 
 def _unfit(checkpoint: Checkpoint, key: str, value: Any, why: str) -> CheckpointError:

@@ -21,7 +21,7 @@ from bitwright.core.registry import architecture_of, described
 from bitwright.core.small_file import read_small
 from bitwright.formats import refuse_engine_file
 from bitwright.model.config import model_config
-from bitwright.model.fitting import fitting_config
+from bitwright.model.fitting import require_fitting
 from bitwright.model.plain_config import plain_decoder
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Source:
         model_type = _model_type(checkpoint)
         if tokenizer:
             require_tokenizer(folder)
-        fitting_config(checkpoint)
+        require_fitting(checkpoint)
         architecture = architecture_of(model_type)
         if architecture is None or architecture.family is None:
             return cls(checkpoint, model_type, None, None)

@@ -10,7 +10,7 @@ from torch import nn
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Outline
 from bitwright.core.errors import CheckpointError
-from bitwright.model.fitting import built_within, fitting_config
+from bitwright.model.fitting import built_within, require_possible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ class ModelView:
         ``names`` are the names that the tensors would have, if they differ from those in the checkpoint. Raises
         CheckpointError if config.json does not fit the tensors.
         """
-        fitting_config(checkpoint)
+        require_possible(checkpoint)
         from transformers import AutoConfig  # takes seconds, so not for architectures with a description
 
         try:

@@ -177,7 +177,8 @@ class _Walk:
         count = self.number("<Q", what)
         if count > MOST_TEXT:
             raise CheckpointError(
-                f"{self.path}: {what} is a text of {count:,} bytes, more than {MOST_TEXT:,}; it is cut short, or damaged"
+                f"{self.path}: {what} is a text of {count:,} bytes, and {MOST_TEXT:,} are the most; it is cut short, "
+                "or damaged"
             )
         self.entry()
         start = self._past(count, what)
@@ -220,6 +221,6 @@ class _Walk:
             )
         if self.at > MOST_HEADER:
             raise CheckpointError(
-                f"{self.path}: its header has more than {MOST_HEADER:,} bytes, at {what}; no model's has, so it is damaged"
+                f"{self.path}: its header has more than {MOST_HEADER:,} bytes, at {what}; no model's has, it is damaged"
             )
         return start

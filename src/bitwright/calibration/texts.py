@@ -61,7 +61,7 @@ def read_text(source: str, say: Callable[[str], None] = lambda note: None) -> st
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
             raise CalibrationError(f"folder {path} holds no text: no {', '.join(SUFFIXES)} file was found in it")
-        documents = (document for file in files for document in _read_file(file, rows))
+        documents: Iterator[str] = (document for file in files for document in _read_file(file, rows))
     elif path.is_file():
         documents = _read_file(path, rows)
     elif path.suffix in SUFFIXES or path.is_absolute() or source.startswith(".") or path.exists():
@@ -200,6 +200,7 @@ def _parquet(path: Path, rows: _Rows) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         schema = pyarrow.parquet.read_schema(path)
         if TEXT_FIELD not in schema.names:
@@ -210,7 +211,6 @@ def _parquet(path: Path, rows: _Rows) -> Iterator[str]:
         words = [TEXT_FIELD] if str(kind) in ("string", "large_string", "binary", "large_binary") else []
         with pyarrow.parquet.ParquetFile(path, read_dictionary=words) as file:
             _refuse_large(file.metadata, rows)
-            number = 0
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=[TEXT_FIELD], use_threads=False):
                 for value in _values(batch.column(0), rows):
                     number += 1

@@ -113,7 +113,8 @@ class _Ways:
 
     def of(self, length: int) -> float:
         """The number of ways in a text of this length."""
-        return self.choices * (length + 1) ** min(self.repeats, 99) / factorial(min(self.repeats, 99))
+        repeats = min(self.repeats, 99)
+        return self.choices * float(length + 1) ** repeats / factorial(repeats)
 
     def then(self, part: "_Ways", times: int = 1) -> None:
         """Add a part that follows, so many times."""

@@ -35,9 +35,11 @@ SCALARS = {
 
 @dataclass(frozen=True)
 class Listed:
-    """A list that was passed over: the number of its values."""
+    """A list that was passed over: the number of its values, their type, and where the first of them begins."""
 
     count: int
+    element: ValueType
+    start: int
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """The contents of a header: metadata, and tensors by name in order; ``nbytes`` is where the last of them ends."""
+    """The contents of a header: metadata with their types, and tensors by name in order.
+
+    ``nbytes`` is where the last of them ends.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
+    types: Mapping[str, ValueType]
     tensors: Mapping[str, Stored]
     alignment: int
     nbytes: int
@@ -79,17 +85,27 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: cannot be read as a GGUF file: {error}") from None
 
 
+def read_list(header: Header, key: str) -> list[Any]:
+    """Read a list of the metadata, which ``read_header`` passed over. Raises CheckpointError."""
+    try:
+        with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Walk(header.path, data).listed(key, header.metadata[key])
+    except OSError as error:
+        raise CheckpointError(f"{header.path}: cannot be read as a GGUF file: {error}") from None
+
+
 def _header(path: Path, walk: "_Walk") -> Header:
     version = walk.number("<I", "its version")
     if version not in VERSIONS:
         raise CheckpointError(f"{path}: is GGUF of version {version}; read are {VERSIONS}, for little-endian machines")
     tensors, keys = walk.number("<Q", "how many tensors"), walk.number("<Q", "how many keys")
-    metadata: dict[str, Any] = {}
+    metadata, types = dict[str, Any](), dict[str, ValueType]()
     for _ in range(keys):
         key = walk.text("a key of the metadata")
         if key in metadata:
             raise CheckpointError(f"{path}: says {key} twice; the file is damaged")
-        metadata[key] = walk.value(walk.number("<I", key), key)
+        kind = walk.number("<I", key)
+        metadata[key], types[key] = walk.value(kind, key), ValueType(kind)
     listed = list(_tensors(walk, tensors))
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= MOST_HEADER:
@@ -98,7 +114,7 @@ def _header(path: Path, walk: "_Walk") -> Header:
     entries = [_placed(path, begins, alignment, *tensor) for tensor in listed]
     _refuse(path, entries, len(walk.data))
     ends = max((entry.start + entry.nbytes for entry in entries), default=begins)
-    return Header(path, metadata, {entry.name: entry for entry in entries}, alignment, ends)
+    return Header(path, metadata, types, {entry.name: entry for entry in entries}, alignment, ends)
 
 
 def _tensors(walk: "_Walk", count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
@@ -199,16 +215,24 @@ class _Walk:
             )
         element, count = self.number("<I", key), self.number("<Q", key)
         if element in SCALARS:
-            self._past(count * Struct(SCALARS[ValueType(element)]).size, key)
-            return Listed(count)
+            start = self._past(count * Struct(SCALARS[ValueType(element)]).size, key)
+            return Listed(count, ValueType(element), start)
         if element != ValueType.STRING:
             raise CheckpointError(
                 f"{self.path}: {key} is a list of type {element}, which is not read; the file is damaged"
             )
+        start = self.at
         for _ in range(count):
             self.entry()
             self._past(self.number("<Q", key), key)
-        return Listed(count)
+        return Listed(count, ValueType.STRING, start)
+
+    def listed(self, key: str, values: Listed) -> list[Any]:
+        """Read a list that was passed over."""
+        self.at = values.start
+        if values.element != ValueType.STRING:
+            return [self.number(SCALARS[values.element], key) for _ in range(values.count)]
+        return [self.text(key) for _ in range(values.count)]
 
     def _past(self, count: int, what: str) -> int:
         """Pass the next bytes, and return where they begin."""

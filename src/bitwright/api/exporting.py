@@ -80,6 +80,7 @@ def export(
     single = isinstance(to, FileFormat) and to.single
     refuse_output(folder, output, overwrite, single)
     model, shard_bytes = QuantizedFolder.open(folder), size_in_bytes(shard_size, "shard size")
+    require_fitting(model.checkpoint)
     account = read_account(folder) or Account()
     along = {} if account == Account() else account.without_digests.to_json()
     options = WriteOptions(lossy, embeddings, None if base is None else Path(base), along)

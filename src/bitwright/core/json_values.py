@@ -10,8 +10,8 @@ from typing import Any
 
 from bitwright.core.errors import CheckpointError, shown
 
-MOST_VALUES = 5_000_000
-"""The most values in one file; an index of 200,000 tensors has as many, the largest tokenizer.json 2 million."""
+MOST_VALUES = 2_500_000
+"""The most values in one file; the largest tokenizer.json that is known has 2 million."""
 MOST_LEVELS = 100
 """The most levels of lists and objects in each other; real files have fewer than 20."""
 

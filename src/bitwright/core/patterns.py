@@ -5,7 +5,7 @@ have exponentially many; k of them one after the other have about n**k / k! in a
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from math import factorial
 from time import process_time
 from typing import Any
@@ -14,8 +14,11 @@ from bitwright.core.errors import CheckpointError, shown
 
 MOST_CHARACTERS, MOST_STEPS = 1000, 10**8
 """The most characters of a pattern, and the most steps of one match: about a second."""
-MOST_PATTERNS, MOST_SECONDS = 20_000, 4.0
-"""The most patterns of a config, and the most seconds in which they are matched with all names of tensors."""
+MOST_TEXTS, MOST_PATTERNS, MOST_SECONDS = 100_000, 4_000, 4.0
+"""The most texts of a config beside one for each tensor, the most patterns among them, and the most seconds.
+
+In so many seconds the patterns have to be matched with all names of tensors. Names in the form of a pattern are none.
+"""
 MARKS = ("re:", "+:", "-:")
 """The beginnings of patterns in compressed-tensors' and GPTQModel's configs."""
 
@@ -24,6 +27,8 @@ class PatternError(CheckpointError):
     """A regular expression that is none, or that could take for ever."""
 
 
+_NAME = re.compile(r"\^?(?:[\w\-/ .]|\\[.\-_/])*\$?")
+"""A name in the form of a pattern, which matches in one way."""
 _PART = re.compile(
     r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?#[^)]*\)|\((?:\?(?:P<\w+>|<?[=!]|[aiLmsux-]*:|>|P=))?|.", re.DOTALL
 )
@@ -36,13 +41,20 @@ def check_patterns(config: object, names: Collection[str]) -> None:
 
     Raises PatternError for a pattern that is none, or that takes too long.
     """
-    longest = max(map(len, names), default=0)
-    compiled = [checked(pattern, longest) for pattern in dict.fromkeys(_patterns(config))]
-    if len(compiled) > MOST_PATTERNS:
+    texts = _texts(config)
+    if len(texts) > MOST_TEXTS + len(names):
         raise PatternError(
-            f"its quantization_config has {len(compiled):,} regular expressions, more than {MOST_PATTERNS:,}; name the "
+            f"its quantization_config has {len(texts):,} names and other texts, far more than there are tensors "
+            f"({len(names):,}); download or quantize the model again"
+        )
+    longest = max(map(len, names), default=0)
+    patterns = list(dict.fromkeys(_patterns(texts)))
+    if len(patterns) > MOST_PATTERNS:
+        raise PatternError(
+            f"its quantization_config has {len(patterns):,} regular expressions, more than {MOST_PATTERNS:,}; name the "
             "linears instead"
         )
+    compiled = [checked(pattern, longest) for pattern in patterns]
     ends = process_time() + MOST_SECONDS
     for pattern in compiled:
         for name in names:
@@ -75,9 +87,10 @@ def checked(pattern: str, longest: int) -> re.Pattern[str]:
     return compiled
 
 
-def _patterns(value: Any) -> Iterator[str]:
-    """Yield the texts in a config that are, or that some library takes for, patterns with repetitions."""
-    waiting = [value]
+def _texts(config: object) -> list[str]:
+    """All texts in a config, keys too."""
+    texts: list[str] = []
+    waiting: list[Any] = [config]
     while waiting:
         inner = waiting.pop()
         if isinstance(inner, dict):
@@ -85,10 +98,17 @@ def _patterns(value: Any) -> Iterator[str]:
         elif isinstance(inner, list):
             waiting += inner
         elif isinstance(inner, str):
-            marked = inner.startswith(MARKS)
-            text = inner[inner.index(":") + 1 :] if marked else inner
-            if marked or (any(mark in text for mark in "*+{") and _compiles(text)):
-                yield text
+            texts.append(inner)
+    return texts
+
+
+def _patterns(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts that are, or that some library takes for, patterns with choices."""
+    for text in texts:
+        marked = text.startswith(MARKS)
+        pattern = text[text.index(":") + 1 :] if marked else text
+        if _NAME.fullmatch(pattern) is None and (marked or (any(c in pattern for c in "*+{?|") and _compiles(pattern))):
+            yield pattern
 
 
 def _compiles(text: str) -> bool:

@@ -17,6 +17,7 @@ from bitwright.core.progress import Listener, silent
 from bitwright.core.quantized import Difference
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
 from bitwright.formats import QuantizedFolder
+from bitwright.model.fitting import require_fitting
 from bitwright.prepare.format_choice import refuse_idle, target
 from bitwright.prepare.resources import refuse_output
 from bitwright.stream.memory import peak_memory

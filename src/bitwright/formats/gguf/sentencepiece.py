@@ -13,7 +13,7 @@ from typing import Any
 from bitwright.core.errors import CheckpointError
 
 BPE = 2
-MOST_PIECES = 2**20  # the largest vocabularies have 262,144
+MOST_PIECES = 2**19  # the largest vocabularies have 262,144
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """The types of pieces; GGUF has the same numbers for them."""
 VARINT, EIGHT, BYTES, FOUR = 0, 1, 2, 5

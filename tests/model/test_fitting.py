@@ -11,6 +11,7 @@ import torch
 from tests.conftest import Checkpoints, save_tokenizer
 
 import bitwright
+from bitwright.api.benching import bench
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.model import fitting
@@ -28,7 +29,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("gpt2") / "model"
-    sizes = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    sizes: dict[str, Any] = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
@@ -80,9 +81,9 @@ def test_sizes_that_no_tensor_has(kind: str, changes: dict[str, Any], says: str,
 @pytest.mark.parametrize("call", [
     lambda folder, out: bitwright.load(folder),
     lambda folder, out: bitwright.evaluate(folder, seqlen=16, windows=1),
-    lambda folder, out: bitwright.quantize(folder, out, scheme=SCHEME, method="rtn"),
+    lambda folder, out: bitwright.quantize(bitwright.Recipe(str(folder), SCHEME, "rtn"), out),
     lambda folder, out: bitwright.export(folder, out, format="gptq"),
-    lambda folder, out: bitwright.bench(folder),
+    lambda folder, out: bench(folder),
     lambda folder, out: model_config(Checkpoint.open(folder)),
     lambda folder, out: ModelView.of(Checkpoint.open(folder)),
 ], ids=["load", "evaluate", "quantize", "export", "bench", "config", "view"])  # fmt: skip
@@ -98,7 +99,7 @@ def test_inspect_builds_nothing(lying: Callable[..., Path]) -> None:
 
 
 def test_verify_says_so(tiny: Checkpoints, tmp_path: Path) -> None:
-    bitwright.quantize(tiny(), tmp_path / "out", scheme=SCHEME, method="rtn")
+    bitwright.quantize(bitwright.Recipe(str(tiny()), SCHEME, "rtn"), tmp_path / "out")
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     (tmp_path / "out" / CONFIG).write_text(json.dumps(config | {"num_labels": 10**9}))
     checks = bitwright.verify(tmp_path / "out", logits=False).checks

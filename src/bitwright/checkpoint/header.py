@@ -106,9 +106,9 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     data_start = LENGTH_BYTES + len(raw)
     claims = parse_object(raw, f"{path}: safetensors header", MAX_SIZES)
+    metadata = _checked_metadata(path, claims.pop(METADATA, {}))
     if len(claims) > MAX_TENSORS:
         raise CheckpointError(f"{path}: {len(claims):,} tensors in one file; more than {MAX_TENSORS:,} is never real")
-    metadata = _checked_metadata(path, claims.pop(METADATA, {}))
     with uncollected():
         entries = {name: _checked_entry(path, name, claim, data_start) for name, claim in claims.items()}
     _check_layout(path, list(entries.values()), data_start, status.st_size)

@@ -127,7 +127,7 @@ def _slices_are_transposed(name: str, shapes: Shapes, hidden: int | None, orders
         return own
     if not orders:  # once for all experts: looking at every tensor for each of them would take for ever
         for other, shape in shapes.items():
-            order = None if other.endswith("bias") else _transposed_by_shape(other, shape, hidden)
+            order = None if len(shape) < 2 or other.endswith("bias") else _transposed_by_shape(other, shape, hidden)
             if order is not None:
                 orders.setdefault(_parent(other), order)
         orders.setdefault("", False)

@@ -199,4 +199,4 @@ def _has(parts: list[Mapping[str, Any]], **wanted: Any) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file. Raises CheckpointError."""
-    return {} if not path.is_file() else parse_object(read_small(path), str(path))
+    return {} if not path.is_file() else parse_object(read_small(path), f"{path}: cannot be read")

@@ -1,6 +1,7 @@
 """MLC-LLM's folders read back: every preset, and every way in which a folder can be damaged."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "type": (indexed(lambda said: tensor(said, 0).update(dtype="e4m3")), r"is e4m3 .* which is not read"),
     "within": (indexed(lambda said: tensor(said, 1).update(byteOffset=4)), r"within another tensor or beyond its end"),
     "beyond": (indexed(lambda said: tensor(said, -1).update(byteOffset=10**9)), r"beyond its end"),
+    "endless": (indexed(lambda said: tensor(said, 1).update(byteOffset=1e999)), r"is no index of MLC-LLM's weights"),
+    "huge": (indexed(lambda said: tensor(said, 1).update(byteOffset=2**100)), r"a size or place that no file has"),
+    "wrapped": (
+        indexed(lambda said: tensor(said, 0).update(shape=[2**40, 2**40], nbytes=0)),
+        r"and 0 bytes; the index is damaged",
+    ),
+    "ranks": (indexed(lambda said: tensor(said, 0).update(shape=[1] * 10**6)), r"a size or place that no file has"),
+    "long": (lambda folder: os.truncate(folder / INDEX, 2**40), r"and such a file is never longer than"),
     "fewer": (indexed(lambda said: said["records"][0]["records"].pop()), r"has bytes after its last tensor"),
     "elsewhere": (indexed(lambda said: said["records"][0].update(dataPath="../x.bin")), r"no shard beside it"),
     "empty": (indexed(lambda said: said.pop("records")), r"is no index of MLC-LLM's weights"),

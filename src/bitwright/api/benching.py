@@ -138,7 +138,6 @@ def _transformers(model: Path, against: Path | None, lengths: _Lengths, device: 
     for folder in (model, *([] if against is None else [against])):
         if folder.is_file():
             raise CheckpointError(f"--against {folder} is a file; engine transformers compares folders")
-        open_checkpoint(folder)
         _require_room(folder, max(lengths.prompt, lengths.tokens))
     if against is not None:
         require_same_folders(model, against)
@@ -148,7 +147,7 @@ def _transformers(model: Path, against: Path | None, lengths: _Lengths, device: 
 
 def _require_room(folder: Path, tokens: int) -> None:
     """Raise UserError if more tokens are asked for than a model takes."""
-    longest = getattr(model_config(folder), "max_position_embeddings", None)
+    longest = getattr(model_config(open_checkpoint(folder)), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise UserError(
             f"{folder} takes {longest} tokens at most, and {tokens} were asked for; give --prompt and --tokens of at "

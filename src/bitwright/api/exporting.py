@@ -18,6 +18,7 @@ from bitwright.core.progress import Listener, silent
 from bitwright.core.quantized import Difference
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
 from bitwright.formats import QuantizedFolder
+from bitwright.model.fitting import require_fitting
 from bitwright.prepare.format_choice import refuse_idle, target
 from bitwright.prepare.resources import refuse_output
 from bitwright.stream.memory import peak_memory
@@ -81,6 +82,7 @@ def export(
     single = isinstance(to, FileFormat) and to.single
     refuse_output(folder, output, overwrite, single)
     model, shard_bytes = QuantizedFolder.open(folder), size_in_bytes(shard_size, "shard size")
+    require_fitting(model.checkpoint)
     account = read_account(folder) or Account()
     along = {} if account == Account() else account.without_digests.to_json()
     options = WriteOptions(lossy, embeddings, None if base is None else Path(base), along)

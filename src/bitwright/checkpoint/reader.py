@@ -15,9 +15,12 @@ from bitwright.checkpoint.layout import CONFIG, INDEX, find_weights, read_bytes,
 from bitwright.checkpoint.ranges import Stored, is_finite_tensor, new_digest, read_into, require_finite
 from bitwright.core.block import Outline
 from bitwright.core.errors import CheckpointError, nearest
+from bitwright.core.patterns import PatternError, check_patterns
 from bitwright.core.tensor_bytes import memory_of
 
 SAMPLE_BYTES = 64 * 1024
+LAST_SECOND = 253_402_300_800
+"""The first second of the year 10,000."""
 
 
 class Checkpoint:
@@ -42,7 +45,12 @@ class Checkpoint:
         """
         folder = Path(folder)
         try:
-            return cls(folder, read_config(folder), *find_weights(folder))
+            config = read_config(folder)
+            checkpoint = cls(folder, config, *find_weights(folder))
+            check_patterns(config.get("quantization_config"), checkpoint.names)
+            return checkpoint
+        except PatternError as error:
+            raise CheckpointError(f"{folder / CONFIG}: {error}") from None
         except OSError as error:  # a folder that may not be listed, a disk that fails
             raise CheckpointError(f"{folder}: cannot be read: {error}") from error
 
@@ -219,6 +227,8 @@ def _weights_fingerprint(header: Header) -> str:
 def _time_written(header: Header) -> str:
     """The time at which the file was last written to, to the nanosecond, UTC."""
     seconds, rest = divmod(header.mtime_ns, 10**9)
+    if not 0 <= seconds < LAST_SECOND:  # a file system may hold any time, Python none after the year 9999
+        return f"{seconds} seconds after 1970.{rest:09d}"
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
 
 

@@ -31,6 +31,7 @@ from bitwright.core.registry import format_of, names
 from bitwright.core.scheme import Scheme
 from bitwright.formats import CONFIG, QuantizedFolder, is_made_dense, is_read
 from bitwright.model.config import read_config, without_hub_kernels
+from bitwright.model.fitting import built_within, require_fitting
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.steps.activations import quantize_activations, quantize_attention
 
@@ -140,11 +141,11 @@ def load_model(
     random ones.
     """
     logging.disable_progress_bar()
+    checkpoint = open_checkpoint(folder)
+    require_fitting(checkpoint)
     try:
-        with (
-            redirect_stderr(StringIO()),
-            without_hub_kernels(),
-        ):  # compressed-tensors shows a bar per model that cannot be switched off
+        # compressed-tensors shows a bar per model that cannot be switched off
+        with built_within(checkpoint), redirect_stderr(StringIO()), without_hub_kernels():
             loaded, report = _from_folder(folder, dtype) if tensors is None else _from_tensors(folder, dtype, tensors)
     except CheckpointError:
         raise

@@ -129,7 +129,7 @@ def _in_cache(options: TaskOptions, folders: Sequence[Path]) -> Path:
 
 def _context(folder: Path) -> int:
     """The number of tokens in the model's context."""
-    named = getattr(model_config(folder), "max_position_embeddings", None)
+    named = getattr(model_config(open_checkpoint(folder)), "max_position_embeddings", None)
     return named if isinstance(named, int) and named > 0 else DEFAULT_CONTEXT
 
 

@@ -16,9 +16,12 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Family
 from bitwright.core.decoder import Decoder, OddConfigError
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
+from bitwright.core.json_values import refuse_too_many, uncollected
 from bitwright.core.registry import architecture_of, described
+from bitwright.core.small_file import read_small
 from bitwright.formats import refuse_engine_file
 from bitwright.model.config import model_config
+from bitwright.model.fitting import require_fitting
 from bitwright.model.plain_config import plain_decoder
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ class Source:
         model_type = _model_type(checkpoint)
         if tokenizer:
             require_tokenizer(folder)
+        require_fitting(checkpoint)
         architecture = architecture_of(model_type)
         if architecture is None or architecture.family is None:
             return cls(checkpoint, model_type, None, None)
@@ -66,7 +70,7 @@ class Source:
         if decoder is not None:
             _check_blocks(checkpoint, decoder.blocks)
             return cls(checkpoint, model_type, None, architecture.family(checkpoint.config), decoder)
-        config = model_config(folder)
+        config = model_config(checkpoint)
         _check_blocks(checkpoint, getattr(config, "num_hidden_layers", 1))
         with blaming_the_config(folder):
             return cls(checkpoint, model_type, config, architecture.family(config.to_dict()))
@@ -91,10 +95,11 @@ class Source:
 
 def family_of(folder: Path) -> Family | None:
     """Find the family of the model in a folder; None for an architecture without one. Raises CheckpointError."""
-    architecture = architecture_of(_model_type(open_checkpoint(folder)))
+    checkpoint = open_checkpoint(folder)
+    architecture = architecture_of(_model_type(checkpoint))
     if architecture is None or architecture.family is None:
         return None
-    config = model_config(folder)
+    config = model_config(checkpoint)
     with blaming_the_config(folder):
         return architecture.family(config.to_dict())
 
@@ -175,8 +180,11 @@ def _check_tokenizer_file(path: Path) -> None:
     """Raise CheckpointError for a file that is clearly no tokenizer, because the result would get a copy of it."""
     again = "copy it from the original repository again"
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        raw = read_small(path)
+        refuse_too_many(raw, str(path))
+        with uncollected():
+            content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}; {again}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a JSON object was expected, found a {type(content).__name__}; {again}")

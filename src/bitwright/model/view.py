@@ -9,7 +9,9 @@ from torch import nn
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Outline
+from bitwright.core.errors import CheckpointError
 from bitwright.model.config import read_config, without_hub_kernels
+from bitwright.model.fitting import built_within, require_possible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,12 +51,16 @@ class ModelView:
     def of(cls, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> "ModelView | None":
         """The view of an architecture that transformers knows, without remote code; None for any other.
 
-        ``names`` are the names that the tensors would have, if they differ from those in the checkpoint.
+        ``names`` are the names that the tensors would have, if they differ from those in the checkpoint. Raises
+        CheckpointError if config.json does not fit the tensors.
         """
+        require_possible(checkpoint)
         try:
             config = read_config(checkpoint.folder)  # takes seconds, so not for architectures with a description
-            with torch.device("meta"), without_hub_kernels():
+            with torch.device("meta"), built_within(checkpoint), without_hub_kernels():
                 return cls.of_model(_class(config)._from_config(config), checkpoint.names if names is None else names)
+        except CheckpointError:
+            raise
         except Exception:  # transformers raises anything for a config that it does not know
             return None
 

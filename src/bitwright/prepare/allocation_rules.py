@@ -12,6 +12,7 @@ from bitwright.core.errors import CheckpointError, RecipeError, SchemeError, sho
 from bitwright.core.json_values import parse_object
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import NAMED, Allocation, Scheme
+from bitwright.core.small_file import require_regular
 from bitwright.core.weight import starred
 
 LARGEST_FILE = 2**26
@@ -192,6 +193,7 @@ def _read(path: Path) -> tuple[Scheme | None, dict[str, Scheme | None]]:
     """The default scheme that an allocation file names, if any, and the schemes of its linears. Raises RecipeError."""
     form = '{"scheme": "W4A16g128", "linears": {"NAME": "W8A16g128", "NAME": null}}'
     try:
+        require_regular(path, RecipeError)
         if path.stat().st_size > LARGEST_FILE:
             raise RecipeError(f"--allocation {path}: {path.stat().st_size} bytes are too many; it reads {form}")
         content = parse_object(path.read_bytes(), f"--allocation {path}")

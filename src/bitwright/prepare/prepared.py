@@ -39,7 +39,7 @@ class Prepared:
     """Everything that a run needs, checked.
 
     ``expected`` is the format as far as it is known before the methods have decided. ``scales`` is the dtype that
-    scales and outliers are stored in. ``note`` says which methods are left out, None if all are run.
+    scales and outliers are stored in. ``note`` says which methods and rows of text are left out, None if none is.
     """
 
     question: Question
@@ -173,7 +173,9 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
         known = inventory.foreseen(checkpoint.names, allocation)
         question.target.check(checkpoint.config, checkpoint.folder, write_options(recipe), known)
     learned = _learned(question, source, allocation, configuration)
-    tokens = way.read_calibration(question)
+    notes = [] if note is None else [note]
+    tokens = way.read_calibration(question, notes.append)
+    note = "; ".join(notes) or None
     return Prepared(question, source, way, tokens, allocation, configuration, format, scales, note, learned)
 
 

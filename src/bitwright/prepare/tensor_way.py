@@ -1,5 +1,6 @@
 """A model gone through tensor by tensor: what needs neither calibration data nor a model, whatever the architecture."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,7 +58,7 @@ class TensorWay:
         in_units = tuple(units(division, checkpoint))
         return cls(source, in_units, _inventory(division, in_units, view, checkpoint, tied), pick_device(device))
 
-    def read_calibration(self, question: Question) -> Int[Tensor, "N T"] | None:
+    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Int[Tensor, "N T"] | None:
         """None: no calibration data are needed."""
         sequence_length(question.recipe.seqlen, self.source.longest)
         return None

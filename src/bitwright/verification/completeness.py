@@ -12,6 +12,7 @@ from bitwright.core.errors import CheckpointError
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import QuantizedFolder
 from bitwright.model.config import SETTINGS, apart
+from bitwright.model.fitting import require_fitting
 from bitwright.model.view import ModelView
 from bitwright.verification.findings import Check, first, lacking
 
@@ -46,7 +47,12 @@ def complete(model: QuantizedFolder, original: Shapes | None, by_config: bool = 
     if by_config and not str(wrong):
         if blocks := _too_many_blocks(model):
             return Check("complete", False, blocks)
-        view = ModelView.of(model.checkpoint, there)
+        try:
+            view = ModelView.of(model.checkpoint, there)
+            if view is None:
+                require_fitting(model.checkpoint)
+        except CheckpointError as error:
+            return Check("complete", False, str(error))
         if view is not None:
             wrong = _by_architecture(model, there, view)
             passed.append(f"all {len(there)} tensors of the architecture, in their shapes")
@@ -63,6 +69,8 @@ def require_all_tensors(model: QuantizedFolder) -> None:
     Tensors that it does not use do no harm, and architectures that transformers does not know pass.
     """
     there, wrong = _there(model), _too_many_blocks(model)
+    if wrong is None:
+        require_fitting(model.checkpoint)
     if wrong is None and (view := ModelView.of(model.checkpoint, there)) is not None:
         wrong = lacking(_by_architecture(model, there, view).missing)
     if wrong:

@@ -7,6 +7,7 @@ from typing import Any
 
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.json_values import parse_object
+from bitwright.core.small_file import read_small
 from bitwright.formats.gguf.file import Entry, count, flag, integers, numbers, text, texts
 from bitwright.formats.gguf.sentencepiece import parse
 from bitwright.formats.gguf.vocabulary import BASE, Vocabulary, from_json, from_model
@@ -107,7 +108,7 @@ def _vocabulary(folder: Path, described: Mapping[str, Any]) -> Vocabulary:
         return from_model(file)
     try:
         by_pieces = bool(described["model"].get("byte_fallback")) and file.exists()
-        return from_json(described, parse(file.read_bytes(), str(file)) if by_pieces else None)
+        return from_json(described, parse(read_small(file), str(file)) if by_pieces else None)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder / TOKENIZER}: is not what tokenizers writes ({error!r})") from None
 
@@ -149,13 +150,13 @@ def _chat(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, dict[s
     named = {}
     if isinstance(stated, list):
         named = {str(template["name"]): str(template["template"]) for template in stated}
-    default = file.read_text(encoding="utf-8") if file.exists() else named.pop("default", None)
+    default = read_small(file).decode("utf-8") if file.exists() else named.pop("default", None)
     return (stated if isinstance(stated, str) and default is None else default), named
 
 
 def _object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file."""
     try:
-        return parse_object(file.read_bytes(), str(file)) if file.exists() else {}
+        return parse_object(read_small(file), str(file)) if file.exists() else {}
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error

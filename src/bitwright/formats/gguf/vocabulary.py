@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.small_file import read_small
 from bitwright.formats.gguf.pretokenizers import of_bytes, pre_tokenizer
 from bitwright.formats.gguf.sentencepiece import (
     BPE,
@@ -92,7 +93,7 @@ def from_json(tokenizer: Mapping[str, Any], pieces: SentencePieces | None) -> Vo
 
 def from_model(file: Path) -> Vocabulary:
     """Read the vocabulary of a tokenizer.model. Raises CheckpointError for a damaged one, RecipeError for no BPE."""
-    return _from_pieces(parse(file.read_bytes(), str(file)))
+    return _from_pieces(parse(read_small(file), str(file)))
 
 
 def _byte_level(tokenizer: Mapping[str, Any]) -> Vocabulary:

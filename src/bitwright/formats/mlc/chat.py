@@ -8,6 +8,8 @@ from typing import Any
 
 from bitwright.core.decoder import Config, Decoder
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.json_values import parse_object
+from bitwright.core.small_file import read_small
 from bitwright.formats.mlc.architectures import model_config
 
 CONFIG, VERSION = "mlc-chat-config.json", "0.1.0"
@@ -197,10 +199,4 @@ def _has(parts: list[Mapping[str, Any]], **wanted: Any) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file. Raises CheckpointError."""
-    if not path.is_file():
-        return {}
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return contents if isinstance(contents, dict) else {}
+    return {} if not path.is_file() else parse_object(read_small(path), f"{path}: cannot be read")

@@ -16,6 +16,7 @@ from bitwright.core.json_values import parse_object
 from bitwright.core.panels import row_panels
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
+from bitwright.core.small_file import read_small
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures
 from bitwright.formats.mlc.cache import Cache, Record, read_cache
@@ -31,7 +32,7 @@ def opened(path: Path) -> "MlcFolder":
     """Open a folder of MLC-LLM. Raises CheckpointError for one that is incomplete or damaged."""
     if not (path / CONFIG).is_file():
         raise CheckpointError(f"{path}: has no {CONFIG}; copy the whole folder, or write it again")
-    config = parse_object((path / CONFIG).read_bytes(), str(path / CONFIG))
+    config = parse_object(read_small(path / CONFIG), str(path / CONFIG))
     cache, settings = read_cache(path), config.get("model_config")
     blocks = settings.get("num_hidden_layers", 0) if isinstance(settings, dict) else None
     if not isinstance(blocks, int) or blocks > len(cache.records):

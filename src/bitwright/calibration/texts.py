@@ -66,8 +66,8 @@ def read_text(source: str, say: Callable[[str], None] = lambda note: None) -> st
         documents = _read_file(path, rows)
     elif path.suffix in SUFFIXES or path.is_absolute() or source.startswith(".") or path.exists():
         why = "is no file, but a named pipe or a device" if path.exists() else "there is no text file or folder"
-        said = f"{path} {why}" if path.exists() else f"{why} {path}"
-        raise CalibrationError(f"{said}; name one, 'builtin', or a dataset of the hub")
+        obstacle = f"{path} {why}" if path.exists() else f"{why} {path}"
+        raise CalibrationError(f"{obstacle}; name one, 'builtin', or a dataset of the hub")
     else:
         documents = _dataset(source, rows)
     text = BETWEEN_DOCUMENTS.join(rows.within_bounds(documents))

@@ -120,7 +120,7 @@ def test_missing_key(refused: Refused, write: Write, key: str, says: str) -> Non
         (b"scheme: [", "cannot be read as YAML"),
         (b"\xff\xfe\xff", "cannot be read as YAML"),
         (b"scheme: W4A16\nscheme: W3A16\n", "the key 'scheme' stands twice"),
-        (b"shard-size: 1GB\nshard_size: 2GB\n", "the key 'shard_size' stands twice"),
+        (b"shard-size: 1GB\nshard_size: 2GB\n", ", line 2: the key 'shard_size' stands twice (as shard_size and"),
         (b"a: b\n---\nc: d\n", "cannot be read as YAML"),
         (b"? [a, b]\n: c\n", "cannot be read as YAML"),
         (b"seed: " + b"9" * 5000, "cannot be read as YAML"),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import Checkpoints, contents
+from tests.conftest import Checkpoints, contents, save_tokenizer
+from tests.plugin.experts import save_original
 from transformers import AutoModelForCausalLM
 
 import bitwright
@@ -81,7 +82,7 @@ def test_dense_is_what_the_client_computes(folder: Folder, tmp_path: Path) -> No
 
 def test_what_does_not_fit_is_refused_unless_lossy(folder: Folder, tmp_path: Path) -> None:
     source = folder("W4A16g32", "bitwright", "easyquant")
-    with pytest.raises(RecipeError, match=r"model\.layers\.0\.\S+: a weight .*with \d+ outliers.*--lossy quantizes"):
+    with pytest.raises(RecipeError, match=r"model\.layers\.0\.\S+: a 4-bit .*with \d+ outliers.*--lossy quantizes"):
         bitwright.export(source, tmp_path / "out", format="gptq")
     result = bitwright.export(source, tmp_path / "out", format="gptq", lossy=True)
     assert result.codes_kept < result.linears and 1e-4 < result.largest_error < 0.02
@@ -194,7 +195,7 @@ def test_groups_along_the_output_beside_others(tiny: Checkpoints, tmp_path: Path
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     recipe = Recipe(str(model), "W4A16g128", "easyquant", outliers="0", axis="auto")
     assert 0 < bitwright.quantize(recipe, tmp_path / "folder").per_ic < 14
-    with pytest.raises(RecipeError, match=r"down_proj: a weight in tiles of 128 x 1 .*--lossy"):
+    with pytest.raises(RecipeError, match=r"down_proj: a 4-bit asymmetric weight .* in tiles of 128 x 1 .*--lossy"):
         bitwright.export(tmp_path / "folder", tmp_path / "mlc", format="mlc")
     found = bitwright.export(tmp_path / "folder", tmp_path / "mlc", format="mlc", lossy=True)
     assert 0 < found.codes_kept < found.linears == 14
@@ -242,3 +243,56 @@ def test_the_tokenizer_goes_along(folder: Folder, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder("W4A16g32") / name).read_bytes()
     shutil.rmtree(tmp_path / "out")
+
+
+def test_the_account_and_the_allocation_are_of_the_export(tiny: Checkpoints, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny()), "W3A16g64", "rtn", "bitwright", exclude="*.1.mlp.up_proj")
+    bitwright.quantize(recipe, tmp_path / "folder")
+    result = bitwright.export(tmp_path / "folder", tmp_path / "out", format="awq", lossy=True)
+    account = json.loads((tmp_path / "out/bitwright.json").read_text())
+    allocation = json.loads((tmp_path / "out/allocation.json").read_text())
+    shown = bitwright.inspect(tmp_path / "out")
+    assert account["scheme"] == allocation["scheme"] == shown.scheme == "W4A16g64"
+    assert allocation["linears"]["model.layers.1.mlp.up_proj"] is None and len(allocation["linears"]) == 15
+    assert {row.scheme for row in shown.linears if row.tile} == {"W4A16g64"}
+    rows = [row for block in account["blocks"] for row in block["linears"]]
+    assert not any("scheme" in row for row in rows)
+    assert account["totals"]["bits_per_weight"] == pytest.approx(shown.bits_per_weight)
+    assert account["totals"]["bytes_out"] == result.bytes_out
+
+
+def test_an_export_of_mixed_schemes_says_each(tiny: Checkpoints, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny(num_key_value_heads=4)), "W4A16g32", "rtn", scheme_for="*.down_proj=W8A16g32")
+    bitwright.quantize(recipe, tmp_path / "folder")
+    bitwright.export(tmp_path / "folder", tmp_path / "out", format="gptq")
+    first, second = (json.loads((tmp_path / place / "allocation.json").read_text()) for place in ("folder", "out"))
+    assert first == second
+    before, after = (json.loads((tmp_path / place / "bitwright.json").read_text()) for place in ("folder", "out"))
+    schemes = [[row.get("scheme") for block in said["blocks"] for row in block["linears"]] for said in (before, after)]
+    assert schemes[0] == schemes[1] and before["scheme"] == after["scheme"] == "W4A16g32"
+
+
+@pytest.mark.parametrize("format", ["gptq", "gguf", "mlc"])
+def test_sizes_are_those_of_weight_files(format: str, folder: Folder, tiny: Checkpoints, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    bitwright.quantize(Recipe(str(tiny(eos_token_id=0)), "W4A16g32sym", "rtn"), source)
+    result = bitwright.export(source, tmp_path / "out", format=format)
+    assert result.bytes_in == sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    out = tmp_path / "out"
+    ends = (".safetensors", ".bin")
+    files = [out] if out.is_file() else [path for path in out.iterdir() if path.suffix in ends]
+    assert result.bytes_out == sum(path.stat().st_size for path in files)
+
+
+@pytest.mark.parametrize(("scheme", "exclude", "says"), [
+    ("W4A16g32", None, "cannot load .*experts"),
+    ("W4A16g32sym", "*.1.mlp.experts.3.*", "cannot load .*experts"),
+])  # fmt: skip
+def test_experts_that_transformers_cannot_load(scheme: str, exclude: str | None, says: str, tmp_path: Path) -> None:
+    save_original("Qwen3Moe", tmp_path / "original", torch.bfloat16)
+    save_tokenizer(tmp_path / "original")
+    recipe = Recipe(str(tmp_path / "original"), scheme, "rtn", "bitwright", exclude=exclude)
+    bitwright.quantize(recipe, tmp_path / "folder")
+    with pytest.raises(RecipeError, match=says + r".*Leave it in format bitwright .*--format dense"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format="compressed-tensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "original"]

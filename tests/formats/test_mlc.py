@@ -444,3 +444,16 @@ def test_numbers_too_small_for_float16_are_refused(
     with pytest.raises(CheckpointError, match=says):
         bitwright.export(folder, tmp_path / "mlc", format="mlc")
     assert not (tmp_path / "mlc").exists()
+
+
+def test_an_output_layer_that_was_untied_is_no_other_setting(tiny: Checkpoints, tmp_path: Path) -> None:
+    source = tiny("float16", tied=True)
+    out = quantized(source, tmp_path / "out", "mlc:q4f16_1", format="mlc", quantize_lm_head=True)
+    assert not json.loads((out / chat.CONFIG).read_text())["model_config"]["tie_word_embeddings"]
+    result = bitwright.verify(out, source)
+    assert result.passed, result.checks
+    shuffled = Path(shutil.copytree(source, tmp_path / "other"))
+    tensors = load_file(shuffled / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0)
+    save_file(tensors, shuffled / "model.safetensors", metadata={"format": "pt"})
+    assert not bitwright.verify(out, shuffled, logits=False).passed

@@ -145,10 +145,26 @@ def test_killed_it_goes_on_and_another_allocation_does_not(tiny: Checkpoints, tm
     recipe = Recipe(str(tiny()), "W4A16g32", "rtn", scheme_for=f"*.{DOWN}=W8A16")
     with pytest.raises(KeyboardInterrupt):
         bitwright.quantize(recipe, tmp_path / "out", listener=_stopping)
-    with pytest.raises(bitwright.UserError, match=r"begun with other settings:(?s:.)*scheme_for"):
+    with pytest.raises(bitwright.UserError, match=r"begun with other settings:(?s:.)*down_proj: 'W8A16' -> 'W3A16'"):
         bitwright.quantize(replace(recipe, scheme_for=f"*.{DOWN}=W3A16"), tmp_path / "out")
     bitwright.quantize(recipe, tmp_path / "out")
     assert QuantizedFolder.open(tmp_path / "out").read(f"{BLOCKS[0]}.{DOWN}").grid.bits == 8
+
+
+def test_killed_it_goes_on_if_the_same_schemes_are_said_in_other_words(tiny: Checkpoints, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny()), "W4A16g32", "rtn")
+    first = recipe.changed(scheme_for=["*.q_proj=W8A16", "*.down_proj=W3A16g32"], exclude="*.0.mlp.up_proj")
+    names = [f"{block}.mlp.down_proj" for block in BLOCKS]
+    second = recipe.changed(
+        scheme_for=f"{','.join(names)}=W3A16g32,*.self_attn.q_proj=W8A16", exclude="*.layers.0.*.up_proj"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        bitwright.quantize(first, tmp_path / "out", listener=_stopping)
+    assert bitwright.quantize(second, tmp_path / "out").resumed
+    with pytest.raises(KeyboardInterrupt):
+        bitwright.quantize(first, tmp_path / "other", listener=_stopping)
+    with pytest.raises(bitwright.UserError, match=r"begun with other settings:(?s:.)*kept: "):
+        bitwright.quantize(first.changed(exclude="*.mlp.up_proj"), tmp_path / "other")
 
 
 def _stopping(progress: Any) -> None:
@@ -196,6 +212,12 @@ def test_the_result_names_the_scheme_that_the_linears_have(tiny: Checkpoints, tm
     ),
     ({"scheme_for": "lm_head=W8A16"}, r"--scheme-for lm_head fits lm_head alone, .*--quantize-lm-head quantizes it"),
     ({"scheme_for": "*.q_proj=W8A16", "exclude": "*.q_proj"}, r"fits .*q_proj and 1 more alone, .* --exclude says"),
+    (
+        {"scheme_for": "*.q_proj=W8A16,*layernorm*=W8A16"},
+        r"layernorm\* fits .*norm and 3 more alone, which stay in full precision: .* they are no linears",
+    ),
+    ({"scheme_for": "*.0.*=W8A16", "exclude": "*.0.*"}, r"fits \S+ and 6 more alone, which stay in full precision"),
+    ({"scheme": "W8A16g32real", "format": "gguf"}, "gguf cannot hold 8-bit weights with a real-valued zero in these"),
     ({"scheme_for": "*.q_proj=W4A8"}, r"has other activations or KV cache than W4A16g32.*; write W4A16"),
     ({"scheme_for": "*.q_proj=mlc:q4f16_1"}, "the grid of an engine is that of the whole model"),
     (
@@ -252,6 +274,46 @@ def test_a_file_that_is_no_allocation_of_this_model(content: str, says: str, tin
         bitwright.plan(recipe)
     with pytest.raises(RecipeError, match=r"--allocation .*b\.json cannot be read: No such file"):
         bitwright.plan(replace(recipe, allocation=str(tmp_path / "b.json")))
+
+
+def test_a_file_that_names_only_some_linears(tiny: Checkpoints, tmp_path: Path) -> None:
+    """Such as one of a model with fewer blocks; what is left gets the default, and that is said."""
+    whole = json.loads(_allocation_of(tiny(num_hidden_layers=1), tmp_path / "one"))
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    recipe = Recipe(str(tiny()), "W3A16g32", "rtn", allocation=str(tmp_path / "a.json"))
+    says = "the allocation file names 8 of 15 linears; the others get W3A16g32. It may be of a model with 1 blocks"
+    assert any(note.startswith(says) for note in bitwright.plan(recipe).notes)
+    result = bitwright.quantize(recipe, tmp_path / "out")
+    assert sum(note.startswith(says) for note in result.notes) == 1
+    account = json.loads((tmp_path / "out/bitwright.json").read_text())
+    assert any(note.startswith(says) for note in account["notes"])
+    (tmp_path / "a.json").write_text(json.dumps({"linears": {f"{BLOCKS[0]}.{DOWN}": "W8A16"}}))
+    (note,) = (note for note in bitwright.plan(recipe).notes if "allocation" in note)
+    assert note == "the allocation file names 1 of 15 linears; the others get W3A16g32"
+    (tmp_path / "a.json").write_text(_allocation_of(tiny(), tmp_path / "two"))
+    assert not any("allocation" in note for note in bitwright.plan(recipe).notes)
+
+
+def _allocation_of(model: Path, folder: Path) -> str:
+    bitwright.quantize(Recipe(str(model), "W4A16g32", "rtn"), folder)
+    return (folder / "allocation.json").read_text()
+
+
+def test_a_file_with_a_byte_order_mark(tiny: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"linears": {f"{BLOCKS[0]}.{DOWN}": "W8A16"}}), encoding="utf-8-sig")
+    plan = bitwright.plan(Recipe(str(tiny()), "W4A16g32", "rtn", allocation=str(tmp_path / "a.json")))
+    assert "schemes of their own: W8A16 for 1 linear" in plan.notes
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_file_of_nothing_but_null(method: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    linears = json.loads(_allocation_of(tiny(), tmp_path / "first"))["linears"]
+    (tmp_path / "a.json").write_text(json.dumps({"linears": dict.fromkeys(linears)}))
+    text = None if method == "rtn" else "builtin"
+    recipe = Recipe(str(tiny()), "W4A16g32", method, calibration=text, allocation=str(tmp_path / "a.json"))
+    with pytest.raises(RecipeError, match=r"--allocation leaves nothing: give linears in the file a scheme") as error:
+        bitwright.plan(recipe)
+    assert "--include" not in str(error.value)
 
 
 def test_what_counts_before_what(tiny: Checkpoints, tmp_path: Path) -> None:

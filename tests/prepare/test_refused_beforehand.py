@@ -202,15 +202,39 @@ def test_an_export_of_what_only_our_format_holds(format: str, tiny: Checkpoints,
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_an_export_of_groups_along_the_output(tiny: Checkpoints, tmp_path: Path) -> None:
-    bitwright.quantize(Recipe(str(tiny()), "W4A16g32", "rtn", "bitwright"), tmp_path / "folder")
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+@pytest.mark.parametrize("format", ["awq", "gptq", "compressed-tensors", "gguf"])
+def test_an_export_of_groups_along_the_output(format: str, tiny: Checkpoints, tmp_path: Path) -> None:
     last = "model.layers.1.self_attn.v_proj"
-    config["quantization_config"]["exceptions"] = {last: {"tile": [32, 1], "outliers": 0}}
-    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RecipeError, match=rf"{last}: a weight in tiles of 32 x 1 cannot be held exactly.*--lossy"):
-        bitwright.export(tmp_path / "folder", tmp_path / "out", format="awq")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    recipe = Recipe(str(tiny(eos_token_id=0)), "W4A16g32", "rtn", "bitwright", scheme_for=f"{last}=W4A16g32ic")
+    bitwright.quantize(recipe, tmp_path / "folder")
+    begun: list[object] = []
+    with pytest.raises(RecipeError, match=rf"{last}: a 4-bit .* in tiles of 32 x 1 cannot be held exactly.*--lossy"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format=format, listener=begun.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and not begun
+
+
+@pytest.mark.parametrize(("format", "lossy", "scheme", "own", "says"), [
+    ("awq", False, "W4A16g32", "W8A16g32", "8-bit asymmetric weight .* cannot be held exactly"),
+    ("awq", False, "W4A16g32sym", "W3A16g32", "on another grid than most linears; format awq has one for all"),
+    ("awq", True, "W4A16g32sym", "W8A16g32", "on another grid than most linears; format awq has one for all"),
+    ("gptq", False, "W4A16g32", "W4A16g32sym", "one version for symmetric and one for asymmetric"),
+    ("gptq", False, "W4A16g32", "W4A16g32real", "4-bit weight with a real-valued zero .* cannot be held exactly"),
+    ("gguf", False, "W4A16g32", "W8A16g32real", "8-bit weight with a real-valued zero .* cannot be held exactly"),
+    ("gguf", False, "W4A16g32", "W4A16g16", "in tiles of 1 x 16 cannot be held exactly"),
+    ("mlc", False, "W4A16g32sym", "W8A16g32sym", "8-bit symmetric weight .* cannot be held exactly in MLC-LLM"),
+    ("mlc", False, "W4A16g32sym", "W4A16g16sym", "in tiles of 1 x 16 cannot be held exactly"),
+])  # fmt: skip
+def test_an_export_of_linears_that_do_not_go_together(
+    format: str, lossy: bool, scheme: str, own: str, says: str, tiny: Checkpoints, tmp_path: Path
+) -> None:
+    """Headers and config.json tell, so nothing is begun; the odd linear is the last."""
+    last = "model.layers.1.mlp.down_proj"
+    recipe = Recipe(str(tiny(eos_token_id=0)), scheme, "rtn", "bitwright", scheme_for=f"{last}={own}")
+    bitwright.quantize(recipe, tmp_path / "folder")
+    begun: list[object] = []
+    with pytest.raises(RecipeError, match=f"{last}: .*{says}"):
+        bitwright.export(tmp_path / "folder", tmp_path / "out", format=format, lossy=lossy, listener=begun.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and not begun
 
 
 def test_an_export_of_linears_on_two_grids(tiny: Checkpoints, tmp_path: Path) -> None:

@@ -25,14 +25,14 @@ from bitwright.stream.memory import peak_memory
 from bitwright.stream.parts import PartWriter
 from bitwright.verification.engine_files import require_sound_file
 from bitwright.verification.soundness import require_sound
-from bitwright.written.beside_weights import copy_along, write_config
-from bitwright.written.finishing import bytes_of, leaving_nothing
+from bitwright.written.beside_weights import copy_along, write_allocation, write_config
+from bitwright.written.finishing import leaving_nothing, weight_bytes_of
 from bitwright.written.sink import JOURNAL, Sink
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export; sizes are in bytes.
+    """The result of an export; sizes are in bytes, of the weight files that were read and of those that were written.
 
     Of ``linears``, ``exact`` compute the same weights, and ``codes_kept`` have the same codes; the rest was quantized
     again. Errors are ``|Wq - Wx|^2 / |Wq|^2`` between the weights Wq that were read and the weights Wx of the new
@@ -100,7 +100,7 @@ def export(
             conversion = Conversion(model, PartWriter(work.work, to, to), lossy)
             differences = _convert(conversion, account, work, restart, shard_bytes, listener)
             verified = require_sound(work.path, _shapes(model))
-        bytes_out = bytes_of(work.file if single else work.path)
+        bytes_out = weight_bytes_of(work.file if single else work.path)
         work.publish()
     return _summed(model, output, format, differences, bytes_out, verified, monotonic() - start)
 
@@ -117,11 +117,14 @@ def _convert(
         sink.take(conversion.parts(sink.files, sink.done, listener))
     merge_shards(sink.parts, work.path, shard_bytes)
     rows = [row for report in sink.reports for row in report.linears]
-    config = write_config(dict(model.config), to, conversion.written_model(rows), work.path)
+    written = conversion.written_model(rows)
+    config = write_config(dict(model.config), to, written, work.path)
     copy_along(model.folder, work.path)
+    write_allocation(written.allocation, (*model.linears, *written.kept), work.path)
     linears = tuple(ExportedLinear(row.name, row.codes_kept, row.weight_error, row.digest) for row in rows)
+    schemes = [replace(row, scheme=str(written.allocation.scheme(row.name))) for row in rows]
     exported = replace(
-        account.without_digests,
+        account.stored_as(str(written.scheme), schemes, weight_bytes_of(work.path)),
         format=to.name,
         export=ExportAccount(model.format_name, linears),
         quantization_config=config,
@@ -160,7 +163,7 @@ def _summed(
         mean_error=sum(linear.error for linear in lost) / max(1, len(lost)),
         also_quantized=tuple(tensor.name for tensor in also),
         also_error=max((tensor.error for tensor in also), default=0.0),
-        bytes_in=model.checkpoint.total_bytes,
+        bytes_in=sum(path.stat().st_size for path in model.checkpoint.files),
         bytes_out=bytes_out,
         verified=verified,
         seconds=seconds,

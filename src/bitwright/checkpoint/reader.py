@@ -70,6 +70,11 @@ class Checkpoint:
         return self.entry(name).nbytes
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold tensors."""
+        return tuple(sorted({self.file(name) for name in self.names}))
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all tensors by their names."""
         return {name: self.entry(name).shape for name in self.names}

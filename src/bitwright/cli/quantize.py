@@ -1,7 +1,7 @@
 """``bitwright quantize``: make one recipe of the flags and the recipe file, and plan or run it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,7 +84,7 @@ def quantize(
         ),
     ] = None,
     allocation: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(help="Take the schemes of linears from this file, such as the allocation.json of another run."),
     ] = None,
     workers: Annotated[
@@ -144,14 +144,25 @@ def quantize(
 
 
 def _asked(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of the recipe file and of the flags; a flag counts before the file."""
+    """The keys of the recipe file and of the flags; a flag takes precedence over the file."""
     keys = (*Recipe.keys(), *BESIDE)
     flags = {key: value for key, value in options.items() if key in keys} | dict(settings)
     flags |= {key: options[key] or None for key in ("include", "exclude", "scheme_for")}
     flags["engines"] = ",".join(options["engine"]) if options["engine"] else None
+    flags["allocation"] = _one_file(options["allocation"] or [])
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
     written = _written(options["recipe"]) if options["recipe"] else {}
     return _at_home(written | {key: value for key, value in flags.items() if value is not None})
+
+
+def _one_file(allocations: Sequence[Path]) -> Path | None:
+    """The file of --allocation. Raises RecipeError if there are several."""
+    if len(allocations) > 1:
+        raise RecipeError(
+            f"--allocation is given {len(allocations)} times ({', '.join(map(str, allocations))}) and takes one file; "
+            "say the schemes of further linears with --scheme-for"
+        )
+    return allocations[0] if allocations else None
 
 
 def _written(path: Path) -> dict[str, Any]:

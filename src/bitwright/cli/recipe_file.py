@@ -32,7 +32,9 @@ class OnceEach(yaml.SafeLoader):
         for key, value in node.value:
             name = str(key.value).replace("-", "_")
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' stands twice", key.start_mark)
+                both = f" (as {name} and {name.replace('_', '-')}, which are one)" if "_" in name else ""
+                problem = f"the key '{name}' stands twice{both}; leave one out"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(name)
             if name in EXAMPLES and not value.value:  # empty, unlike null
                 raise yaml.constructor.ConstructorError(
@@ -74,7 +76,14 @@ def _unreadable(path: Path, error: Exception) -> RecipeError:
             f"recipe {path}, line {mark.line + 1}: YAML takes a text that begins with * for an alias; put patterns in "
             "quotes: '*.down_proj'"
         )
-    return RecipeError(f"recipe {path} cannot be read as YAML: {error}")
+    problem = getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return RecipeError(f"recipe {path} cannot be read as YAML: {error}")
+    place = f"recipe {path}, line {mark.line + 1}"
+    if isinstance(error, yaml.constructor.ConstructorError) and error.context is None:
+        return RecipeError(f"{place} cannot be read as YAML: {problem}" if "tag" in problem else f"{place}: {problem}")
+    context = f"{error.context}, " if isinstance(error, yaml.error.MarkedYAMLError) and error.context else ""
+    return RecipeError(f"{place} cannot be read as YAML: {context}{problem}")
 
 
 def _content(path: Path) -> Any:

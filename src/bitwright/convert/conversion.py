@@ -11,6 +11,7 @@ from bitwright.convert.refitting import Groups, refitted
 from bitwright.core.account import BlockReport, LinearReport
 from bitwright.core.convert import relative_error
 from bitwright.core.errors import RecipeError
+from bitwright.core.format import TensorFormat
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.quantized import WrittenModel, departures
 from bitwright.core.scheme import Scheme
@@ -78,30 +79,8 @@ class Conversion:
         return tensors, replace(report, weight_error=error, codes_kept=lost.codes)
 
     def written_model(self, rows: Sequence[LinearReport]) -> WrittenModel:
-        """The description of the written model: most linears have the model's scheme, others their own.
-
-        Raises RecipeError for linears with schemes of their own if the format has one for all.
-        """
-        described = self.model.described
-        assert described is not None, "a quantized folder says how"
-        bits = [None if grid is None else grid.bits for grid in (described.activations, described.kv)]
-        counted = Counter(row.scheme for row in rows)
-        schemes = {text: Scheme.parse(text).with_activations(*bits) for text in counted}
-        unlike = {
-            text: {row.name: schemes[row.scheme] for row in rows if not _fits(row, schemes[row.scheme], scheme)}
-            for text, scheme in schemes.items()
-        }
-        most = min(sorted(counted), key=lambda text: (len(unlike[text]), -counted[text]))
-        own = unlike[most]
-        if own and not self.writer.format.mixes:
-            raise RecipeError(
-                f"{next(iter(own))}: on another grid than most linears; format {self.writer.format.name} has one for "
-                f"all. Quantize the original with --format {self.writer.format.name}"
-            )
-        family = family_of(self.model.folder)
-        dtype = self.writer.format.scales or self.model.outline(rows[0].name).scale.dtype
-        departing = departures(schemes[most], own, rows)
-        return WrittenModel(schemes[most], family, dtype, self._kept_linears(), departing, schemes=own)
+        """The description of the written model. Raises RecipeError as ``written_model``."""
+        return written_model(self.model, self.writer.format, rows, self._kept_linears())
 
     def _kept_linears(self) -> tuple[str, ...]:
         """The linears that are not quantized, by their names in the model.
@@ -116,6 +95,36 @@ class Conversion:
             kept = () if model.described is None else model.described.kept
             return tuple(sorted({*kept, "lm_head"} - set(model.linears)))
         return tuple(sorted(view.linears - {view.linear(name) for name in quantized}))
+
+
+def written_model(
+    model: QuantizedFolder, format: TensorFormat, rows: Sequence[LinearReport], kept: tuple[str, ...]
+) -> WrittenModel:
+    """The description of a folder that is written: most linears have the model's scheme, others their own.
+
+    ``rows`` are the reports of the linears, ``kept`` the linears that are not quantized. Raises RecipeError for linears
+    with schemes of their own if the format has one for all.
+    """
+    described = model.described
+    assert described is not None, "a quantized folder says how"
+    bits = [None if grid is None else grid.bits for grid in (described.activations, described.kv)]
+    counted = Counter(row.scheme for row in rows)
+    schemes = {text: Scheme.parse(text).with_activations(*bits) for text in counted}
+    unlike = {
+        text: {row.name: schemes[row.scheme] for row in rows if not _fits(row, schemes[row.scheme], scheme)}
+        for text, scheme in schemes.items()
+    }
+    most = min(sorted(counted), key=lambda text: (len(unlike[text]), -counted[text]))
+    own = unlike[most]
+    if own and not format.mixes:
+        raise RecipeError(
+            f"{next(iter(own))}: on another grid than most linears; format {format.name} has one for "
+            f"all. Quantize the original with --format {format.name}"
+        )
+    family = family_of(model.folder)
+    dtype = format.scales or model.outline(rows[0].name).scale.dtype
+    departing = departures(schemes[most], own, rows)
+    return WrittenModel(schemes[most], family, dtype, kept, departing, schemes=own)
 
 
 def _fits(row: LinearReport, own: Scheme, scheme: Scheme) -> bool:

@@ -8,10 +8,19 @@ from math import gcd
 
 import torch
 
-from bitwright.core.convert import described, difference, on_grid, require_finite, split, with_scales
+from bitwright.core.convert import (
+    described,
+    difference,
+    on_grid,
+    require_finite,
+    split,
+    splits,
+    takes_codes,
+    with_scales,
+)
 from bitwright.core.decisions import LinearDecision
 from bitwright.core.errors import RecipeError
-from bitwright.core.format import TensorFormat
+from bitwright.core.format import Format, TensorFormat
 from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, Grid, Tile
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Difference
@@ -55,23 +64,48 @@ def refitted(
     if exact is not None:
         return exact, difference(name, weight, exact)
     if not lossy:
-        raise RecipeError(
-            f"{name}: {described(weight)} cannot be held exactly in this format, which holds "
-            f"{format.holds_what}{_scales_beyond(weight, format)}. --lossy quantizes such weights once more and says "
-            "what that adds"
-        )
+        raise not_held(name, weight, format, _scales_beyond(weight, format))
     again = _again(name, weight, format, groups)
     return again, difference(name, weight, again, codes=False)
 
 
+def foreseen(weight: QTensor, format: Format, lossy: bool, groups: Groups) -> tuple[Grid, Tile] | None:
+    """The grid and tile that a weight will get in a format, told without its data; None if the format cannot hold it.
+
+    Its codes may turn out not to fit after all, because of a zero point or a scale.
+    """
+    exact = next(_terms(weight, format, groups), None)
+    return _nearest(weight, format, groups) if exact is None and lossy else exact
+
+
+def not_held(name: str, weight: QTensor, format: Format, beyond: str = "") -> RecipeError:
+    """The error of a weight whose codes a format cannot hold; ``beyond`` says what of its scales does not fit."""
+    return RecipeError(
+        f"{name}: {described(weight)} cannot be held exactly in this format, which holds {format.holds_what}{beyond}. "
+        "--lossy quantizes such weights once more and says what that adds"
+    )
+
+
+def not_held_at_all(name: str, weight: QTensor, format: Format) -> RecipeError:
+    """The error of a weight that no groups of a format divide, so that it cannot be quantized again either."""
+    return RecipeError(f"{name} {list(weight.shape)}: fits into no groups that this format holds ({format.holds_what})")
+
+
+def _terms(weight: QTensor, format: Format, groups: Groups) -> Iterator[tuple[Grid, Tile]]:
+    """The grids and tiles of a format that may hold the codes of a weight, whose data may be missing; best first."""
+    outliers = weight.outlier_index is not None and weight.outlier_index.numel() > 0
+    for grid, tile in product(_grids(weight.grid), _tiles(weight, format, groups)):
+        if format.holds(grid, tile, outliers) and takes_codes(grid, weight.grid) and splits(weight, tile):
+            yield grid, tile
+
+
 def _exactly(weight: QTensor, format: TensorFormat, groups: Groups) -> QTensor | None:
     """The weight's own codes on the first grid and tile that fit; None if none fit."""
-    outliers = weight.outlier_index is not None and weight.outlier_index.numel() > 0
     scaled = with_scales(weight, format.scales or weight.scale.dtype)
     if not scaled.scale.isfinite().all() or (scaled.scale == 0).any():
         return None
-    for grid, tile in product(_grids(weight.grid), _tiles(weight, format, groups)):
-        if format.holds(grid, tile, outliers) and (moved := _on(scaled, grid, tile)) is not None:
+    for grid, tile in _terms(weight, format, groups):
+        if (moved := _on(scaled, grid, tile)) is not None:
             return moved
     return None
 
@@ -89,7 +123,7 @@ def _grids(grid: Grid) -> Iterator[Grid]:
             yield Grid.integers(bits, symmetric)
 
 
-def _tiles(weight: QTensor, format: TensorFormat, groups: Groups) -> Iterator[Tile]:
+def _tiles(weight: QTensor, format: Format, groups: Groups) -> Iterator[Tile]:
     if weight.tile.size(weight.shape) == (1, weight.shape[1]) and not weight.grid.signed_scale:
         if groups.usual == weight.shape[1]:
             yield Tile(1, groups.usual)
@@ -108,16 +142,14 @@ def _again(name: str, weight: QTensor, format: TensorFormat, groups: Groups) -> 
     """Quantize the dequantized weight on the nearest grid and tile of the format, with the ranges of easyquant."""
     terms = _nearest(weight, format, groups)
     if terms is None:
-        raise RecipeError(
-            f"{name} {list(weight.shape)}: fits into no groups that this format holds ({format.holds_what})"
-        )
+        raise not_held_at_all(name, weight, format)
     grid, tile = terms
     dense, dtype = weight.dequantize(torch.float32), format.scales or weight.scale.dtype
     low, high = fitted(dense, grid, tile, dtype, alignment=alignment_at(grid.bits))
     return quantize_linear(dense, LinearDecision(low=low, high=high), Scheme(grid, tile), dtype)
 
 
-def _nearest(weight: QTensor, format: TensorFormat, groups: Groups) -> tuple[Grid, Tile] | None:
+def _nearest(weight: QTensor, format: Format, groups: Groups) -> tuple[Grid, Tile] | None:
     """The grid whose bits are nearest to the weight's (of two, the larger), and its own tile if the format holds it."""
     bits = sorted(range(MIN_BITS, MAX_BITS + 1), key=lambda b: (abs(b - weight.grid.bits), -b))
     grids = (

@@ -172,6 +172,20 @@ class Account:
         )
         return replace(self, blocks=blocks, quantization_config=None, export=None)
 
+    def stored_as(self, scheme: str, rows: Iterable[LinearReport], bytes_out: int) -> "Account":
+        """This account for an export that stored the linears as ``rows`` say.
+
+        ``scheme`` is that of the whole model, ``bytes_out`` the bytes of the new weight files. Tiles, bits and schemes
+        are the new ones; errors stay those of the run, which compared with the original.
+        """
+        stored = {row.name: row for row in rows}
+        account = self.without_digests
+        blocks = tuple(
+            replace(block, linears=tuple(_stored_as(row, stored.get(row.name), scheme) for row in block.linears))
+            for block in account.blocks
+        )
+        return replace(account, scheme=scheme, blocks=blocks, totals=_totals_of(self.totals, blocks, bytes_out))
+
     @classmethod
     def from_json(cls, value: object) -> "Account | None":
         """Read what ``to_json`` wrote, or an earlier Bitwright; None for anything else."""
@@ -206,6 +220,30 @@ class Account:
         absent = {key for key in ("totals", "quantization_config", "export", "verified") if not written[key]}
         result: dict[str, Any] = plain({key: value for key, value in written.items() if key not in absent})
         return result
+
+
+def _stored_as(row: LinearReport, stored: LinearReport | None, scheme: str) -> LinearReport:
+    """The report of a linear that is stored in another way now."""
+    if stored is None:
+        return row
+    own = "" if stored.scheme == scheme else stored.scheme
+    keys = ("tile", "bits_per_weight", "storage_bits", "outliers", "outlier_share")
+    return replace(row, scheme=own, **{key: getattr(stored, key) for key in keys})
+
+
+def _totals_of(totals: Totals | None, blocks: Iterable[BlockReport], bytes_out: int) -> Totals | None:
+    """The sums over linears that are stored in another way now."""
+    rows = [row for block in blocks for row in block.linears]
+    weights = sum(row.weights for row in rows)
+    if totals is None or not weights:
+        return totals
+    return replace(
+        totals,
+        per_ic=sum(columns == 1 < rows_ for rows_, columns in (row.tile for row in rows)),
+        outliers=sum(row.outliers for row in rows),
+        bits_per_weight=sum(row.storage_bits for row in rows) / weights,
+        bytes_out=bytes_out,
+    )
 
 
 def _pair(value: Any) -> tuple[int, int]:

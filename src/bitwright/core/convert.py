@@ -38,10 +38,8 @@ def on_grid(weight: QTensor, grid: Grid) -> QTensor | None:
     """
     if grid == weight.grid:
         return weight
-    if grid.signed_scale or weight.grid.signed_scale:
-        return None  # a negative scale means something else to every other grid
-    if Zero.REAL in (grid.zero, weight.grid.zero):
-        return None  # a real minimum is a zero point of no other grid
+    if not takes_codes(grid, weight.grid):
+        return None
     codes = weight.codes.to(torch.int16)
     zero = torch.zeros_like(weight.scale, dtype=torch.int16) if weight.zero is None else weight.zero.to(torch.int16)
     if grid.symmetric:
@@ -57,13 +55,30 @@ def on_grid(weight: QTensor, grid: Grid) -> QTensor | None:
     return replace(weight, codes=codes.to(torch.uint8), zero=zero.to(torch.uint8), grid=grid)
 
 
+def takes_codes(grid: Grid, of: Grid) -> bool:
+    """Whether a grid may take the codes of another, as far as the two tell without the codes (``on_grid``)."""
+    if grid == of:
+        return True
+    if grid.signed_scale or of.signed_scale:
+        return False  # a negative scale means something else to every other grid
+    return Zero.REAL not in (grid.zero, of.zero)  # a real minimum is a zero point of no other grid
+
+
+def splits(weight: QTensor, tile: Tile) -> bool:
+    """Whether tiles lie whole within those of a weight; its data may be missing (``split``)."""
+    (rows, columns), (to_rows, to_columns) = weight.tile.size(weight.shape), tile.size(weight.shape)
+    if (rows, columns) == (to_rows, to_columns):
+        return True
+    return rows % to_rows == 0 and columns % to_columns == 0 and tile.divides(weight.shape)
+
+
 def split(weight: QTensor, tile: Tile) -> QTensor | None:
     """The weight in smaller tiles, each with the scale (and zero point) of the tile it lies in."""
     if tile.size(weight.shape) == weight.tile.size(weight.shape):
         return replace(weight, tile=tile)
-    (rows, columns), (to_rows, to_columns) = weight.tile.size(weight.shape), tile.size(weight.shape)
-    if rows % to_rows or columns % to_columns or not tile.divides(weight.shape):
+    if not splits(weight, tile):
         return None
+    (rows, columns), (to_rows, to_columns) = weight.tile.size(weight.shape), tile.size(weight.shape)
     scale = _repeated(weight.scale, rows // to_rows, columns // to_columns)
     zero = None if weight.zero is None else _repeated(weight.zero, rows // to_rows, columns // to_columns)
     return replace(weight, scale=scale, zero=zero, tile=tile)

@@ -10,7 +10,7 @@ from enum import IntEnum, StrEnum
 
 from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, Grid, Tile
-from bitwright.core.mixing import Schemes, any_apart, experts_apart, joined_apart, joined_name
+from bitwright.core.mixing import Schemes, any_apart, experts_apart, is_expert, joined_apart, joined_name
 from bitwright.core.registry import find, format_of, names
 from bitwright.core.scheme import Scheme
 
@@ -156,11 +156,15 @@ class Way:
         kept = [name for name, scheme in schemes.items() if scheme is None and name != HEAD]
         if kept and not self.leaves:
             return f"{kept[0]} in full precision beside quantized linears: quantize all of them, leave --exclude out"
-        return (
-            (None if self.mixes else any_apart(schemes))
-            or (joined_apart(schemes) if self.joins else None)
-            or (None if self.experts is Alike.NONE else experts_apart(schemes, of_model=self.experts is Alike.MODEL))
-        )
+        if not self.mixes and (apart := any_apart(schemes)) is not None:
+            return apart
+        of_experts = None
+        if self.experts is not Alike.NONE:
+            of_experts = experts_apart(schemes, of_model=self.experts is Alike.MODEL)
+        if of_experts is not None:  # experts of one scheme are alike where they are joined too
+            schemes = {name: scheme for name, scheme in schemes.items() if not is_expert(name)}
+        joined = joined_apart(schemes) if self.joins else None
+        return "; and ".join(filter(None, (of_experts, joined))) or None
 
     def _architecture_refused(self, workload: Workload) -> str | None:
         if self.models is None or workload.model_type in self.models:

@@ -71,13 +71,15 @@ class Foreseen:
     """A quantized model before it is made, or before more than its first linear is read.
 
     ``linears`` are the shapes, [O, I] or [E, A, B], of the quantized linears; ``passed`` the names of all other
-    tensors; ``grid`` and ``tile`` those of the linears, or of the first, None if there are none.
+    tensors; ``grid`` and ``tile`` those of the linears, or of the first, None if there are none. ``outlines`` are the
+    linears of a folder without their data, by name; empty for a model that is not quantized yet.
     """
 
     linears: Mapping[str, Shape]
     passed: Collection[str]
     grid: Grid | None
     tile: Tile | None
+    outlines: Mapping[str, QTensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

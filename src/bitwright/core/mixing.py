@@ -3,6 +3,7 @@
 What is said goes on from "the engine does not run", and ends with what would do.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from bitwright.core.scheme import Scheme
@@ -25,6 +26,16 @@ def joined_name(linear: str) -> str:
     return next((f"{parent}{dot}{', '.join(leaves)}" for leaves in JOINED if leaf in leaves), linear)
 
 
+def is_expert(linear: str) -> bool:
+    """Whether a linear is an expert, or a stack of them."""
+    return "experts" in linear.split(".")
+
+
+def advised(reason: str) -> list[tuple[str, Scheme]]:
+    """The patterns and schemes of --scheme-for that a message of this file advises."""
+    return [(pattern, Scheme.parse(text)) for pattern, text in re.findall(r"--scheme-for '(\S+?)=(\S+?)'", reason)]
+
+
 def joined_apart(schemes: Schemes) -> str | None:
     """Name two linears that are joined and have different schemes; None if there are no such two."""
     sets = [linears for name, linears in _sets(schemes, joined_name).items() if name not in schemes]
@@ -37,14 +48,20 @@ def joined_apart(schemes: Schemes) -> str | None:
 
 def experts_apart(schemes: Schemes, *, of_model: bool) -> str | None:
     """Name two experts of a layer, or ``of_model`` of the model, with different schemes; None if there are none."""
-    experts = [name for name in schemes if "experts" in name.split(".")]
+    experts = [name for name in schemes if is_expert(name)]
     sets = [experts] if of_model else list(_sets(experts, _experts_of_layer).values())
     pair = _first_pair(sets, schemes)
     if pair is None:
         return None
     linears, first, second = pair
-    scheme, which = _largest(linears, schemes), "of the model" if of_model else "of a layer"
+    which = "of the model" if of_model else "of a layer"
     pattern = "*.experts.*" if of_model else f"{_experts_of_layer(first)}.*"
+    if any(schemes[name] is None for name in linears):
+        return (
+            f"{_beside(first, second, schemes)}: all experts {which} need one scheme, so quantize all of them, or "
+            f"none, --exclude '{pattern}'"
+        )
+    scheme = _largest(linears, schemes)
     return (
         f"{_beside(first, second, schemes)}: all experts {which} need one scheme, --scheme-for '{pattern}={scheme}', "
         f"or none, --exclude '{pattern}'"

@@ -11,7 +11,7 @@ from bitwright.core.account import BlockReport, LinearReport
 from bitwright.core.block import Family
 from bitwright.core.grid import Grid, Tile
 from bitwright.core.qtensor import QTensor
-from bitwright.core.scheme import Scheme
+from bitwright.core.scheme import Allocation, Scheme
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class WrittenModel:
     only_ours: bool = False
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     asked: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def allocation(self) -> Allocation:
+        """The scheme of every linear."""
+        return Allocation(self.scheme, {**self.schemes, **dict.fromkeys(self.kept)}, self.asked)
 
 
 def departures(scheme: Scheme, schemes: Mapping[str, Scheme], rows: Iterable[LinearReport]) -> dict[str, Departure]:

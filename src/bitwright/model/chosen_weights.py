@@ -13,6 +13,8 @@ from bitwright.model.discover import HEADS, head, hidden_size, in_order, weight
 from bitwright.model.view import ModelView
 
 SHOWN = 3
+LEFT_OUT = "left out by --allocation"
+"""Why a linear is kept that an allocation file leaves in full precision."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def chosen(division: Division, patterns: Patterns, checkpoint: Checkpoint, view:
         names = set(_fitting(pattern, [*checkpoint.names, *linears], "--exclude"))
         gone = [w for name, w in linears.items() if w.tensor in names or name in names]
         _keep(weights, kept, gone, f"excluded by {pattern}")
-    _keep(weights, kept, [w for w in weights.values() if w.name in patterns.left_out], "left out by --allocation")
+    _keep(weights, kept, [w for w in weights.values() if w.name in patterns.left_out], LEFT_OUT)
     order = {name: at for at, name in enumerate(in_order(checkpoint.names))}
     before = set(division.weights)
     added = [w for w in weights.values() if w not in before]

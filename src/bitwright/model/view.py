@@ -47,6 +47,20 @@ class ModelView:
         place = self.places.get(tensor, tensor)
         return tensor.endswith(".weight") and not place.endswith(".weight")
 
+    def needing_plugin(self, quantized: Mapping[str, str], kept: Iterable[str]) -> tuple[str | None, str | None]:
+        """A quantized weight that transformers loads only with our plugin, and one that it loads without if symmetric.
+
+        The first is the weight of a linear with a class of its own, or an expert that transformers merges with others
+        of which some are not quantized; the second is any expert that it merges. ``quantized`` are the tensors of
+        linears by the linears' names, ``kept`` the tensors that are not quantized. None if there is no such weight.
+        """
+        modules = {name: self.linear(tensor) for name, tensor in quantized.items()}
+        special = [name for name, module in modules.items() if module and module not in self.ordinary]
+        merged = [name for name, tensor in quantized.items() if self.merges(tensor)]
+        whole = [tensor for tensor in kept if self.merges(tensor)]
+        beside = [*merged, *whole] if whole else []
+        return next(iter([*special, *beside]), None), next(iter(merged), None)
+
     @classmethod
     def of(cls, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> "ModelView | None":
         """The view of an architecture that transformers knows, without remote code; None for any other.

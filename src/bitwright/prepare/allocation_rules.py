@@ -1,5 +1,6 @@
 """Which linears get a scheme of their own, as a recipe says it: by a file, by patterns, or both."""
 
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import NAMED, Allocation, Scheme
 from bitwright.core.small_file import require_regular
 from bitwright.core.weight import starred
+from bitwright.stream.units import block_of
 
 LARGEST_FILE = 2**26
 """Bytes of an allocation file: room for hundreds of thousands of linears."""
@@ -59,6 +61,29 @@ class AllocationRules:
         return bool(self.patterns or self.named)
 
     @property
+    def file_names(self) -> frozenset[str]:
+        """The linears that the allocation file names."""
+        return frozenset(self.named)
+
+    def blocks_of_another(self, linears: Collection[str]) -> int | None:
+        """The number of blocks of the model that the file may have been written for, if this model has more.
+
+        It looks so if the file names the output layer and the first blocks, all of their ``linears``, and no other. A
+        run writes such a file; nobody is sure to have meant it.
+        """
+        if HEAD not in self.named:
+            return None
+        blocks: dict[str | None, list[str]] = {}
+        for linear in linears:
+            blocks.setdefault(block_of(linear), []).append(linear)
+        blocks.pop(None, None)
+        whole = [all(linear in self.named for linear in inside) for inside in blocks.values()]
+        some = [any(linear in self.named for linear in inside) for inside in blocks.values()]
+        count = sum(whole)
+        first = [True] * count + [False] * (len(whole) - count)
+        return count if 0 < count < len(whole) and whole == some == first else None
+
+    @property
     def left_out(self) -> frozenset[str]:
         """The linears that the file leaves in full precision, and no pattern quantizes."""
         names = (name for name, scheme in self.named.items() if scheme is None)
@@ -77,10 +102,10 @@ class AllocationRules:
         kept = {*kept_linears, *others} - {*linears}
         self._refuse_strangers(linears, kept)
         schemes: dict[str, Scheme | None] = {name: self.named.get(name, self.default) for name in linears}
-        said_by: dict[str, tuple[str, Scheme]] = {}
+        given_by: dict[str, tuple[str, Scheme]] = {}
         for pattern, scheme in self.patterns:
-            for name in self._fitting(pattern, linears, kept):
-                other, before = said_by.setdefault(name, (pattern, scheme))
+            for name in self._fitting(pattern, linears, kept_linears, kept):
+                other, before = given_by.setdefault(name, (pattern, scheme))
                 if before != scheme:
                     remedy = self._told_apart([(other, before), (pattern, scheme)], linears)
                     raise RecipeError(
@@ -100,12 +125,34 @@ class AllocationRules:
                 return f"--scheme-for {pattern}={scheme}"
         return f"--allocation {self.file}" if self.named.get(linear) is not None else None
 
-    def _fitting(self, pattern: str, linears: Collection[str], kept: Collection[str]) -> list[str]:
-        """The linears that a pattern fits. Raises RecipeError if there is none."""
+    def replaced_by(self, advice: Iterable[tuple[str, Scheme]], linears: Collection[str]) -> str:
+        """What becomes of the patterns that contradict an advice, to go on after it; nothing if none does.
+
+        The advice is patterns with their schemes, as --scheme-for takes them.
+        """
+        replaced, narrowed = list[str](), list[str]()
+        advice = list(advice)
+        for pattern, scheme in self.patterns:
+            unlike = [other for other, given in advice if given != scheme]
+            fitting = [name for name in linears if _fits(name, pattern)]
+            if any(_fits(name, *unlike) for name in fitting):
+                whole = all(_fits(name, *(other for other, _ in advice)) for name in fitting)
+                (replaced if whole else narrowed).append(f"--scheme-for {pattern}={scheme}")
+        text = f", in the place of {', '.join(replaced)}" if replaced else ""
+        return text + (f", and take these linears out of {', '.join(narrowed)}" if narrowed else "")
+
+    def _fitting(
+        self, pattern: str, linears: Collection[str], kept_linears: Collection[str], kept: Collection[str]
+    ) -> list[str]:
+        """The linears that a pattern fits. Raises RecipeError if there is none.
+
+        ``kept`` are tensors that are not quantized; not all need be linears, as ``kept_linears`` are.
+        """
         fitting = [name for name in linears if _fits(name, pattern)]
         if fitting:
             return fitting
-        unquantized = [name for name in kept if _fits(name, pattern)]
+        unquantized = [name for name in kept_linears if _fits(name, pattern)]
+        unquantized = unquantized or sorted(name for name in kept if _fits(name, pattern))
         if unquantized:
             raise RecipeError(f"--scheme-for {pattern} fits {_some(unquantized)} alone, {_why_kept(unquantized)}")
         leaves = {linear.rpartition(".")[2]: linear for linear in linears}
@@ -196,7 +243,7 @@ def _read(path: Path) -> tuple[Scheme | None, dict[str, Scheme | None]]:
         require_regular(path, RecipeError)
         if path.stat().st_size > LARGEST_FILE:
             raise RecipeError(f"--allocation {path}: {path.stat().st_size} bytes are too many; it reads {form}")
-        content = parse_object(path.read_bytes(), f"--allocation {path}")
+        content = parse_object(path.read_bytes().removeprefix(BOM_UTF8), f"--allocation {path}")
     except OSError as error:
         raise RecipeError(
             f"--allocation {path} cannot be read: {error.strerror}; it takes a JSON file {form}"
@@ -235,4 +282,6 @@ def _why_kept(names: Collection[str]) -> str:
     """Why these are not quantized, and what to do, to go on from their names and a comma."""
     if HEAD in names:
         return "which is not quantized; --quantize-lm-head quantizes it"
-    return "which stays in full precision: --exclude says so, or it is no linear that can be quantized"
+    if len(names) == 1:
+        return "which stays in full precision: --exclude says so, or it is no linear that can be quantized"
+    return "which stay in full precision: --exclude says so, or they are no linears that can be quantized"

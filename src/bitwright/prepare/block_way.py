@@ -35,6 +35,10 @@ from bitwright.stream.skeleton import Skeleton
 from bitwright.stream.worker_pool import WorkerPool
 
 OTHER = "no linear of this architecture"
+ALL_LEFT_OUT = (
+    "--allocation leaves nothing: give linears in the file a scheme in the place of null, or --scheme-for "
+    "'PATTERN=SCHEME', which takes precedence over the file"
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ def _inventory(question: Question, source: Source, skeleton: Skeleton) -> Invent
     within = tuple(f"{name}." for name in outline.blocks)
     stored = [name for name in source.checkpoint.names if not name.startswith(within)]
     if not quantized:
-        raise RecipeError(f"{source.checkpoint.folder}: nothing to quantize: --exclude leaves nothing")
+        remedy = ALL_LEFT_OUT if question.rules.left_out else "--exclude leaves nothing"
+        raise RecipeError(f"{source.checkpoint.folder}: nothing to quantize: {remedy}")
     return Inventory(
         weights=division.weights,
         kept={kept.tensor: kept.why for kept in division.kept},

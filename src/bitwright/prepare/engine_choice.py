@@ -10,6 +10,7 @@ from dataclasses import replace
 from bitwright.core.engine import Engine, Refusal, Way, Workload, engine_named, engines
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat
+from bitwright.core.mixing import advised
 from bitwright.prepare.engine_question import EngineQuestion, formats_of
 from bitwright.prepare.format_choice import HOLDS_ALL, is_single, target
 from bitwright.prepare.nearest_scheme import nearest_first
@@ -65,6 +66,7 @@ def _mixing(question: EngineQuestion, engine: Engine) -> list[Way]:
     refused: dict[str, list[Way]] = {}
     for way in running:
         if (reason := way.refuses_mix(schemes)) is not None:
+            reason += question.model.question.rules.replaced_by(advised(reason), question.model.inventory.linears)
             refused.setdefault(reason, []).append(way)
     if mixing := [way for way in running if not any(way in ways for ways in refused.values())]:
         return mixing

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from bitwright.core.configuration import Configuration
 from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Format, TensorFormat
-from bitwright.core.grid import Tile
+from bitwright.core.grid import Tile, Zero
 from bitwright.core.quantized import WrittenModel
 from bitwright.core.recipe import SHARD_SIZE
 from bitwright.core.registry import format_of
@@ -123,6 +123,8 @@ def _what(format: Format, scheme: Scheme, tiles: Sequence[Tile], outliers: bool)
         return "the grid of an engine"
     if any(tile.out != 1 for tile in tiles):
         return "groups along the output"
+    if scheme.weight.zero is Zero.REAL:
+        return f"{scheme.weight.bits}-bit weights with a real-valued zero in these groups"
     kind = "symmetric" if scheme.weight.symmetric else "asymmetric"
     return f"{scheme.weight.bits}-bit {kind} weights in these groups"
 

@@ -101,6 +101,8 @@ def notes_of(run: Prepared, workers: Workers) -> Iterator[str]:
         yield "the output layer is tied to the embedding: it is quantized as a copy of its own, the embedding stays"
     if run.tokens is not None and not run.configuration.needs_text:
         yield f"{run.method} needs no calibration data; they are used to report output errors"
+    if (note := run.allocated_in_part) is not None:
+        yield note
     if own := run.allocation.own:
         counted = Counter(map(str, own.values()))
         yield "schemes of their own: " + ", ".join(

@@ -126,6 +126,22 @@ class Prepared:
         """What config.json has to say once these linears are quantized."""
         return _written(self.source, self.inventory, self.allocation, self.scales, linears)
 
+    @property
+    def allocated_in_part(self) -> str | None:
+        """A note that the allocation file names only some of the linears; None if it names all, or if there is none."""
+        rules, inventory = self.question.rules, self.inventory
+        linears = {*inventory.linears, *inventory.kept_linears}
+        others = {linear for linear in inventory.linears if linear not in rules.file_names}
+        if not rules.file_names or not others:
+            return None
+        default = self.question.adapted(rules.default)
+        note = f"the allocation file names {len(linears & rules.file_names)} of {len(linears)} linears"
+        if any(rules.asked_for(linear) is None for linear in others):
+            note += f"; the others get {default}"
+        if (blocks := rules.blocks_of_another(inventory.linears)) is not None:
+            note += f". It may be of a model with {blocks} blocks: it names all linears there, and the output layer"
+        return note
+
     def left_out(self, format: Format) -> str | None:
         """What the config of a format cannot say of the scheme, in words."""
         grid = format.queries_left_out(self.scheme)

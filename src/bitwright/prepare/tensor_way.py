@@ -15,10 +15,10 @@ from bitwright.core.recipe import Recipe
 from bitwright.core.training import Training
 from bitwright.core.weight import Division, Weight
 from bitwright.model import discover
-from bitwright.model.chosen_weights import Patterns, chosen
+from bitwright.model.chosen_weights import LEFT_OUT, Patterns, chosen
 from bitwright.model.source import Source, pick_device, sequence_length
 from bitwright.model.view import ModelView
-from bitwright.prepare.block_way import OTHER, skeleton_of
+from bitwright.prepare.block_way import ALL_LEFT_OUT, OTHER, skeleton_of
 from bitwright.prepare.question import Question
 from bitwright.prepare.way import Inventory
 from bitwright.stream.memory import Budget, estimate_tensors
@@ -132,12 +132,8 @@ def _loaded_by_us(division: Division, view: ModelView | None) -> tuple[str | Non
     stacked = [weight.name for weight in division.weights if weight.stacked]
     if stacked or view is None:
         return next(iter(stacked), None), None
-    modules = {weight.name: view.linear(weight.tensor) for weight in division.weights}
-    special = [name for name, module in modules.items() if module and module not in view.ordinary]
-    merged = [weight.name for weight in division.weights if view.merges(weight.tensor)]
-    kept = [k.tensor for k in division.kept if view.merges(k.tensor)]
-    beside = [*merged, *kept] if kept else []
-    return next(iter([*special, *beside]), None), next(iter(merged), None)
+    tensors = {weight.name: weight.tensor for weight in division.weights}
+    return view.needing_plugin(tensors, (kept.tensor for kept in division.kept))
 
 
 def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Division, bool]:
@@ -178,7 +174,9 @@ def _why_nothing(division: Division, checkpoint: Checkpoint) -> str:
         reasons.setdefault(kept.why, []).append(kept.tensor)
     lines = [f"  {len(names)} such as {names[0]}: {why}" for why, names in reasons.items()]
     remedy = "--include takes more"
-    if any(why.startswith("excluded") for why in reasons):
+    if LEFT_OUT in reasons:
+        remedy = ALL_LEFT_OUT
+    elif any(why.startswith("excluded") for why in reasons):
         remedy = "--exclude leaves nothing"
     elif reasons and reasons.keys() <= {discover.EMPTY, discover.UNNAMED}:
         remedy = "none of them can be the weight of a linear"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitwright.core.decoder import EMBEDDING, HEAD
 from bitwright.core.engine_file import EngineFile
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.format import FileFormat
@@ -102,6 +103,8 @@ def _in(model: QuantizedFolder, name: str) -> Tensor | None:
     linear = name.removesuffix(".weight")
     if linear in model.linears:
         return model.read(linear).dequantize(torch.float32)
+    if name not in model.passed and linear == HEAD and model.config.get("tie_word_embeddings"):
+        name = f"{EMBEDDING}.weight"  # an output layer that was quantized as a copy of the embedding
     return model.tensor(name) if name in model.passed else None
 
 

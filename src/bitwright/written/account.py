@@ -29,14 +29,15 @@ def identity(run: Prepared, data: str, beside: Mapping[str, str]) -> dict[str, A
     ``data`` is what ``check_weights`` says of the weights, ``beside`` the digests of the sidecar files.
     """
     recipe = run.recipe.as_dict()
-    # The model, the calibration data and files are identified by their contents, not by their paths.
-    for place in ("model", "calibration", "load_parameters", "allocation"):
-        del recipe[place]
+    # The model, the calibration data and files are identified by their contents, not by their paths. Patterns
+    # are identified by the schemes that linears get, which are named below.
+    for key in ("model", "calibration", "load_parameters", "allocation", "scheme_for", "include", "exclude"):
+        del recipe[key]
     return {
         "recipe": recipe,
         "scheme": str(run.scheme),
         "schemes": {name: str(scheme) for name, scheme in run.allocation.own.items()},
-        "left_out": sorted(run.question.rules.left_out),
+        "kept": _kept(run),
         "model": run.source.checkpoint.fingerprint(),
         WRITTEN: run.source.checkpoint.modified(),
         DATA: data,
@@ -48,13 +49,19 @@ def identity(run: Prepared, data: str, beside: Mapping[str, str]) -> dict[str, A
     }
 
 
+def _kept(run: Prepared) -> list[str]:
+    """The names of all linears and matrices that stay as they are; those that are quantized are all others."""
+    inventory, entry = run.inventory, run.source.checkpoint.entry
+    return sorted({*inventory.kept_linears, *(name for name in inventory.kept if len(entry(name).shape) > 1)})
+
+
 def account_of(
     run: Prepared, blocks: Sequence[BlockReport], folder: Path, config: Mapping[str, Any] | None, verified: str
 ) -> Account:
     """The account of a finished folder; ``config`` is its quantization_config, ``verified`` what was read back."""
     rows = [row for block in blocks for row in block.linears]
     format = settled_format(run, rows)
-    notes = (run.note, run.left_out(format), _many_outliers(rows), _lost(run, rows))
+    notes = (run.note, run.left_out(format), run.allocated_in_part, _many_outliers(rows), _lost(run, rows))
     return Account(
         bitwright=version("bitwright"),
         recipe=run.recipe.as_dict(),

@@ -24,6 +24,8 @@ from bitwright.written.sink import Sink
 ON_THE_WAY = "folder"
 """The name of the quantized folder, in the work folder, from which a file format is made."""
 TOTALS = "totals"
+WEIGHTS = (".safetensors", ".bin")
+"""The endings of files that hold weights, in a folder of any format."""
 
 
 def finish(run: Prepared, work: OutputFolder, sink: Sink, beside: Mapping[str, str], listener: Listener) -> Account:
@@ -45,7 +47,7 @@ def finish(run: Prepared, work: OutputFolder, sink: Sink, beside: Mapping[str, s
     notes = (*account.notes, *notes_on(run.target.name, differences))
     assert account.totals is not None
     account = replace(
-        account, totals=replace(account.totals, bytes_out=bytes_of(place)), notes=notes, verified=verified
+        account, totals=replace(account.totals, bytes_out=weight_bytes_of(place)), notes=notes, verified=verified
     )
     if not target.single:
         write_account(work.path, account)
@@ -95,7 +97,7 @@ def _with_error(how: str, differences: Sequence[Difference]) -> str:
     return f"{how.format(names)}: relative error at most {most:.3g}, squared"
 
 
-def bytes_of(place: Path) -> int:
-    """The bytes of a file, or of all files in a folder."""
-    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+def weight_bytes_of(place: Path) -> int:
+    """The bytes of a file, or of the weight files in a folder."""
+    files = [place] if place.is_file() else [path for path in place.iterdir() if path.suffix in WEIGHTS]
     return sum(path.stat().st_size for path in files)

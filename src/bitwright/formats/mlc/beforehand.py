@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bitwright.core.convert import described
 from bitwright.core.decoder import HEAD, Decoder
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import Foreseen, WriteOptions
@@ -56,6 +57,9 @@ def check_weights(decoder: Decoder, folder: Path, options: WriteOptions, foresee
     if foreseen.grid is None or foreseen.tile is None:
         raise nothing_quantized(folder)
     preset = preset_for(decoder, foreseen.grid, foreseen.tile, options)
+    for name, outline in foreseen.outlines.items():
+        if not (options.lossy or preset.may_hold(outline)):
+            raise cannot_hold(f"{name}: {described(outline)} cannot be held exactly", preset.name, options.lossy)
     names = {*foreseen.passed, *(f"{linear}.weight" for linear in foreseen.linears)}
     wanted = decoder.tensors.keys()
     for place in architectures.matrices(decoder):

@@ -68,6 +68,15 @@ class Preset:
         fits = grid.bits <= own.bits if grid.symmetric else grid.steps <= -own.qmin
         return fits and (tile.in_ == FULL or tile.in_ % self.group == 0)
 
+    def may_hold(self, weight: QTensor) -> bool:
+        """Whether a weight may keep its codes, as far as can be told without its data (``placed``)."""
+        if weight.grid.zero is Zero.REAL or (weight.outlier_index is not None and weight.outlier_index.numel()):
+            return False
+        if self.is_awq:
+            return self.holds(weight.grid, weight.tile)
+        group = weight.tile.size(weight.shape)[1]
+        return weight.grid.bits <= self.scheme.weight.bits and (group == weight.shape[1] or group % self.group == 0)
+
     def divides(self, columns: int) -> bool:
         """Whether rows of so many weights can be quantized: only AWQ's groups cannot end before they are full."""
         return not self.is_awq or columns % self.group == 0

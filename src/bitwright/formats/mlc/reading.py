@@ -24,6 +24,7 @@ from bitwright.formats.mlc.chat import CONFIG
 from bitwright.formats.mlc.places import Home, Places, is_inside
 from bitwright.formats.mlc.presets import AUTOAWQ, unpacked
 
+TIED = "tie_word_embeddings"
 CHOSEN = ("context_window_size", "prefill_chunk_size", "max_batch_size", "sliding_window_size", "attention_sink_size")
 """Settings of how the model is run, which may differ from config.json."""
 
@@ -122,6 +123,8 @@ class MlcFolder:
             stated = theirs.get(key)
             if key in CHOSEN or not isinstance(stated, int | float) or not isinstance(value, int | float):
                 continue
+            if key == TIED and value and not stated:
+                continue  # --quantize-lm-head gives the output layer a weight of its own, which has to be there then
             if abs(stated - value) > 1e-6 * abs(value):
                 wrong.append(f"{key} is {stated:g}, the folder's {value:g}")
         return wrong

@@ -29,7 +29,7 @@ from bitwright.core.registry import format_of, names
 from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder, is_made_dense
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
-from bitwright.steps.activations import quantize_activations, quantize_attention
+from bitwright.steps.activations import quantize_activations, quantize_attention, quantize_inputs
 
 TRANSFORMERS, BITWRIGHT = "transformers", "bitwright"
 """The names of the loaders."""
@@ -47,7 +47,8 @@ def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> Pr
     """Load the model in a folder, original or quantized, ready to run; offline, no remote code.
 
     Transformers loads it, with our plugin for the bitwright format, whose weights stay packed in memory. Folders that
-    transformers does not load (gptq, awq) are read by Bitwright and become dense. If a scheme such as ``W4A8KV4``
+    transformers does not load (gptq, awq), or the installed release loads wrong, are read by Bitwright and become
+    dense. If a scheme such as ``W4A8KV4``
     quantizes queries that the folder's config leaves out, they are quantized too. ``dtype`` "auto" is the checkpoint's
     own on a GPU, and float32 on a CPU. Raises CheckpointError.
     """
@@ -73,8 +74,13 @@ def _load_decoded(folder: Path, device: str, dtype: str) -> Loaded:
     where, model = pick_device(device), QuantizedFolder.open(folder)
     if model.described is None:
         raise CheckpointError(f"{folder} is not quantized")
-    decoded = _decoded(model, pick_dtype(dtype, where, model.checkpoint.dtype_of_weights), where)
-    quantize_attention(decoded, left_out(folder), None)
+    dtype_of_model = pick_dtype(dtype, where, model.checkpoint.dtype_of_weights)
+    decoded, described = (
+        load_model(folder, dtype_of_model, where, dense_tensors(model, dtype_of_model)),
+        model.described,
+    )
+    quantize_inputs(decoded, described.activations, model.linears)
+    quantize_attention(decoded, described.kv if described.queries else left_out(folder), described.kv)
     return Loaded(decoded, BITWRIGHT)
 
 

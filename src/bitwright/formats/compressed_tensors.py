@@ -21,6 +21,7 @@ from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import Scheme
 from bitwright.formats import bitwright, gptq
 from bitwright.formats._compressed_tensors_reading import LEAVES, PACKED, codes_may_be_weight, described, read, shape
+from bitwright.formats._compressed_tensors_releases import one_scheme, wrongly_loaded
 from bitwright.formats.bitwright import decode, packed, stored_bytes
 
 INSTEAD = f"{gptq.INSTEAD} or --format dense"
@@ -77,9 +78,10 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         "ignore": list(model.kept),
         "moe_sparsity_config": None,
     }
-    if scheme.activations is None and scheme.kv is None:
+    if scheme.activations is None and scheme.kv is None and one_scheme(written):
         # Ordinary weights once loaded. transformers 5.23.0 with compressed-tensors >= 0.18 loads packed zero points
-        # in no other way, earlier ones and vLLM pass over the key (docs/decisions.md).
+        # in no other way, earlier ones and vLLM pass over the key. With it, 5.23.0 and later read all linears by one
+        # scheme, whatever the groups say (docs/decisions.md).
         written["dequantize"] = True
     return written
 
@@ -154,4 +156,5 @@ FORMAT = TensorFormat(
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read, codes_may_be_weight=codes_may_be_weight),
     loaded_by_transformers=True,
+    wrongly_loaded=wrongly_loaded,
 )

@@ -28,6 +28,7 @@ from bitwright.core.grid import Grid
 from bitwright.core.registry import format_of, names
 from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder, is_made_dense
+from bitwright.model.config import text_config_of
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.steps.activations import quantize_activations, quantize_attention, quantize_inputs
 
@@ -146,7 +147,7 @@ def load_model(
     loaded.eval()
     torch.nn.Module.to(loaded, device)
     if hasattr(loaded, "ct_decompress_hook"):  # the first forward pass decompresses, with a bar of its own
-        with redirect_stderr(StringIO()), torch.inference_mode():
+        with redirect_stderr(StringIO()), torch.no_grad():  # tensors of inference_mode have no gradients, ever
             loaded(torch.zeros(1, 1, dtype=torch.int64, device=device))
     return loaded
 
@@ -173,6 +174,8 @@ def _from_tensors(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if kind.config_class is not type(config):  # the class of a text model, and the config of a model with others
+        config = text_config_of(config)
     loaded: tuple[PreTrainedModel, Mapping[str, Any]] = kind.from_pretrained(
         None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )

@@ -46,6 +46,16 @@ def model_config(folder: Path) -> "PretrainedConfig":
     return config
 
 
+def text_config(folder: Path) -> "PretrainedConfig":
+    """The config of a folder's text model, a part of the whole if there are several models. Raises CheckpointError."""
+    return text_config_of(model_config(folder))
+
+
+def text_config_of(config: "PretrainedConfig") -> "PretrainedConfig":
+    """The part of a config that describes the text model's decoder; the whole config if it has no parts."""
+    return config.get_text_config(decoder=True)
+
+
 def apart(here: Mapping[str, Any], there: Mapping[str, Any], keys: Sequence[str] = DIMENSIONS) -> str:
     """The keys in which two configs differ, with both values, in words; "" if there are none.
 

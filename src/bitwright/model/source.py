@@ -18,7 +18,7 @@ from bitwright.core.decoder import Decoder, OddConfigError
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
 from bitwright.core.registry import architecture_of, described
 from bitwright.formats import refuse_engine_file
-from bitwright.model.config import model_config
+from bitwright.model.config import model_config, text_config_of
 from bitwright.model.plain_config import plain_decoder
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Source:
         """The largest number of tokens that the model takes; None if its config does not say."""
         if self.decoder is not None:
             return self.decoder.context
-        return getattr(self.config, "max_position_embeddings", None)
+        return None if self.config is None else getattr(text_config_of(self.config), "max_position_embeddings", None)
 
 
 def family_of(folder: Path) -> Family | None:

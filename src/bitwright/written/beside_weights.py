@@ -21,6 +21,9 @@ COPIED = (
     "chat_template*",
     "additional_chat_templates/*",
     "generation_config.json",
+    "*processor_config.json",
+    "image_processor*",
+    "feature_extractor*",
     "LICENSE*",
     "USE_POLICY*",
     "NOTICE*",
@@ -47,7 +50,7 @@ def write_allocation(allocation: Allocation, linears: Iterable[str], folder: Pat
 
 
 def copy_along(source: Path, folder: Path) -> None:
-    """Copy the sidecar files of a model: tokenizer, generation settings, licence."""
+    """Copy the sidecar files of a model: tokenizer, processors of images and sound, generation settings, licence."""
     for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """What engines run is asked before any work; the nearest scheme that is named does run."""
 
+import contextlib
 import json
 import re
 import shutil

@@ -17,7 +17,7 @@ from bitwright.evaluation.loading import Loaded, load_with_loader
 from bitwright.evaluation.measure import Measurement, consecutive, measure
 from bitwright.evaluation.scores import TaskScore, side_by_side
 from bitwright.evaluation.scoring import TaskOptions, answers_file, prepare_tasks, score
-from bitwright.model.config import model_config
+from bitwright.model.config import text_config
 from bitwright.model.source import check_vocabulary, open_checkpoint, pick_device, pick_dtype, sequence_length, tokenize
 
 
@@ -121,7 +121,7 @@ class _Pair:
     def open(cls, folder: Path, reference: Path | None, device: str, dtype: str) -> "_Pair":
         """Check both folders before the text is read. Raises UserError for what cannot be loaded."""
         checkpoint = open_checkpoint(folder)
-        config = model_config(checkpoint)
+        config = text_config(checkpoint)
         where = pick_device(device)
         arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)
         if reference is not None:
@@ -142,7 +142,7 @@ def _windows(
     folder: Path, text: str, seqlen: int | None, windows: int | None, say: Callable[[str], None]
 ) -> Int[Tensor, "W T"]:
     """The text as windows of the model's tokens."""
-    config = model_config(open_checkpoint(folder))
+    config = text_config(open_checkpoint(folder))
     length = sequence_length(seqlen, getattr(config, "max_position_embeddings", None))
     tokens = tokenize(folder, text_of(text, "evaluation", say))
     check_vocabulary(tokens, config, folder)
@@ -179,7 +179,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _check_reference(folder: Path, vocabulary: int) -> None:
     """Refuse a reference that cannot be the original, before the text is read and a model is loaded."""
-    size = model_config(open_checkpoint(folder)).vocab_size
+    size = text_config(open_checkpoint(folder)).vocab_size
     if size != vocabulary:
         raise UserError(
             f"the reference {folder} has a vocabulary of {size}, the model one of {vocabulary}; "

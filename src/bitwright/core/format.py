@@ -109,6 +109,11 @@ def _never(described: Described) -> bool:
     return False
 
 
+def _loaded_right(config: Mapping[str, Any]) -> str | None:
+    """Know of no release that loads a folder wrong."""
+    return None
+
+
 def _as_it_is(scheme: Scheme) -> Scheme:
     return scheme
 
@@ -175,7 +180,8 @@ class TensorFormat(Format):
     weight [O, I] as written. Each raises RecipeError for what the format cannot hold. ``config`` is the
     quantization_config, None if the folder is an ordinary model. ``reader`` is None if what is stored are no codes.
     ``loaded_by_transformers``: it loads such folders, with our plugin or without; others are read and dequantized by
-    Bitwright.
+    Bitwright. ``wrongly_loaded`` says, of a quantization_config, what the installed release of transformers does wrong,
+    None if nothing is known.
     """
 
     leaves: tuple[str, ...]
@@ -186,6 +192,7 @@ class TensorFormat(Format):
     config: Callable[[WrittenModel], dict[str, Any] | None]
     reader: Reader | None = None
     loaded_by_transformers: bool = False
+    wrongly_loaded: Callable[[Mapping[str, Any]], str | None] = _loaded_right
 
 
 @dataclass(frozen=True, kw_only=True)

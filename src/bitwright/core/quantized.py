@@ -79,7 +79,7 @@ class Described:
     of linears whose names they match from the beginning; the first that does counts, other linears have ``grid``.
     ``grids`` and ``named_tiles`` are those of single linears. ``departures`` are the linears that are said to be unlike
     the others. ``tile`` is that of the other linears, None if nothing is said of it; ``tiles`` has rules for it like
-    ``rules``.
+    ``rules``. ``queries``: queries are quantized as keys and values are.
     """
 
     grid: Grid
@@ -93,6 +93,7 @@ class Described:
     tiles: tuple[tuple[str, Tile | None], ...] = ()
     grids: Mapping[str, Grid] = field(default_factory=dict)
     named_tiles: Mapping[str, Tile | None] = field(default_factory=dict)
+    queries: bool = False
 
     def grid_of(self, linear: str) -> Grid:
         """The grid of one linear."""

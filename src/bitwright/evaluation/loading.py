@@ -30,10 +30,10 @@ from bitwright.core.import_path import KERNELS
 from bitwright.core.registry import format_of, names
 from bitwright.core.scheme import Scheme
 from bitwright.formats import CONFIG, QuantizedFolder, is_made_dense, is_read
-from bitwright.model.config import read_config, without_hub_kernels
+from bitwright.model.config import read_config, text_config_of, without_hub_kernels
 from bitwright.model.fitting import built_within, require_fitting
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
-from bitwright.steps.activations import quantize_activations, quantize_attention
+from bitwright.steps.activations import quantize_activations, quantize_attention, quantize_inputs
 
 TRANSFORMERS, BITWRIGHT = "transformers", "bitwright"
 """The names of the loaders."""
@@ -51,7 +51,8 @@ def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> Pr
     """Load the model in a folder, original or quantized, ready to run; offline, no remote code.
 
     Transformers loads it, with our plugin for the bitwright format, whose weights stay packed in memory. Folders that
-    transformers does not load (gptq, awq) are read by Bitwright and become dense. If a scheme such as ``W4A8KV4``
+    transformers does not load (gptq, awq), or the installed release loads wrong, are read by Bitwright and become
+    dense. If a scheme such as ``W4A8KV4``
     quantizes queries that the folder's config leaves out, they are quantized too. ``dtype`` "auto" is the checkpoint's
     own on a GPU, and float32 on a CPU. Raises CheckpointError.
     """
@@ -90,8 +91,13 @@ def _load_decoded(folder: Path, device: str, dtype: str) -> Loaded:
     where, model = pick_device(device), QuantizedFolder.open(folder)
     if model.described is None:
         raise CheckpointError(f"{folder} is not quantized")
-    decoded = _decoded(model, pick_dtype(dtype, where, model.checkpoint.dtype_of_weights), where)
-    quantize_attention(decoded, left_out(folder), None)
+    dtype_of_model = pick_dtype(dtype, where, model.checkpoint.dtype_of_weights)
+    decoded, described = (
+        load_model(folder, dtype_of_model, where, dense_tensors(model, dtype_of_model)),
+        model.described,
+    )
+    quantize_inputs(decoded, described.activations, model.linears)
+    quantize_attention(decoded, described.kv if described.queries else left_out(folder), described.kv)
     return Loaded(decoded, BITWRIGHT)
 
 
@@ -160,7 +166,7 @@ def load_model(
     loaded.eval()
     torch.nn.Module.to(loaded, device)
     if hasattr(loaded, "ct_decompress_hook"):  # the first forward pass decompresses, with a bar of its own
-        with redirect_stderr(StringIO()), torch.inference_mode():
+        with redirect_stderr(StringIO()), torch.no_grad():  # tensors of inference_mode have no gradients, ever
             loaded(torch.zeros(1, 1, dtype=torch.int64, device=device))
     return loaded
 
@@ -188,6 +194,8 @@ def _from_tensors(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if kind.config_class is not type(config):  # the class of a text model, and the config of a model with others
+        config = text_config_of(config)
     loaded: tuple[PreTrainedModel, Mapping[str, Any]] = kind.from_pretrained(
         None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )

@@ -57,6 +57,16 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
     return config
 
 
+def text_config(checkpoint: Checkpoint) -> "PretrainedConfig":
+    """The config of the text model, a part of the whole if there are several models. Raises CheckpointError."""
+    return text_config_of(model_config(checkpoint))
+
+
+def text_config_of(config: "PretrainedConfig") -> "PretrainedConfig":
+    """The part of a config that describes the text model's decoder; the whole config if it has no parts."""
+    return config.get_text_config(decoder=True)
+
+
 def read_config(folder: Path) -> "PretrainedConfig":
     """The config as transformers reads it; the code that it names to compute with is forgotten, not fetched."""
     from transformers import AutoConfig

@@ -20,7 +20,7 @@ from bitwright.core.json_values import refuse_too_many, uncollected
 from bitwright.core.registry import architecture_of, described
 from bitwright.core.small_file import read_small
 from bitwright.formats import refuse_engine_file
-from bitwright.model.config import model_config
+from bitwright.model.config import model_config, text_config_of
 from bitwright.model.fitting import require_fitting
 from bitwright.model.plain_config import plain_decoder
 
@@ -90,7 +90,7 @@ class Source:
         """The largest number of tokens that the model takes; None if its config does not say."""
         if self.decoder is not None:
             return self.decoder.context
-        return getattr(self.config, "max_position_embeddings", None)
+        return None if self.config is None else getattr(text_config_of(self.config), "max_position_embeddings", None)
 
 
 def family_of(folder: Path) -> Family | None:

@@ -22,7 +22,7 @@ from bitwright.core.weight import Weight
 from bitwright.model.source import Source
 from bitwright.prepare.block_way import BlockWay
 from bitwright.prepare.checks import check_dtypes, check_names, check_scheme, check_shapes, fits_shapes
-from bitwright.prepare.format_choice import expected, refuse_idle, settled
+from bitwright.prepare.format_choice import WIDELY_LOADED, expected, refuse_idle, refuse_wrongly_loaded, settled
 from bitwright.prepare.learned_parameters import LearnedParameters, belonging
 from bitwright.prepare.question import Question
 from bitwright.prepare.tensor_way import TensorWay
@@ -181,6 +181,8 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
     check_scheme(source, question.scheme)
     check_dtypes(source, inventory)
     scales = _scales(question, source, inventory)
+    if format.startswith(WIDELY_LOADED):
+        refuse_wrongly_loaded(recipe, allocation, _written(source, inventory, allocation, scales))
     if recipe.format is not None:  # else one is taken that has words for everything
         question.format.config(_written(source, inventory, allocation, scales))
     check_names(source, inventory, question.format)

@@ -116,11 +116,19 @@ def _kept_linears(division: Division, view: ModelView | None, checkpoint: Checkp
     """Linears of the model as transformers sees it; if it sees none, matrices that are kept, and the output layer."""
     if view is not None:
         quantized = {view.linear(weight.tensor) for weight in division.weights}
-        return sorted(view.linears - quantized - ({HEAD} if copied_head else set()))
+        placed = sorted(view.linears - quantized - ({HEAD} if copied_head else set()))
+        return [*placed, *_nowhere(division, view, checkpoint)]
     names = {weight.name for weight in division.weights}
     entry = checkpoint.entry
     kept = [k.tensor for k in division.kept if len(entry(k.tensor).shape) == 2 and k.why != discover.EMBEDDING]
     return sorted({*(name.removesuffix(".weight") for name in kept), HEAD} - names)
+
+
+def _nowhere(division: Division, view: ModelView, checkpoint: Checkpoint) -> list[str]:
+    """Matrices that are kept and that transformers passes over: engines make linears of them (``mtp.*``)."""
+    kept = [k.tensor for k in division.kept if k.tensor.endswith(".weight") and k.why != discover.EMBEDDING]
+    nowhere = (name for name in kept if view.shapes and view.places.get(name, name) not in view.shapes)
+    return [name.removesuffix(".weight") for name in nowhere if len(checkpoint.entry(name).shape) == 2]
 
 
 def _loaded_by_us(division: Division, view: ModelView | None) -> tuple[str | None, str | None]:

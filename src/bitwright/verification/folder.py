@@ -6,7 +6,7 @@ from bitwright.checkpoint.account_file import is_made_of, read_account
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.progress import Listener
 from bitwright.evaluation.loading import load, load_codes
-from bitwright.formats import QuantizedFolder, is_made_dense
+from bitwright.formats import CONFIG, QuantizedFolder, is_made_dense
 from bitwright.model.source import open_checkpoint
 from bitwright.verification.beside_original import Beside
 from bitwright.verification.completeness import require_same_model, settings
@@ -59,6 +59,13 @@ def verify_folder(folder: Path, against: Path | None, logits: bool, listener: Li
     )
 
 
+def _why_alone(model: QuantizedFolder) -> str:
+    """Why transformers by itself is not asked."""
+    config = model.checkpoint.config.get(CONFIG)
+    wrong = model.format.wrongly_loaded(config) if model.format is not None and isinstance(config, dict) else None
+    return wrong or "transformers by itself does not load this format"
+
+
 def _logits(model: QuantizedFolder, original: Path | None, listener: Listener) -> tuple[list[Check], float | None]:
     """Compare the folder's logits on random tokens with those of our own decoding, and with the original's."""
     tokens = random_tokens(model.folder)
@@ -74,7 +81,7 @@ def _logits(model: QuantizedFolder, original: Path | None, listener: Listener) -
     allowed = WITH_ACTIVATIONS if model.described and model.described.activations else LOGITS_APART
     summary = f"as loaded and as we decode the codes: {apart:.2g} standard deviations apart (at most {allowed})"
     if is_made_dense(model.checkpoint):
-        summary = "finite; our own decoding alone was run: transformers by itself does not load this format"
+        summary = f"finite; our own decoding alone was run: {_why_alone(model)}"
     checks.append(Check("logits", apart <= allowed, summary))
     if original is not None:
         reference = logits_of(lambda: load(original, device="cpu", dtype="float32"), tokens, listener, "the original")

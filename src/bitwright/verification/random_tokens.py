@@ -29,7 +29,7 @@ def cannot_run(config: Mapping[str, Any]) -> str | None:
 
 def random_tokens(folder: Path) -> Int[Tensor, "1 T"]:
     """Random tokens, equal for all folders with as many tokens in their vocabularies."""
-    vocabulary = int(model_config(folder).vocab_size)
+    vocabulary = int(model_config(folder).get_text_config(decoder=True).vocab_size)
     return torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(SEED))
 
 

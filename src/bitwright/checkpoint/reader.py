@@ -13,6 +13,7 @@ import torch
 from bitwright.checkpoint.header import Header, TensorEntry
 from bitwright.checkpoint.layout import CONFIG, INDEX, find_weights, read_bytes, read_config
 from bitwright.checkpoint.ranges import Stored, is_finite_tensor, new_digest, read_into, require_finite
+from bitwright.checkpoint.untied import TIED, is_untied
 from bitwright.core.block import Outline
 from bitwright.core.errors import CheckpointError, nearest
 from bitwright.core.patterns import PatternError, check_patterns
@@ -26,7 +27,8 @@ LAST_SECOND = 253_402_300_800
 class Checkpoint:
     """A lazy view of a model folder; every header has been checked, no tensor has been read.
 
-    `folder`, `config` (config.json) and `names` (sorted) are known at once.
+    `folder`, `config` (config.json) and `names` (sorted) are known at once. If config.json ties an output layer with
+    other values than the embedding, `config` says that it is not tied, as transformers takes it.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], headers: dict[str, Header], homes: dict[str, str]) -> None:
@@ -48,11 +50,13 @@ class Checkpoint:
             config = read_config(folder)
             checkpoint = cls(folder, config, *find_weights(folder))
             check_patterns(config.get("quantization_config"), checkpoint.names)
-            return checkpoint
         except PatternError as error:
             raise CheckpointError(f"{folder / CONFIG}: {error}") from None
         except OSError as error:  # a folder that may not be listed, a disk that fails
             raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+        if checkpoint.config.get(TIED) is True and is_untied(checkpoint):
+            checkpoint.config[TIED] = False
+        return checkpoint
 
     def __contains__(self, name: object) -> bool:
         return name in self._homes

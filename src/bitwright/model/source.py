@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitwright.calibration.tokens import tokens_of
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.checkpoint.untied import TIED
 from bitwright.core.block import Family
 from bitwright.core.decoder import Decoder, OddConfigError
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
@@ -71,6 +72,8 @@ class Source:
             _check_blocks(checkpoint, decoder.blocks)
             return cls(checkpoint, model_type, None, architecture.family(checkpoint.config), decoder)
         config = model_config(checkpoint)
+        if checkpoint.config.get(TIED) is False:  # also if the weights say so, and config.json does not
+            config.tie_word_embeddings = False
         _check_blocks(checkpoint, getattr(config, "num_hidden_layers", 1))
         with blaming_the_config(folder):
             return cls(checkpoint, model_type, config, architecture.family(config.to_dict()))

@@ -17,10 +17,10 @@ from bitwright.core.scheme import Allocation, Scheme
 from bitwright.prepare.nearest_scheme import nearest_first
 
 TRANSFORMERS = "transformers"
-WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
+WIDELY_LOADED, HOLDS_ALL, DENSE = "compressed-tensors", "bitwright", "dense"
 ELSEWHERE = (
     f"Leave --format out, or take --format {HOLDS_ALL} (transformers loads it after 'import bitwright') or --format "
-    "dense"
+    f"{DENSE}"
 )
 
 

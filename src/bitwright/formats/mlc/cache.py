@@ -50,6 +50,11 @@ class Cache:
     records: Mapping[str, Record]
     digests: Mapping[Path, str]
 
+    @property
+    def shards(self) -> set[str]:
+        """The names of the files with tensors."""
+        return {record.shard.name for record in self.records.values()}
+
     def changed(self) -> list[str]:
         """The shards that differ from their checksums, in words; all bytes are read."""
         wrong = []

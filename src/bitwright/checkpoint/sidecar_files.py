@@ -6,7 +6,7 @@ from typing import Any
 
 from bitwright.checkpoint.layout import read_bytes
 from bitwright.core.errors import CheckpointError
-from bitwright.core.json_shape import FLAG, NUMBER, TEXT, WHOLE, Items, Either, Keys, Shape, require_shape
+from bitwright.core.json_shape import FLAG, NUMBER, TEXT, WHOLE, Either, Items, Keys, Shape, require_shape
 from bitwright.core.json_values import parse_object
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
@@ -59,7 +59,7 @@ _GENERATION = Keys(
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
     """Read tokenizer.json; empty if there is none. Raises CheckpointError."""
-    return _read(folder / TOKENIZER, _TOKENIZER)
+    return _read(folder / TOKENIZER, _TOKENIZER, f"that is not what tokenizers writes, {AGAIN}")
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -95,11 +95,11 @@ def read_template(folder: Path) -> str | None:
         raise CheckpointError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}; {AGAIN}") from None
 
 
-def _read(path: Path, shape: Shape) -> dict[str, Any]:
+def _read(path: Path, shape: Shape, mend: str = AGAIN) -> dict[str, Any]:
     if not path.is_file():
         return {}
     content = parse_object(read_bytes(path), str(path))
-    require_shape(content, shape, str(path), AGAIN)
+    require_shape(content, shape, str(path), mend)
     return content
 
 

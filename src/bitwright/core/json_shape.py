@@ -40,7 +40,7 @@ class Leaf:
         """Whether a value is of one of the types; True is no number, and half of a surrogate pair no text."""
         if not isinstance(value, self.kinds) or (isinstance(value, bool) and bool not in self.kinds):
             return False
-        if isinstance(value, int):
+        if isinstance(value, int) and float not in self.kinds:
             return 0 <= value <= LARGEST
         return is_text(value) if isinstance(value, str) else not isinstance(value, float) or isfinite(value)
 

@@ -36,8 +36,12 @@ def kill_runs(work: Path, kills: int, seed: int) -> Kills:
     assert bitwright.api.quantize  # imported before the processes are forked, so that they need not
     result, drawn = Kills(), random.Random(seed)
     known = {case.name: case for case in cases(())}
-    names = [f"small/{method}/{format}" for method in METHODS for format in FORMATS]
-    drawn.shuffle(names)
+    formats = list(FORMATS)
+    names = [
+        f"small/{method}/{formats[(at + turn) % len(formats)]}"
+        for turn in range(len(formats))
+        for at, method in enumerate(METHODS)
+    ]  # every method and every format within the first turn
     at = 0
     while result.counts["killed"] < kills:
         most = min(MOST_OF_A_CASE, kills - result.counts["killed"])
@@ -93,7 +97,8 @@ def _perform(work: Path, case: Case, output: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        bitwright.quantize(bitwright.Recipe(work / case.model, **case.how), output, workers=1)
+        workers = None if "calibration" in case.how else 1
+        bitwright.quantize(bitwright.Recipe(work / case.model, **case.how), output, workers=workers)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -123,7 +123,7 @@ def main() -> int:
     asked = parser.parse_args()
     _quiet()
     work = asked.work.resolve()
-    chosen = [kind for kind in kinds(work) if asked.only in kind.name]
+    chosen = [kind for kind in kinds(work) if asked.only in kind.name and asked.examples]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     counts = []
     for kind in chosen:
@@ -156,31 +156,38 @@ def _write(result: Path, counts: list[Count], kills: Kills, asked: argparse.Name
          "slowest_seconds": round(c.slowest, 2)}
         for c in counts
     ]  # fmt: skip
-    rows.append({"kind": "killed runs", **kills.counts})
+    if asked.kills:
+        rows.append({"kind": "killed runs", **kills.counts})
     result.with_suffix(".jsonl").write_text("".join(json.dumps(about | row) + "\n" for row in rows))
     table = [f"| {c.kind} | {c.outcomes[READ]} | {c.outcomes[REFUSED]} | {c.outcomes[FAILED]} | {c.outcomes[SLOW]} "
              f"| {c.slowest:.1f} |" for c in counts]  # fmt: skip
     command = f"python tools/faults.py --work DIR --examples {asked.examples} --kills {asked.kills} --seed {asked.seed}"
     lines = [
-        "# Hostile files and killed runs",
-        "",
-        "Each file is a valid one with one to three changes, drawn by hypothesis. *Read*: every call took it, since "
-        "many changes do no harm. *Refused*: a call ended in a UserError. *Failed*: in another exception. *Slow*: it took "
-        f"longer than {asked.seconds:g} seconds.",
+        f"# {result.name}",
         "",
         f"Command: `{command}`. {about['date']}, Python {about['python']}, "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
         + ".",
-        "",
-        "| file | read | refused | failed | slow | slowest, seconds |",
-        "|---|---|---|---|---|---|",
-        *table,
-        "",
-        f"Runs killed with SIGKILL at a random moment and then repeated: {kills.counts['killed']}, over "
-        f"{kills.counts['cases']} combinations of method and format. With the bytes of an undisturbed run: "
-        f"{kills.counts['same']}; with others: {kills.counts['different']}; "
-        f"not finished: {kills.counts['unfinished']}.",
     ]
+    if counts:
+        lines += [
+            "",
+            "Each file is a valid one with one to three changes, drawn by hypothesis. *Read*: every call took it, as "
+            "many changes do no harm. *Refused*: a call ended in a UserError. *Failed*: in another exception. *Slow*: "
+            f"it took longer than {asked.seconds:g} seconds.",
+            "",
+            "| file | read | refused | failed | slow | slowest, seconds |",
+            "|---|---|---|---|---|---|",
+            *table,
+        ]
+    if asked.kills:
+        lines += [
+            "",
+            f"Runs killed with SIGKILL at a random moment and then repeated: {kills.counts['killed']}, over "
+            f"{kills.counts['cases']} combinations of method and format. With the bytes of an undisturbed run: "
+            f"{kills.counts['same']}; with others: {kills.counts['different']}; "
+            f"not finished: {kills.counts['unfinished']}.",
+        ]
     result.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -111,10 +111,10 @@ def _parquet(path: Path) -> Iterator[str]:
         schema = pyarrow.parquet.read_schema(path)
         if TEXT_FIELD not in schema.names:
             raise CalibrationError(f"{path} has no column '{TEXT_FIELD}'; it has {', '.join(schema.names)}")
-        column = pyarrow.parquet.read_table(path, columns=[TEXT_FIELD])[TEXT_FIELD]
-    except (pyarrow.ArrowException, OSError) as error:
+        values = pyarrow.parquet.read_table(path, columns=[TEXT_FIELD])[TEXT_FIELD].to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text that is no UTF-8
         raise CalibrationError(f"{path} cannot be read as Parquet: {error}") from None
-    rows = ((number, value) for number, value in enumerate(column.to_pylist(), start=1) if value is not None)
+    rows = ((number, value) for number, value in enumerate(values, start=1) if value is not None)
     return (_text_of({TEXT_FIELD: value}, f"{path}, row {number}") for number, value in rows)
 
 

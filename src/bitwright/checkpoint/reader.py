@@ -206,7 +206,10 @@ def _weights_fingerprint(header: Header) -> str:
 def _time_written(header: Header) -> str:
     """The time at which the file was last written to, to the nanosecond, UTC."""
     seconds, rest = divmod(header.mtime_ns, 10**9)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
+    except (ValueError, OverflowError, OSError):  # the year 10,000 or later: a disk's clock can be wrong
+        return f"{seconds}.{rest:09d} seconds after 1970-01-01 00:00:00"
 
 
 def _bytes(header: Header, start: int, length: int) -> bytearray:

@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any, Protocol
 
 from bitwright.core.errors import CheckpointError, shown
+from bitwright.core.json_values import is_text
 
 DEEPEST = 64
 """The levels of objects and lists that a shape follows; no real file has so many."""
@@ -147,17 +148,6 @@ def require_shape(value: Any, shape: Shape, where: str, mend: str) -> None:
         keys, fault = wrong
         at = f"{where}: {shown(keys.lstrip('.'))[1:-1]}" if keys else where
         raise CheckpointError(f"{at} {fault}; {mend}")
-
-
-def is_text(value: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON can spell half of a surrogate pair, which is no character."""
-    if value.isascii():
-        return True
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _wrong(value: Any, shape: Shape, depth: int) -> tuple[str, str] | None:

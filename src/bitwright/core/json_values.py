@@ -1,11 +1,14 @@
 """JSON: read a file that a stranger wrote, and make our own values fit for one."""
 
 import json
+import re
 from collections import Counter
 from math import isfinite
 from typing import Any
 
 from bitwright.core.errors import CheckpointError, shown
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
@@ -31,6 +34,27 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: a JSON object was expected, found a {type(value).__name__}")
     return value
+
+
+def dumped(value: Any, indent: int | None = None, separators: tuple[str, str] | None = None) -> str:
+    """Write a value as JSON that can be encoded in UTF-8: halves of surrogate pairs, as paths have them, escaped.
+
+    >>> dumped({"é": b"\\xff".decode("utf-8", "surrogateescape")})
+    '{"é": "\\\\udcff"}'
+    """
+    text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
+    return _LONE_SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can spell half of a surrogate pair, which is no character."""
+    if value.isascii():
+        return True
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def plain(value: Any) -> Any:

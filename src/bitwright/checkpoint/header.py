@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from bitwright.core.errors import CheckpointError, shown
-from bitwright.core.json_values import parse_object, uncollected
+from bitwright.core.json_values import is_text, parse_object, uncollected
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 50_000_000  # half of what the safetensors library takes; those of real files have less than 20 MB
@@ -167,9 +167,13 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
 
 def _checked_metadata(path: Path, claim: object) -> dict[str, str]:
     """Check the `__metadata__` of a header, which maps text to text."""
-    if not isinstance(claim, dict) or not all(isinstance(value, str) for value in claim.values()):
+    if not isinstance(claim, dict) or not all(map(_is_text, (*claim, *claim.values()))):
         raise CheckpointError(f"{path}: {METADATA} must map text to text, found {shown(claim)}")
     return claim
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and is_text(value)
 
 
 def _checked_entry(path: Path, name: str, claim: object, data_start: int) -> TensorEntry:
@@ -181,6 +185,8 @@ def _checked_entry(path: Path, name: str, claim: object, data_start: int) -> Ten
 
 
 def _entry(name: str, claim: object, data_start: int) -> TensorEntry:
+    if not is_text(name):
+        raise CheckpointError("its name has half of a surrogate pair, which is no character; the file is damaged")
     if not isinstance(claim, dict) or set(claim) != TENSOR_KEYS:
         raise CheckpointError(f"expected exactly {', '.join(sorted(TENSOR_KEYS))}, found {shown(claim)}")
     if len(name) > MAX_NAME:

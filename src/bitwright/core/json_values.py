@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ MOST_VALUES = 2_500_000
 """The most values in one file; the largest tokenizer.json that is known has 2 million."""
 MOST_LEVELS = 100
 """The most levels of lists and objects in each other; real files have fewer than 20."""
+
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_object(raw: bytes, where: str, most_values: int = MOST_VALUES) -> dict[str, Any]:
@@ -81,6 +85,27 @@ def _refuse_deep(value: Any, where: str) -> None:
 
 def _too_deep(where: str) -> CheckpointError:
     return CheckpointError(f"{where}: the JSON is nested too deeply to be what it claims to be")
+
+
+def dumped(value: Any, indent: int | None = None, separators: tuple[str, str] | None = None) -> str:
+    """Write a value as JSON that can be encoded in UTF-8: halves of surrogate pairs, as paths have them, escaped.
+
+    >>> dumped({"é": b"\\xff".decode("utf-8", "surrogateescape")})
+    '{"é": "\\\\udcff"}'
+    """
+    text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
+    return _LONE_SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can spell half of a surrogate pair, which is no character."""
+    if value.isascii():
+        return True
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def plain(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """Open and check the model to work on, and refuse what can be refused before any long work."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +11,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.calibration.tokens import tokens_of
+from bitwright.checkpoint.layout import read_bytes
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.checkpoint.sidecar_files import AGAIN, TOKENIZER, read_tokenizer_config
 from bitwright.checkpoint.untied import TIED
 from bitwright.core.block import Family
 from bitwright.core.decoder import Decoder, OddConfigError
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
-from bitwright.core.json_values import refuse_too_many, uncollected
+from bitwright.core.json_values import parse_object
 from bitwright.core.registry import architecture_of, described
-from bitwright.core.small_file import read_small
 from bitwright.formats import refuse_engine_file
 from bitwright.model.config import model_config, text_config_of
 from bitwright.model.fitting import require_fitting
@@ -174,25 +174,17 @@ def require_tokenizer(folder: Path) -> None:
             f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the tokenizer's files "
             "from the original repository into the folder; a model is of no use without them"
         )
-    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
-        if path.is_file():
-            _check_tokenizer_file(path)
+    if (folder / TOKENIZER).is_file():
+        _require_model(folder / TOKENIZER)
+    read_tokenizer_config(folder)
 
 
-def _check_tokenizer_file(path: Path) -> None:
+def _require_model(path: Path) -> None:
     """Raise CheckpointError for a file that is clearly no tokenizer, because the result would get a copy of it."""
-    again = "copy it from the original repository again"
-    try:
-        raw = read_small(path)
-        refuse_too_many(raw, str(path))
-        with uncollected():
-            content = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}; {again}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: a JSON object was expected, found a {type(content).__name__}; {again}")
-    if path.name == "tokenizer.json" and "model" not in content:
-        raise CheckpointError(f"{path}: no tokenizer of the tokenizers library: it has no key 'model'; {again}")
+    if not isinstance(parse_object(read_bytes(path), str(path)).get("model"), dict):
+        raise CheckpointError(
+            f"{path}: no tokenizer of the tokenizers library: it has no key 'model' with an object; {AGAIN}"
+        )
 
 
 def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:

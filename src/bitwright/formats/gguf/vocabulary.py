@@ -53,8 +53,10 @@ class Vocabulary:
     def filled(self, rows: int) -> tuple[list[str], list[int], list[float]]:
         """Tokens, types and scores for every row of the embedding; ids without a token are unused.
 
-        Raises RecipeError for more tokens than rows, and for two that are alike.
+        Raises CheckpointError for no tokens, RecipeError for more than rows, and for two that are alike.
         """
+        if not self.tokens:
+            raise CheckpointError("the tokenizer has no token; copy it from the original repository again")
         if max(self.tokens) >= rows:
             raise RecipeError(
                 f"the tokenizer's token {self.tokens[max(self.tokens)]!r} has id {max(self.tokens)}, the embedding "

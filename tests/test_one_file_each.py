@@ -78,9 +78,6 @@ def encode(name, weight):
     tensors = {f"{name}.byte_codes": codes.to(torch.uint8), f"{name}.byte_scales": weight.scale}
     return tensors if weight.zero is None else tensors | {f"{name}.byte_zeros": weight.zero.to(torch.uint8)}
 
-def refuse_stacked(name, slices):
-    raise NotImplementedError
-
 def read(tensors, name, described):
     grid = described.grid_of(name)
     codes, scale = tensors[f"{name}.byte_codes"], tensors[f"{name}.byte_scales"]
@@ -115,7 +112,7 @@ def stored_bytes(shape, scheme, dtype):
 
 FORMAT = TensorFormat(
     name="bytes", summary="one byte per code", holds=holds, holds_what="weights in groups along the input, no outliers",
-    stored_bytes=stored_bytes, leaves=LEAVES, codes="byte_codes", encode=encode, encode_stacked=refuse_stacked,
+    stored_bytes=stored_bytes, leaves=LEAVES, codes="byte_codes", encode=encode,
     decode=decode, config=config, weights_only=True,
     reader=Reader(
         described=described, shape=lambda shapes, tensors, grid: shapes("byte_codes"), read=read,

@@ -5,15 +5,17 @@ them) or a ``FileFormat`` (an engine's own file or folder, made of a finished fo
 Letters: O output features, I input features, E experts, A and B the sides of an expert's weight.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from bitwright.core.engine_file import EngineFile
+from bitwright.core.errors import RecipeError
 from bitwright.core.grid import Grid, Tile
 from bitwright.core.progress import Listener
 from bitwright.core.qtensor import QTensor
@@ -101,6 +103,14 @@ def _any_shape(name: str, shape: Shape) -> None:
     """Accept every shape."""
 
 
+def refuse_stacked(name: str, slices: Sized, format: str = "this format") -> NoReturn:
+    """Raise RecipeError for a weight that is fused over experts, in a format whose tensors are two-dimensional."""
+    raise RecipeError(
+        f"{name}: {format} holds no weight that is fused over {len(slices)} experts. Leave --format out, or take "
+        "--format bitwright (transformers loads it after 'import bitwright') or --format dense"
+    )
+
+
 def _no_grid(scheme: Scheme) -> Grid | None:
     return None
 
@@ -128,8 +138,10 @@ class Format:
     are the bytes of a weight [O, I] or [E, A, B] without outliers; ``packed_bits``, with the number of outliers as a
     fourth argument, the bits to report if those are fewer. ``check_shape(name, shape)`` raises RecipeError for a weight
     that it does not pack whatever its codes. ``queries_left_out`` is the grid of the queries if the config has no place
-    for it. ``weights_only``: it has no place for quantized activations and KV cache. ``mixes``: linears may have
-    different schemes. ``models`` are the architectures (``model_type``) that it is written for, None for any.
+    for it. ``weights_only``: the format has no place for quantized activations or a quantized KV cache; Bitwright
+    refuses them before ``encode`` is called. ``mixes``: linears may have different schemes. ``models`` are the
+    architectures (``model_type``) that it is written for, None for any. ``next_step`` is what a user does with a
+    result, with ``{output}`` for its path.
     """
 
     name: str
@@ -144,6 +156,7 @@ class Format:
     weights_only: bool = False
     mixes: bool = True
     models: tuple[str, ...] | None = None
+    next_step: str = "bitwright evaluate {output} --text FILE --reference ORIGINAL"
 
     def stored_bits(self, shape: Shape, scheme: Scheme, dtype: torch.dtype, outliers: int = 0) -> int:
         """Bits that a weight [O, I] or [E, A, B] takes, outliers counted; what the account reports."""
@@ -158,9 +171,10 @@ class Reader:
 
     ``described`` is what a quantization_config says; it raises CheckpointError for one that is not read. ``shape`` is
     that of a weight, from the shapes of its tensors and, if these do not tell, from what is in them, both by the end of
-    the tensor's name. ``read`` makes the QTensor of one linear of its tensors, ``read_stacked`` those of the slices of
-    a weight that is fused over experts, None if such weights are not read. ``codes_may_be_weight``: a tensor X.weight
-    may hold codes.
+    the tensor's name. ``read`` makes the QTensor of one linear from its tensors. If only shapes and dtypes are wanted,
+    the tensors are on the meta device, without data; then ``read`` must not look at values. ``read_stacked`` makes the
+    QTensors of a weight that is fused over experts, one for each expert; it is None if such weights are not read.
+    ``codes_may_be_weight``: a tensor X.weight may hold codes.
     """
 
     described: Callable[[Mapping[str, Any]], Described]
@@ -174,25 +188,30 @@ class Reader:
 class TensorFormat(Format):
     """A folder of safetensors: linears encoded one by one, and a quantization_config.
 
-    ``leaves`` are how the names of a weight's tensors end, the first is always there; ``codes`` is the one that holds
-    packed codes. ``encode(name, weight)`` makes
-    the tensors of a linear, ``encode_stacked(name, slices)`` those of experts in one tensor; ``decode`` gives the
-    weight [O, I] as written. Each raises RecipeError for what the format cannot hold. ``config`` is the
-    quantization_config, None if the folder is an ordinary model. ``reader`` is None if what is stored are no codes.
-    ``loaded_by_transformers``: it loads such folders, with our plugin or without; others are read and dequantized by
-    Bitwright. ``wrongly_loaded`` says, of a quantization_config, what the installed release of transformers does wrong,
-    None if nothing is known.
+    ``leaves`` are the endings of the names of a weight's tensors; the first is always there. ``codes`` is the one that
+    holds packed codes. ``encode(name, weight)`` makes the tensors of a linear, ``decode`` gives the weight [O, I] back
+    as it was written. ``encode_stacked(name, slices)`` makes the tensors of a weight that is fused over experts,
+    ``name`` as it is called in the checkpoint, from the QTensor [A, B] of each expert; a format that holds no such
+    weights leaves it out. Each raises RecipeError for what the format cannot hold. ``config`` is the
+    quantization_config, None if the folder is an ordinary model. ``reader`` is None if the format stores no codes.
+    ``loaded_by_transformers``: transformers loads such folders, with our plugin or without it. Bitwright reads and
+    dequantizes others. ``wrongly_loaded`` says, of a quantization_config, what the installed release of
+    transformers does wrong, None if nothing is known.
     """
 
     leaves: tuple[str, ...]
     codes: str
     encode: Callable[[str, QTensor], dict[str, Tensor]]
-    encode_stacked: Callable[[str, Sequence[QTensor]], dict[str, Tensor]]
     decode: Callable[[Mapping[str, Tensor], str, Grid], Tensor]
     config: Callable[[WrittenModel], dict[str, Any] | None]
+    encode_stacked: Callable[[str, Sequence[QTensor]], dict[str, Tensor]] = refuse_stacked
     reader: Reader | None = None
     loaded_by_transformers: bool = False
     wrongly_loaded: Callable[[Mapping[str, Any]], str | None] = _loaded_right
+
+    def __post_init__(self) -> None:
+        if self.encode_stacked is refuse_stacked:  # a refusal names the format
+            object.__setattr__(self, "encode_stacked", partial(refuse_stacked, format=self.name))
 
 
 @dataclass(frozen=True, kw_only=True)

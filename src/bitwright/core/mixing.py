@@ -55,7 +55,10 @@ def experts_apart(schemes: Schemes, *, of_model: bool) -> str | None:
         return None
     linears, first, second = pair
     which = "of the model" if of_model else "of a layer"
-    pattern = "*.experts.*" if of_model else f"{_experts_of_layer(first)}.*"
+    apart = [names for names in sets if len({schemes[name] for name in names}) > 1]
+    layer = _experts_of_layer(first)
+    pattern = "*.experts.*" if of_model else f"{layer if len(apart) == 1 else starred(layer)}.*"
+    linears = [name for names in apart for name in names]
     if any(schemes[name] is None for name in linears):
         return (
             f"{_beside(first, second, schemes)}: all experts {which} need one scheme, so quantize all of them, or "

@@ -7,7 +7,6 @@ points are 0 to 15, and always asymmetric; a symmetric grid is written with the 
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from bitwright.formats.gptq import (
     on_grid,
     refuse_scheme,
     refuse_sizes,
-    refuse_stacked,
     rules_for_kept,
     tile_of,
 )
@@ -160,7 +158,6 @@ FORMAT = TensorFormat(
     leaves=LEAVES,
     codes="qweight",
     encode=encode,
-    encode_stacked=partial(refuse_stacked, format="awq"),
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read),

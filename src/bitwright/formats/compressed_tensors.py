@@ -9,7 +9,6 @@ by ``_compressed_tensors_reading.py``.
 """
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -172,7 +171,6 @@ FORMAT = TensorFormat(
     leaves=LEAVES,
     codes="weight_packed",
     encode=encode,
-    encode_stacked=partial(gptq.refuse_stacked, format="compressed-tensors", instead=INSTEAD),
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read, codes_may_be_weight=codes_may_be_weight),

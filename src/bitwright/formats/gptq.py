@@ -12,10 +12,9 @@ of version 1 that it has not written itself; vLLM takes symmetric ones alone (do
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Sized
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int32
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from bitwright.core.decoder import HEAD
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.format import Reader, TensorFormat
+from bitwright.core.format import Reader, TensorFormat, refuse_stacked
 from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.packing import pack, unpack
 from bitwright.core.qtensor import QTensor
@@ -199,11 +198,6 @@ def refuse_sizes(name: str, shape: tuple[int, ...], multiples: tuple[int, int], 
             )
 
 
-def refuse_stacked(name: str, slices: Sized, format: str, instead: str = INSTEAD) -> NoReturn:
-    """Raise RecipeError for slices of a weight: the format's tensors are two-dimensional."""
-    raise RecipeError(f"{name}: {format} holds no weight that is fused over {len(slices)} experts. {instead}")
-
-
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> int:
     """Bytes of what ``encode`` makes, from the shape [O, I] alone."""
     rows, columns = shape
@@ -313,7 +307,6 @@ FORMAT = TensorFormat(
     leaves=LEAVES,
     codes="qweight",
     encode=encode,
-    encode_stacked=partial(refuse_stacked, format="gptq"),
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read),

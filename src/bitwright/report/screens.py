@@ -5,13 +5,10 @@ from typing import Any
 
 from rich.console import Console
 
+from bitwright.core.format import TensorFormat
+from bitwright.core.registry import format_of
 from bitwright.report.tables import duration, grid, pairs, size
 
-_MEASURE = "bitwright evaluate {output} --text FILE --reference ORIGINAL"
-_NEXT = {
-    "gguf": "llama-cli -m {output} -p PROMPT, or any other program on llama.cpp",
-    "mlc": "mlc_llm chat {output}, or compile it for a phone (docs/formats/mlc.md)",
-}
 _BY_BITWRIGHT = "bitwright.load: transformers alone does not load this format, or leaves the queries as they are"
 
 
@@ -73,12 +70,7 @@ def result(console: Console, result: Any) -> None:
             ("continued", f"{result.resumed} parts were finished before" if result.resumed else None),
             *(("note", text) for text in result.notes),
             *(("fallback", text) for text in result.fallbacks),
-            (
-                "next",
-                _NEXT.get(result.format, "bitwright evaluate {output} --text FILE --reference ORIGINAL").format(
-                    output=result.output
-                ),
-            ),
+            ("next", format_of(result.format).next_step.format(output=result.output)),
         ],
     )
 
@@ -116,7 +108,8 @@ def _linears(result: Any) -> str:
 
 def _codes_kept(result: Any) -> str:
     """The number of linears that keep their codes, and of those whose values a client computes differently."""
-    rounded, what = result.codes_kept - result.exact, "weights" if result.format == "dense" else "scales or minima"
+    format, rounded = format_of(result.format), result.codes_kept - result.exact
+    what = "weights" if isinstance(format, TensorFormat) and format.reader is None else "scales or minima"
     return f"in {result.codes_kept}" + (f", of which {rounded} have rounded {what}" if rounded else "")
 
 

@@ -121,4 +121,5 @@ FORMAT = FileFormat(
     write=write,
     open=opened,
     adapted=adapted,
+    next_step="llama-cli -m {output} -p PROMPT, or any other program on llama.cpp",
 )

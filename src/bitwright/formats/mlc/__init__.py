@@ -88,4 +88,5 @@ FORMAT = FileFormat(
     check=check,
     write=write,
     open=opened,
+    next_step="mlc_llm chat {output}, or compile it for a phone (docs/formats/mlc.md)",
 )

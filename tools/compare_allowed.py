@@ -171,6 +171,14 @@ def _in_model(name: str) -> str:
     return f"model.layers.{block}.{IN_BLOCK[linear]}" if kind == "blk" and linear in IN_BLOCK else name
 
 
+def one_scheme_for_all(difference: Difference, case: Case, outputs: Path) -> bool:
+    """Whether ``dequantize`` is gone from a folder whose linears have several schemes."""
+    config = account_of(case.name, outputs)["quantization_config"]
+    weights = [group["weights"] for group in config["config_groups"].values() if group["weights"]]
+    several = any(args != weights[0] for args in weights)
+    return several and difference.before is True and difference.after is ABSENT
+
+
 BITS = "bits are those that the format stores"
 SCHEMES = "the schemes of linears are said"
 ORDER = "linears of described architectures are listed in the order of the block"
@@ -195,6 +203,12 @@ ALLOWED = (
     Allowed(ORDER, "<bytes>", in_another_order, "config.json", "qwen2/easyquant/default"),
     Allowed(ROWS, "quantization_config.weights.tile.1", group_is_row, "*.json", "export/small/rtn/default/bitwright"),
     Allowed(ROWS, "quantization_config.exceptions.*", group_is_row, "*.json", "export/small/rtn/default/bitwright"),
+    Allowed(
+        "with dequantize, transformers 5.23 and later reads all linears by one scheme: other weights, or an error",
+        "quantization_config.dequantize",
+        one_scheme_for_all,
+        "*.json",
+    ),
     Allowed("sums in another order", "blocks.*.linears.*.weight_error", rounded),
 )
 """Differences that may be. ``outcome.json`` is the result of a call, or its message."""

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
@@ -82,7 +83,6 @@ def test_whatever_stands_in_json_comes_back(documents: list[str]) -> None:
         ("[" * 100_000, "a.jsonl, line 2 is not JSON"),
         ('{"body": "x", "id": 3}', "a.jsonl, line 2 has no text in the field 'text'; found: the fields are body, id"),
         ('{"text": 3}', "a.jsonl, line 2 has no text in the field 'text'; found: 'text' is of type int"),
-        ('{"text": null}', "'text' is of type NoneType"),
         ('"only text"', "a.jsonl, line 2 has no text in the field 'text'; found: str"),
         ("[1]", "found: list"),
     ],
@@ -185,3 +185,88 @@ def test_a_missing_library_names_the_extra(
     message = refusal(source)
     assert f"needs {'the datasets library' if package == 'datasets' else package}" in message
     assert "pip install 'bitwright[data]'" in message and ".txt" in message
+
+
+class TestBounds:
+    """Texts that would fill the memory, or block."""
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+    def test_terabytes(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 2**40)
+        assert "more than the 67,108,864 bytes of text that are read" in refusal(tmp_path / name)
+
+    def test_a_line_of_megabytes(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").touch()
+        os.truncate(tmp_path / "a.jsonl", 2**25 + 1)
+        assert "line 1 has 33,554,433 bytes, and a line is one document" in refusal(tmp_path / "a.jsonl")
+
+    def test_a_line_of_millions_of_values(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "a", "more": [' + "[]," * 2_000_000 + "[]]}")
+        assert "a.jsonl, line 1: the JSON has about 4,000,004 values" in refusal(tmp_path / "a.jsonl")
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+    def test_files_that_are_short_alone(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(texts, "MOST_BYTES", 500)
+        for n in range(10):
+            path = tmp_path / f"{n}{name}"
+            if name == "a.jsonl":
+                path.write_text(json_lines({"text": "x" * 100}))
+            else:
+                write_parquet(path, text=["x" * 100])
+        assert "has more than the 500 bytes of text that are read" in refusal(tmp_path)
+
+    def test_many_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(texts, "MOST_ROWS", 3)
+        assert "has 4 rows, and 3 are read" in refusal(write_parquet(tmp_path / "a.parquet", text=["a"] * 4))
+        (tmp_path / "a.jsonl").write_text(json_lines(*[{"text": "a"}] * 4))
+        assert "has more than 3 rows" in refusal(tmp_path / "a.jsonl")
+
+    def test_a_parquet_bomb(self, tmp_path: Path) -> None:
+        """A long value, once in the dictionary, and again and again in the rows: 16 GB in a few kB."""
+        pyarrow = pytest.importorskip("pyarrow")
+        rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 16_000, pyarrow.int32()), ["x" * 10**6])
+        path = write_parquet(tmp_path / "a.parquet", text=rows)
+        assert path.stat().st_size < 10**6
+        assert "has more than the 67,108,864 bytes of text that are read" in refusal(path)
+
+    def test_a_parquet_of_megabytes_in_one_page(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "a.parquet", text=["x" * (70 << 20)])
+        assert "more than the 67,108,864 bytes of text that are read" in refusal(path)
+
+    def test_invalid_utf8_in_parquet(self, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        broken = pyarrow.array([b"good", b"\xff\xfe"]).view(pyarrow.string())
+        assert "is not UTF-8 text: invalid start byte" in refusal(write_parquet(tmp_path / "a.parquet", text=broken))
+
+    def test_compressed_text(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b")
+        assert "compressed files are not read; unpack it: gunzip a.jsonl.gz" in refusal(tmp_path / "a.jsonl.gz")
+
+    def test_pipes_and_devices(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.txt")
+        for path in (tmp_path / "a.txt", Path("/dev/zero")):
+            assert f"{path} is no file, but a named pipe or a device" in refusal(path)
+        assert "holds no text" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+class TestRowsWithoutText:
+    def write(self, kind: str, path: Path, values: list[str | None]) -> Path:
+        if kind == "parquet":
+            return write_parquet(path / "a.parquet", text=values)
+        (path / "a.jsonl").write_text(json_lines(*({"text": value} for value in values)))
+        return path / "a.jsonl"
+
+    def test_they_are_left_out_and_counted(self, kind: str, tmp_path: Path) -> None:
+        path, notes = self.write(kind, tmp_path, ["one", None, "two", None]), list[str]()
+        assert read_text(str(path), notes.append) == "one\n\ntwo"
+        assert notes == [f"2 of 4 rows of '{path}' have no text ('text' is null), and are left out"]
+
+    def test_nothing_is_said_of_whole_texts(self, kind: str, tmp_path: Path) -> None:
+        notes = list[str]()
+        read_text(str(self.write(kind, tmp_path, ["one"])), notes.append)
+        assert notes == []
+
+    def test_nothing_is_left(self, kind: str, tmp_path: Path) -> None:
+        assert "holds no text: 'text' is null in all of its 2 rows" in refusal(self.write(kind, tmp_path, [None, None]))

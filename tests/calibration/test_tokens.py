@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from bitwright.calibration import tokens as module
 from bitwright.calibration.tokens import AROUND, tokens_of
+from bitwright.core.errors import CalibrationError
 from bitwright.demo import MODEL_DIR
 from bitwright.demo.texts import evaluation_text
 
@@ -100,3 +102,10 @@ def test_whole_where_tokens_are_too_long() -> None:
     text = ("a" * 50 + "b" * 30) * 40
     assert OVERLAP / 40 < 2 * AROUND
     assert tokens_of(text, runs, piece=PIECE, overlap=OVERLAP).tolist() == runs(text)
+
+
+def test_no_long_text_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizing a whole text takes 200 times its memory."""
+    monkeypatch.setattr(module, "LONGEST_WHOLE", 1000)
+    with pytest.raises(CalibrationError, match="at once it tokenizes 1,000 characters at most; the text has 5,000"):
+        tokens_of("x" * 5000, lambda text: list(range(len(text))), piece=100, overlap=20)

@@ -1,5 +1,6 @@
 """A YAML recipe says the same as the flags."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -193,3 +194,36 @@ def test_null_is_no_pattern(run: Run, model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {model}\nscheme: W4A16g32\nexclude: null\nscheme-for: null\n")
     assert run("quantize", "--recipe", recipe, "--dry-run", "--json").json["linears"] == 14
+
+
+TWICE = "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+MERGED = "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 60))
+
+
+@pytest.mark.parametrize(("written", "says"), [
+    (f"a0: &a0 [1, 1]\n{TWICE}", "stands for endlessly many values, its aliases (*name) written out"),
+    (f"a0: &a0 {{x: 1}}\n{MERGED}", "stands for endlessly many values"),
+    ("a: &a [*a]", "stands for endlessly many values"), ("a: &a {b: *a}", "stands for endlessly many values"),
+    ("a: " + "[" * 50_000, "nested too deeply"), ("a: 0x" + "f" * 100_000, "is out of bounds"),
+    ("a: " + "1:" * 50_000 + "1", "is out of bounds"), ("# " + "x" * 300_000, "and 262,144 are the most"),
+], ids=["aliases", "merged", "within itself", "table", "nested", "number", "sixties", "long"])  # fmt: skip
+def test_yaml_that_explodes(refused: Refused, tmp_path: Path, written: str, says: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(written)
+    assert says in " ".join(refused("quantize", "--recipe", tmp_path / "recipe.yaml").split())
+
+
+def test_a_pipe_is_no_recipe(refused: Refused, model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "a named pipe" in refused("quantize", "--recipe", tmp_path / "pipe")
+    flags = ("--scheme", SCHEME, "-o", tmp_path / "out")
+    assert "a named pipe" in refused("quantize", model, *flags, "--allocation", tmp_path / "pipe")
+
+
+def test_an_alias_stands_for_one_value(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"model: {model}\nscheme: &s W4A16g32\nscheme-for: {{'*.down_proj': *s}}\n")
+    assert run("quantize", "--recipe", tmp_path / "recipe.yaml", "--dry-run", "--json").json["linears"] == 14
+
+
+def test_an_allocation_is_one_file(run: Run, model: Path, tmp_path: Path) -> None:
+    ran = run("quantize", model, "--scheme", SCHEME, "--allocation", "a.json", "--allocation", "b.json", "--dry-run")
+    assert ran.code == 2 and "--allocation is given 2 times (a.json, b.json) and takes one file" in ran.error

@@ -1,14 +1,17 @@
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitwright.core.errors import RecipeError
+import bitwright
+from bitwright.core.errors import RecipeError, UserError
 from bitwright.core.recipe import Recipe
 from bitwright.core.settings import known_settings
 
@@ -112,7 +115,7 @@ def test_a_recipe_survives_as_plain_values() -> None:
     recipe = replace(recipe, include="a", exclude="b", scheme_for={"c": "W8A16"}, allocation="a.json")
     recipe = replace(recipe, load_parameters="p.safetensors")
     recipe = replace(recipe, engines="vllm", embeddings="f16", base="b.gguf")
-    plain, least = Recipe("", "").as_dict(), recipe.as_dict()
+    plain, least = Recipe("", "W4A16").as_dict(), recipe.as_dict()
     assert all(plain[key] != least[key] for key in Recipe.keys())  # noqa: SIM118
     assert Recipe.from_mapping(recipe.as_dict()) == recipe
     assert hash(Recipe.from_mapping(recipe.as_dict())) == hash(recipe)
@@ -239,3 +242,43 @@ def test_any_size_is_read_or_refused(text: str) -> None:
 def test_any_mapping_is_read_or_refused(mapping: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):  # no integer is a model
         Recipe.from_mapping(mapping)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"method": "awqq"}, "there is no method 'awqq'; did you mean awq"),
+        ({"method": "gptq+gptq"}, "both decide the"),
+        ({"scheme": "W4"}, "'W4' is no scheme"),
+        ({"scheme_for": "*.down_proj=W99A16"}, "asks for weights of 99 bits"),
+        ({"scheme_for": "*.down_proj"}, "is no PATTERN=SCHEME"),
+        ({"format": "ggfu"}, "there is no format 'ggfu'; did you mean gguf"),
+        ({"engines": ["vlm"]}, "there is no engine 'vlm'; did you mean vllm"),
+        ({"training": "papers"}, "there are no training settings 'papers'; did you mean paper"),
+        ({"samples": 10**5000}, "samples is a huge int; it must be less than"),
+    ],
+)
+def test_what_is_not_known_is_refused_when_the_recipe_is_made(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Recipe(**({"model": "m", "scheme": "W4A16g128"} | wrong))
+
+
+@pytest.mark.parametrize("value", [3, 1.5, True, b"x", ["x", 3], {"x": 3}, ..., float("nan")], ids=repr)
+@pytest.mark.parametrize("key", Recipe.keys())
+def test_a_value_of_a_wrong_type_is_a_recipe_error_or_taken(key: str, value: Any) -> None:
+    with contextlib.suppress(UserError):
+        Recipe(**({"model": "m", "scheme": "W4A16g128"} | {key: value}))
+
+
+def test_paths_are_taken_as_they_are() -> None:
+    places = ("model", "calibration", "allocation", "load_parameters", "base")
+    paths: dict[str, Any] = {key: Path(f"some/{key}") for key in places}
+    recipe = Recipe(scheme="W4A16g128", **paths)
+    assert [getattr(recipe, key) for key in places] == [f"some/{key}" for key in places]
+
+
+def test_a_path_in_place_of_a_recipe_is_refused_with_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"write bitwright.quantize\(bitwright.Recipe\(model='/nope', scheme="):
+        bitwright.quantize("/nope", tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="found 3; write"):
+        bitwright.plan(3)  # type: ignore[arg-type]

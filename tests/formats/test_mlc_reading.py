@@ -1,6 +1,7 @@
 """MLC-LLM's folders read back: every preset, and every way in which a folder can be damaged."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_everything_is_found_again(scheme: str, embeddings: str | None, folders:
     model, file = QuantizedFolder.open(folder), opened(out)
     assert file.wanted is not None and file.misfiled is None
     assert {name: each.shape for name, each in file.tensors.items()} == dict(file.wanted.needed)
-    assert file.checksums() == [] and file.unlike(model.config) == []
+    assert file.checksums() == ([], []) and file.unlike(model.config) == []
     assert not [name for name in file.tensors if file.numbers(name) or not file.is_read(name)]
     tied = {"lm_head.weight"} if scheme == "W3A16" else set()
     assert set(file.names) == {*model.passed, *(f"{linear}.weight" for linear in model.linears)} - tied
@@ -116,6 +117,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "type": (indexed(lambda said: tensor(said, 0).update(dtype="e4m3")), r"is e4m3 .* which is not read"),
     "within": (indexed(lambda said: tensor(said, 1).update(byteOffset=4)), r"within another tensor or beyond its end"),
     "beyond": (indexed(lambda said: tensor(said, -1).update(byteOffset=10**9)), r"beyond its end"),
+    "endless": (indexed(lambda said: tensor(said, 1).update(byteOffset=1e999)), r"is no index of MLC-LLM's weights"),
+    "huge": (indexed(lambda said: tensor(said, 1).update(byteOffset=2**100)), r"a size or place that no file has"),
+    "wrapped": (
+        indexed(lambda said: tensor(said, 0).update(shape=[2**40, 2**40], nbytes=0)),
+        r"and 0 bytes; the index is damaged",
+    ),
+    "ranks": (indexed(lambda said: tensor(said, 0).update(shape=[1] * 10**6)), r"a size or place that no file has"),
+    "long": (lambda folder: os.truncate(folder / INDEX, 2**40), r"and such a file is never longer than"),
     "fewer": (indexed(lambda said: said["records"][0]["records"].pop()), r"has bytes after its last tensor"),
     "elsewhere": (indexed(lambda said: said["records"][0].update(dataPath="../x.bin")), r"no shard beside it"),
     "empty": (indexed(lambda said: said.pop("records")), r"is no index of MLC-LLM's weights"),
@@ -139,7 +148,7 @@ def test_shards_that_changed_and_files_too_many_or_missing(folders: Folders, tmp
     raw = bytearray((copy / SHARD).read_bytes())
     raw[1000] ^= 16
     (copy / SHARD).write_bytes(raw)
-    assert opened(copy).checksums() == ["params_shard_0.bin is not what its checksum says"]
+    assert opened(copy).checksums() == (["params_shard_0.bin is not what its checksum says"], [])
     (copy / "tokenizer.json").unlink()
     assert opened(copy).misfiled == "tokenizer.json is missing, which mlc-chat-config.json names"
     (copy / "params_shard_7.bin").write_bytes(b"")

@@ -101,9 +101,8 @@ def test_what_does_not_run_is_refused_with_the_nearest_that_does(
     ({"engines": "vllm", "method": "easyquant", "scheme": "W3A16"}, "that it runs is W4A16 with --outliers 0;"),
 ])  # fmt: skip
 def test_refused(how: dict[str, Any], says: str, tiny: Checkpoints) -> None:
-    recipe = Recipe(str(tiny()), **({"scheme": "W4A16g32", "method": "rtn"} | how))
     with pytest.raises(RecipeError, match=says):
-        settled(recipe)
+        settled(Recipe(str(tiny()), **({"scheme": "W4A16g32", "method": "rtn"} | how)))
 
 
 COMMAND = r"bitwright export OUTPUT --format (\S+) --output (\S+?)(?:;|$)"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 from tests.conftest import Checkpoints
 
@@ -293,6 +293,44 @@ def test_files_of_architectures_that_are_not_known(files: Files, source: Path, t
     assert raw.count(key) == 1
     (tmp_path / "m.gguf").write_bytes(raw.replace(key, key[:-5] + b"phi99"))
     found = bitwright.verify(tmp_path / "m.gguf")
-    assert found.passed and found.checks[0].found == "not looked at: architecture phi99 is not known here"
+    assert not (found.failed or found.passed) and found.checks[0].passed is None
+    assert found.checks[0].found == "not looked at: architecture phi99 is not known here"
     with pytest.raises(CheckpointError, match=r"cannot be compared with .*: architecture phi99 is not known here"):
         bitwright.verify(tmp_path / "m.gguf", source)
+
+
+def number(raw: bytes, key: str, value: int) -> bytes:
+    """A GGUF header with another number (uint32) under a key."""
+    at = raw.index(key.encode()) + len(key) + 4
+    return raw[:at] + value.to_bytes(4, "little") + raw[at + 4 :]
+
+
+@pytest.mark.parametrize("key", ["llama.embedding_length", "llama.attention.head_count", "llama.block_count"])
+def test_sizes_that_no_model_has(key: str, files: Files, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(number(files("gguf").read_bytes(), key, 0))
+    with pytest.raises(CheckpointError, match=f"{key} is 0, and a model has at least 1"):
+        bitwright.verify(tmp_path / "m.gguf")
+
+
+def test_a_file_without_tensors(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "m.gguf", "phi99")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="has no tensor at all"):
+        bitwright.verify(tmp_path / "m.gguf")
+
+
+def test_shards_without_checksums(files: Files, source: Path, tmp_path: Path) -> None:
+    folder = copied(files("mlc"), tmp_path / "mlc")
+    index = folder / cache.INDICES[0]
+    stated = json.loads(index.read_text())
+    stated["records"][0]["md5sum"] = None
+    index.write_text(json.dumps(stated))
+    alone, beside = bitwright.verify(folder), bitwright.verify(folder, source)
+    for found in (alone, beside):
+        (check,) = [check for check in found.checks if check.name == "checksums"]
+        assert check.passed is None and "no checksum of params_shard_0.bin" in check.found
+    assert not alone.failed and not alone.passed  # nothing else tells whether the codes are those that were written
+    assert beside.passed

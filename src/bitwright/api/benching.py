@@ -25,7 +25,7 @@ from bitwright.evaluation.contenders import (
 )
 from bitwright.evaluation.speed import Contender, Speed, measure_in_turn
 from bitwright.formats import CONFIG
-from bitwright.model.config import model_config
+from bitwright.model.config import text_config
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 
 TRANSFORMERS = "bitwright.evaluation.transformers_speed"
@@ -138,7 +138,6 @@ def _transformers(model: Path, against: Path | None, lengths: _Lengths, device: 
     for folder in (model, *([] if against is None else [against])):
         if folder.is_file():
             raise CheckpointError(f"--against {folder} is a file; engine transformers compares folders")
-        open_checkpoint(folder)
         _require_room(folder, max(lengths.prompt, lengths.tokens))
     if against is not None:
         require_same_folders(model, against)
@@ -148,7 +147,7 @@ def _transformers(model: Path, against: Path | None, lengths: _Lengths, device: 
 
 def _require_room(folder: Path, tokens: int) -> None:
     """Raise UserError if more tokens are asked for than a model takes."""
-    longest = getattr(model_config(folder), "max_position_embeddings", None)
+    longest = getattr(text_config(open_checkpoint(folder)), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise UserError(
             f"{folder} takes {longest} tokens at most, and {tokens} were asked for; give --prompt and --tokens of at "

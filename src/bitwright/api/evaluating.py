@@ -1,6 +1,6 @@
 """evaluate(): measure a written folder, loaded as its users load it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from bitwright.evaluation.loading import Loaded, load_with_loader
 from bitwright.evaluation.measure import Measurement, consecutive, measure
 from bitwright.evaluation.scores import TaskScore, side_by_side
 from bitwright.evaluation.scoring import TaskOptions, answers_file, prepare_tasks, score
-from bitwright.model.config import model_config
+from bitwright.model.config import text_config
 from bitwright.model.source import check_vocabulary, open_checkpoint, pick_device, pick_dtype, sequence_length, tokenize
 
 
@@ -84,7 +84,8 @@ def evaluate(
     if text is None and (seqlen, windows) != (None, None):
         raise UserError("--seqlen and --windows are about a text, and only tasks were asked for; add --text FILE")
     pair = _Pair.open(Path(folder), None if reference is None else Path(reference), device, dtype)
-    cut = None if text is None else _windows(pair.folder, text, seqlen, windows)
+    of_text = list[str]()
+    cut = None if text is None else _windows(pair.folder, text, seqlen, windows, of_text.append)
     prepared = prepare_tasks(asked, pair.folder) if tasks else ()
     with answers_file(asked, pair.folders) as file:
         loaded = pair.load(pair.folder)
@@ -103,7 +104,7 @@ def evaluate(
         weight_bytes=open_checkpoint(pair.folder).total_bytes,
         measurement=measured,
         tasks=scores,
-        notes=notes,
+        notes=(*of_text, *notes),
     )
 
 
@@ -120,7 +121,7 @@ class _Pair:
     def open(cls, folder: Path, reference: Path | None, device: str, dtype: str) -> "_Pair":
         """Check both folders before the text is read. Raises UserError for what cannot be loaded."""
         checkpoint = open_checkpoint(folder)
-        config = model_config(folder)
+        config = text_config(checkpoint)
         where = pick_device(device)
         arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)
         if reference is not None:
@@ -137,11 +138,13 @@ class _Pair:
         return load_with_loader(folder, device=str(self.where), dtype=_name(self.arithmetic))
 
 
-def _windows(folder: Path, text: str, seqlen: int | None, windows: int | None) -> Int[Tensor, "W T"]:
+def _windows(
+    folder: Path, text: str, seqlen: int | None, windows: int | None, say: Callable[[str], None]
+) -> Int[Tensor, "W T"]:
     """The text as windows of the model's tokens."""
-    config = model_config(folder)
+    config = text_config(open_checkpoint(folder))
     length = sequence_length(seqlen, getattr(config, "max_position_embeddings", None))
-    tokens = tokenize(folder, text_of(text, "evaluation"))
+    tokens = tokenize(folder, text_of(text, "evaluation", say))
     check_vocabulary(tokens, config, folder)
     return consecutive(tokens, length, windows, text)
 
@@ -176,8 +179,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _check_reference(folder: Path, vocabulary: int) -> None:
     """Refuse a reference that cannot be the original, before the text is read and a model is loaded."""
-    open_checkpoint(folder)
-    size = model_config(folder).vocab_size
+    size = text_config(open_checkpoint(folder)).vocab_size
     if size != vocabulary:
         raise UserError(
             f"the reference {folder} has a vocabulary of {size}, the model one of {vocabulary}; "

@@ -12,20 +12,24 @@ from bitwright.checkpoint.output import OutputFolder
 from bitwright.convert.conversion import Conversion
 from bitwright.convert.refusals import refuse
 from bitwright.core.account import Account, ExportAccount, ExportedLinear
-from bitwright.core.errors import blaming_the_machine
+from bitwright.core.errors import OutputError, blaming_the_machine
 from bitwright.core.format import FileFormat, TensorFormat, WriteOptions
 from bitwright.core.progress import Listener, silent
 from bitwright.core.quantized import Difference
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
 from bitwright.formats import QuantizedFolder
+from bitwright.model.fitting import require_fitting
+from bitwright.model.source import family_of
 from bitwright.prepare.format_choice import refuse_idle, target
 from bitwright.prepare.resources import refuse_output
 from bitwright.stream.memory import peak_memory
 from bitwright.stream.parts import PartWriter
+from bitwright.verification.client import loads
 from bitwright.verification.engine_files import require_sound_file
+from bitwright.verification.findings import Check
 from bitwright.verification.soundness import require_sound
 from bitwright.written.beside_weights import copy_along, write_allocation, write_config
-from bitwright.written.finishing import leaving_nothing, weight_bytes_of
+from bitwright.written.finishing import leaving_nothing, not_loadable, weight_bytes_of
 from bitwright.written.sink import JOURNAL, Sink
 
 
@@ -81,6 +85,7 @@ def export(
     single = isinstance(to, FileFormat) and to.single
     refuse_output(folder, output, overwrite, single)
     model, shard_bytes = QuantizedFolder.open(folder), size_in_bytes(shard_size, "shard size")
+    require_fitting(model.checkpoint)
     account = read_account(folder) or Account()
     along = {} if account == Account() else account.without_digests.to_json()
     options = WriteOptions(lossy, embeddings, None if base is None else Path(base), along)
@@ -97,7 +102,7 @@ def export(
             assert isinstance(to, TensorFormat)
             conversion = Conversion(model, PartWriter(work.work, to, to), lossy)
             differences = _convert(conversion, account, work, restart, shard_bytes, listener)
-            verified = require_sound(work.path, _shapes(model))
+            verified = require_sound(work.path, _shapes(model), _client(model, work.path, to))
         bytes_out = weight_bytes_of(work.file if single else work.path)
         work.publish()
     return _summed(model, output, format, differences, bytes_out, verified, monotonic() - start)
@@ -129,6 +134,17 @@ def _convert(
     )
     write_account(work.path, exported)
     return [Difference(row.name, row.codes_kept, row.weight_error) for row in rows]
+
+
+def _client(model: QuantizedFolder, written: Path, to: TensorFormat) -> Check | None:
+    """Whether a new folder loads; None if a family describes it. Raises OutputError if it does not."""
+    if family_of(model.folder) is not None:
+        return None
+
+    client = loads(written, model.checkpoint)
+    if client.passed is False:
+        raise OutputError(not_loadable(to, client))
+    return client
 
 
 def _shapes(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:

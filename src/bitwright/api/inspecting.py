@@ -10,6 +10,7 @@ from typing import Any
 
 from bitwright.checkpoint.account_file import read_account
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.core.json_values import uncollected
 from bitwright.core.scheme import Scheme
 from bitwright.formats import QuantizedFolder, is_read
 from bitwright.model.config import architecture
@@ -68,7 +69,11 @@ class Inspection:
 
 def inspect(path: Path | str) -> Inspection:
     """Read the headers of a model folder. Raises CheckpointError if it is no model folder, or is damaged."""
-    folder = Path(path)
+    with uncollected():  # many tensors are many objects, all of which stay
+        return _inspected(Path(path))
+
+
+def _inspected(folder: Path) -> Inspection:
     checkpoint = open_checkpoint(folder)
     model = _quantized(checkpoint)
     packed = [] if model is None else [_packed(model, name) for name in (*model.linears, *model.stacks)]

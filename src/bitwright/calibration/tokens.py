@@ -11,6 +11,8 @@ from bitwright.core.errors import CalibrationError
 
 PIECE, OVERLAP = 2**16, 2**12
 """The length of a piece of text and of the overlap of two, in characters."""
+LONGEST_WHOLE = 2**24
+"""The longest text that is tokenized at once, in characters: it takes 3 GB."""
 AROUND = 16
 """The number of tokens that must agree on each side of a joint."""
 SEEDS = 2**63
@@ -25,6 +27,7 @@ def tokens_of(
     For a whole text, a tokenizer takes about 200 times the memory of the text. Each piece overlaps the one before it by
     ``overlap`` characters, and the overlap is also tokenized alone. If all three have equal tokens in the middle of the
     overlap, far from the ends of both pieces, the pieces are joined there. Otherwise the whole text is encoded at once.
+    Raises CalibrationError if it is too long for that.
     """
     joined, stop = list[Tensor](), piece
     last, start = encode(text[:stop]), 0
@@ -35,6 +38,12 @@ def tokens_of(
         seam = len(between) // 2
         end_of_last = len(last) - len(between) + seam
         if not _agree((last, end_of_last), (between, seam), (following, seam)) or end_of_last < start:
+            if len(text) > LONGEST_WHOLE:
+                raise CalibrationError(
+                    f"the tokenizer gives other tokens for pieces of the text than for all of it (near character "
+                    f"{begin:,}), and at once it tokenizes {LONGEST_WHOLE:,} characters at most; the text has "
+                    f"{len(text):,}: take a part of it, or another one"
+                )
             return torch.tensor(encode(text), dtype=torch.int64)
         joined.append(torch.tensor(last[start:end_of_last], dtype=torch.int64))
         last, start = following, seam

@@ -1,11 +1,13 @@
 """Read and write bitwright.json, the account in every folder that Bitwright writes."""
 
-import json
 from pathlib import Path
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.writer import write_json
 from bitwright.core.account import Account
+from bitwright.core.errors import CheckpointError
+from bitwright.core.json_values import parse_object
+from bitwright.core.small_file import read_small
 
 ACCOUNT = "bitwright.json"
 
@@ -13,8 +15,8 @@ ACCOUNT = "bitwright.json"
 def read_account(folder: Path) -> Account | None:
     """Read a folder's account. None if there is no account, or if it is damaged: a folder can be used without it."""
     try:
-        return Account.from_json(json.loads((folder / ACCOUNT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        return Account.from_json(parse_object(read_small(folder / ACCOUNT), ACCOUNT))
+    except (CheckpointError, ValueError):
         return None
 
 

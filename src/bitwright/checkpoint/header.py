@@ -16,11 +16,14 @@ from typing import Any, BinaryIO
 import torch
 
 from bitwright.core.errors import CheckpointError, shown
-from bitwright.core.json_values import parse_object
+from bitwright.core.json_values import is_text, parse_object, uncollected
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_HEADER_BYTES = 50_000_000  # half of what the safetensors library takes; those of real files have less than 20 MB
+MAX_TENSORS = 300_000  # in a folder; of a model of 384 experts in 61 layers, quantized, there are 280,000
+MAX_SIZES = 10 * MAX_TENSORS  # commas and brackets of a header; a matrix has eight
 MAX_RANK = 64
+MAX_NAME = 1000  # characters
 MAX_ELEMENTS = 2**63 - 1  # what a torch stride can hold
 METADATA = "__metadata__"
 TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
@@ -102,9 +105,12 @@ def read_header(path: Path) -> Header:
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     data_start = LENGTH_BYTES + len(raw)
-    claims = parse_object(raw, f"{path}: safetensors header")
+    claims = parse_object(raw, f"{path}: safetensors header", MAX_SIZES)
     metadata = _checked_metadata(path, claims.pop(METADATA, {}))
-    entries = {name: _checked_entry(path, name, claim, data_start) for name, claim in claims.items()}
+    if len(claims) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: {len(claims):,} tensors in one file; more than {MAX_TENSORS:,} is never real")
+    with uncollected():
+        entries = {name: _checked_entry(path, name, claim, data_start) for name, claim in claims.items()}
     _check_layout(path, list(entries.values()), data_start, status.st_size)
     return Header(path, entries, metadata, data_start, status.st_size, status.st_mtime_ns)
 
@@ -161,9 +167,13 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
 
 def _checked_metadata(path: Path, claim: object) -> dict[str, str]:
     """Check the `__metadata__` of a header, which maps text to text."""
-    if not isinstance(claim, dict) or not all(isinstance(value, str) for value in claim.values()):
+    if not isinstance(claim, dict) or not all(map(_is_text, (*claim, *claim.values()))):
         raise CheckpointError(f"{path}: {METADATA} must map text to text, found {shown(claim)}")
     return claim
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and is_text(value)
 
 
 def _checked_entry(path: Path, name: str, claim: object, data_start: int) -> TensorEntry:
@@ -175,8 +185,12 @@ def _checked_entry(path: Path, name: str, claim: object, data_start: int) -> Ten
 
 
 def _entry(name: str, claim: object, data_start: int) -> TensorEntry:
+    if not is_text(name):
+        raise CheckpointError("its name has half of a surrogate pair, which is no character; the file is damaged")
     if not isinstance(claim, dict) or set(claim) != TENSOR_KEYS:
         raise CheckpointError(f"expected exactly {', '.join(sorted(TENSOR_KEYS))}, found {shown(claim)}")
+    if len(name) > MAX_NAME:
+        raise CheckpointError(f"a name of {len(name):,} characters; more than {MAX_NAME:,} is never real")
     dtype = DTYPES.get(claim["dtype"]) if isinstance(claim["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(f"unknown dtype {shown(claim['dtype'])}. Known: {', '.join(sorted(DTYPES))}")

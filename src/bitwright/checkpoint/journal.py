@@ -15,6 +15,7 @@ from typing import Any
 from bitwright.checkpoint.ranges import file_digest
 from bitwright.checkpoint.writer import write_text
 from bitwright.core.errors import OutputError, shown
+from bitwright.core.json_values import dumped
 
 SHOWN_DIFFERENCES = 8
 ABSENT = "(absent)"
@@ -118,7 +119,7 @@ class Journal:
 
 def _line(value: Mapping[str, Any]) -> str:
     """One line of the journal."""
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    return dumped(value) + "\n"
 
 
 def _append(path: Path, text: str) -> None:

@@ -3,15 +3,29 @@
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bitwright.checkpoint.header import Header, read_header
+from bitwright.checkpoint.header import MAX_TENSORS, Header, read_header
 from bitwright.core.errors import CheckpointError, shown
-from bitwright.core.json_values import parse_object
+from bitwright.core.json_values import parse_object, refuse_too_many
+from bitwright.core.small_file import CONFIG_BYTES, SMALL_BYTES, read_small
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
 SHOWN_NAMES = 8
+MAX_SHARDS = 10_000
+"""The most weight files of a model; the largest known models have a few hundred."""
+READ_BY_LIBRARIES = {
+    **dict.fromkeys(("config.json", "generation_config.json", "processor_config.json"), CONFIG_BYTES),
+    **dict.fromkeys(
+        ("preprocessor_config.json", "video_preprocessor_config.json", "adapter_config.json"), CONFIG_BYTES
+    ),
+    **dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"), SMALL_BYTES),
+    **dict.fromkeys(("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json"), SMALL_BYTES),
+    **dict.fromkeys(("tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"), SMALL_BYTES),
+    "bitwright.json": SMALL_BYTES,
+}
+"""Small files that libraries open in a model folder, with the most bytes of each."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -21,6 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: a file, no model folder; give the folder that contains {CONFIG}")
     path = folder / CONFIG
+    _check_small_files(folder)
     if not path.is_file():
         raise CheckpointError(
             f"{folder}: is no model folder: it has no {CONFIG}; give the folder that `save_pretrained` or "
@@ -46,16 +61,23 @@ def find_weights(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a small file whole. Raises CheckpointError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    """Read config.json or the index whole. Raises CheckpointError if it is too long for one, or cannot be read."""
+    return read_small(path, CONFIG_BYTES if path.name == CONFIG else SMALL_BYTES)
+
+
+def _check_small_files(folder: Path) -> None:
+    """Raise CheckpointError for a pipe, or a file of gigabytes, that transformers would read as a small file."""
+    for name, most in READ_BY_LIBRARIES.items():
+        path = folder / name
+        if path.exists() and not path.is_dir():
+            raw = read_small(path, most)
+            if path.suffix == ".json":
+                refuse_too_many(raw, str(path))
 
 
 def _by_agreement(folder: Path, files: list[str]) -> tuple[dict[str, Header], dict[str, str]]:
     """Take all files of a folder without an index. Raises CheckpointError if two files hold one tensor."""
-    headers = {file: read_header(folder / file) for file in files}
+    headers = _headers(folder, files)
     homes: dict[str, str] = {}
     for file, header in headers.items():
         for name in header.entries:
@@ -72,13 +94,14 @@ def _by_index(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
     """Take the files and tensors that the index lists; other tensors in a shard are not part of the model."""
     homes = _weight_map(folder)
     files = sorted(set(homes.values()))
+    _refuse_many(folder, "weight files", len(files), MAX_SHARDS)
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} of the {len(files)} shards that {INDEX} names are missing: {_some(missing)}; "
             "an interrupted download? Download the model again, finished files are kept"
         )
-    headers = {file: read_header(folder / file) for file in files}
+    headers = _headers(folder, files)
     for name, file in homes.items():
         if name not in headers[file].entries:
             raise CheckpointError(
@@ -86,6 +109,24 @@ def _by_index(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:
                 "from different versions of the model, download it again"
             )
     return headers, homes
+
+
+def _headers(folder: Path, files: list[str]) -> dict[str, Header]:
+    """Read the headers of weight files. Raises CheckpointError for more files or tensors than a model has."""
+    _refuse_many(folder, "weight files", len(files), MAX_SHARDS)
+    headers, tensors = dict[str, Header](), 0
+    for file in files:
+        headers[file] = read_header(folder / file)
+        tensors += len(headers[file].entries)
+        _refuse_many(folder, "tensors", tensors, MAX_TENSORS)
+    return headers
+
+
+def _refuse_many(folder: Path, what: str, count: int, most: int) -> None:
+    if count > most:
+        raise CheckpointError(
+            f"{folder}: {count:,} {what} or more; the largest models have far fewer than {most:,}, so this is no model"
+        )
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

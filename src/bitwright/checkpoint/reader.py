@@ -13,17 +13,22 @@ import torch
 from bitwright.checkpoint.header import Header, TensorEntry
 from bitwright.checkpoint.layout import CONFIG, INDEX, find_weights, read_bytes, read_config
 from bitwright.checkpoint.ranges import Stored, is_finite_tensor, new_digest, read_into, require_finite
+from bitwright.checkpoint.untied import TIED, is_untied
 from bitwright.core.block import Outline
 from bitwright.core.errors import CheckpointError, nearest
+from bitwright.core.patterns import PatternError, check_patterns
 from bitwright.core.tensor_bytes import memory_of
 
 SAMPLE_BYTES = 64 * 1024
+LAST_SECOND = 253_402_300_800
+"""The first second of the year 10,000."""
 
 
 class Checkpoint:
     """A lazy view of a model folder; every header has been checked, no tensor has been read.
 
-    `folder`, `config` (config.json) and `names` (sorted) are known at once.
+    `folder`, `config` (config.json) and `names` (sorted) are known at once. If config.json ties an output layer with
+    other values than the embedding, `config` says that it is not tied, as transformers takes it.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], headers: dict[str, Header], homes: dict[str, str]) -> None:
@@ -42,9 +47,16 @@ class Checkpoint:
         """
         folder = Path(folder)
         try:
-            return cls(folder, read_config(folder), *find_weights(folder))
+            config = read_config(folder)
+            checkpoint = cls(folder, config, *find_weights(folder))
+            check_patterns(config.get("quantization_config"), checkpoint.names)
+        except PatternError as error:
+            raise CheckpointError(f"{folder / CONFIG}: {error}") from None
         except OSError as error:  # a folder that may not be listed, a disk that fails
             raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+        if checkpoint.config.get(TIED) is True and is_untied(checkpoint):
+            checkpoint.config[TIED] = False
+        return checkpoint
 
     def __contains__(self, name: object) -> bool:
         return name in self._homes
@@ -224,6 +236,8 @@ def _weights_fingerprint(header: Header) -> str:
 def _time_written(header: Header) -> str:
     """The time at which the file was last written to, to the nanosecond, UTC."""
     seconds, rest = divmod(header.mtime_ns, 10**9)
+    if not 0 <= seconds < LAST_SECOND:  # a file system may hold any time, Python none after the year 9999
+        return f"{seconds} seconds after 1970.{rest:09d}"
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
 
 

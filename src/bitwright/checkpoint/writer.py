@@ -6,7 +6,6 @@ reports a full disk as an error that is no OSError.
 
 import errno
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ import torch
 from bitwright.checkpoint.header import METADATA, TensorEntry, build_header, file_order
 from bitwright.checkpoint.ranges import COPY_BYTES, Stored, forget, new_digest
 from bitwright.core.errors import CheckpointError, OutputError
+from bitwright.core.json_values import dumped
 from bitwright.core.tensor_bytes import memory_of
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def write_text(path: Path, text: str) -> int:
 
 def write_json(path: Path, value: Any) -> int:
     """Write indented JSON atomically, keys in the order they have, and return its size in bytes."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return write_text(path, dumped(value, indent=2) + "\n")
 
 
 def copy_file(source: Path, target: Path) -> int:

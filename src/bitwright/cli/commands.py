@@ -198,7 +198,7 @@ def verify(
     """Check that a quantized folder or file is what it claims to be.
 
     It must be complete and sound, take no more bytes than its bits need, and compute what its codes say. The exit code
-    is 2 if a check fails.
+    is 2 if a check fails, or if something that matters could not be looked at.
     """
     from bitwright import api
 

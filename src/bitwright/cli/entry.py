@@ -40,6 +40,7 @@ def main() -> NoReturn:
     The exit code is 0 for success, 2 for an error that a user can mend, 1 for a bug, 130 if interrupted, and 141 if the
     program that reads the output stops reading.
     """
+    _open_standard_streams()
     signal.signal(signal.SIGINT, _interrupt)
     # compressed-tensors draws a bar for each loaded model with tqdm, which reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -63,6 +64,17 @@ def main() -> NoReturn:
             _fail(message, MENDABLE)
         _bug(error)
     sys.exit(0)
+
+
+def _open_standard_streams() -> None:
+    """Open what the caller has closed (``>&-``), so that no other file takes its number, and prints go nowhere."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def _run() -> None:

@@ -9,8 +9,12 @@ import yaml
 from bitwright.cli.options import BESIDE
 from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.recipe import Recipe
+from bitwright.core.small_file import require_regular
 
 OUTPUT = "output"
+LARGEST_FILE, MOST_VALUES = 2**18, 100_000
+"""The most bytes of a recipe, and the most values in it once its aliases are written out."""
+ENDLESS = 10**18
 EXAMPLES = {
     "include": "a pattern, include: '*.router.weight'",
     "exclude": "a pattern, exclude: '*.down_proj', or a list of them",
@@ -37,6 +41,16 @@ class OnceEach(yaml.SafeLoader):
                     None, None, f"the key '{name}' is empty; leave it out, or write {EXAMPLES[name]}", key.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Build a whole number. Raises ValueError for one that no setting has, and that no message could show."""
+        number: int = super().construct_yaml_int(node)
+        if abs(number) >= 2**64:
+            raise ValueError(f"the number {str(node.value)[:20]}... is out of bounds")
+        return number
+
+
+OnceEach.add_constructor("tag:yaml.org,2002:int", OnceEach.construct_yaml_int)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -72,10 +86,45 @@ def _unreadable(path: Path, error: Exception) -> RecipeError:
     return RecipeError(f"{place} cannot be read as YAML: {context}{problem}")
 
 
+def _content(path: Path) -> Any:
+    """Read the values of a YAML file. Raises RecipeError for aliases that stand for more than ``MOST_VALUES``."""
+    loader = OnceEach(path.read_text(encoding="utf-8"))
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (values := _values(node, {})) > MOST_VALUES:
+            count = "endlessly many" if values == ENDLESS else f"{values:,}"
+            raise RecipeError(
+                f"recipe {path} stands for {count} values, its aliases (*name) written out, and {MOST_VALUES:,} are "
+                "the most; write it without aliases"
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """The number of values that a node stands for, each alias written out; one within itself is endless."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = ENDLESS
+        inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        counted[id(node)] = min(ENDLESS, 1 + sum(_values(part, counted) for part in inner))
+    return counted[id(node)]
+
+
 def parsed(path: Path) -> dict[str, Any]:
     """Parse a YAML file, with underscores for hyphens in its keys. Raises RecipeError if it is no mapping."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), OnceEach)
+        require_regular(path, RecipeError)
+        if path.stat().st_size > LARGEST_FILE:
+            raise RecipeError(
+                f"recipe {path} has {path.stat().st_size:,} bytes, and {LARGEST_FILE:,} are the most; schemes of many "
+                "linears go into a file for --allocation"
+            )
+        content = _content(path)
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; --recipe takes a YAML file") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or an impossible number or date

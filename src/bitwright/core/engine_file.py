@@ -81,8 +81,11 @@ class EngineFile(Protocol):
     def is_read(self, name: str) -> bool:
         """Whether the numbers of a tensor of the file are of a type that is looked at."""
 
-    def checksums(self) -> list[str] | None:
-        """The files that differ from their checksums, all bytes being read; None if there are no checksums."""
+    def checksums(self) -> tuple[list[str], list[str]] | None:
+        """The files that differ from their checksums, all bytes being read, and those that have none.
+
+        None if the format has no checksums.
+        """
 
     def bits(self) -> tuple[int, int]:
         """The number of bits that are stored for the linears of the blocks, and the number of their weights."""

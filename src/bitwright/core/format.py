@@ -119,6 +119,11 @@ def _never(described: Described) -> bool:
     return False
 
 
+def _loaded_right(config: Mapping[str, Any]) -> str | None:
+    """Know of no release that loads a folder wrong."""
+    return None
+
+
 def _as_it_is(scheme: Scheme) -> Scheme:
     return scheme
 
@@ -190,7 +195,8 @@ class TensorFormat(Format):
     weights leaves it out. Each raises RecipeError for what the format cannot hold. ``config`` is the
     quantization_config, None if the folder is an ordinary model. ``reader`` is None if the format stores no codes.
     ``loaded_by_transformers``: transformers loads such folders, with our plugin or without it. Bitwright reads and
-    dequantizes others.
+    dequantizes others. ``wrongly_loaded`` says, of a quantization_config, what the installed release of
+    transformers does wrong, None if nothing is known.
     """
 
     leaves: tuple[str, ...]
@@ -201,6 +207,7 @@ class TensorFormat(Format):
     encode_stacked: Callable[[str, Sequence[QTensor]], dict[str, Tensor]] = refuse_stacked
     reader: Reader | None = None
     loaded_by_transformers: bool = False
+    wrongly_loaded: Callable[[Mapping[str, Any]], str | None] = _loaded_right
 
     def __post_init__(self) -> None:
         if self.encode_stacked is refuse_stacked:  # a refusal names the format

@@ -1,18 +1,30 @@
 """JSON: read a file that a stranger wrote, and make our own values fit for one."""
 
+import gc
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
 from bitwright.core.errors import CheckpointError, shown
 
+MOST_VALUES = 2_500_000
+"""The most values in one file; the largest tokenizer.json that is known has 2 million."""
+MOST_LEVELS = 100
+"""The most levels of lists and objects in each other; real files have fewer than 20."""
 
-def parse_object(raw: bytes, where: str) -> dict[str, Any]:
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def parse_object(raw: bytes, where: str, most_values: int = MOST_VALUES) -> dict[str, Any]:
     """Read one JSON object from UTF-8 bytes, each key at most once.
 
     NaN and Infinity are let through: configs of real models contain them. Raises CheckpointError, which begins with
-    `where`, for anything else.
+    `where`, for anything else, for more values than ``most_values``, and for values that are nested too deeply.
     """
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -22,15 +34,78 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise CheckpointError(f"{where}: the key {shown(twice)} appears twice; which one holds cannot be known")
 
+    refuse_too_many(raw, where, most_values)
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+        with uncollected():
+            value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except RecursionError:
-        raise CheckpointError(f"{where}: the JSON is nested too deeply to be what it claims to be") from None
+        raise _too_deep(where) from None
     except ValueError as error:  # not UTF-8, not JSON, or an integer of thousands of digits
         raise CheckpointError(f"{where}: not JSON ({error}); the file is damaged, fetch it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: a JSON object was expected, found a {type(value).__name__}")
+    _refuse_deep(value, where)
     return value
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """A context in which Python does not look for garbage: among millions of new values it takes half of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def refuse_too_many(raw: bytes, where: str, most: int = MOST_VALUES) -> None:
+    """Raise CheckpointError if JSON has more values than fit into memory, before it is parsed.
+
+    A value takes up to 30 times the memory of its text. Commas and brackets in texts count too.
+    """
+    values = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
+    if values > most:
+        raise CheckpointError(
+            f"{where}: the JSON has about {values:,} values, and such a file never has more than {most:,}; it is "
+            "damaged, or no such file: fetch it again"
+        )
+
+
+def _refuse_deep(value: Any, where: str) -> None:
+    level, levels = [value], 0
+    while level:
+        levels += 1
+        if levels > MOST_LEVELS:
+            raise _too_deep(where)
+        inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in inner if isinstance(item, dict | list)]
+
+
+def _too_deep(where: str) -> CheckpointError:
+    return CheckpointError(f"{where}: the JSON is nested too deeply to be what it claims to be")
+
+
+def dumped(value: Any, indent: int | None = None, separators: tuple[str, str] | None = None) -> str:
+    """Write a value as JSON that can be encoded in UTF-8: halves of surrogate pairs, as paths have them, escaped.
+
+    >>> dumped({"é": b"\\xff".decode("utf-8", "surrogateescape")})
+    '{"é": "\\\\udcff"}'
+    """
+    text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
+    return _LONE_SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can spell half of a surrogate pair, which is no character."""
+    if value.isascii():
+        return True
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def plain(value: Any) -> Any:

@@ -79,7 +79,8 @@ class Described:
     fills ``grids`` and ``named_tiles``, by the names of linears. The other fields are for configs of other tools:
     ``rules`` and ``tiles`` are pairs of a regular expression and the grid or tile of the linears whose names it matches
     from the beginning, of which the first counts; ``departures`` are linears with another tile, or with outliers, than
-    their scheme says; ``variant`` is what else the format needs to read its tensors.
+    their scheme says; ``variant`` is what else the format needs to read its tensors. ``queries``: queries are quantized
+    as keys and values are.
     """
 
     grid: Grid
@@ -93,6 +94,7 @@ class Described:
     tiles: tuple[tuple[str, Tile | None], ...] = ()
     grids: Mapping[str, Grid] = field(default_factory=dict)
     named_tiles: Mapping[str, Tile | None] = field(default_factory=dict)
+    queries: bool = False
 
     def grid_of(self, linear: str) -> Grid:
         """The grid of one linear."""

@@ -1,17 +1,24 @@
 """What the user asked for: the same keys as flags, in Python, and in a YAML file."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from bitwright.core.errors import RecipeError, nearest, shown
-from bitwright.core.settings import known_settings
+from bitwright.core.registry import compose, require_name
+from bitwright.core.scheme import Scheme, schemes_for
+from bitwright.core.settings import PRESETS, known_settings
 
+PLACES = ("model", "calibration", "allocation", "load_parameters", "base")
+"""Keys whose values are paths, in a text or as a Path."""
 PATTERNS = ("include", "exclude", "engines")
 SETTINGS = "settings"
 """The attribute that holds settings; in files and on the command line each is a key of its own."""
 SHARD_SIZE = "5GB"
+MOST = 10**100
+"""More than any number that is meant; a number of thousands of digits cannot even be printed."""
 
 
 @dataclass(frozen=True, init=False)
@@ -54,11 +61,11 @@ class Recipe:
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         scheme: str | None = None,
         method: str | None = None,
         format: str | None = None,
-        calibration: str | None = None,
+        calibration: str | os.PathLike[str] | None = None,
         samples: int = 128,
         seqlen: int | None = None,
         seed: int = 0,
@@ -69,16 +76,18 @@ class Recipe:
         include: str | list[str] | tuple[str, ...] | None = None,
         exclude: str | list[str] | tuple[str, ...] | None = None,
         scheme_for: str | list[str] | tuple[str, ...] | dict[str, str] | None = None,
-        allocation: str | None = None,
-        load_parameters: str | None = None,
+        allocation: str | os.PathLike[str] | None = None,
+        load_parameters: str | os.PathLike[str] | None = None,
         engines: str | list[str] | tuple[str, ...] | None = None,
         embeddings: str | None = None,
-        base: str | None = None,
+        base: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
-        """Raise RecipeError for an unknown key, and for a value of the wrong type or out of bounds."""
+        """Raise RecipeError for an unknown key, and for a value of the wrong type, out of bounds, or not known."""
         given = {key: value for key, value in locals().items() if key not in ("self", SETTINGS)}
         for key, value in given.items():
+            if key in PLACES and isinstance(value, os.PathLike):
+                value = os.fsdecode(value)
             _require_kind(key, value, _KINDS[key])
             _require_texts(key, value)
             value = [f"{name}={text}" for name, text in value.items()] if isinstance(value, dict) else value
@@ -91,8 +100,26 @@ class Recipe:
         if calibration == "":
             raise RecipeError("calibration is empty; name a text file or folder, builtin, or leave it out")
         for key, number, least in (("samples", samples, 1), ("seqlen", seqlen, 1), ("seed", seed, 0)):
-            if number is not None and number < least:
-                raise RecipeError(f"{key} is {number}; it must be at least {least}")
+            if number is not None and not least <= number < MOST:
+                limit = f"at least {least}" if number < least else "less than 10^100"
+                raise RecipeError(f"{key} is {shown(number)}; it must be {limit}")
+        self._refuse_unknown()
+
+    def _refuse_unknown(self) -> None:
+        """Raise RecipeError, or SchemeError, for a scheme, method, format, engine or preset that is none."""
+        if self.scheme is not None:
+            Scheme.parse(self.scheme)
+        tuple(schemes_for(self.patterns("scheme_for")))
+        if self.method is not None:
+            compose(self.method)
+        if self.format is not None:
+            require_name("formats", self.format)
+        if self.engines is not None:
+            from bitwright.core.engine import engine_named  # it imports torch
+
+            tuple(map(engine_named, self.patterns("engines")))
+        if self.training not in PRESETS:
+            raise RecipeError(f"there are no training settings '{self.training}'; {nearest(self.training, PRESETS)}")
 
     def __getattr__(self, key: str) -> Any:
         """A method's setting as it was asked for; None if it was not."""
@@ -171,7 +198,7 @@ def _require_kind(key: str, value: Any, kinds: tuple[type, ...]) -> None:
     fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
     if not fits or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise RecipeError(f"recipe key '{key}' is {value!r}; it takes {wanted}")
+        raise RecipeError(f"recipe key '{key}' is {shown(value)}; it takes {wanted}")
 
 
 def _require_texts(key: str, value: Any) -> None:

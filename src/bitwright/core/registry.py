@@ -9,13 +9,15 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitwright.core.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from bitwright.core.block import Architecture
     from bitwright.core.format import Format
+
+METHODS = "methods"
 
 
 def names(room: str) -> tuple[str, ...]:
@@ -42,9 +44,20 @@ def formats() -> "tuple[Format, ...]":
 
 def find(room: str, name: str) -> ModuleType:
     """The module registered under a name. Raises RecipeError with the nearest known name."""
+    require_name(room, name)
+    return _module(room, name)
+
+
+def require_name(room: str, name: str) -> None:
+    """Raise RecipeError, with the nearest known name, for one that is not registered; nothing is imported."""
     if name not in names(room):
         raise RecipeError(f"there is no {room.rstrip('s')} '{name}'; {nearest(name, names(room))}")
-    return _module(room, name)
+
+
+def compose(methods: str) -> object:
+    """Compose the methods that a text names, as ``methods`` does. Raises RecipeError for what is none, or a mixture."""
+    room: Any = import_module(f"bitwright.{METHODS}")
+    return room.compose(methods)
 
 
 def _places(package: str) -> list[str]:

@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from itertools import product
 from typing import Final
 
-from bitwright.core.errors import SchemeError
+from bitwright.core.errors import RecipeError, SchemeError
 from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, MIN_GROUP, Grid, Tile, Zero
 
 UNQUANTIZED_BITS, LARGE_GROUP = 16, 128
@@ -179,6 +179,29 @@ def _common_schemes() -> Iterator[str]:
         yield f"W{bits}A16{group}{symmetry}"
     for bits, activation, cache in product(weights, (8, 6, 4), ("", "KV4", "KV8", "KV16")):
         yield f"W{bits}A{activation}{cache}"
+
+
+def schemes_for(texts: Iterable[str]) -> Iterator[tuple[str, Scheme]]:
+    """Yield the pattern and the scheme of each ``PATTERN=SCHEME``; patterns with commas between them share one scheme.
+
+    Raises RecipeError, SchemeError.
+    """
+    waiting = list[str]()
+    for text in texts:
+        pattern, equals, scheme = (part.strip() for part in text.partition("="))
+        waiting.append(pattern)
+        if not (pattern and scheme) and equals:
+            break
+        if equals:
+            try:
+                yield from ((name, Scheme.parse(scheme)) for name in waiting)
+            except SchemeError as error:
+                raise SchemeError(f"--scheme-for {pattern}: {error}") from None
+            waiting = []
+    if waiting:
+        raise RecipeError(
+            f"--scheme-for '{','.join(waiting)}' is no PATTERN=SCHEME; write '*.down_proj=W8A16g128' (in quotes)"
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Transformers alone cannot load gptq and awq, for which it needs gptqmodel. Such 
 weights are dequantized.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,9 +30,11 @@ from bitwright.core.import_path import KERNELS
 from bitwright.core.registry import format_of, names
 from bitwright.core.scheme import Scheme
 from bitwright.formats import CONFIG, QuantizedFolder, is_made_dense, is_read
-from bitwright.model.config import read_config, without_hub_kernels
+from bitwright.model.config import read_config, text_config_of, without_hub_kernels
+from bitwright.model.fitting import built_within, require_fitting
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
-from bitwright.steps.activations import quantize_activations, quantize_attention
+from bitwright.model.view import ModelView, class_of, with_stacks
+from bitwright.steps.activations import quantize_activations, quantize_attention, quantize_inputs
 
 TRANSFORMERS, BITWRIGHT = "transformers", "bitwright"
 """The names of the loaders."""
@@ -50,7 +52,8 @@ def load(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> Pr
     """Load the model in a folder, original or quantized, ready to run; offline, no remote code.
 
     Transformers loads it, with our plugin for the bitwright format, whose weights stay packed in memory. Folders that
-    transformers does not load (gptq, awq) are read by Bitwright and become dense. If a scheme such as ``W4A8KV4``
+    transformers does not load (gptq, awq), or the installed release loads wrong, are read by Bitwright and become
+    dense. If a scheme such as ``W4A8KV4``
     quantizes queries that the folder's config leaves out, they are quantized too. ``dtype`` "auto" is the checkpoint's
     own on a GPU, and float32 on a CPU. Raises CheckpointError.
     """
@@ -89,8 +92,13 @@ def _load_decoded(folder: Path, device: str, dtype: str) -> Loaded:
     where, model = pick_device(device), QuantizedFolder.open(folder)
     if model.described is None:
         raise CheckpointError(f"{folder} is not quantized")
-    decoded = _decoded(model, pick_dtype(dtype, where, model.checkpoint.dtype_of_weights), where)
-    quantize_attention(decoded, left_out(folder), None)
+    dtype_of_model = pick_dtype(dtype, where, model.checkpoint.dtype_of_weights)
+    decoded, described = (
+        load_model(folder, dtype_of_model, where, dense_tensors(model, dtype_of_model)),
+        model.described,
+    )
+    quantize_inputs(decoded, described.activations, model.linears)
+    quantize_attention(decoded, described.kv if described.queries else left_out(folder), described.kv)
     return Loaded(decoded, BITWRIGHT)
 
 
@@ -105,29 +113,38 @@ def left_out(folder: Path) -> Grid | None:
         return None
 
 
-def load_codes(model: QuantizedFolder) -> PreTrainedModel:
+def load_codes(model: QuantizedFolder, *, rounded: bool = False) -> PreTrainedModel:
     """Load a quantized folder by decoding its codes ourselves: dense, in float32, on the CPU.
 
-    Activations and KV cache are quantized as the folder says. Raises CheckpointError.
+    If ``rounded``, weights are computed in the dtype of their scales, as clients that keep them packed do. Activations
+    and KV cache are quantized as the folder says. Raises CheckpointError.
     """
-    return _decoded(model, torch.float32, torch.device("cpu"))
+    return _decoded(model, torch.float32, torch.device("cpu"), rounded)
 
 
-def _decoded(model: QuantizedFolder, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    loaded, described = load_model(model.folder, dtype, device, dense_tensors(model, dtype)), model.described
+def _decoded(
+    model: QuantizedFolder, dtype: torch.dtype, device: torch.device, rounded: bool = False
+) -> PreTrainedModel:
+    loaded, described = load_model(model.folder, dtype, device, dense_tensors(model, dtype, rounded)), model.described
     if described is not None:
         quantize_activations(loaded, described.activations, described.kv, model.linears)
     return loaded
 
 
-def dense_tensors(model: QuantizedFolder, dtype: torch.dtype) -> dict[str, Tensor]:
+def dense_tensors(model: QuantizedFolder, dtype: torch.dtype, rounded: bool = False) -> dict[str, Tensor]:
     """Every tensor of a quantized folder, dequantized, by its name in an unquantized folder.
 
-    Linears are ``(code - zero) * scale``, computed in float32 and given in ``dtype``. Raises CheckpointError.
+    Linears and stacks of experts are ``(code - zero) * scale``, computed in float32 (in the dtype of their scales if
+    ``rounded``) and given in ``dtype``. Raises CheckpointError.
     """
+    arithmetic = None if rounded else torch.float32
     tensors = {name: model.tensor(name) for name in model.passed}
     for name in model.linears:
-        tensors[f"{name}.weight"] = model.read(name).dequantize(torch.float32).to(dtype)
+        tensors[f"{name}.weight"] = model.read(name).dequantize(arithmetic).to(dtype)
+    view = ModelView.of(model.checkpoint, with_stacks(model.stacks)) if model.stacks else None
+    for name in model.stacks:
+        slices = [part.dequantize(arithmetic).to(dtype) for part in model.slices(name)]
+        tensors[name if view is None else view.stack(name)] = torch.stack(slices)
     return tensors
 
 
@@ -139,13 +156,22 @@ def load_model(
     Raises CheckpointError if transformers refuses it, and if weights are missing, for which transformers would take
     random ones.
     """
+    if tensors is None:
+        return _loaded(folder, lambda: _from_folder(folder, dtype), device)
+    return _loaded(folder, lambda: _from_tensors(folder, dtype, tensors), device)
+
+
+def _loaded(
+    folder: Path, make: Callable[[], tuple[PreTrainedModel, Mapping[str, Any]]], device: torch.device
+) -> PreTrainedModel:
+    """Load a model on a device. Raises CheckpointError as ``load_model``."""
     logging.disable_progress_bar()
+    checkpoint = open_checkpoint(folder)
+    require_fitting(checkpoint)
     try:
-        with (
-            redirect_stderr(StringIO()),
-            without_hub_kernels(),
-        ):  # compressed-tensors shows a bar per model that cannot be switched off
-            loaded, report = _from_folder(folder, dtype) if tensors is None else _from_tensors(folder, dtype, tensors)
+        # compressed-tensors shows a bar per model that cannot be switched off
+        with built_within(checkpoint), redirect_stderr(StringIO()), without_hub_kernels():
+            loaded, report = make()
     except CheckpointError:
         raise
     except Exception as error:  # the libraries raise anything for a damaged folder
@@ -159,14 +185,21 @@ def load_model(
     loaded.eval()
     torch.nn.Module.to(loaded, device)
     if hasattr(loaded, "ct_decompress_hook"):  # the first forward pass decompresses, with a bar of its own
-        with redirect_stderr(StringIO()), torch.inference_mode():
+        with redirect_stderr(StringIO()), torch.no_grad():  # tensors of inference_mode have no gradients, ever
             loaded(torch.zeros(1, 1, dtype=torch.int64, device=device))
     return loaded
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+def load_as_named(folder: Path) -> PreTrainedModel:
+    """Load the model in a folder as the class that its config names, in float32, on the CPU. Raises CheckpointError."""
+    kind = class_of(read_config(folder))
+    return _loaded(folder, lambda: _from_folder(folder, torch.float32, kind), torch.device("cpu"))
+
+
+def _from_folder(
+    folder: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """Load the model in a folder; return it with transformers' report."""
-    kind: Any = AutoModelForCausalLM
     loaded: tuple[PreTrainedModel, Mapping[str, Any]] = kind.from_pretrained(
         folder,
         config=read_config(folder),
@@ -187,6 +220,8 @@ def _from_tensors(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if kind.config_class is not type(config):  # the class of a text model, and the config of a model with others
+        config = text_config_of(config)
     loaded: tuple[PreTrainedModel, Mapping[str, Any]] = kind.from_pretrained(
         None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )

@@ -19,7 +19,7 @@ from bitwright.core.progress import Listener
 from bitwright.evaluation.answers import Answers
 from bitwright.evaluation.loading import left_out
 from bitwright.evaluation.scores import TaskScore
-from bitwright.model.config import model_config
+from bitwright.model.config import text_config
 from bitwright.model.source import open_checkpoint, require_tokenizer
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _in_cache(options: TaskOptions, folders: Sequence[Path]) -> Path:
 
 def _context(folder: Path) -> int:
     """The number of tokens in the model's context."""
-    named = getattr(model_config(folder), "max_position_embeddings", None)
+    named = getattr(text_config(open_checkpoint(folder)), "max_position_embeddings", None)
     return named if isinstance(named, int) and named > 0 else DEFAULT_CONTEXT
 
 

@@ -22,6 +22,7 @@ from bitwright.core import child_process
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, Progress
 from bitwright.evaluation.llamacpp_speed import REFUSED, peak_resident
+from bitwright.model.config import text_config_of
 
 ERROR_CHARACTERS = 2000  # the end of a failed process's output that is shown
 
@@ -111,7 +112,7 @@ def time_model(model: Any, prompt: int, tokens: int) -> dict[str, Any]:
 
     The batch has one text. A token that ends the text does not end the generation.
     """
-    vocabulary, device = int(model.config.vocab_size), model.device
+    vocabulary, device = int(text_config_of(model.config).vocab_size), model.device
     text = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     _greedy(model, text[:, :1], 2)  # warm-up: the first pass reads every weight, and makes what is made lazily
     start = time.perf_counter()

@@ -204,12 +204,12 @@ def is_read(checkpoint: Checkpoint) -> bool:
 
 
 def is_made_dense(checkpoint: Checkpoint) -> bool:
-    """Whether a folder is loaded through its dequantized weights, since transformers does not load its format."""
+    """Whether a folder is loaded through its dequantized weights: the installed transformers does not load it right."""
     config = checkpoint.config.get(CONFIG)
     if not isinstance(config, dict):
         return False
     format = _format_called(config.get("quant_method"))
-    return format is not None and not format.loaded_by_transformers
+    return format is not None and not (format.loaded_by_transformers and format.wrongly_loaded(config) is None)
 
 
 def check_tiles(weight: QTensor, configured: Tile | None) -> None:

@@ -64,6 +64,7 @@ def _described(config: Mapping[str, Any]) -> Described:
         tiles=tuple(_patterns(tiles)),
         grids=_names(weights),
         named_tiles=_names(tiles),
+        queries=bool(attention.get("input_activations")),
     )
 
 

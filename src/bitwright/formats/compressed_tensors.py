@@ -8,6 +8,7 @@ are shifted down by ``2**(bits-1)``, which changes no difference ``code - zero``
 by ``_compressed_tensors_reading.py``.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import Scheme
 from bitwright.formats import bitwright, gptq
 from bitwright.formats._compressed_tensors_reading import LEAVES, PACKED, codes_may_be_weight, described, read, shape
+from bitwright.formats._compressed_tensors_releases import one_scheme, wrongly_loaded
 from bitwright.formats.bitwright import decode, packed, stored_bytes
 
 INSTEAD = f"{gptq.INSTEAD} or --format dense"
@@ -27,6 +29,12 @@ CANNOT_HOLD = (
     "compressed-tensors holds neither groups along the output nor outliers, and no grid that is an engine's own. "
     f"{INSTEAD}"
 )
+SPELLINGS = {
+    "model.language_model.": ("model.",),
+    "language_model.model.": ("model.language_model.", "model."),
+    "language_model.lm_head": ("lm_head",),
+}
+"""How names of a text model inside of another begin: in the whole model, and elsewhere."""
 HOLDS = "2 to 8 bits, symmetric or not, per channel or in groups along the input"
 
 
@@ -73,12 +81,13 @@ def quantization_config(model: WrittenModel) -> dict[str, Any] | None:
         "format": PACKED,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "ignore": list(model.kept),
+        "ignore": _spelled(model.kept),
         "moe_sparsity_config": None,
     }
-    if scheme.activations is None and scheme.kv is None:
+    if scheme.activations is None and scheme.kv is None and one_scheme(written):
         # Ordinary weights once loaded. transformers 5.23.0 with compressed-tensors >= 0.18 loads packed zero points
-        # in no other way, earlier ones and vLLM pass over the key (docs/decisions.md).
+        # in no other way, earlier ones and vLLM pass over the key. With it, 5.23.0 and later read all linears by one
+        # scheme, whatever the groups say (docs/decisions.md).
         written["dequantize"] = True
     return written
 
@@ -91,6 +100,20 @@ def queries_left_out(scheme: Scheme) -> Grid | None:
     return None if scheme.kv == scheme.activations else scheme.activations
 
 
+def _spelled(names: Iterable[str]) -> list[str]:
+    """Names of linears, those of a text model inside of another also as the class of the text model alone has them.
+
+    transformers' AutoModelForCausalLM makes that class; vLLM takes the name in the whole model. A name that fits no
+    module does no harm.
+    """
+    spelled = dict.fromkeys(names)
+    for name in list(spelled):
+        for prefix, others in SPELLINGS.items():
+            if name.startswith(prefix):
+                spelled |= dict.fromkeys(other + name.removeprefix(prefix) for other in others)
+    return list(spelled)
+
+
 def _linears_by_scheme(model: WrittenModel) -> list[dict[str, Any]]:
     """A config group for each scheme of single linears, which are named: a name counts before a class."""
     widths = {} if model.family is None else dict(model.family.flattened)
@@ -98,7 +121,7 @@ def _linears_by_scheme(model: WrittenModel) -> list[dict[str, Any]]:
     for name, scheme in model.schemes.items():
         width = next((width for end, width in widths.items() if name.endswith(f".{end}")), None)
         names.setdefault((scheme, width), []).append(name)
-    return [_linears(scheme, targets, width) for (scheme, width), targets in names.items()]
+    return [_linears(scheme, _spelled(targets), width) for (scheme, width), targets in names.items()]
 
 
 def _linears(scheme: Scheme, targets: list[str], features: int | None) -> dict[str, Any]:
@@ -152,4 +175,5 @@ FORMAT = TensorFormat(
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read, codes_may_be_weight=codes_may_be_weight),
     loaded_by_transformers=True,
+    wrongly_loaded=wrongly_loaded,
 )

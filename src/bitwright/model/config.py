@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
+from bitwright.model.fitting import require_fitting
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,8 +41,13 @@ def architecture(config: Mapping[str, Any]) -> str:
     return str(named[0]) if isinstance(named, list) and named else "?"
 
 
-def model_config(folder: Path) -> "PretrainedConfig":
-    """The config as transformers reads it, offline and without remote code. Raises CheckpointError."""
+def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
+    """The config as transformers reads it, offline and without remote code, once it fits the tensors.
+
+    Raises CheckpointError.
+    """
+    require_fitting(checkpoint)
+    folder = checkpoint.folder
     try:
         config = read_config(folder)
     except Exception as error:  # transformers validates with several libraries, which have their own exceptions
@@ -48,6 +55,16 @@ def model_config(folder: Path) -> "PretrainedConfig":
             f"{folder}/config.json: transformers cannot read it: {error}. Compare it with the original repository's"
         ) from error
     return config
+
+
+def text_config(checkpoint: Checkpoint) -> "PretrainedConfig":
+    """The config of the text model, a part of the whole if there are several models. Raises CheckpointError."""
+    return text_config_of(model_config(checkpoint))
+
+
+def text_config_of(config: "PretrainedConfig") -> "PretrainedConfig":
+    """The part of a config that describes the text model's decoder; the whole config if it has no parts."""
+    return config.get_text_config(decoder=True)
 
 
 def read_config(folder: Path) -> "PretrainedConfig":
@@ -75,12 +92,15 @@ def _parts(config: Any) -> "Iterator[PretrainedConfig]":
 @contextmanager
 def without_hub_kernels() -> Iterator[None]:
     """A context in which transformers fetches no kernels from the hub, whatever a model's folder asks for."""
-    from transformers.integrations import hub_kernels
+    from transformers import integrations
 
     def refuse(name: str, *_: Any, **__: Any) -> Any:
         raise ImportError(f"the folder asks for the kernel {name}, which is code from elsewhere: Bitwright runs none")
 
-    fetching: Any = hub_kernels
+    fetching: Any = getattr(integrations, "hub_kernels", None)
+    if not hasattr(fetching, "get_kernel"):  # a transformers that fetches none
+        yield
+        return
     original, fetching.get_kernel = fetching.get_kernel, refuse
     try:
         yield

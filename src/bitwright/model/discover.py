@@ -33,6 +33,7 @@ KEPT = (
     ("adapter", r"lora_"),
 )
 """The reasons to keep a tensor, each with a pattern in its name; the first pattern that fits gives the reason."""
+_KEPT = tuple((reason, re.compile(pattern)) for reason, pattern in KEPT)
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -40,20 +41,23 @@ def discover(shapes: Shapes, floating: Iterable[str], config: Mapping[str, Any])
     """Divide the tensors of a checkpoint into weights and kept tensors; ``floating`` are the names of floating ones."""
     real, hidden = set(floating), hidden_size(config)
     transposed = _matrices_are_transposed(shapes)
-    weights, kept = [], []
+    weights, kept, orders = [], [], dict[str, bool]()
     for name in in_order(shapes):
         reason = _reason_to_keep(name, shapes, transposed) if name in real else "not floating point"
         if reason is None:
-            weights.append(weight(name, shapes, hidden))
+            weights.append(weight(name, shapes, hidden, orders))
         else:
             kept.append(Kept(name, reason))
     return Division(tuple(weights), tuple(kept))
 
 
-def weight(name: str, shapes: Shapes, hidden: int | None) -> Weight:
-    """Make the weight of a tensor; for a stack of experts, the tensors beside it also tell how it is stored."""
+def weight(name: str, shapes: Shapes, hidden: int | None, orders: dict[str, bool] | None = None) -> Weight:
+    """Make the weight of a tensor; for a stack of experts, the tensors beside it also tell how it is stored.
+
+    What they tell is kept in ``orders``, by the name of the experts.
+    """
     shape = shapes[name]
-    transposed = len(shape) > 2 and _slices_are_transposed(name, shapes, hidden)
+    transposed = len(shape) > 2 and _slices_are_transposed(name, shapes, hidden, {} if orders is None else orders)
     return Weight(name, name.removesuffix(".weight"), shape, transposed)
 
 
@@ -93,8 +97,8 @@ def _reason_to_keep(name: str, shapes: Shapes, transposed: bool) -> str | None:
     if not IN_A_BLOCK.search(name):
         outer = {HEADS: "output layer", EMBEDDINGS: EMBEDDING}
         return next((reason for modules, reason in outer.items() if _is(name, modules)), "outside of the blocks")
-    for reason, pattern in KEPT:
-        if re.search(pattern, name):
+    for reason, pattern in _KEPT:
+        if pattern.search(name):
             return reason
     if min(shape) < SMALLEST:
         return SMALL
@@ -116,11 +120,18 @@ def _matrices_are_transposed(shapes: Shapes) -> bool:
     return False
 
 
-def _slices_are_transposed(name: str, shapes: Shapes, hidden: int | None) -> bool:
+def _slices_are_transposed(name: str, shapes: Shapes, hidden: int | None, orders: dict[str, bool]) -> bool:
     """Whether slices are stored [in, out]; square slices are stored as other matrices of their experts are."""
-    names = (name, *(other for other in shapes if _same_experts(other, name)))
-    answers = (_transposed_by_shape(tensor, shapes[tensor], hidden) for tensor in names)
-    return next((answer for answer in answers if answer is not None), False)
+    own, experts = _transposed_by_shape(name, shapes[name], hidden), _parent(name)
+    if own is not None:
+        return own
+    if not orders:  # once for all experts: looking at every tensor for each of them would take for ever
+        for other, shape in shapes.items():
+            order = None if len(shape) < 2 or other.endswith("bias") else _transposed_by_shape(other, shape, hidden)
+            if order is not None:
+                orders.setdefault(_parent(other), order)
+        orders.setdefault("", False)
+    return orders.get(experts, False)
 
 
 def _transposed_by_shape(name: str, shape: tuple[int, ...], hidden: int | None) -> bool | None:
@@ -129,11 +140,6 @@ def _transposed_by_shape(name: str, shape: tuple[int, ...], hidden: int | None) 
     if side is None or rows == columns or hidden not in (rows, columns):
         return None
     return (columns if side in INTO else rows) != hidden
-
-
-def _same_experts(name: str, other: str) -> bool:
-    """Whether two tensors are matrices of the same experts."""
-    return name != other and _parent(name) == _parent(other) and _side(name) is not None and not name.endswith("bias")
 
 
 def _parent(name: str) -> str:

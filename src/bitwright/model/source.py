@@ -1,6 +1,5 @@
 """Open and check the model to work on, and refuse what can be refused before any long work."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +11,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.calibration.tokens import tokens_of
+from bitwright.checkpoint.layout import read_bytes
 from bitwright.checkpoint.reader import Checkpoint
+from bitwright.checkpoint.sidecar_files import AGAIN, TOKENIZER, read_tokenizer_config
+from bitwright.checkpoint.untied import TIED
 from bitwright.core.block import Family
 from bitwright.core.decoder import Decoder, OddConfigError
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
+from bitwright.core.json_values import parse_object
 from bitwright.core.registry import architecture_of, described
 from bitwright.formats import refuse_engine_file
-from bitwright.model.config import model_config
+from bitwright.model.config import model_config, text_config_of
+from bitwright.model.fitting import require_fitting
 from bitwright.model.plain_config import plain_decoder
 
 if TYPE_CHECKING:
@@ -59,6 +63,7 @@ class Source:
         model_type = _model_type(checkpoint)
         if tokenizer:
             require_tokenizer(folder)
+        require_fitting(checkpoint)
         architecture = architecture_of(model_type)
         if architecture is None or architecture.family is None:
             return cls(checkpoint, model_type, None, None)
@@ -66,7 +71,9 @@ class Source:
         if decoder is not None:
             _check_blocks(checkpoint, decoder.blocks)
             return cls(checkpoint, model_type, None, architecture.family(checkpoint.config), decoder)
-        config = model_config(folder)
+        config = model_config(checkpoint)
+        if checkpoint.config.get(TIED) is False:  # also if the weights say so, and config.json does not
+            config.tie_word_embeddings = False
         _check_blocks(checkpoint, getattr(config, "num_hidden_layers", 1))
         with blaming_the_config(folder):
             return cls(checkpoint, model_type, config, architecture.family(config.to_dict()))
@@ -86,15 +93,16 @@ class Source:
         """The largest number of tokens that the model takes; None if its config does not say."""
         if self.decoder is not None:
             return self.decoder.context
-        return getattr(self.config, "max_position_embeddings", None)
+        return None if self.config is None else getattr(text_config_of(self.config), "max_position_embeddings", None)
 
 
 def family_of(folder: Path) -> Family | None:
     """Find the family of the model in a folder; None for an architecture without one. Raises CheckpointError."""
-    architecture = architecture_of(_model_type(open_checkpoint(folder)))
+    checkpoint = open_checkpoint(folder)
+    architecture = architecture_of(_model_type(checkpoint))
     if architecture is None or architecture.family is None:
         return None
-    config = model_config(folder)
+    config = model_config(checkpoint)
     with blaming_the_config(folder):
         return architecture.family(config.to_dict())
 
@@ -166,22 +174,17 @@ def require_tokenizer(folder: Path) -> None:
             f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the tokenizer's files "
             "from the original repository into the folder; a model is of no use without them"
         )
-    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
-        if path.is_file():
-            _check_tokenizer_file(path)
+    if (folder / TOKENIZER).is_file():
+        _require_model(folder / TOKENIZER)
+    read_tokenizer_config(folder)
 
 
-def _check_tokenizer_file(path: Path) -> None:
+def _require_model(path: Path) -> None:
     """Raise CheckpointError for a file that is clearly no tokenizer, because the result would get a copy of it."""
-    again = "copy it from the original repository again"
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}; {again}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: a JSON object was expected, found a {type(content).__name__}; {again}")
-    if path.name == "tokenizer.json" and "model" not in content:
-        raise CheckpointError(f"{path}: no tokenizer of the tokenizers library: it has no key 'model'; {again}")
+    if not isinstance(parse_object(read_bytes(path), str(path)).get("model"), dict):
+        raise CheckpointError(
+            f"{path}: no tokenizer of the tokenizers library: it has no key 'model' with an object; {AGAIN}"
+        )
 
 
 def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:

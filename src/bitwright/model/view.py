@@ -9,7 +9,9 @@ from torch import nn
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Outline
+from bitwright.core.errors import CheckpointError
 from bitwright.model.config import read_config, without_hub_kernels
+from bitwright.model.fitting import built_within, require_possible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +42,12 @@ class ModelView:
         module = self.places.get(tensor, tensor).removesuffix(".weight")
         return module if module in self.linears else None
 
+    def stack(self, name: str) -> str:
+        """The name of a stack of experts in an unquantized folder: with or without ``.weight``."""
+        whole = f"{name}.weight"
+        has_place = self.places.get(name, name) in self.shapes or self.places.get(whole, whole) not in self.shapes
+        return name if has_place else whole
+
     def merges(self, tensor: str) -> bool:
         """Whether a matrix becomes, with others, a part of a parameter with another name."""
         place = self.places.get(tensor, tensor)
@@ -63,12 +71,16 @@ class ModelView:
     def of(cls, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> "ModelView | None":
         """The view of an architecture that transformers knows, without remote code; None for any other.
 
-        ``names`` are the names that the tensors would have, if they differ from those in the checkpoint.
+        ``names`` are the names that the tensors would have, if they differ from those in the checkpoint. Raises
+        CheckpointError if config.json does not fit the tensors.
         """
+        require_possible(checkpoint)
         try:
             config = read_config(checkpoint.folder)  # takes seconds, so not for architectures with a description
-            with torch.device("meta"), without_hub_kernels():
-                return cls.of_model(_class(config)._from_config(config), checkpoint.names if names is None else names)
+            with torch.device("meta"), built_within(checkpoint), without_hub_kernels():
+                return cls.of_model(class_of(config)._from_config(config), checkpoint.names if names is None else names)
+        except CheckpointError:
+            raise
         except Exception:  # transformers raises anything for a config that it does not know
             return None
 
@@ -101,8 +113,13 @@ class ModelView:
         )
 
 
-def _class(config: Any) -> Any:
-    """The class that the config names, else the one for causal language models."""
+def with_stacks(stacks: Iterable[str]) -> list[str]:
+    """The names that stacks of experts may have in an unquantized folder; ``ModelView.stack`` chooses."""
+    return [name for stack in stacks for name in (stack, f"{stack}.weight")]
+
+
+def class_of(config: Any) -> Any:
+    """Choose the class that the config names, else the one for causal language models."""
     import transformers
     from transformers import AutoModelForCausalLM
 
@@ -125,4 +142,11 @@ def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, str | None
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     state = dict(model.state_dict())
-    return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+
+    def rename(name: str) -> tuple[str, str | None]:
+        place, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if place not in state and name in state:  # a name of the model that a rule for old names fits too
+            return rename_source_key(name, [], [], model.base_model_prefix, state)
+        return place, pattern
+
+    return rename

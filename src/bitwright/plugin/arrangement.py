@@ -77,8 +77,8 @@ def arrange(folder: Folder, model: PreTrainedModel, config: Config) -> DensePlan
 
 def check_names(folder: Folder, model: nn.Module, config: Config) -> None:
     """Raise CheckpointError if the config names a module that neither model nor folder has."""
-    linears = {*linears_of(model)}
-    weights = linears | {*folder.linears.values(), *folder.dense}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    weights = {*linears_of(model)} | {*folder.linears.values(), *folder.dense}
     unknown = sorted(
         {name for name in config.exceptions if name not in weights}
         | {name for name in config.modules_to_not_convert if not _known(folder, linears, name)}

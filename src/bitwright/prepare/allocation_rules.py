@@ -2,7 +2,7 @@
 
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -12,7 +12,8 @@ from typing import Any
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError, shown
 from bitwright.core.json_values import parse_object
 from bitwright.core.recipe import Recipe
-from bitwright.core.scheme import NAMED, Allocation, Scheme
+from bitwright.core.scheme import NAMED, Allocation, Scheme, schemes_for
+from bitwright.core.small_file import require_regular
 from bitwright.core.weight import starred
 from bitwright.stream.units import block_of
 
@@ -49,7 +50,7 @@ class AllocationRules:
             raise RecipeError(f"--allocation {recipe.allocation} says no scheme for the other linears; give --scheme")
         if recipe.quantize_lm_head and named.get(HEAD, default) is None:
             del named[HEAD]
-        patterns = tuple(_entries(recipe.patterns("scheme_for")))
+        patterns = tuple(schemes_for(recipe.patterns("scheme_for")))
         rules = cls(default, patterns, recipe.allocation, named, recipe.patterns("exclude"))
         rules._refuse_mixtures()
         return rules
@@ -215,33 +216,11 @@ class AllocationRules:
                 )
 
 
-def _entries(texts: Iterable[str]) -> Iterator[tuple[str, Scheme]]:
-    """The pattern and the scheme of each entry; patterns with commas between them share one scheme.
-
-    Raises RecipeError, SchemeError.
-    """
-    waiting = list[str]()
-    for text in texts:
-        pattern, equals, scheme = (part.strip() for part in text.partition("="))
-        waiting.append(pattern)
-        if not (pattern and scheme) and equals:
-            break
-        if equals:
-            try:
-                yield from ((name, Scheme.parse(scheme)) for name in waiting)
-            except SchemeError as error:
-                raise SchemeError(f"--scheme-for {pattern}: {error}") from None
-            waiting = []
-    if waiting:
-        raise RecipeError(
-            f"--scheme-for '{','.join(waiting)}' is no PATTERN=SCHEME; write '*.down_proj=W8A16g128' (in quotes)"
-        )
-
-
 def _read(path: Path) -> tuple[Scheme | None, dict[str, Scheme | None]]:
     """The default scheme that an allocation file names, if any, and the schemes of its linears. Raises RecipeError."""
     form = '{"scheme": "W4A16g128", "linears": {"NAME": "W8A16g128", "NAME": null}}'
     try:
+        require_regular(path, RecipeError)
         if path.stat().st_size > LARGEST_FILE:
             raise RecipeError(f"--allocation {path}: {path.stat().st_size} bytes are too many; it reads {form}")
         content = parse_object(path.read_bytes().removeprefix(BOM_UTF8), f"--allocation {path}")

@@ -1,5 +1,6 @@
 """The way through a model block by block, for methods with calibration data; the architecture must be described."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from bitwright.core.errors import RecipeError
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.training import Training
 from bitwright.model.chosen_weights import Patterns, chosen
+from bitwright.model.fitting import built_within
 from bitwright.model.source import (
     Source,
     blaming_the_config,
@@ -73,8 +75,8 @@ class BlockWay:
         """The dtype that forward passes run in."""
         return self.skeleton.dtype
 
-    def read_calibration(self, question: Question) -> Int[Tensor, "N T"] | None:
-        """The calibration segments, None if no calibration data are named. Raises UserError."""
+    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Int[Tensor, "N T"] | None:
+        """The calibration segments, None if no calibration data are named; see ``way.Way``."""
         recipe, (_, config) = question.recipe, self.source.described()
         seqlen = sequence_length(recipe.seqlen, self.source.longest)
         if recipe.calibration is None:
@@ -84,7 +86,7 @@ class BlockWay:
                     "give --calibration FILE.txt, or --calibration builtin"
                 )
             return None
-        text = text_of(recipe.calibration, "calibration")
+        text = text_of(recipe.calibration, "calibration", say)
         tokens = tokenize(self.source.checkpoint.folder, text)
         check_vocabulary(tokens, config, self.source.checkpoint.folder)
         return segments(tokens, recipe.samples, seqlen, recipe.seed, recipe.calibration)
@@ -125,7 +127,7 @@ def skeleton_of(source: Source, device: str) -> Skeleton:
     family, config = source.described()
     where = pick_device(device)
     dtype = pick_dtype("auto", where, source.checkpoint.dtype_of_weights)
-    with blaming_the_config(source.checkpoint.folder):
+    with blaming_the_config(source.checkpoint.folder), built_within(source.checkpoint):
         return Skeleton(source.checkpoint, config, family, dtype, where)
 
 

@@ -11,15 +11,16 @@ from bitwright.core.errors import RecipeError
 from bitwright.core.format import FileFormat, Format, TensorFormat
 from bitwright.core.grid import Tile, Zero
 from bitwright.core.quantized import WrittenModel
-from bitwright.core.recipe import SHARD_SIZE
+from bitwright.core.recipe import SHARD_SIZE, Recipe
 from bitwright.core.registry import format_of
 from bitwright.core.scheme import Allocation, Scheme
 from bitwright.prepare.nearest_scheme import nearest_first
 
-WIDELY_LOADED, HOLDS_ALL = "compressed-tensors", "bitwright"
+TRANSFORMERS = "transformers"
+WIDELY_LOADED, HOLDS_ALL, DENSE = "compressed-tensors", "bitwright", "dense"
 ELSEWHERE = (
     f"Leave --format out, or take --format {HOLDS_ALL} (transformers loads it after 'import bitwright') or --format "
-    "dense"
+    f"{DENSE}"
 )
 
 
@@ -127,6 +128,25 @@ def _what(format: Format, scheme: Scheme, tiles: Sequence[Tile], outliers: bool)
         return f"{scheme.weight.bits}-bit weights with a real-valued zero in these groups"
     kind = "symmetric" if scheme.weight.symmetric else "asymmetric"
     return f"{scheme.weight.bits}-bit {kind} weights in these groups"
+
+
+def refuse_wrongly_loaded(recipe: Recipe, allocation: Allocation, written: WrittenModel) -> None:
+    """Raise RecipeError for a result that the installed transformers would load wrong, unless other engines are asked.
+
+    ``written`` is the result in the widely loaded format.
+    """
+    if recipe.engines is not None and TRANSFORMERS not in recipe.patterns("engines"):
+        return
+    format = encoder(WIDELY_LOADED)
+    config = format.config(written)
+    if config is None or (reason := format.wrongly_loaded(config)) is None:
+        return
+    default = allocation.default
+    what = f"scheme {default}" if allocation.uniform else f"scheme {default} with others for some linears"
+    raise RecipeError(
+        f"{what} in format {WIDELY_LOADED}: {reason}. Take --format {HOLDS_ALL} (transformers loads it after 'import "
+        "bitwright'), or install transformers 5.22.2"
+    )
 
 
 def settled(named: str | None, written: WrittenModel) -> TensorFormat:

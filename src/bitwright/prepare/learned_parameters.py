@@ -15,6 +15,7 @@ from torch import Tensor
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import RecipeError
 from bitwright.core.scheme import Allocation
+from bitwright.core.small_file import require_regular
 from bitwright.prepare.allocation_rules import HEAD
 
 ALLOCATION = "allocation_sha256"
@@ -37,6 +38,7 @@ def belonging(checkpoint: Checkpoint, allocation: Allocation, method: str, sites
 def saved_for(path: Path) -> dict[str, str]:
     """What the parameters in a file belong to; nothing for a file that is none."""
     try:
+        require_regular(path, RecipeError)
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError):
@@ -52,6 +54,7 @@ class LearnedParameters:
         Raises RecipeError for a file that is none, or was saved for another model, scheme, method, sites or allocation.
         """
         try:
+            require_regular(path, RecipeError)
             with safe_open(path, framework="pt") as file:
                 saved, self._names = file.metadata() or {}, list(file.keys())
         except (OSError, SafetensorError) as error:

@@ -22,7 +22,7 @@ from bitwright.core.weight import Weight
 from bitwright.model.source import Source
 from bitwright.prepare.block_way import BlockWay
 from bitwright.prepare.checks import check_dtypes, check_names, check_scheme, check_shapes, fits_shapes
-from bitwright.prepare.format_choice import expected, refuse_idle, settled
+from bitwright.prepare.format_choice import WIDELY_LOADED, expected, refuse_idle, refuse_wrongly_loaded, settled
 from bitwright.prepare.learned_parameters import LearnedParameters, belonging
 from bitwright.prepare.question import Question
 from bitwright.prepare.tensor_way import TensorWay
@@ -39,7 +39,7 @@ class Prepared:
     """Everything that a run needs, checked.
 
     ``expected`` is the format as far as it is known before the methods have decided. ``scales`` is the dtype that
-    scales and outliers are stored in. ``note`` says which methods are left out, None if all are run.
+    scales and outliers are stored in. ``note`` says which methods and rows of text are left out, None if none is.
     """
 
     question: Question
@@ -181,6 +181,8 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
     check_scheme(source, question.scheme)
     check_dtypes(source, inventory)
     scales = _scales(question, source, inventory)
+    if format.startswith(WIDELY_LOADED):
+        refuse_wrongly_loaded(recipe, allocation, _written(source, inventory, allocation, scales))
     if recipe.format is not None:  # else one is taken that has words for everything
         question.format.config(_written(source, inventory, allocation, scales))
     check_names(source, inventory, question.format)
@@ -189,7 +191,9 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
         known = inventory.foreseen(checkpoint.names, allocation)
         question.target.check(checkpoint.config, checkpoint.folder, write_options(recipe), known)
     learned = _learned(question, source, allocation, configuration)
-    tokens = way.read_calibration(question)
+    notes = [] if note is None else [note]
+    tokens = way.read_calibration(question, notes.append)
+    note = "; ".join(notes) or None
     return Prepared(question, source, way, tokens, allocation, configuration, format, scales, note, learned)
 
 

@@ -1,8 +1,9 @@
 """What a recipe asks for, parsed once, before any model is looked at."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from bitwright.core.errors import RecipeError
+from bitwright.core.errors import RecipeError, shown
 from bitwright.core.format import FileFormat, Format, TensorFormat
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import Scheme
@@ -29,6 +30,11 @@ class Question:
     @classmethod
     def of(cls, recipe: Recipe) -> "Question":
         """Parse a recipe. Raises UserError for a scheme, method, format or allocation file that is none."""
+        if not isinstance(recipe, Recipe):
+            raise RecipeError(
+                f"a Recipe was expected, found {shown(recipe)}; write bitwright.quantize("
+                f"bitwright.Recipe(model={_model_in(recipe)}, scheme='W4A16g128'), OUTPUT)"
+            )
         goal, makes = target(recipe.format), encoder(recipe.format)
         rules = AllocationRules.of(recipe)
         question = cls(recipe, rules.default, composed_for(recipe), goal, makes, rules)
@@ -65,3 +71,8 @@ class Question:
                 f"format {self.target.name} cannot hold the activations or KV cache of scheme {scheme}; use format "
                 f"{WIDELY_LOADED} or {HOLDS_ALL}, or a scheme with A16"
             )
+
+
+def _model_in(value: object) -> str:
+    """The model that somebody may have meant by a value in place of a recipe."""
+    return shown(str(value)) if isinstance(value, str | Path) else "'MODEL'"

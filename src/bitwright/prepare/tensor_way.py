@@ -1,5 +1,6 @@
 """A model gone through tensor by tensor: what needs neither calibration data nor a model, whatever the architecture."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,7 +58,7 @@ class TensorWay:
         in_units = tuple(units(division, checkpoint))
         return cls(source, in_units, _inventory(division, in_units, view, checkpoint, tied), pick_device(device))
 
-    def read_calibration(self, question: Question) -> Int[Tensor, "N T"] | None:
+    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Int[Tensor, "N T"] | None:
         """None: no calibration data are needed."""
         sequence_length(question.recipe.seqlen, self.source.longest)
         return None
@@ -115,11 +116,19 @@ def _kept_linears(division: Division, view: ModelView | None, checkpoint: Checkp
     """Linears of the model as transformers sees it; if it sees none, matrices that are kept, and the output layer."""
     if view is not None:
         quantized = {view.linear(weight.tensor) for weight in division.weights}
-        return sorted(view.linears - quantized - ({HEAD} if copied_head else set()))
+        placed = sorted(view.linears - quantized - ({HEAD} if copied_head else set()))
+        return [*placed, *_nowhere(division, view, checkpoint)]
     names = {weight.name for weight in division.weights}
     entry = checkpoint.entry
     kept = [k.tensor for k in division.kept if len(entry(k.tensor).shape) == 2 and k.why != discover.EMBEDDING]
     return sorted({*(name.removesuffix(".weight") for name in kept), HEAD} - names)
+
+
+def _nowhere(division: Division, view: ModelView, checkpoint: Checkpoint) -> list[str]:
+    """Matrices that are kept and that transformers passes over: engines make linears of them (``mtp.*``)."""
+    kept = [k.tensor for k in division.kept if k.tensor.endswith(".weight") and k.why != discover.EMBEDDING]
+    nowhere = (name for name in kept if view.shapes and view.places.get(name, name) not in view.shapes)
+    return [name.removesuffix(".weight") for name in nowhere if len(checkpoint.entry(name).shape) == 2]
 
 
 def _loaded_by_us(division: Division, view: ModelView | None) -> tuple[str | None, str | None]:

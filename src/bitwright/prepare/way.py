@@ -1,6 +1,6 @@
 """The two ways to go through a model, block by block or tensor by tensor, behind one interface (``Way``)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,8 +91,11 @@ class Way(Protocol):
     def shares_out(self) -> bool:
         """Whether several processes can share the work."""
 
-    def read_calibration(self, question: Question) -> Int[Tensor, "N T"] | None:
-        """The calibration segments, None if no calibration data are named. Raises UserError."""
+    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Int[Tensor, "N T"] | None:
+        """The calibration segments, None if no calibration data are named; ``say`` notes what a user should know.
+
+        Raises UserError.
+        """
 
     def budget(self, tokens: Int[Tensor, "N T"] | None, training: Training | None) -> Budget:
         """The memory that one process needs."""

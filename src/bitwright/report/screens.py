@@ -115,7 +115,8 @@ def _codes_kept(result: Any) -> str:
 
 def verification(console: Console, result: Any) -> None:
     """Show the result of ``verify``."""
-    rows = [("yes" if check.passed else "NO", check.name, check.found) for check in result.checks]
+    words = {True: "yes", False: "NO", None: "not seen"}
+    rows = [(words[check.passed], check.name, check.found) for check in result.checks]
     grid(console, f"{result.folder} ({result.format}): {result.linears} linears", ("passed", "check", "found"), rows)
 
 

@@ -39,12 +39,18 @@ def quantized_activations(block: Block, scheme: Scheme) -> Iterator[None]:
 
 def quantize_activations(model: nn.Module, inputs: Grid | None, cache: Grid | None, linears: Iterable[str]) -> None:
     """Make a model quantize the inputs of these linears, and its queries, keys and values, from now on."""
-    if inputs is not None:
-        hook, wanted = _input_hook(inputs), set(linears)
-        for name, module in model.named_modules():
-            if name in wanted:
-                module.register_forward_pre_hook(hook)
+    quantize_inputs(model, inputs, linears)
     quantize_attention(model, inputs, cache)
+
+
+def quantize_inputs(model: nn.Module, grid: Grid | None, linears: Iterable[str]) -> None:
+    """Make a model quantize the inputs of these linears from now on."""
+    if grid is None:
+        return
+    hook, wanted = _input_hook(grid), set(linears)
+    for name, module in model.named_modules():
+        if name in wanted:
+            module.register_forward_pre_hook(hook)
 
 
 def quantize_attention(module: nn.Module, queries: Grid | None, cache: Grid | None) -> Callable[[], None]:

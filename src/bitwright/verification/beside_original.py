@@ -63,7 +63,7 @@ class Beside:
         errors = self.others if decided else self.linears | self.others
         worst = max(errors, key=errors.__getitem__, default=None)
         if self.worst is None or self.mean is None:
-            return Check("weights", True, "not looked at: the original has none of these tensors")
+            return Check("weights", None, "not looked at: the original has none of these tensors")
         most = f"relative error at most {self.linears[self.worst]:.3g} (in {self.worst})"
         summary = f"{len(self.linears)} linears, {most}, {self.mean:.3g} on average"
         moved = max((e for n, e in self.others.items() if len(self.model.shape(n)) == 1), default=0.0) > MOVED

@@ -12,7 +12,8 @@ from bitwright.core.errors import CheckpointError
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import QuantizedFolder
 from bitwright.model.config import SETTINGS, apart
-from bitwright.model.view import ModelView
+from bitwright.model.fitting import require_fitting
+from bitwright.model.view import ModelView, with_stacks
 from bitwright.verification.findings import Check, first, lacking
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,13 +47,18 @@ def complete(model: QuantizedFolder, original: Shapes | None, by_config: bool = 
     if by_config and not str(wrong):
         if blocks := _too_many_blocks(model):
             return Check("complete", False, blocks)
-        view = ModelView.of(model.checkpoint, there)
+        try:
+            view = _view(model, there)
+            if view is None:
+                require_fitting(model.checkpoint)
+        except CheckpointError as error:
+            return Check("complete", False, str(error))
         if view is not None:
             wrong = _by_architecture(model, there, view)
             passed.append(f"all {len(there)} tensors of the architecture, in their shapes")
         elif original is None:
             return Check(
-                "complete", True, "not looked at: transformers does not know this architecture; --against tells"
+                "complete", None, "not looked at: transformers does not know this architecture; --against tells"
             )
     return Check("complete", not str(wrong), str(wrong) or "; ".join(passed))
 
@@ -63,7 +69,9 @@ def require_all_tensors(model: QuantizedFolder) -> None:
     Tensors that it does not use do no harm, and architectures that transformers does not know pass.
     """
     there, wrong = _there(model), _too_many_blocks(model)
-    if wrong is None and (view := ModelView.of(model.checkpoint, there)) is not None:
+    if wrong is None:
+        require_fitting(model.checkpoint)
+    if wrong is None and (view := _view(model, there)) is not None:
         wrong = lacking(_by_architecture(model, there, view).missing)
     if wrong:
         raise CheckpointError(f"{model.folder}: {wrong}; the folder is damaged, download or quantize it again")
@@ -116,6 +124,10 @@ def require_sound_headers(model: QuantizedFolder) -> None:
         model.outline(linear)
 
 
+def _view(model: QuantizedFolder, there: Shapes) -> ModelView | None:
+    return ModelView.of(model.checkpoint, [*there, *with_stacks(model.stacks)])
+
+
 def _there(model: QuantizedFolder) -> dict[str, tuple[int, ...]]:
     """All shapes by the names in a model that is not quantized. A stack may be called ``X.weight``: see ``_called``."""
     linears = {f"{linear}.weight": model.shape(linear) for linear in model.linears}
@@ -134,12 +146,13 @@ def _beside(model: QuantizedFolder, there: Shapes, original: Shapes) -> _Wrong:
 
 def _by_architecture(model: QuantizedFolder, there: Shapes, view: ModelView) -> _Wrong:
     """Compare with the parameters of the model that config.json describes."""
-    places = {name: _called(view.places[name], model, view.shapes) for name in there}
+    stacks = {name: view.stack(name) for name in model.stacks}
+    places = {name: view.places[stacks.get(name, name)] for name in there}
     tied = {f"{head}.weight" for head in HEADS} if view.tied else set()
     missing = sorted(view.needed - set(places.values()) - tied)
+    whole = {name: shape for name, shape in there.items() if stacks.get(name, name) not in view.converted}
     odd = [f"{name} is {list(shape)}, config.json calls for {list(view.shapes[places[name]])}"
-           for name, shape in there.items()
-           if name not in view.converted and view.shapes.get(places[name], shape) != shape]  # fmt: skip
+           for name, shape in whole.items() if view.shapes.get(places[name], shape) != shape]  # fmt: skip
     more = [name for name, place in places.items() if place not in view.shapes
             and not any(re.search(pattern, place) for pattern in view.ignored)]  # fmt: skip
     return _Wrong(missing, [*odd, *(f"{words} of the architecture" for words in _of_no_use(model, more))])

@@ -42,11 +42,11 @@ def file_structure(file: EngineFile, listener: Listener = silent) -> list[Check]
         elif fault := file.numbers(name):
             wrong.append(f"{name}: {fault}")
     listener(Progress("verify", len(file.tensors), len(file.tensors), "all tensors", peak_memory()))
-    summary = first(wrong) or "scales finite, shapes fit"
+    summary, passed = first(wrong) or "scales finite, shapes fit", None if unread and not wrong else not wrong
     if unread:
         kind = file.tensors[unread[0]].kind
         summary += f"; not looked at: {len(unread)} tensors of types that are not read, such as {unread[0]} ({kind})"
-    return [_complete(file), Check("scales and shapes", not wrong, summary), _on_disk(file)]
+    return [_complete(file), Check("scales and shapes", passed, summary), _on_disk(file)]
 
 
 def bits_per_weight(file: EngineFile) -> float:
@@ -94,7 +94,7 @@ def not_there(file: EngineFile, model: QuantizedFolder) -> list[str]:
 def _complete(file: EngineFile) -> Check:
     wanted, there = file.wanted, file.tensors
     if wanted is None:
-        return Check("complete", True, f"not looked at: {file.unknown}")
+        return Check("complete", None, f"not looked at: {file.unknown}")
     wrong = lacking(sorted(set(wanted.needed) - set(there)))
     shapes = {**wanted.needed, **wanted.allowed}
     odd = [f"{name} is {list(there[name].shape)}, the architecture's {list(shape)}"

@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitwright.core.progress import Listener, Progress
-from bitwright.model.config import model_config
+from bitwright.model.config import text_config
+from bitwright.model.source import open_checkpoint
 from bitwright.stream.memory import peak_memory
 
 TOKENS, SEED = 64, 0
@@ -29,7 +30,7 @@ def cannot_run(config: Mapping[str, Any]) -> str | None:
 
 def random_tokens(folder: Path) -> Int[Tensor, "1 T"]:
     """Random tokens, equal for all folders with as many tokens in their vocabularies."""
-    vocabulary = int(model_config(folder).vocab_size)
+    vocabulary = int(text_config(open_checkpoint(folder)).vocab_size)
     return torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(SEED))
 
 

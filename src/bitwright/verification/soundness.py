@@ -53,10 +53,11 @@ def structure(
     return [*checks, *reading.as_decided()], reading.bits_per_weight
 
 
-def require_sound(folder: Path, original: Shapes) -> str:
+def require_sound(folder: Path, original: Shapes, client: Check | None = None) -> str:
     """Check a folder that has just been written: names, shapes and scales, not codes; the findings in a line.
 
-    Raises OutputError if a check fails: nobody is to load what is silently broken.
+    ``client`` says whether it loads, if that was tried. Raises OutputError if a check fails: nobody is to load what is
+    silently broken.
     """
     model = QuantizedFolder.open(folder)
     reading = _Reading(model)
@@ -67,12 +68,12 @@ def require_sound(folder: Path, original: Shapes) -> str:
     checks = [complete(model, original, by_config=False), reading.numbers()]
     if model.format is not None:
         checks.append(_once(model))
-    return published_only_if(checks)
+    return published_only_if([*checks, *([] if client is None else [client])])
 
 
 def published_only_if(checks: Sequence[Check]) -> str:
     """The findings of checks, in a line. Raises OutputError if one failed."""
-    failed = [check for check in checks if not check.passed]
+    failed = [check for check in checks if check.passed is False]
     if failed:
         failures = "; ".join(f"{check.name}: {check.found}" for check in failed)
         raise OutputError(

@@ -12,7 +12,8 @@ import torch
 
 from bitwright.calibration.tokens import fingerprint
 from bitwright.core.account import Account, BlockReport, CalibrationData, LinearReport, Totals
-from bitwright.prepare.prepared import Prepared, settled_format
+from bitwright.core.format import TensorFormat
+from bitwright.prepare.prepared import Prepared
 
 EXPECTED_SHARE = 0.01
 """The share of weights beyond three standard deviations in trained models."""
@@ -56,11 +57,15 @@ def _kept(run: Prepared) -> list[str]:
 
 
 def account_of(
-    run: Prepared, blocks: Sequence[BlockReport], folder: Path, config: Mapping[str, Any] | None, verified: str
+    run: Prepared,
+    blocks: Sequence[BlockReport],
+    folder: Path,
+    format: TensorFormat,
+    config: Mapping[str, Any] | None,
+    verified: str,
 ) -> Account:
     """The account of a finished folder; ``config`` is its quantization_config, ``verified`` what was read back."""
     rows = [row for block in blocks for row in block.linears]
-    format = settled_format(run, rows)
     notes = (run.note, run.left_out(format), run.allocated_in_part, _many_outliers(rows), _lost(run, rows))
     return Account(
         bitwright=version("bitwright"),

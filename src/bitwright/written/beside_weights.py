@@ -23,6 +23,9 @@ COPIED = (
     "chat_template*",
     "additional_chat_templates/*",
     "generation_config.json",
+    "*processor_config.json",
+    "image_processor*",
+    "feature_extractor*",
     "LICENSE*",
     "USE_POLICY*",
     "NOTICE*",
@@ -49,7 +52,7 @@ def write_allocation(allocation: Allocation, linears: Iterable[str], folder: Pat
 
 
 def sidecars(source: Path) -> dict[str, str]:
-    """The sidecar files of a model, tokenizer, generation settings, licence: digests by path in its folder.
+    """The sidecar files of a model (tokenizer, processors, generation settings, licence): digests by path.
 
     Raises CheckpointError for a file that cannot be read.
     """

@@ -4,18 +4,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bitwright.checkpoint.account_file import write_account
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
-from bitwright.core.account import Account
+from bitwright.core.account import Account, LinearReport
 from bitwright.core.errors import OutputError, UserError
-from bitwright.core.format import FileFormat
+from bitwright.core.format import FileFormat, TensorFormat
 from bitwright.core.progress import Listener
 from bitwright.core.quantized import Difference
 from bitwright.formats import QuantizedFolder
+from bitwright.prepare.format_choice import DENSE, HOLDS_ALL, encoder
 from bitwright.prepare.prepared import Prepared, settled_format, write_options
 from bitwright.verification.engine_files import require_sound_file
+from bitwright.verification.findings import Check
 from bitwright.verification.soundness import require_sound
 from bitwright.written.account import account_of
 from bitwright.written.beside_weights import copy_along, write_allocation, write_config
@@ -60,13 +63,51 @@ def _make_folder(run: Prepared, sink: Sink, folder: Path, beside: Mapping[str, s
     merge_shards(sink.parts, folder, run.recipe.shard_bytes, [checkpoint.stored(name) for name in inventory.as_stored])
     blocks = sink.reports
     rows = [row for block in blocks for row in block.linears]
-    config = dict(checkpoint.config)
+    format = settled_format(run, rows)
+    copy_along(checkpoint.folder, folder, beside)
+    described = _describe(run, format, rows, folder)
+    client, notes = _client(run, folder), tuple[str, ...]()
+    if client is not None and client.passed is False and run.recipe.format is None and format.name != HOLDS_ALL:
+        notes = (f"format {HOLDS_ALL}: transformers cannot load {format.name} of this model: {client.found}",)
+        format = encoder(HOLDS_ALL)
+        described = _describe(run, format, rows, folder)
+        client = _client(run, folder)
+    if client is not None and client.passed is False:
+        raise OutputError(not_loadable(format, client))
+    write_allocation(run.allocation, (*inventory.linears, *inventory.kept_linears), folder)
+    verified = require_sound(folder, checkpoint.shapes, client)
+    account = account_of(run, blocks, folder, format, described, verified)
+    return replace(account, fallbacks=(*account.fallbacks, *notes))
+
+
+def not_loadable(format: TensorFormat, client: Check) -> str:
+    """The error of a folder that does not load, and what would do."""
+    others = [f"--format {name}" for name in (HOLDS_ALL, DENSE) if name != format.name]
+    return (
+        f"what was written in format {format.name} does not load, and is not published: {client.found}. Take "
+        f"{' or '.join(others)}, or leave the linear out (--exclude), with --restart"
+    )
+
+
+def _describe(run: Prepared, format: TensorFormat, rows: Sequence[LinearReport], folder: Path) -> dict[str, Any] | None:
+    """Write the config.json of a format; return its quantization_config."""
+    config = dict(run.source.checkpoint.config)
     if run.recipe.quantize_lm_head:
         config["tie_word_embeddings"] = False
-    described = write_config(config, settled_format(run, rows), run.written(rows), folder)
-    copy_along(checkpoint.folder, folder, beside)
-    write_allocation(run.allocation, (*inventory.linears, *inventory.kept_linears), folder)
-    return account_of(run, blocks, folder, described, require_sound(folder, checkpoint.shapes))
+    return write_config(config, format, run.written(rows), folder)
+
+
+def _client(run: Prepared, folder: Path) -> Check | None:
+    """Whether the folder loads, asked of transformers; None if a family describes the architecture.
+
+    Then names and shapes of all parameters are known without transformers, which takes longer to import than a small
+    model takes to quantize. For a file that is made of the folder, the format's own tables count.
+    """
+    if run.source.family is not None or isinstance(run.target, FileFormat):
+        return None
+    from bitwright.verification.client import loads  # takes seconds, so only if it is asked
+
+    return loads(folder, run.source.checkpoint)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from bitwright.core.format import WriteOptions
 from bitwright.core.grid import Grid
 from bitwright.formats import QuantizedFolder, gguf
 from bitwright.formats.gguf.blocks import SCALES
-from bitwright.formats.gguf.header import Listed, read_header
+from bitwright.formats.gguf.header import Listed, read_header, read_list
 from bitwright.formats.gguf.reading import GgufFile, opened
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -192,7 +192,10 @@ def test_what_is_said_of_the_model(quantized: Models, tmp_path: Path) -> None:
         for name, field in theirs.fields.items()
         if not name.startswith("GGUF.") and not isinstance(field.contents(), list)
     }
-    assert header.metadata["tokenizer.ggml.tokens"] == Listed(512)
+    tokens = header.metadata["tokenizer.ggml.tokens"]
+    assert tokens.count == 512
+    assert read_list(header, "tokenizer.ggml.tokens") == theirs.fields["tokenizer.ggml.tokens"].contents()
+    assert read_list(header, "tokenizer.ggml.token_type") == theirs.fields["tokenizer.ggml.token_type"].contents()
     assert [(t.name, t.start, t.nbytes) for t in read_header(header.path).tensors.values()] == [
         (t.name, t.data_offset, t.n_bytes) for t in theirs.tensors
     ]

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, GGUFReader
+from gguf import MODEL_ARCH_NAMES
 from gguf import GGUFValueType as ValueType
 
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.formats.gguf.architecture import OUTPUT, ROPE_FACTORS, Architecture
-from bitwright.formats.gguf.file import Entry
-from bitwright.formats.gguf.header import Header, Listed
+from bitwright.formats.gguf.file import DTYPES, Entry
+from bitwright.formats.gguf.header import Header, Listed, Stored, read_list
 from bitwright.formats.gguf.reading import opened
 from bitwright.formats.gguf.settings import TOKENS, unlike
 
@@ -37,28 +37,38 @@ class Base:
 
     path: Path
     header: Header
-    reader: Any
 
     @classmethod
     def open(cls, path: Path) -> "Base":
         """Open a base. Raises CheckpointError for what is no GGUF file, is damaged, or is a part of a model."""
         try:
-            return cls(path, _header(path), GGUFReader(path))
+            return cls(path, _header(path))
         except CheckpointError as error:
             raise CheckpointError(f"--base {error}") from None
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"--base {path}: cannot be read as a GGUF file: {error}; {_INSTEAD}") from None
 
     def entries(self) -> Iterator[Entry]:
         """Yield the metadata that are taken over."""
-        for name, field in self.reader.fields.items():
-            if not name.startswith(OWN) and field.types and len(value := _listed(field.contents())) > 0:
-                element = field.types[-1] if field.types[0] is ValueType.ARRAY else None
-                yield Entry(name, value[0] if element is None else value, field.types[0], element)
+        for name, value in self.header.metadata.items():
+            if name.startswith(OWN):
+                continue
+            if not isinstance(value, Listed):
+                yield Entry(name, value, self.header.types[name])
+            elif value.count:
+                yield Entry(name, read_list(self.header, name), ValueType.ARRAY, value.element)
 
     def kept(self) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors that are taken over, by name."""
-        return {tensor.name: tensor.data for tensor in self.reader.tensors if tensor.name in TENSORS_KEPT}
+        tensors = self.header.tensors
+        return {name: self._numbers(tensors[name]) for name in TENSORS_KEPT if name in tensors}
+
+    def _numbers(self, tensor: Stored) -> np.ndarray[Any, Any]:
+        if tensor.kind not in DTYPES:
+            raise CheckpointError(
+                f"--base {self.path}: {tensor.name} is of type {tensor.kind.name}, and rotary factors are of F32 or F16"
+            )
+        return np.memmap(self.path, DTYPES[tensor.kind], "r", tensor.start, tensor.shape)
 
     def check(self, model: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise RecipeError for the base of another model.
@@ -92,7 +102,3 @@ def _header(path: Path) -> Header:
         reason = "is a folder" if path.is_dir() else "there is no such file"
         raise CheckpointError(f"{path}: {reason}; {_INSTEAD}")
     return opened(path).header
-
-
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]

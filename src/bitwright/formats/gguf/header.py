@@ -18,8 +18,14 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as ValueType
 
 from bitwright.core.errors import CheckpointError
+from bitwright.core.small_file import require_regular
 
 MAGIC, VERSIONS, ALIGNMENT, DIMENSIONS = b"GGUF", (2, 3), 32, 4
+MOST_ENTRIES, MOST_TEXT, MOST_HEADER = 2**20, 2**24, 2**28
+"""The most texts, keys and tensors of a header together, and the most bytes of a text and of a header.
+
+The largest vocabularies have 262,144 tokens and 514,906 merges, in 15 MB.
+"""
 SCALARS = {
     ValueType.UINT8: "<B", ValueType.INT8: "<b", ValueType.UINT16: "<H", ValueType.INT16: "<h",
     ValueType.UINT32: "<I", ValueType.INT32: "<i", ValueType.UINT64: "<Q", ValueType.INT64: "<q",
@@ -29,9 +35,11 @@ SCALARS = {
 
 @dataclass(frozen=True)
 class Listed:
-    """A list that was passed over: the number of its values."""
+    """A list that was passed over: the number of its values, their type, and where the first of them begins."""
 
     count: int
+    element: ValueType
+    start: int
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """The contents of a header: metadata, and tensors by name in order; ``nbytes`` is where the last of them ends."""
+    """The contents of a header: metadata with their types, and tensors by name in order.
+
+    ``nbytes`` is where the last of them ends.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
+    types: Mapping[str, ValueType]
     tensors: Mapping[str, Stored]
     alignment: int
     nbytes: int
@@ -59,6 +71,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read a header. Raises CheckpointError for what is no GGUF file, is cut short, or contradicts itself."""
     try:
+        require_regular(path)
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
             if start != MAGIC:
@@ -72,26 +85,36 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: cannot be read as a GGUF file: {error}") from None
 
 
+def read_list(header: Header, key: str) -> list[Any]:
+    """Read a list of the metadata, which ``read_header`` passed over. Raises CheckpointError."""
+    try:
+        with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Walk(header.path, data).listed(key, header.metadata[key])
+    except OSError as error:
+        raise CheckpointError(f"{header.path}: cannot be read as a GGUF file: {error}") from None
+
+
 def _header(path: Path, walk: "_Walk") -> Header:
     version = walk.number("<I", "its version")
     if version not in VERSIONS:
         raise CheckpointError(f"{path}: is GGUF of version {version}; read are {VERSIONS}, for little-endian machines")
     tensors, keys = walk.number("<Q", "how many tensors"), walk.number("<Q", "how many keys")
-    metadata: dict[str, Any] = {}
+    metadata, types = dict[str, Any](), dict[str, ValueType]()
     for _ in range(keys):
         key = walk.text("a key of the metadata")
         if key in metadata:
             raise CheckpointError(f"{path}: says {key} twice; the file is damaged")
-        metadata[key] = walk.value(walk.number("<I", key), key)
+        kind = walk.number("<I", key)
+        metadata[key], types[key] = walk.value(kind, key), ValueType(kind)
     listed = list(_tensors(walk, tensors))
     alignment = metadata.get("general.alignment", ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
+    if not isinstance(alignment, int) or not 0 < alignment <= MOST_HEADER:
         raise CheckpointError(f"{path}: aligns its tensors by {alignment}; the file is damaged")
     begins = _aligned(walk.at, alignment)
     entries = [_placed(path, begins, alignment, *tensor) for tensor in listed]
     _refuse(path, entries, len(walk.data))
     ends = max((entry.start + entry.nbytes for entry in entries), default=begins)
-    return Header(path, metadata, {entry.name: entry for entry in entries}, alignment, ends)
+    return Header(path, metadata, types, {entry.name: entry for entry in entries}, alignment, ends)
 
 
 def _tensors(walk: "_Walk", count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
@@ -151,7 +174,15 @@ class _Walk:
     """A walk through the bytes of a file, never beyond their end."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.at = path, data, len(MAGIC)
+        self.path, self.data, self.at, self.entries = path, data, len(MAGIC), 0
+
+    def entry(self) -> None:
+        """Count one more text, key or tensor. Raises CheckpointError for more than a header has."""
+        self.entries += 1
+        if self.entries > MOST_ENTRIES:
+            raise CheckpointError(
+                f"{self.path}: has more than {MOST_ENTRIES:,} texts, keys and tensors; no model has, so it is damaged"
+            )
 
     def number(self, form: str, what: str) -> Any:
         """Read the next number, of this form."""
@@ -160,6 +191,12 @@ class _Walk:
     def text(self, what: str) -> str:
         """Read the next text. Raises CheckpointError for bytes that are none."""
         count = self.number("<Q", what)
+        if count > MOST_TEXT:
+            raise CheckpointError(
+                f"{self.path}: {what} is a text of {count:,} bytes, and {MOST_TEXT:,} are the most; it is cut short, "
+                "or damaged"
+            )
+        self.entry()
         start = self._past(count, what)
         try:
             return self.data[start : start + count].decode()
@@ -178,15 +215,24 @@ class _Walk:
             )
         element, count = self.number("<I", key), self.number("<Q", key)
         if element in SCALARS:
-            self._past(count * Struct(SCALARS[ValueType(element)]).size, key)
-            return Listed(count)
+            start = self._past(count * Struct(SCALARS[ValueType(element)]).size, key)
+            return Listed(count, ValueType(element), start)
         if element != ValueType.STRING:
             raise CheckpointError(
                 f"{self.path}: {key} is a list of type {element}, which is not read; the file is damaged"
             )
+        start = self.at
         for _ in range(count):
+            self.entry()
             self._past(self.number("<Q", key), key)
-        return Listed(count)
+        return Listed(count, ValueType.STRING, start)
+
+    def listed(self, key: str, values: Listed) -> list[Any]:
+        """Read a list that was passed over."""
+        self.at = values.start
+        if values.element != ValueType.STRING:
+            return [self.number(SCALARS[values.element], key) for _ in range(values.count)]
+        return [self.text(key) for _ in range(values.count)]
 
     def _past(self, count: int, what: str) -> int:
         """Pass the next bytes, and return where they begin."""
@@ -196,5 +242,9 @@ class _Walk:
             raise CheckpointError(
                 f"{self.path}: is cut short, or damaged: it ends at byte {len(self.data):,}, within {what}; download "
                 "it again"
+            )
+        if self.at > MOST_HEADER:
+            raise CheckpointError(
+                f"{self.path}: its header has more than {MOST_HEADER:,} bytes, at {what}; no model's has, it is damaged"
             )
         return start

@@ -1,6 +1,5 @@
 """The tensors and metadata of a GGUF file, from a model; each tensor is made when its turn comes."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from bitwright.core.convert import SquaredError
 from bitwright.core.decoder import HEAD
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import QuantizedModel, WriteOptions
+from bitwright.core.json_values import dumped
 from bitwright.core.panels import row_panels
 from bitwright.core.quantized import Difference
 from bitwright.core.weight import NO_WEIGHTS
@@ -150,7 +150,8 @@ class Conversion:
         """Yield the metadata that name the model."""
         original = (self.options.account.get("recipe") or {}).get("model")
         yield text("general.type", "model")
-        yield text("general.name", Path(original or self.model.folder).name or "model")
+        name = Path(original or self.model.folder).name or "model"
+        yield text("general.name", name.encode("utf-8", "replace").decode("utf-8"))  # a path may have any bytes
         yield text("general.quantized_by", "Bitwright")
 
     def own(self, tensors: Sequence[Planned]) -> Iterator[Entry]:
@@ -190,7 +191,7 @@ def _account(account: Mapping[str, Any]) -> Iterator[Entry]:
         recipe = dict(account.get("recipe") or {})
         recipe |= {key: Path(recipe[key]).name for key in PLACES if recipe.get(key)}
         public = dict(account) | ({"recipe": recipe} if recipe else {})
-        yield text("bitwright.account", json.dumps(public, ensure_ascii=False, separators=(",", ":")))
+        yield text("bitwright.account", dumped(public, separators=(",", ":")))
 
 
 def _position(tensor: Planned) -> tuple[int, int]:

@@ -28,6 +28,8 @@ PLAIN = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.F64: np.float64}
 BRAIN_EXPONENT = 0x7F80
 """The bits of bfloat16 that are all set in NaN and infinity."""
 FACTORS = (ROPE_FACTORS, "rope_factors_long.weight", "rope_factors_short.weight")
+REQUIRED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
+"""The sizes that llama.cpp does not load a known architecture without; the first two, of any architecture."""
 FAMILIES = {str(MODEL_ARCH_NAMES[kind]): model_type for model_type, kind in reversed(KNOWN.items())}
 """GGUF's architectures that are known here, and the first ``model_type`` for each."""
 
@@ -40,7 +42,17 @@ def opened(path: Path) -> "GgufFile":
         raise CheckpointError(
             f"{path}: is one of {parts} parts of a model; join them with llama-gguf-split --merge, and name the whole"
         )
-    blocks = header.metadata.get(f"{header.metadata.get('general.architecture')}.block_count", 0)
+    named = header.metadata.get("general.architecture")
+    if not header.tensors:
+        raise CheckpointError(f"{path}: has no tensor at all; it is damaged, or it is a vocabulary alone")
+    for key in REQUIRED if named in FAMILIES else REQUIRED[:2]:
+        size = header.metadata.get(f"{named}.{key}", None if named in FAMILIES else 1)
+        if size is None or (isinstance(size, int) and size < 1):
+            raise CheckpointError(
+                f"{path}: {named}.{key} is {'missing' if size is None else size}, and a model has at least 1; the file "
+                "is damaged, write it again"
+            )
+    blocks = header.metadata.get(f"{named}.block_count", 0)
     if not isinstance(blocks, int) or blocks > len(header.tensors):
         raise CheckpointError(f"{path}: says it has {blocks} blocks, in {len(header.tensors)} tensors; it is damaged")
     return GgufFile(header)

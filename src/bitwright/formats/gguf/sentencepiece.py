@@ -13,6 +13,7 @@ from typing import Any
 from bitwright.core.errors import CheckpointError
 
 BPE = 2
+MOST_PIECES = 2**19  # the largest vocabularies have 262,144
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """The types of pieces; GGUF has the same numbers for them."""
 VARINT, EIGHT, BYTES, FOUR = 0, 1, 2, 5
@@ -46,6 +47,8 @@ def parse(raw: bytes, where: str) -> SentencePieces:
         for field, value in _fields(raw):
             if field == 1:
                 pieces.append(_piece(value))
+                if len(pieces) > MOST_PIECES:
+                    raise ValueError(f"more than {MOST_PIECES:,} pieces")
             elif field == 2:
                 trainer = dict(_fields(value))
             elif field == 3:

@@ -5,18 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitwright.checkpoint.sidecar_files import (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    read_template,
+    read_tokenizer,
+    read_tokenizer_config,
+)
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.json_values import parse_object
+from bitwright.core.small_file import read_small
 from bitwright.formats.gguf.file import Entry, count, flag, integers, numbers, text, texts
 from bitwright.formats.gguf.sentencepiece import parse
 from bitwright.formats.gguf.vocabulary import BASE, Vocabulary, from_json, from_model
 
-TOKENIZER, PIECES, SETTINGS, TEMPLATE = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+PIECES = "tokenizer.model"
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
 """The kinds of special tokens, and GGUF's names of them (in its own spelling)."""
 
@@ -67,7 +69,7 @@ def tokenizer(folder: Path, config: Mapping[str, Any], rows: int) -> Tokenizer:
 
     Raises RecipeError for what GGUF cannot express, CheckpointError for files that cannot be read.
     """
-    described, settings = _object(folder / TOKENIZER), _object(folder / SETTINGS)
+    described, settings = read_tokenizer(folder), read_tokenizer_config(folder)
     vocabulary = _vocabulary(folder, described)
     for token, added in (settings.get("added_tokens_decoder") or {}).items():
         if int(token) not in vocabulary.tokens:
@@ -75,10 +77,10 @@ def tokenizer(folder: Path, config: Mapping[str, Any], rows: int) -> Tokenizer:
     special = dict(_special(vocabulary, settings, config))
     if "eos" not in special:
         raise RecipeError(
-            f"{folder}: names no token that ends a text (eos_token in {SETTINGS}, eos_token_id in config.json), and "
-            f"llama.cpp always has one; {BASE}"
+            f"{folder}: names no token that ends a text (eos_token in {TOKENIZER_CONFIG}, eos_token_id in "
+            f"config.json), and llama.cpp always has one; {BASE}"
         )
-    begins, ends = _template_adds(described, vocabulary, special)
+    begins, ends = _template_adds(folder, described, vocabulary, special)
     vocabulary.filled(rows)  # refused now if it does not fit
     default, named = _chat(folder, settings)
     return Tokenizer(
@@ -107,7 +109,7 @@ def _vocabulary(folder: Path, described: Mapping[str, Any]) -> Vocabulary:
         return from_model(file)
     try:
         by_pieces = bool(described["model"].get("byte_fallback")) and file.exists()
-        return from_json(described, parse(file.read_bytes(), str(file)) if by_pieces else None)
+        return from_json(described, parse(read_small(file), str(file)) if by_pieces else None)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder / TOKENIZER}: is not what tokenizers writes ({error!r})") from None
 
@@ -127,15 +129,20 @@ def _special(
 
 
 def _template_adds(
-    described: Mapping[str, Any], vocabulary: Vocabulary, special: Mapping[str, int]
+    folder: Path, described: Mapping[str, Any], vocabulary: Vocabulary, special: Mapping[str, int]
 ) -> tuple[bool | None, bool | None]:
     """Whether a text gets the tokens that begin and end it; None if tokenizer.json does not say."""
     after = described.get("post_processor") or {}
-    steps = after.get("processors", [after])
-    single = next((step["single"] for step in steps if step.get("type") == "TemplateProcessing"), None)
-    if single is None:
+    steps = after.get("processors") or [after]
+    template = next((step for step in steps if step.get("type") == "TemplateProcessing"), None)
+    if template is None:
         return (False, False) if described and vocabulary.model == "gpt2" else (None, None)
-    added = [step["SpecialToken"]["id"] if "SpecialToken" in step else None for step in single]
+    added = [step["SpecialToken"]["id"] if step.get("SpecialToken") else None for step in template.get("single") or ()]
+    if None not in added:
+        raise CheckpointError(
+            f"{folder / TOKENIZER}: post_processor.single has no place for the text itself; copy it from the original "
+            "repository again"
+        )
     where = added.index(None)
     wanted = [vocabulary.tokens.get(special[kind]) if kind in special else None for kind in ("bos", "eos")]
     if added[:where] not in ([], [wanted[0]]) or added[where + 1 :] not in ([], [wanted[1]]):
@@ -145,17 +152,11 @@ def _template_adds(
 
 def _chat(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:
     """The chat template, and others by name."""
-    file, stated = folder / TEMPLATE, settings.get("chat_template")
+    stated = settings.get("chat_template")
     named = {}
     if isinstance(stated, list):
         named = {str(template["name"]): str(template["template"]) for template in stated}
-    default = file.read_text(encoding="utf-8") if file.exists() else named.pop("default", None)
+    default = read_template(folder)
+    if default is None:
+        default = named.pop("default", None)
     return (stated if isinstance(stated, str) and default is None else default), named
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
-    try:
-        return parse_object(file.read_bytes(), str(file)) if file.exists() else {}
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error

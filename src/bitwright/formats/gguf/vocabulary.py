@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.small_file import read_small
 from bitwright.formats.gguf.pretokenizers import of_bytes, pre_tokenizer
 from bitwright.formats.gguf.sentencepiece import (
     BPE,
@@ -52,8 +53,10 @@ class Vocabulary:
     def filled(self, rows: int) -> tuple[list[str], list[int], list[float]]:
         """Tokens, types and scores for every row of the embedding; ids without a token are unused.
 
-        Raises RecipeError for more tokens than rows, and for two that are alike.
+        Raises CheckpointError for no tokens, RecipeError for more than rows, and for two that are alike.
         """
+        if not self.tokens:
+            raise CheckpointError("the tokenizer has no token; copy it from the original repository again")
         if max(self.tokens) >= rows:
             raise RecipeError(
                 f"the tokenizer's token {self.tokens[max(self.tokens)]!r} has id {max(self.tokens)}, the embedding "
@@ -92,7 +95,7 @@ def from_json(tokenizer: Mapping[str, Any], pieces: SentencePieces | None) -> Vo
 
 def from_model(file: Path) -> Vocabulary:
     """Read the vocabulary of a tokenizer.model. Raises CheckpointError for a damaged one, RecipeError for no BPE."""
-    return _from_pieces(parse(file.read_bytes(), str(file)))
+    return _from_pieces(parse(read_small(file), str(file)))
 
 
 def _byte_level(tokenizer: Mapping[str, Any]) -> Vocabulary:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import file_digest, md5
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 
 from bitwright.core.errors import CheckpointError
 from bitwright.core.json_values import parse_object
+from bitwright.core.small_file import read_small
 from bitwright.formats.mlc.shards import INDEX
 
 INDICES = (INDEX, "ndarray-cache.json")
 """The names of the index, now and in older folders."""
+MAX_RANK, MAX_BYTES = 8, 2**63 - 1
+"""The most dimensions of a tensor, and the largest number that may stand in the index."""
 RAW, RAW_SHARD = "raw", "raw-shard"
 ITEM = {"uint32": "<u4", "int32": "<i4", "float16": "<f2", "float32": "<f4", "bfloat16": "<u2", "uint8": "u1"}
 ITEM |= {"int8": "i1", "uint16": "<u2"}
@@ -46,6 +50,11 @@ class Cache:
     records: Mapping[str, Record]
     digests: Mapping[Path, str]
 
+    @property
+    def shards(self) -> set[str]:
+        """The names of the files with tensors."""
+        return {record.shard.name for record in self.records.values()}
+
     def changed(self) -> list[str]:
         """The shards that differ from their checksums, in words; all bytes are read."""
         wrong = []
@@ -67,7 +76,7 @@ def read_cache(folder: Path) -> Cache:
         raise CheckpointError(f"{folder}: has no {INDICES[0]}, MLC-LLM's index of weights; copy the whole folder")
     records, digests = dict[str, Record](), dict[Path, str]()
     try:
-        for entry in parse_object(path.read_bytes(), str(path))["records"]:
+        for entry in parse_object(read_small(path), str(path))["records"]:
             shard = _shard(folder, path, entry)
             if entry.get("md5sum"):
                 digests[shard] = str(entry["md5sum"])
@@ -75,7 +84,7 @@ def read_cache(folder: Path) -> Cache:
                 if record.name in records:
                     raise CheckpointError(f"{path}: names {record.name} twice; the folder is damaged, write it again")
                 records[record.name] = record
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: is no index of MLC-LLM's weights: {error!r}; copy the folder again") from None
     return Cache(records, digests)
 
@@ -103,9 +112,11 @@ def _records(index: Path, shard: Path, entry: Any) -> list[Record]:
         start, nbytes, form = int(tensor["byteOffset"]), int(tensor["nbytes"]), tensor["format"]
         # float32 that is kept as bfloat16 until it is loaded
         stored = "bfloat16" if form == "f32-to-bf16" and dtype == "float32" else dtype
+        if len(shape) > MAX_RANK or any(abs(number) > MAX_BYTES for number in (*shape, start, nbytes)):
+            raise CheckpointError(f"{index}: {name[:100]} has a size or place that no file has; the index is damaged")
         if stored not in ITEM or not (form == RAW or stored != dtype) or not shape:
             raise CheckpointError(f"{index}: {name} is {dtype} {list(shape)} in format {form}, which is not read")
-        if int(np.prod(shape)) * np.dtype(ITEM[stored]).itemsize != nbytes or min(shape) < 1:
+        if prod(shape) * np.dtype(ITEM[stored]).itemsize != nbytes or min(shape) < 1:
             raise CheckpointError(
                 f"{index}: {name} is {dtype} {list(shape)} and {nbytes:,} bytes; the index is damaged"
             )

@@ -6,8 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitwright.checkpoint.sidecar_files import (
+    read_generation_config,
+    read_tokenizer,
+    read_tokenizer_config,
+    require_token_numbers,
+)
 from bitwright.core.decoder import Config, Decoder
 from bitwright.core.errors import CheckpointError, RecipeError
+from bitwright.core.json_values import parse_object
+from bitwright.core.small_file import read_small
 from bitwright.formats.mlc.architectures import model_config
 
 CONFIG, VERSION = "mlc-chat-config.json", "0.1.0"
@@ -62,7 +70,8 @@ def chat_config(config: Config, decoder: Decoder, folder: Path, quantization: st
     Conversation and generation are those of ``base``, a config of the same architecture, if there is one. Raises
     CheckpointError and RecipeError for files that cannot be read.
     """
-    settings, generation = model_config(decoder), _read(folder / "generation_config.json")
+    require_token_numbers(config, f"{folder}/config.json")
+    settings, generation = model_config(decoder), read_generation_config(folder)
     known = {} if base is None else of_base(base, decoder.model_type)
     tokens = Tokens.of(folder)
     chat: dict[str, Any] = {
@@ -134,7 +143,7 @@ class Tokens:
     @classmethod
     def of(cls, folder: Path) -> "Tokens":
         """Read the tokenizer.json of a folder. Raises CheckpointError for a file that is no JSON."""
-        tokenizer = _read(folder / "tokenizer.json")
+        tokenizer = read_tokenizer(folder)
         special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
         vocabulary = (tokenizer.get("model") or {}).get("vocab") or ()
         names = vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary)
@@ -149,7 +158,7 @@ class Tokens:
 
 def _conversation(folder: Path, ids: Mapping[str, Any], tokens: Tokens) -> dict[str, Any]:
     """The conversation that the model's own chat template stands for, as far as it is of a known kind."""
-    stated = str(_read(folder / "tokenizer_config.json").get("chat_template") or "")
+    stated = str(read_tokenizer_config(folder).get("chat_template") or "")
     beside = folder / "chat_template.jinja"
     template = stated or (beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else "")
     kind = next((kind for kind in CONVERSATIONS if template and kind.sign in template), PLAIN)
@@ -179,8 +188,8 @@ def _conversation(folder: Path, ids: Mapping[str, Any], tokens: Tokens) -> dict[
 
 def _begins(folder: Path) -> bool:
     """Whether texts begin with a token of their own."""
-    stated = _read(folder / "tokenizer_config.json").get("add_bos_token")
-    processor = json.dumps(_read(folder / "tokenizer.json").get("post_processor") or {})
+    stated = read_tokenizer_config(folder).get("add_bos_token")
+    processor = json.dumps(read_tokenizer(folder).get("post_processor") or {})
     return bool(stated) if stated is not None else "TemplateProcessing" in processor and "SpecialToken" in processor
 
 
@@ -197,10 +206,4 @@ def _has(parts: list[Mapping[str, Any]], **wanted: Any) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file. Raises CheckpointError."""
-    if not path.is_file():
-        return {}
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return contents if isinstance(contents, dict) else {}
+    return {} if not path.is_file() else parse_object(read_small(path), f"{path}: cannot be read")

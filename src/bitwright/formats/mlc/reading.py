@@ -16,6 +16,7 @@ from bitwright.core.json_values import parse_object
 from bitwright.core.panels import row_panels
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
+from bitwright.core.small_file import read_small
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures
 from bitwright.formats.mlc.cache import Cache, Record, read_cache
@@ -32,8 +33,10 @@ def opened(path: Path) -> "MlcFolder":
     """Open a folder of MLC-LLM. Raises CheckpointError for one that is incomplete or damaged."""
     if not (path / CONFIG).is_file():
         raise CheckpointError(f"{path}: has no {CONFIG}; copy the whole folder, or write it again")
-    config = parse_object((path / CONFIG).read_bytes(), str(path / CONFIG))
+    config = parse_object(read_small(path / CONFIG), str(path / CONFIG))
     cache, settings = read_cache(path), config.get("model_config")
+    if not cache.records:
+        raise CheckpointError(f"{path}: has no tensor at all; copy the folder again")
     blocks = settings.get("num_hidden_layers", 0) if isinstance(settings, dict) else None
     if not isinstance(blocks, int) or blocks > len(cache.records):
         raise CheckpointError(
@@ -101,9 +104,9 @@ class MlcFolder:
         """Whether the meaning of the numbers is known."""
         return not self.unknown or self.cache.records[name].dtype.startswith(("float", "bfloat"))
 
-    def checksums(self) -> list[str] | None:
-        """The shards that differ from their checksums; None if there are none."""
-        return self.cache.changed() if self.cache.digests else None
+    def checksums(self) -> tuple[list[str], list[str]]:
+        """The shards that differ from their checksums, and those that have none."""
+        return self.cache.changed(), sorted(self.cache.shards - {path.name for path in self.cache.digests})
 
     def bits(self) -> tuple[int, int]:
         """The bits stored for the matrices in the model's blocks, and the number of their weights."""

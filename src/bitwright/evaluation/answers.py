@@ -123,7 +123,7 @@ class Answering:
         for request in requests:
             room = self._lm.max_length - new_tokens(request.args[1])
             self.cut[request.task_name] += len(self._lm.tok_encode(request.args[0])) > room
-        if any(request.args[1].get("do_sample") for request in requests):  # such an answer is random
+        if any(request.args[1].get("do_sample") for request in requests):  # sampled: another run would differ
             return self._ask("generate_until", requests, keep=False)
         return self._answer("generate_until", requests)
 

@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THR
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint docs clients clean
+.PHONY: help demo test coverage lint docs clients matrix clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -43,8 +43,12 @@ clients: $(READY)  ## open quantized folders in the real clients (makes .clients
 	@$(BIN)/python tools/make_clients.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/clients.py
 
+matrix: $(READY)  ## load written folders in the oldest, locked and newest transformers (makes .matrix, needs a network)
+	@$(BIN)/python tools/make_matrix.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix.py
+
 clean:  ## remove everything that the other targets made, .venv included
-	rm -rf $(VENV) .clients site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) .clients .matrix site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \
 		htmlcov .coverage .coverage.*
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -35,12 +35,12 @@ def commands(name: str, environment: Path, requirements: Path) -> list[list[str]
     return steps
 
 
-def make(name: str) -> bool:
+def make(environment: Path, requirements: Path) -> bool:
     """Make an environment unless it is there; return whether it is there now.
 
     The requirements that it was made from stand in it, and are written last.
     """
-    environment, requirements = ENVIRONMENTS / name, REQUIREMENTS / f"{name}.txt"
+    name = environment.name
     ready = environment / READY
     if ready.exists() and ready.read_text() == requirements.read_text():
         return True
@@ -57,11 +57,19 @@ def make(name: str) -> bool:
 
 
 def main(names: list[str]) -> None:
-    """Make the missing environments. Exits with an error for an unknown name, or if no environment is there at last."""
-    known = sorted(path.stem for path in REQUIREMENTS.glob("*.txt"))
+    """Make the missing environments of the clients."""
+    make_all(names, REQUIREMENTS, ENVIRONMENTS)
+
+
+def make_all(names: list[str], requirements: Path, environments: Path) -> None:
+    """Make the missing environments. Exits with an error for an unknown name, or if no environment is there at last.
+
+    ``requirements`` is the folder of their requirements, NAME.txt; each is made in ``environments``/NAME.
+    """
+    known = sorted(path.stem for path in requirements.glob("*.txt"))
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"there is no client '{unknown[0]}'; there is {', '.join(known)}")
-    available = [make(name) for name in names or known]
+    available = [make(environments / name, requirements / f"{name}.txt") for name in names or known]
     if not any(available):
         raise SystemExit("no client's environment could be made; is there a network?")
 

@@ -45,6 +45,7 @@ CACHE = config(weights(), kv_cache_scheme={"num_bits": 8, "symmetric": False})
     (config(weights(), ATTENTION), [OLDEST, LOCKED, BETWEEN], [NEWEST], "leaves keys, values and queries"),
     (CACHE, [LOCKED, BETWEEN], [NEWEST], "leaves keys, values and queries"),
     (CACHE, [], [OLDEST, BEFORE_UNPACKED_ZEROS], "has no asymmetric KV cache"),
+    (config(weights(3)), [LOCKED, BETWEEN, NEWEST], [OLDEST, BEFORE_UNPACKED_ZEROS], "packs 3, 5, 6 and 7 bits in an"),
     ({"config_groups": 3}, [NEWEST], [], ""),
 ])  # fmt: skip
 def test_what_each_pair_of_releases_does_wrong(

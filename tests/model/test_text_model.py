@@ -36,9 +36,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text-model") / "model"
     torch.manual_seed(0)
     config = Qwen3_5Config(text_config=TEXT, vision_config=VISION, tie_word_embeddings=False)
-    model = Qwen3_5ForConditionalGeneration(config)
-    torch.nn.Module.to(model, torch.bfloat16)
-    model.save_pretrained(folder)
+    model: Any = Qwen3_5ForConditionalGeneration(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["mtp.fc.weight"] = torch.zeros(64, 128, dtype=torch.bfloat16)
     tensors["mtp.norm.weight"] = torch.ones(64, dtype=torch.bfloat16)

@@ -12,6 +12,8 @@ ONE_SCHEME = (5, 23)
 """transformers from here on dequantizes all linears of a folder with ``dequantize`` by the scheme of one of them."""
 ON_META, UNPACKED_ZEROS = (5, 23), (0, 18)
 """transformers from here on, with compressed-tensors from here on, expects zero points that are not packed."""
+DENSE_WORDS, UNEVEN = (0, 18), (3, 5, 6, 7)
+"""compressed-tensors before this one left bits of a word unused if ``UNEVEN`` bits do not fill it."""
 ASYMMETRIC_CACHE = (0, 18)
 """compressed-tensors before this one raises an error for an asymmetric ``kv_cache_scheme``."""
 NO_CACHE_ARGUMENT = (5, 24)
@@ -50,6 +52,8 @@ def _reason(config: Mapping[str, Any], transformers: tuple[int, ...], library: t
     dequantized = bool(config.get("dequantize"))
     if transformers >= NO_CACHE_ARGUMENT and (config.get("kv_cache_scheme") or _has_attention(config)):
         return "leaves keys, values and queries in full precision, and says nothing"
+    if library < DENSE_WORDS and any(weights.get("num_bits") in UNEVEN for weights in _weights(config, layout=PACKED)):
+        return "packs 3, 5, 6 and 7 bits in another way, no code in two words"
     cache = config.get("kv_cache_scheme") or {}
     if library < ASYMMETRIC_CACHE and not cache.get("symmetric", True):
         return "has no asymmetric KV cache beside activations in full precision"

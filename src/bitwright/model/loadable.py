@@ -100,7 +100,7 @@ def _built(config: "PretrainedConfig", quantizer: Any, files: list[str] | None) 
 def _initialized(model: "PreTrainedModel") -> None:
     """Let the model initialize what has no weights, as after loading: some ask a linear for its ``weight`` then."""
     for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # the mark of transformers
+        tensor._is_hf_initialized = True  # the mark of transformers
     model.initialize_weights()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,8 +41,7 @@ def test_every_format_keeps_it(format: str | None, calibration: str | None, tiny
     folder = copy_with_head(tiny(tied=True, eos_token_id=1, bos_token_id=0), tmp_path / "model", equal=False)
     output = tmp_path / ("out.gguf" if format == "gguf" else "out")
     scheme = {"gguf": "W4A16g32sym", "mlc": "mlc:q4f16_1"}.get(str(format), "W8A16g32")
-    recipe = Recipe(str(folder), scheme, "rtn", format, calibration)
-    bitwright.quantize(replace(recipe, samples=2, seqlen=32) if calibration else recipe, output)
+    bitwright.quantize(Recipe(str(folder), scheme, "rtn", format, calibration, samples=2, seqlen=32), output)
     found = bitwright.verify(output, folder)
     assert found.passed, found.checks
     assert found.kl_divergence is not None and found.kl_divergence < 0.3

@@ -26,12 +26,14 @@ SEQLEN, WINDOWS, NEW_TOKENS = 512, 24, 48
 class DemoRow:
     """One model of the demonstration.
 
-    ``bits_per_weight`` counts the linears with scales and zeros; ``seconds`` is the time that quantizing took.
+    ``bits_per_weight`` counts the linears with scales and zeros, ``model_bits_per_weight`` all that is stored;
+    ``seconds`` is the time that quantizing took.
     """
 
     method: str
     scheme: str
     bits_per_weight: float
+    model_bits_per_weight: float
     weight_bytes: int
     perplexity: float
     kl_divergence: float
@@ -72,10 +74,12 @@ def _row(method: str, scheme: str, folder: Path, seconds: float | None, listener
     numbers = evaluate(folder, "builtin", seqlen=SEQLEN, windows=WINDOWS, reference=reference, listener=listener)
     measured = numbers.measurement
     assert measured is not None, "a text was asked for"
+    inspected = inspect(folder)
     return DemoRow(
         method=method,
         scheme=scheme,
-        bits_per_weight=inspect(folder).bits_per_weight,
+        bits_per_weight=inspected.bits_per_weight,
+        model_bits_per_weight=inspected.model_bits_per_weight,
         weight_bytes=numbers.weight_bytes,
         perplexity=measured.perplexity,
         kl_divergence=measured.kl_divergence or 0.0,

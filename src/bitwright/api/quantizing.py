@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -14,9 +15,12 @@ from bitwright.checkpoint.ranges import changed
 from bitwright.checkpoint.writer import write_json, write_tensors
 from bitwright.core.account import Account
 from bitwright.core.errors import ChangedError, blaming_the_machine
+from bitwright.core.format import FileFormat
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.recipe import Recipe
+from bitwright.model.discover import EMBEDDING, OUTPUT_LAYER
 from bitwright.prepare.engine_choice import for_engines
+from bitwright.prepare.format_choice import DENSE
 from bitwright.prepare.plan import notes_of
 from bitwright.prepare.prepared import Prepared, prepare
 from bitwright.prepare.question import Question
@@ -36,7 +40,10 @@ TIMINGS, OTHER_JOURNALS = "bitwright-timings.json", "journal-*.jsonl"
 class Result:
     """The result of a run; sizes are in bytes.
 
-    ``bits_per_weight`` is that of the quantized linears together; it counts scales, zeros and outliers. ``per_ic`` is
+    ``bits_per_weight`` is that of the quantized linears together; it counts scales, zeros and outliers.
+    ``model_bits_per_weight`` is that of the whole model: all bytes that were written, over all parameters of the
+    original. ``left_alone`` is the share of the weights of matrices that stays in full precision, ``full_bits`` bits
+    each, by the reason; embedding and output layer are left out for engines' files, which quantize them. ``per_ic`` is
     the number of linears whose groups go along the output, ``outliers`` the number of weights that are kept exactly.
     ``verified`` says what was checked when the folder was read back.
     """
@@ -49,6 +56,9 @@ class Result:
     per_ic: int
     outliers: int
     bits_per_weight: float
+    model_bits_per_weight: float
+    left_alone: dict[str, float]
+    full_bits: int
     bytes_in: int
     bytes_out: int
     output_error: float | None
@@ -187,6 +197,18 @@ def _adopt_others(journal: Journal, *, just_written: bool = False) -> int:
     return len(journal.recorded if merge_begun(journal.path.parent) else journal.done)
 
 
+def _left_alone(run: Prepared, format: str) -> dict[str, float]:
+    """The share of matrices that stays in full precision, by the reason; nothing if all are stored so."""
+    if format == DENSE:
+        return {}
+    checkpoint = run.source.checkpoint
+    floating = {name: checkpoint.entry(name).shape for name in checkpoint.names
+                if checkpoint.entry(name).dtype.is_floating_point}  # fmt: skip
+    shares = run.inventory.left_alone(floating)
+    with_codes = (EMBEDDING, OUTPUT_LAYER) if isinstance(run.target, FileFormat) else ()
+    return {why: share for why, share in shares.items() if why not in with_codes}
+
+
 def _result(run: Prepared, output: Path, account: Account, timings: dict[str, Any], workers: Workers) -> Result:
     errors = [block.output_error for block in account.blocks if block.output_error is not None]
     totals = account.totals
@@ -200,6 +222,9 @@ def _result(run: Prepared, output: Path, account: Account, timings: dict[str, An
         per_ic=totals.per_ic,
         outliers=totals.outliers,
         bits_per_weight=totals.bits_per_weight,
+        model_bits_per_weight=8 * totals.bytes_out / sum(map(prod, run.source.checkpoint.shapes.values())),
+        left_alone=_left_alone(run, account.format),
+        full_bits=8 * run.source.checkpoint.dtype_of_weights.itemsize,
         bytes_in=totals.bytes_in,
         bytes_out=totals.bytes_out,
         output_error=errors[-1] if errors else None,

@@ -17,7 +17,7 @@ SMALLEST = 32
 SMALL = f"small: fewer than {SMALLEST} features"
 EMPTY, UNNAMED = "empty", "no linear's: its name does not end in .weight"
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
-EMBEDDING = "embedding"
+EMBEDDING, OUTPUT_LAYER = "embedding", "output layer"
 EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "tok_embeddings", "embeddings", "wte")
 HEADS = ("lm_head", "embed_out", "output")
 INTO, OUT_OF = ("gate_up", "gate", "up", "w1", "w3", "w13", "input_linear"), ("down", "w2", "output_linear")
@@ -95,7 +95,7 @@ def _reason_to_keep(name: str, shapes: Shapes, transposed: bool) -> str | None:
     if len(shape) != 2 or not name.endswith(".weight"):
         return "not a matrix" if len(shape) != 2 else UNNAMED
     if not IN_A_BLOCK.search(name):
-        outer = {HEADS: "output layer", EMBEDDINGS: EMBEDDING}
+        outer = {HEADS: OUTPUT_LAYER, EMBEDDINGS: EMBEDDING}
         return next((reason for modules, reason in outer.items() if _is(name, modules)), "outside of the blocks")
     for reason, pattern in _KEPT:
         if pattern.search(name):

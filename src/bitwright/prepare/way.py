@@ -1,7 +1,9 @@
 """The two ways to go through a model, block by block or tensor by tensor, behind one interface (``Way``)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -64,6 +66,19 @@ class Inventory:
         """A weight that transformers loads only with our plugin; None if there is none."""
         symmetric = all(scheme.weight.symmetric for scheme in allocation.distinct)
         return self.special or (None if symmetric else self.merged)
+
+    def left_alone(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+        """The share of the weights of all matrices that stays as it is, by the reason, the largest first.
+
+        ``shapes`` are those of all floating tensors of the checkpoint; experts in one tensor count as matrices.
+        """
+        reasons = Counter[str]()
+        for name, why in self.kept.items():
+            shape = shapes.get(name, ())
+            if len(shape) == 2 or (len(shape) == 3 and min(shape[1:]) > 1):
+                reasons[why] += prod(shape)
+        total = reasons.total() + sum(prod(weight.shape) for weight in self.weights)
+        return {why: count / total for why, count in reasons.most_common() if count}
 
     def foreseen(self, names: Iterable[str], allocation: Allocation) -> Foreseen:
         """The quantized model as far as names and shapes tell; ``names`` are all tensors of the checkpoint."""

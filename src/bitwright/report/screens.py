@@ -63,6 +63,8 @@ def result(console: Console, result: Any) -> None:
             ("groups", f"along the output in {result.per_ic} of {result.linears} linears" if result.per_ic else None),
             ("outliers", f"{result.outliers:,} weights kept exactly" if result.outliers else None),
             ("bits per weight", f"{result.bits_per_weight:.3f} with everything stored for them"),
+            ("", f"{result.model_bits_per_weight:.3f} of the whole model, embeddings too"),
+            ("left alone", _left_alone(result)),
             ("size", f"{size(result.bytes_in)} -> {size(result.bytes_out)}"),
             ("relative error", error),
             ("verified", result.verified),
@@ -73,6 +75,14 @@ def result(console: Console, result: Any) -> None:
             ("next", format_of(result.format).next_step.format(output=result.output)),
         ],
     )
+
+
+def _left_alone(result: Any) -> str | None:
+    """The share of matrices in full precision, with the reasons; None if there are none."""
+    shares = result.left_alone
+    reasons = ", ".join(f"{why} {share:.0%}" for why, share in shares.items())
+    whole = f"{sum(shares.values()):.0%} of the weights of matrices stay at {result.full_bits} bits"
+    return f"{whole}: {reasons}" if shares else None
 
 
 def exported(console: Console, result: Any) -> None:
@@ -252,6 +262,7 @@ def demonstration(console: Console, result: Any) -> None:
         (
             f"{row.method} {row.scheme}" if row.seconds is not None else "original",
             f"{row.bits_per_weight:.2f}",
+            f"{row.model_bits_per_weight:.2f}",
             f"{row.weight_bytes / 1e6:.2f}",
             f"{row.perplexity:.3f}",
             f"{row.kl_divergence:.4f}",
@@ -262,7 +273,7 @@ def demonstration(console: Console, result: Any) -> None:
     grid(
         console,
         f"The embedded model on held-out Python source ({result.windows} windows of {result.seqlen} tokens)",
-        ("method", "bits per weight", "MB on disk", "perplexity", "KL from original", "seconds"),
+        ("method", "bits per weight", "of the whole model", "MB on disk", "perplexity", "KL from original", "seconds"),
         rows,
     )
     console.print("\nHow each completes the same beginning:", highlight=False)

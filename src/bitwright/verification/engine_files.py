@@ -32,8 +32,11 @@ SMALLEST = 1e-9
 """The part of an error that may be rounding."""
 
 
-def file_structure(file: EngineFile, listener: Listener = silent) -> list[Check]:
-    """Check a file alone; scales, and values that are stored as they are, are read."""
+def file_structure(file: EngineFile, listener: Listener = silent, alone: bool = True) -> list[Check]:
+    """Check a file by itself; scales, and values that are stored as they are, are read.
+
+    ``alone``: there is no folder to tell whether it is complete, if its architecture does not.
+    """
     wrong, unread = list[str](), list[str]()
     for done, name in enumerate(file.tensors):
         listener(Progress("verify", done, len(file.tensors), name, peak_memory()))
@@ -46,7 +49,7 @@ def file_structure(file: EngineFile, listener: Listener = silent) -> list[Check]
     if unread:
         kind = file.tensors[unread[0]].kind
         summary += f"; not looked at: {len(unread)} tensors of types that are not read, such as {unread[0]} ({kind})"
-    return [_complete(file), Check("scales and shapes", passed, summary), _on_disk(file)]
+    return [_complete(file, alone), Check("scales and shapes", passed, summary), _on_disk(file)]
 
 
 def bits_per_weight(file: EngineFile) -> float:
@@ -91,10 +94,10 @@ def not_there(file: EngineFile, model: QuantizedFolder) -> list[str]:
     return wrong
 
 
-def _complete(file: EngineFile) -> Check:
+def _complete(file: EngineFile, alone: bool) -> Check:
     wanted, there = file.wanted, file.tensors
     if wanted is None:
-        return Check("complete", None, f"not looked at: {file.unknown}")
+        return Check("complete", None, f"not looked at: {file.unknown}", matters=alone)
     wrong = lacking(sorted(set(wanted.needed) - set(there)))
     shapes = {**wanted.needed, **wanted.allowed}
     odd = [f"{name} is {list(there[name].shape)}, the architecture's {list(shape)}"

@@ -35,7 +35,7 @@ def verify_file(format: FileFormat, path: Path, against: Path | None, logits: bo
     computes with the folder's config. Raises CheckpointError for a file that cannot be read.
     """
     file = format.open(path)
-    checks = file_structure(file, listener)
+    checks = file_structure(file, listener, alone=against is None)
     if (sums := file.checksums()) is not None:
         checks.append(_checksums(*sums, matters=against is None))
     beside, divergence = _Beside(), None

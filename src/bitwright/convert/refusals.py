@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import product
 
 from bitwright.convert.refitting import Groups
-from bitwright.core.errors import RecipeError
+from bitwright.core.errors import RecipeError, in_shell
 from bitwright.core.format import FileFormat, Foreseen, Format, TensorFormat, WriteOptions, typical
 from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, Grid, Tile
 from bitwright.core.scheme import Scheme
@@ -24,7 +24,7 @@ def refuse(model: QuantizedFolder, to: Format, options: WriteOptions) -> None:
         return
     if model.format is None:
         raise RecipeError(
-            f"{model.folder} is not quantized: bitwright quantize {model.folder} --format {to.name} does that"
+            f"{model.folder} is not quantized: bitwright quantize {in_shell(model.folder)} --format {to.name} does that"
         )
     if model.stacks:
         raise RecipeError(

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bitwright.core.errors import in_shell
 from bitwright.report.tables import duration, grid, pairs, size
 
 _MEASURE = "bitwright evaluate {output} --text FILE --reference ORIGINAL"
@@ -76,7 +77,7 @@ def result(console: Console, result: Any) -> None:
             (
                 "next",
                 _NEXT.get(result.format, "bitwright evaluate {output} --text FILE --reference ORIGINAL").format(
-                    output=result.output
+                    output=in_shell(result.output)
                 ),
             ),
         ],

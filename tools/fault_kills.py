@@ -96,7 +96,7 @@ def _perform(work: Path, case: Case, output: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        workers = None if "calibration" in case.how else 1
+        workers = 1 if case.how["method"] in ("rtn", "easyquant") else None  # one process, which can be killed
         bitwright.quantize(bitwright.Recipe(work / case.model, **case.how), output, workers=workers)
     except BaseException:
         traceback.print_exc()

@@ -11,6 +11,7 @@ code is 1 if anything else happens; what failed is written to DIR/failed.jsonl, 
 import argparse
 import json
 import platform
+import re
 import resource
 import signal
 import sys
@@ -118,17 +119,19 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0, help="runs that are killed")
     parser.add_argument("--seconds", type=float, default=20.0, help="the most that a changed file may take")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="kinds whose names contain this")
+    parser.add_argument("--only", default="", help="kinds whose names fit this regular expression")
     parser.add_argument("--result", type=Path, help="write RESULT.jsonl and RESULT.md")
     asked = parser.parse_args()
     _quiet()
     work = asked.work.resolve()
-    chosen = [kind for kind in kinds(work) if asked.only in kind.name and asked.examples]
+    chosen = [kind for kind in kinds(work) if re.search(asked.only, kind.name) and asked.examples]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     counts = []
     for kind in chosen:
         counts.append(count(kind, asked.examples, asked.seed, asked.seconds))
         print(f"{kind.name}: {dict(counts[-1].outcomes)}, slowest {counts[-1].slowest:.1f} s", flush=True)
+        if asked.result:  # what was counted is kept, whatever happens to the rest
+            _write(asked.result, counts, Kills(), asked)
     kills = kill_runs(work, asked.kills, asked.seed)
     failures = [failure for result in counts for failure in result.failures] + kills.failures
     (work / "failed.jsonl").write_text("".join(json.dumps(failure) + "\n" for failure in failures))

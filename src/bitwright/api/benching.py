@@ -12,7 +12,7 @@ import torch
 from bitwright.api.exporting import export
 from bitwright.core.child_process import python_command
 from bitwright.core.engine import BenchInput
-from bitwright.core.errors import CheckpointError, UserError
+from bitwright.core.errors import CheckpointError, UserError, in_shell
 from bitwright.core.machine import usable_cores
 from bitwright.core.progress import Listener, silent
 from bitwright.evaluation.contenders import (
@@ -171,8 +171,8 @@ def _gguf_original(model: Path, against: Path, stack: ExitStack, listener: Liste
         return against
     if open_checkpoint(against).config.get(CONFIG) is not None:
         raise CheckpointError(
-            f"--against {against} is quantized; name the original, or write it with bitwright export {against} "
-            "--format gguf --output FILE.gguf and name that file"
+            f"--against {against} is quantized; name the original, or write it with bitwright export "
+            f"{in_shell(against)} --format gguf --output FILE.gguf and name that file"
         )
     file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bitwright-bench-")), "original-f16.gguf")
     export(against, file, format="gguf", embeddings="f16", listener=listener)

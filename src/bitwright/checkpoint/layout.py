@@ -8,7 +8,7 @@ from bitwright.core.errors import CheckpointError, shown
 from bitwright.core.json_values import parse_object, refuse_too_many
 from bitwright.core.small_file import CONFIG_BYTES, SMALL_BYTES, read_small
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
@@ -37,11 +37,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     _check_small_files(folder)
     if not path.is_file():
+        if (folder / ADAPTER).is_file():
+            raise CheckpointError(f"{folder}: {merge_adapter(folder)}")
         raise CheckpointError(
             f"{folder}: is no model folder: it has no {CONFIG}; give the folder that `save_pretrained` or "
             "`huggingface-cli download` wrote"
         )
     return parse_object(read_bytes(path), str(path))
+
+
+def merge_adapter(folder: Path) -> str:
+    """The rest of the message for an adapter in place of a whole model."""
+    return (
+        "is an adapter (LoRA), not a whole model. Merge the adapter into its base model once, and name the result:\n"
+        f"  model = peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload()\n"
+        f"  model.save_pretrained({str(folder) + '-merged'!r})\n"
+        "  then copy the tokenizer's files of the base model into it"
+    )
 
 
 def find_weights(folder: Path) -> tuple[dict[str, Header], dict[str, str]]:

@@ -1,6 +1,7 @@
 """A model folder on disk: headers are read at once, the data of a tensor when it is asked for."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from bitwright.checkpoint.header import Header, TensorEntry
-from bitwright.checkpoint.layout import CONFIG, INDEX, find_weights, read_bytes, read_config
+from bitwright.checkpoint.layout import CONFIG, INDEX, find_weights, merge_adapter, read_bytes, read_config
 from bitwright.checkpoint.ranges import Stored, is_finite_tensor, new_digest, read_into, require_finite
 from bitwright.checkpoint.untied import TIED, is_untied
 from bitwright.core.block import Outline
@@ -140,6 +141,8 @@ class Checkpoint:
         for name, wanted in outline.shapes.items():
             stored = outline.source(name)
             if stored not in self:
+                if any(re.search(r"(^|\.)(lora_[AB]|base_layer)\.", name) for name in self.names):
+                    raise CheckpointError(f"{self.folder}: {merge_adapter(self.folder)}")
                 raise CheckpointError(
                     f"{self.folder} has no tensor '{stored}', which its config.json calls for; "
                     "the checkpoint is incomplete or belongs to another configuration: download it again"

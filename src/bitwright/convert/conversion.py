@@ -57,9 +57,12 @@ class Conversion:
 
     def parts(self, files: Mapping[str, str], done: Collection[str], listener: Listener) -> Iterator[Part]:
         """Convert every unit that is not done; ``files`` are the parts by unit. Raises RecipeError, CheckpointError."""
+        finished = sum(unit in done for unit in self.contents)
+        if finished:
+            listener(Progress("export", finished, len(self.units), "parts", resumed=True))
         for number, (unit, (linears, passed)) in enumerate(self.contents.items()):
-            listener(Progress("export", number, len(self.units), unit, peak_memory()))
             if unit not in done:
+                listener(Progress("export", number, len(self.units), unit, peak_memory()))
                 tensors = {name: self.model.checkpoint.stored(name) for name in passed}
                 encoded = [self._encoded(name) for name in linears]
                 yield self.writer.write(unit, files[unit], BlockReport(unit, ()), encoded, tensors)

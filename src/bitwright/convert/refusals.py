@@ -6,7 +6,7 @@ from dataclasses import replace
 from bitwright.convert.conversion import written_model
 from bitwright.convert.refitting import Groups, foreseen, not_held, not_held_at_all
 from bitwright.core.account import LinearReport
-from bitwright.core.errors import RecipeError
+from bitwright.core.errors import RecipeError, in_shell
 from bitwright.core.format import FileFormat, Foreseen, Format, TensorFormat, WriteOptions, typical
 from bitwright.core.grid import FULL, Grid, Tile
 from bitwright.core.qtensor import QTensor
@@ -34,7 +34,7 @@ def refuse(model: QuantizedFolder, to: Format, options: WriteOptions) -> None:
         return
     if model.format is None:
         raise RecipeError(
-            f"{model.folder} is not quantized: bitwright quantize {model.folder} --format {to.name} does that"
+            f"{model.folder} is not quantized: bitwright quantize {in_shell(model.folder)} --format {to.name} does that"
         )
     if model.stacks:
         raise RecipeError(

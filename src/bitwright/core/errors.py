@@ -3,6 +3,7 @@
 Every message says what was asked, what was found, where, and what to try.
 """
 
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -77,6 +78,15 @@ def nearest(asked: str, known: Iterable[str]) -> str:
     close = get_close_matches(asked.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}Known: {', '.join(names)}"
+
+
+def in_shell(path: object) -> str:
+    """A path or pattern as a command that is proposed has it: in quotes if a shell would read it otherwise.
+
+    >>> in_shell("my model")
+    "'my model'"
+    """
+    return shlex.quote(str(path))
 
 
 def shown(value: object) -> str:

@@ -142,6 +142,10 @@ class Grid:
         return -self.steps / 2, self.steps / 2 + self.signed_scale
 
 
+USUAL_GROUPS, OFFERED = (256, 128, 64, 32), 3
+"""Sizes of groups that engines run, and how many sizes a message offers."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """The patch of a weight [O, I] that shares one scale: ``out`` rows by ``in_`` columns.
@@ -201,8 +205,14 @@ Q8_0: Final = Grid(Levels(-128, 127), ScaleStorage("float16"), Zero.NONE)
 
 
 def _what_divides(extent: int, wanted: int, offered: Callable[[int], bool]) -> str:
-    """Up to three group sizes that divide the extent, nearest to the one wanted, multiples of 8 first."""
+    """Up to three group sizes that divide the extent, near the one wanted.
+
+    Those that engines run come first, then other multiples of 8; if there are neither, any.
+    """
     divisors = [d for d in range(MIN_GROUP, extent + 1) if extent % d == 0] if extent < 10**6 else []
-    rounded = [d for d in divisors if d % 8 == 0] or divisors
-    near = sorted((d for d in rounded if offered(d)), key=lambda d: abs(d - wanted))[:3]
-    return f"; what divides them: {', '.join(map(str, sorted(near))) or 'per channel, without a group'}"
+    divisors = sorted((d for d in divisors if offered(d)), key=lambda d: abs(d - wanted))
+    usual = sorted([d for d in divisors if d in USUAL_GROUPS][:OFFERED])
+    others = [d for d in divisors if d not in usual]
+    others = [d for d in others if d % 8 == 0] or others * (not usual)
+    sizes = [*usual, *sorted(others[: OFFERED - len(usual)])]
+    return f"; what divides them: {', '.join(map(str, sizes)) or 'per channel, without a group'}"

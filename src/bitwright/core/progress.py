@@ -8,7 +8,8 @@ from dataclasses import dataclass
 class Progress:
     """A stage of an operation: ``done`` of ``total`` units are finished; ``peak_bytes`` is the process's peak memory.
 
-    ``part`` (0 to 1) is how much of the next unit is finished; ``detail`` is the last step of it, in words.
+    ``part`` (0 to 1) is how much of the next unit is finished; ``detail`` is the last step of it, in words. One that is
+    ``resumed`` comes first if an earlier run has finished ``done`` units.
     """
 
     stage: str
@@ -18,6 +19,7 @@ class Progress:
     peak_bytes: int | None = None
     part: float = 0.0
     detail: str = ""
+    resumed: bool = False
 
     @property
     def position(self) -> float:

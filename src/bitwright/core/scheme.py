@@ -54,7 +54,7 @@ class Scheme:
             return named
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise SchemeError(f"'{text}' is no scheme. A scheme reads {GRAMMAR}. {_nearest(text)}")
+            raise SchemeError(f"'{text}' is no scheme. A scheme reads {GRAMMAR}. {_foreign(text) or _nearest(text)}")
         weight, activation, group = (_number(match[k]) for k in ("w", "a", "g"))
         cache = None if match["kv"] is None else _number(match["kv"])
         _check_numbers(text, weight, activation, cache, group if match["g"] else None)
@@ -166,6 +166,21 @@ def _nearest(text: str) -> str:
     by_lower = {name.lower(): name for name in (*NAMED, *_common_schemes())}
     close = get_close_matches(text.strip().lower()[:40], list(by_lower), n=1, cutoff=0.3)
     return f"The nearest valid scheme is {by_lower[close[0]]}." if close else "A good start is W4A16g128."
+
+
+def _foreign(text: str) -> str:
+    """The end of the message for a name that other tools give a grid: the scheme like it; "" for any other text."""
+    name = text.strip().lower()[:40]
+    bits = next((min(max(int(digits), MIN_BITS), MAX_BITS) for digits in re.findall(r"(?a:\d{1,9})", name)), 4)
+    if re.fullmatch(r"(fp|bf|f|float|bfloat)(16|32)", name):
+        return "16 and 32 bits are full precision, in which --exclude leaves linears. A good start is W4A16g128."
+    if re.search(r"fp[0-9]|float[0-9]|e[0-9]m[0-9]", name) or re.match(r"(bnb-?)?nf[0-9]|mx|iq[0-9]", name):
+        return f"That grid is not there yet; the scheme of integers with as many bits is W{bits}A16g32."
+    if re.fullmatch(r"q[2-8](_(0|1|k))?(_[a-z]+)?", name):
+        return f"That is a type of llama.cpp; with --format gguf, the scheme of as many bits is W{bits}A16g32."
+    if re.fullmatch(r"(int|uint|w|awq|gptq)?[-_]?[0-9]{1,9}[-_ ]?(bits?|b)?", name):
+        return f"The scheme of {bits}-bit weights in groups is W{bits}A16g128."
+    return ""
 
 
 def _near_bits(bits: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from bitwright.core import child_process
 from bitwright.core.child_process import python_command
 from bitwright.core.engine import BenchInput, Engine, engines
-from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
+from bitwright.core.errors import CheckpointError, RecipeError, UserError, in_shell, nearest
 from bitwright.evaluation import llamacpp_speed
 from bitwright.formats.gguf.architecture import architecture
 from bitwright.formats.gguf.header import MAGIC
@@ -44,8 +44,9 @@ def chosen_engine(model: Path, name: str | None) -> Engine:
             )
     elif engine.bench is not given:
         raise RecipeError(
-            f"{engine.name} runs .gguf files, and {model} is a folder: bitwright export {model} --format gguf --output "
-            f"{model.name}.gguf writes one, then bitwright bench {model.name}.gguf"
+            f"{engine.name} runs .gguf files, and {model} is a folder: bitwright export {in_shell(model)} --format "
+            f"gguf --output {in_shell(model.name + '.gguf')} writes one, then bitwright bench "
+            f"{in_shell(model.name + '.gguf')}"
         )
     return engine
 

@@ -17,7 +17,7 @@ from bitwright.checkpoint.sidecar_files import AGAIN, TOKENIZER, read_tokenizer_
 from bitwright.checkpoint.untied import TIED
 from bitwright.core.block import Family
 from bitwright.core.decoder import Decoder, OddConfigError
-from bitwright.core.errors import CheckpointError, RecipeError, UserError, nearest
+from bitwright.core.errors import CheckpointError, RecipeError, UserError, in_shell, nearest
 from bitwright.core.json_values import parse_object
 from bitwright.core.registry import architecture_of, described
 from bitwright.formats import refuse_engine_file
@@ -83,8 +83,8 @@ class Source:
         if self.family is None or self.config is None:
             raise RecipeError(
                 f"{self.checkpoint.folder}: nobody has described the architecture '{self.model_type}' to Bitwright "
-                f"yet; {nearest(self.model_type, described())}. One short file in families/ describes a new one; "
-                "rtn and easyquant, without --calibration, do with any"
+                f"yet; {nearest(self.model_type, described())}. Methods that need no description quantize any "
+                "architecture: --method rtn or --method easyquant, without --calibration"
             )
         return self.family, self.config
 
@@ -163,7 +163,7 @@ def require_folder(folder: Path) -> None:
     if missing and len(folder.parts) <= 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..", "~"):
         raise CheckpointError(
             f"there is no folder {folder}; Bitwright reads local folders. If that is a model of the Hugging Face hub, "
-            f"download it first: hf download {folder} --local-dir {folder.name}"
+            f"download it first: hf download {in_shell(folder)} --local-dir {in_shell(folder.name)}"
         )
 
 

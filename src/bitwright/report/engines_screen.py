@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from bitwright.core.engine import Alike, Engine, Way
-from bitwright.report.tables import grid
+from bitwright.report.tables import grid, pairs
 
 HEADER = (
     "engine",
@@ -23,7 +23,14 @@ HEADER = (
 def engines(console: Console, table: Sequence[Engine]) -> None:
     """Show what each engine runs."""
     rows = [(engine.name, *_cells(way)) for engine in table for way in engine.ways]
-    grid(console, "What each engine runs: bits of weights, groups that the format holds too", HEADER, rows)
+    title = "What each engine runs: bits of weights, groups that the format holds too"
+    if _width(rows) <= console.width:
+        grid(console, title, HEADER, rows)
+    else:  # a table would break words
+        console.print(title, highlight=False, markup=False)
+        for row in rows:
+            console.print()
+            pairs(console, f"{row[0]}, format {row[1]}", list(zip(HEADER[2:], row[2:], strict=True)))
     for engine in table:
         alike = "q, k, v and gate, up have to be quantized alike; " if engine.fused else ""
         console.print(f"\n{engine.name}: {alike}{engine.note}", highlight=False, markup=False)
@@ -33,6 +40,11 @@ def engines(console: Console, table: Sequence[Engine]) -> None:
             console.print(f"  {way.format}, checked with {way.checked}", highlight=False, markup=False)
         for format, mixing in {way.format: _mixing(way) for way in engine.ways}.items():
             console.print(f"  {format}: {mixing}", highlight=False, markup=False)
+
+
+def _width(rows: Sequence[tuple[str, ...]]) -> int:
+    """The width of the table in which no word is broken, in characters."""
+    return sum(max(map(len, column)) + 3 for column in zip(HEADER, *rows, strict=True)) + 1
 
 
 def _cells(way: Way) -> tuple[str, ...]:

@@ -7,23 +7,27 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 from bitwright.core.progress import Progress
 from bitwright.report.tables import duration, size
 
-SECONDS_BETWEEN_LINES = 5.0
+BAR_WIDTH = 20
+SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES = 10.0, 0.1
 
 
 class ProgressReport:
     """A listener that shows Progress on a console; as a context manager, it removes the bar at the end."""
 
     def __init__(self, console: Console) -> None:
-        """Show a live bar on a terminal; otherwise a line per block, or every few seconds for faster stages."""
+        """Show a live bar on a terminal; otherwise a line for every tenth of a stage, or every ten seconds."""
         self._console = console
         self._bars = _bars(console) if console.is_terminal else None
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
         self._position: dict[str, float] = {}
+        self._begun_at: dict[str, float] = {}
+        self._last_position: dict[str, float] = {}
         self._last_line = 0.0
 
     def __enter__(self) -> "ProgressReport":
@@ -37,8 +41,14 @@ class ProgressReport:
 
     def __call__(self, progress: Progress) -> None:
         """Show one step."""
+        if progress.resumed:
+            unit = progress.unit
+            message = f"going on: {progress.done} of {progress.total} {unit} were finished before"
+            self._console.print(message, highlight=False)
+            return
         if progress.position < self._position.get(progress.stage, math.inf):  # a stage begins, perhaps again
             self._started[progress.stage] = monotonic()
+            self._begun_at[progress.stage] = self._last_position[progress.stage] = progress.position
         self._position[progress.stage] = progress.position
         if self._bars is None:
             self._line(progress)
@@ -58,14 +68,15 @@ class ProgressReport:
         )
 
     def _line(self, progress: Progress) -> None:
-        now = monotonic()
-        whole = (progress.unit not in _COUNTED and not progress.part) or progress.done == progress.total
-        due = whole or now - self._last_line > SECONDS_BETWEEN_LINES
-        if not due or progress.position == 0:
+        now, advanced = monotonic(), progress.position - self._last_position[progress.stage]
+        tenth = not progress.part and advanced >= SHARE_BETWEEN_LINES * progress.total
+        due = progress.done == progress.total or tenth or now - self._last_line > SECONDS_BETWEEN_LINES
+        made = progress.position - self._begun_at[progress.stage]
+        if not due or progress.position == 0 or (made == 0 and progress.done < progress.total):
             return
-        self._last_line = now
+        self._last_line, self._last_position[progress.stage] = now, progress.position
         spent = now - self._started[progress.stage]
-        left = spent / progress.position * (progress.total - progress.position)
+        left = spent / made * (progress.total - progress.position) if made else 0.0
         memory = f", peak memory {size(progress.peak_bytes)}" if progress.peak_bytes else ""
         share = f"{progress.done}/{progress.total}" if progress.unit != "bytes" else _percent(progress)
         named = (progress.unit if progress.unit not in _COUNTED else "", progress.detail)
@@ -82,5 +93,7 @@ def _percent(progress: Progress) -> str:
 
 
 def _bars(console: Console) -> Bars:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Bars(*columns, console=console, transient=True)
+    # The description is what gives way on a narrow terminal, not the time that is left.
+    words = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    columns = (words, BarColumn(bar_width=BAR_WIDTH), TaskProgressColumn(), TimeRemainingColumn())
+    return Bars(*columns, console=console, transient=True, expand=True)

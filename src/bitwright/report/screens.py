@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bitwright.core.errors import in_shell
 from bitwright.core.format import TensorFormat
 from bitwright.core.registry import format_of
 from bitwright.report.tables import duration, grid, pairs, size
@@ -72,7 +73,7 @@ def result(console: Console, result: Any) -> None:
             ("continued", f"{result.resumed} parts were finished before" if result.resumed else None),
             *(("note", text) for text in result.notes),
             *(("fallback", text) for text in result.fallbacks),
-            ("next", format_of(result.format).next_step.format(output=result.output)),
+            ("next", format_of(result.format).next_step.format(output=in_shell(result.output))),
         ],
     )
 

@@ -52,6 +52,9 @@ class BlockDriver:
     def parts(self, files: Mapping[str, str], done: Collection[str], listener: Listener) -> Iterator[Part]:
         """Quantize every block that is not done. A finished block is read back if later ones need its outputs."""
         units, run = list(_units(self.skeleton, self.plan.allocation)), _Run(self.skeleton, self.plan, self.writer)
+        finished = sum(unit in done for unit, _ in units)
+        if finished:
+            listener(Progress("quantize", finished, len(units), "blocks", resumed=True))
         keep_freed_memory()
         stream = None if self.tokens is None else enter(self.skeleton, self.tokens)
         for number, (unit, load) in enumerate(units):
@@ -59,10 +62,10 @@ class BlockDriver:
             def inside(part: float = 0.0, detail: str = "", number: int = number, unit: str = unit) -> None:
                 listener(Progress("quantize", number, len(units), unit, peak_memory(), part, detail))
 
-            inside()
             part = None
             if unit in done and stream is None:
                 continue
+            inside()
             with load() as whole:
                 block = run.quantized_part(whole)
                 if unit not in done:

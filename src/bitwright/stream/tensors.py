@@ -43,7 +43,11 @@ class TensorDriver:
         units = [replace(unit, file=files[unit.name]) for unit in self.all_units if unit.name not in done]
         todo = self.ranks.share(units)
         nbytes = {unit.name: unit.nbytes for unit in todo}
-        total, finished = sum(nbytes.values()), 0
+        before = [unit for unit in self.all_units if unit.name in done] if self.ranks.count == 1 else []
+        finished = sum(unit.nbytes for unit in before)
+        total = finished + sum(nbytes.values())
+        if before:
+            listener(Progress("quantize", len(before), len(self.all_units), "parts", resumed=True))
 
         one_at_a_time = threading.Lock()
 

@@ -44,7 +44,7 @@ def folders(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Fold
 
 
 def failed(found: Verification) -> dict[str, str]:
-    return {check.name: check.found for check in found.checks if not check.passed}
+    return {check.name: check.found for check in found.checks if check.passed is False}
 
 
 def config_changed(folder: Path, place: Path, change: Callable[[dict[str, Any]], object]) -> Path:

@@ -52,7 +52,7 @@ def copied(path: Path, to: Path) -> Path:
 
 
 def failed(found: Verification) -> dict[str, str]:
-    return {check.name: check.found for check in found.checks if not check.passed}
+    return {check.name: check.found for check in found.checks if check.passed is False}
 
 
 def place_of(format: str, path: Path, name: str) -> tuple[Path, int, int]:

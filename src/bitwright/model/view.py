@@ -25,7 +25,8 @@ class ModelView:
     a tensor of the checkpoint to the parameter that it becomes, or becomes a part of. If ``tied``, the output layer may
     be the embedding. ``shapes`` are the shapes of everything that the model stores; ``needed`` are the parameters that
     are not tied to another. ``converted`` are tensors that become part of a parameter, or a parameter of another shape.
-    Tensors that fit a pattern in ``ignored`` are not loaded, and need not be there.
+    ``parts`` maps a tensor that becomes several parameters to all of them. Tensors that fit a pattern in ``ignored``
+    are not loaded, and need not be there.
     """
 
     linears: frozenset[str]
@@ -36,6 +37,11 @@ class ModelView:
     needed: frozenset[str] = frozenset()
     converted: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def filled(self, tensor: str) -> tuple[str, ...]:
+        """All parameters that a tensor becomes, or becomes a part of."""
+        return self.parts.get(tensor) or (self.places.get(tensor, tensor),)
 
     def linear(self, tensor: str) -> str | None:
         """The linear whose weight a tensor becomes; None if it becomes something else, such as merged experts."""
@@ -104,11 +110,12 @@ class ModelView:
         return cls(
             linears=frozenset(linears),
             ordinary=ordinary,
-            places={name: place for name, (place, _) in renamed.items()},
+            places={name: place for name, (place, _, _) in renamed.items()},
+            parts={name: places for name, (_, _, places) in renamed.items() if len(places) > 1},
             tied=bool(getattr(model.config, "tie_word_embeddings", False)),
             shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
             needed=frozenset(name for name, _ in model.named_parameters()) - tied,
-            converted=frozenset(name for name, (_, pattern) in renamed.items() if pattern is not None),
+            converted=frozenset(name for name, (_, pattern, _) in renamed.items() if pattern is not None),
             ignored=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         )
 
@@ -127,26 +134,32 @@ def class_of(config: Any) -> Any:
     return getattr(transformers, named, None) or AutoModelForCausalLM._model_mapping[type(config)]
 
 
-def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, str | None]]:
+def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, str | None, tuple[str, ...]]]:
     """The function by which transformers renames tensors as it loads them.
 
-    It returns the new name, and the pattern of the converter that changes the values, if any. If a transformers does
+    It returns the new name, the pattern of the converter that changes the values, if any, and all parameters that this
+    converter makes. If a transformers does
     not offer such a function, names stay unchanged.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
-        return lambda name: (name, None)
+        return lambda name: (name, None, ())
     conversions = get_model_conversion_mapping(model)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     state = dict(model.state_dict())
 
-    def rename(name: str) -> tuple[str, str | None]:
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+    def rename(name: str) -> tuple[str, str | None, tuple[str, ...]]:
         place, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if place not in state and name in state:  # a name of the model that a rule for old names fits too
-            return rename_source_key(name, [], [], model.base_model_prefix, state)
-        return place, pattern
+            place, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        if pattern is None:
+            return place, None, (place,)
+        first, *_ = targets = by_pattern[pattern].target_patterns
+        return place, pattern, tuple(place.replace(first, target) for target in targets)
 
     return rename

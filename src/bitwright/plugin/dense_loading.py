@@ -60,6 +60,11 @@ class FromPacked(WeightConverter):
         super().__init__([PATTERN], [PATTERN], [_Dequantizing()])
         self.plan = plan
 
+    @property
+    def makes(self) -> frozenset[str]:
+        """The parameters that are made, for those who ask what a folder fills before it is loaded."""
+        return frozenset(target for place in self.plan.destinations.values() for target in place.targets)
+
     def __deepcopy__(self, memo: Any) -> "FromPacked":
         return FromPacked(self.plan)
 

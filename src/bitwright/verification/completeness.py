@@ -149,7 +149,8 @@ def _by_architecture(model: QuantizedFolder, there: Shapes, view: ModelView) -> 
     stacks = {name: view.stack(name) for name in model.stacks}
     places = {name: view.places[stacks.get(name, name)] for name in there}
     tied = {f"{head}.weight" for head in HEADS} if view.tied else set()
-    missing = sorted(view.needed - set(places.values()) - tied)
+    filled = {place for name in there for place in view.filled(stacks.get(name, name))}
+    missing = sorted(view.needed - filled - tied)
     whole = {name: shape for name, shape in there.items() if stacks.get(name, name) not in view.converted}
     odd = [f"{name} is {list(shape)}, config.json calls for {list(view.shapes[places[name]])}"
            for name, shape in whole.items() if view.shapes.get(places[name], shape) != shape]  # fmt: skip

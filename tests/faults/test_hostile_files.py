@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from fault_files import Kind, kinds
 from fault_kills import kill_runs
 from faults import FAILED, READ, SLOW, count, outcome

@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THR
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint docs clients matrix clean
+.PHONY: help demo test coverage faults lint docs clients matrix clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ test: $(READY)  ## run every test, two at a time
 
 coverage: $(READY)  ## the same tests, slower, and which lines and branches of src/ they reach (htmlcov/ too)
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
+
+faults: $(READY)  ## change valid files into hostile ones, kill runs, and count what comes of it (an hour)
+	@$(TEST_ENV) $(BIN)/python tools/faults.py --work .faults --examples 300 --kills 204 --result benchmarks/results/faults
 
 lint: $(READY)  ## ruff (rules, format) and mypy --strict
 	@$(BIN)/ruff check
@@ -48,7 +51,7 @@ matrix: $(READY)  ## load written folders in the oldest, locked and newest trans
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix.py
 
 clean:  ## remove everything that the other targets made, .venv included
-	rm -rf $(VENV) .clients .matrix site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) .clients .matrix .faults site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \
 		htmlcov .coverage .coverage.*
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 

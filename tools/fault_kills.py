@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ class Kills:
 
 def kill_runs(work: Path, kills: int, seed: int) -> Kills:
     """Kill so many runs, over the methods and formats in turn, and repeat each until it is done."""
-    import bitwright.api.quantizing  # noqa: F401  # imported before the processes are forked, so that they need not
-
+    import_module("bitwright.api.quantizing")  # before the processes are forked, so that they need not
     result, drawn = Kills(), random.Random(seed)
     known = {case.name: case for case in cases(())}
     formats = list(FORMATS)

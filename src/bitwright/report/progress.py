@@ -47,7 +47,7 @@ class ProgressReport:
             self._console.print(message, highlight=False)
             return
         if progress.position < self._position.get(progress.stage, math.inf):  # a stage begins, perhaps again
-            self._started[progress.stage] = monotonic()
+            self._started[progress.stage] = self._last_line = monotonic()
             self._begun_at[progress.stage] = self._last_position[progress.stage] = progress.position
         self._position[progress.stage] = progress.position
         if self._bars is None:

@@ -75,7 +75,7 @@ def read_cache(folder: Path) -> Cache:
                 if record.name in records:
                     raise CheckpointError(f"{path}: names {record.name} twice; the folder is damaged, write it again")
                 records[record.name] = record
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: is no index of MLC-LLM's weights: {error!r}; copy the folder again") from None
     return Cache(records, digests)
 

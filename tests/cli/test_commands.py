@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,7 +89,7 @@ class TestPaths:
         ran = run("quantize", f"{source}/", "--scheme", SCHEME, "-o", f"{output}/")
         lines = [line.rstrip() for line in ran.out.splitlines()]
         assert ran.code == 0 and f"Wrote {output}" in lines
-        assert f"bitwright evaluate {output} --text FILE" in ran.out
+        assert f"bitwright evaluate {shlex.quote(str(output))} --text FILE" in ran.out
         assert run("inspect", output, "--json").json["path"] == str(output)
 
     def test_relative(self, run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

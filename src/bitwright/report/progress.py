@@ -71,12 +71,12 @@ class ProgressReport:
         now, advanced = monotonic(), progress.position - self._last_position[progress.stage]
         tenth = not progress.part and advanced >= SHARE_BETWEEN_LINES * progress.total
         due = progress.done == progress.total or tenth or now - self._last_line > SECONDS_BETWEEN_LINES
-        passed = progress.position - self._begun_at[progress.stage]
-        if not due or progress.position == 0 or (passed == 0 and progress.done < progress.total):
+        advance = progress.position - self._begun_at[progress.stage]
+        if not due or progress.position == 0 or (advance == 0 and progress.done < progress.total):
             return
         self._last_line, self._last_position[progress.stage] = now, progress.position
         spent = now - self._started[progress.stage]
-        left = spent / passed * (progress.total - progress.position) if passed else 0.0
+        left = spent / advance * (progress.total - progress.position) if advance else 0.0
         memory = f", peak memory {size(progress.peak_bytes)}" if progress.peak_bytes else ""
         share = f"{progress.done}/{progress.total}" if progress.unit != "bytes" else _percent(progress)
         named = (progress.unit if progress.unit not in _COUNTED else "", progress.detail)

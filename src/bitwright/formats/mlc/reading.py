@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitwright.core.engine_file import EngineTensor, Levels, Rows, Shape, Wanted
 from bitwright.core.errors import CheckpointError
+from bitwright.core.json_shape import TEXT, Items, Keys, require_shape
 from bitwright.core.json_values import parse_object
 from bitwright.core.panels import row_panels
 from bitwright.core.qtensor import QTensor
@@ -27,6 +28,7 @@ from bitwright.formats.mlc.presets import AUTOAWQ, unpacked
 TIED = "tie_word_embeddings"
 CHOSEN = ("context_window_size", "prefill_chunk_size", "max_batch_size", "sliding_window_size", "attention_sink_size")
 """Settings of how the model is run, which may differ from config.json."""
+_CONFIG = Keys({"model_type": TEXT, "quantization": TEXT, "model_config": Keys(), "tokenizer_files": Items(TEXT)})
 
 
 def opened(path: Path) -> "MlcFolder":
@@ -34,6 +36,7 @@ def opened(path: Path) -> "MlcFolder":
     if not (path / CONFIG).is_file():
         raise CheckpointError(f"{path}: has no {CONFIG}; copy the whole folder, or write it again")
     config = parse_object(read_small(path / CONFIG), str(path / CONFIG))
+    require_shape(config, _CONFIG, str(path / CONFIG), "copy the folder again")
     cache, settings = read_cache(path), config.get("model_config")
     if not cache.records:
         raise CheckpointError(f"{path}: has no tensor at all; copy the folder again")

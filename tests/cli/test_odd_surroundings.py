@@ -40,7 +40,7 @@ def test_a_path_with_a_byte_that_is_no_utf8(run: Run, model: Path, tmp_path: Pat
 
 def test_a_file_written_to_in_the_year_10_000() -> None:
     header = Header(Path("x"), {}, {}, 0, 0, 253402300800 * 10**9)
-    assert reader._time_written(header) == "253402300800.000000000 seconds after 1970-01-01 00:00:00"
+    assert reader._time_written(header) == "253402300800 seconds after 1970.000000000"
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
@@ -63,7 +63,7 @@ def test_parquet_whose_text_is_no_utf8(tmp_path: Path) -> None:
     raw = pyarrow.array([b"fine", b"\xff\xfe"], pyarrow.binary()).buffers()
     column = pyarrow.StringArray.from_buffers(2, raw[1], raw[2])
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "t.parquet")
-    with pytest.raises(CalibrationError, match=r"t\.parquet cannot be read as Parquet: .*utf-8"):
+    with pytest.raises(CalibrationError, match=r"t\.parquet, row 1 .* is not UTF-8 text"):
         read_text(str(tmp_path / "t.parquet"))
 
 

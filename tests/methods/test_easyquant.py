@@ -235,9 +235,8 @@ def test_composed(tiny: Checkpoints, tmp_path: Path, text: str, method: str) -> 
     ],
 )
 def test_refused_before_any_weight_is_read(tiny: Checkpoints, method: str, settings: dict[str, Any], said: str) -> None:
-    recipe = bitwright.Recipe(model=str(tiny("bfloat16")), method=method, **({"scheme": "W4A16"} | settings))
     with pytest.raises(UserError, match=said):
-        bitwright.plan(recipe)
+        bitwright.plan(bitwright.Recipe(model=str(tiny("bfloat16")), method=method, **({"scheme": "W4A16"} | settings)))
 
 
 def test_the_plan_says_that_outliers_are_not_in_it(tiny: Checkpoints, tmp_path: Path) -> None:

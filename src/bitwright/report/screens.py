@@ -6,7 +6,6 @@ from typing import Any
 from rich.console import Console
 
 from bitwright.core.errors import in_shell
-from bitwright.core.format import TensorFormat
 from bitwright.core.registry import format_of
 from bitwright.report.tables import duration, grid, pairs, size
 
@@ -119,6 +118,8 @@ def _linears(result: Any) -> str:
 
 def _codes_kept(result: Any) -> str:
     """The number of linears that keep their codes, and of those whose values a client computes differently."""
+    from bitwright.core.format import TensorFormat  # brings torch, which a first screen does not wait for
+
     format, rounded = format_of(result.format), result.codes_kept - result.exact
     what = "weights" if isinstance(format, TensorFormat) and format.reader is None else "scales or minima"
     return f"in {result.codes_kept}" + (f", of which {rounded} have rounded {what}" if rounded else "")

@@ -132,7 +132,7 @@ def main(
         shape = shape_of(size, dimensions | {"tied": tied})
         if dtype not in DTYPES:
             raise UserError(f"there is no dtype '{dtype}'; {nearest(dtype, DTYPES)}")
-        shard_bytes = Recipe(model=str(output), scheme="W16A16", shard_size=shard_size).shard_bytes  # it reads sizes
+        shard_bytes = Recipe(model=str(output), scheme="W4A16", shard_size=shard_size).shard_bytes  # it reads sizes
         with ProgressReport(Console(stderr=True)) as report:
             nbytes = write_checkpoint(output, shape, seed, DTYPES[dtype], shard_bytes, tail, report)
     except UserError as error:

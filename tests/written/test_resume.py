@@ -47,7 +47,9 @@ def stop_at(event: int) -> Callable[[Progress], None]:
 
     def listen(progress: Progress) -> None:
         nonlocal left
-        if progress.stage == "quantize" and not progress.detail:  # a unit begins, not a part of one
+        if (
+            progress.stage == "quantize" and not progress.detail and not progress.resumed
+        ):  # a unit begins, no part of one
             left -= 1
             if left < 0:
                 raise Killed

@@ -93,7 +93,7 @@ def complete(folder: Path, prompt: str) -> str:
     model = load(folder, device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    with torch.inference_mode():
+    with torch.no_grad():
         written = model.generate(  # type: ignore[operator]  # transformers types it as a tensor
             ids, max_new_tokens=NEW_TOKENS, do_sample=False
         )

@@ -50,7 +50,7 @@ def consecutive(tokens: Int[Tensor, " M"], seqlen: int, windows: int | None, sou
     return tokens[: count * seqlen].view(count, seqlen)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(
     model: PreTrainedModel,
     windows: Int[Tensor, "W T"],

@@ -106,7 +106,7 @@ def _summed(contender: Contender, runs: Sequence[Mapping[str, Any]]) -> Speed:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def time_model(model: Any, prompt: int, tokens: int) -> dict[str, Any]:
     """Time a transformers model on its device: reading a prompt, then generating greedily from an empty context.
 

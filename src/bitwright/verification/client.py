@@ -90,7 +90,7 @@ def _fault_when_run(model: QuantizedFolder, original: Checkpoint, by_itself: boo
         return None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _fault_of_logits(model: PreTrainedModel, folder: Path) -> str | None:
     try:
         logits = model(random_tokens(folder), use_cache=False).logits

@@ -34,7 +34,7 @@ def random_tokens(folder: Path) -> Int[Tensor, "1 T"]:
     return torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(SEED))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def logits_of(
     make: Callable[[], PreTrainedModel], tokens: Int[Tensor, "1 T"], listener: Listener, what: str
 ) -> Float[Tensor, "T V"]:

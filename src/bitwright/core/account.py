@@ -6,7 +6,8 @@ A value that comes from a file is distrusted: an account that cannot be read is 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_origin
 
 from bitwright.core.json_values import plain
 
@@ -49,8 +50,8 @@ class LinearReport:
         """Read a report that ``to_json`` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         row = {key.name: value[key.name] for key in fields(cls) if key.name in value}
         error = value["weight_error"]  # JSON has no word for infinity
-        return cls(**row | {"shape": _pair(value["shape"]), "tile": _pair(value["tile"])}
-                   | {"weight_error": inf if error is None else float(error)})  # fmt: skip
+        return _typed(cls(**row | {"shape": _pair(value["shape"]), "tile": _pair(value["tile"])}
+                          | {"weight_error": inf if error is None else float(error)}))  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; what is usual is left out."""
@@ -193,21 +194,22 @@ class Account:
             return None
         try:
             recipe = value.get("recipe") or {}
-            return cls(
+            account = cls(
                 **{key: value[key] for key in ("bitwright", "scheme", "method", "seed", "verified") if key in value},
                 recipe=recipe,
                 format=value.get("format") or recipe.get("format") or "",  # Bitwright 0.1.0 says it there alone
                 settings=value.get("settings") or {},
                 versions=value.get("versions") or {},
                 model=value.get("model") or {},
-                calibration=_optional(value.get("calibration"), lambda data: CalibrationData(**data)),
-                totals=_optional(value.get("totals"), lambda totals: Totals(**totals)),
+                calibration=_optional(value.get("calibration"), lambda data: _typed(CalibrationData(**data))),
+                totals=_optional(value.get("totals"), lambda totals: _typed(Totals(**totals))),
                 notes=tuple(value.get("notes") or ()),
                 fallbacks=tuple(value.get("fallbacks") or ()),
                 blocks=tuple(map(BlockReport.from_json, value.get("blocks") or ())),
                 quantization_config=value.get("quantization_config"),
                 export=_optional(value.get("export"), _export),
             )
+            return _typed(account)
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
@@ -246,6 +248,20 @@ def _totals_of(totals: Totals | None, blocks: Iterable[BlockReport], bytes_out: 
     )
 
 
+def _typed(value: T) -> T:
+    """Require that the fields of a dataclass have the types that they are declared with, as far as one type says it.
+
+    Raises TypeError.
+    """
+    for key in fields(value):  # type: ignore[arg-type]  # T is a dataclass
+        kind: Any = get_origin(key.type) or key.type
+        if kind in (UnionType, Any):
+            continue
+        if not isinstance(getattr(value, key.name), (int, float) if kind is float else kind):
+            raise TypeError(f"{key.name} is no {kind}")
+    return value
+
+
 def _pair(value: Any) -> tuple[int, int]:
     first, second = value
     return int(first), int(second)
@@ -257,5 +273,5 @@ def _optional(value: Any, read: Callable[[Any], T]) -> T | None:
 
 def _export(value: Mapping[str, Any]) -> ExportAccount:
     known = {key.name for key in fields(ExportedLinear)}
-    rows = tuple(ExportedLinear(**{k: v for k, v in row.items() if k in known}) for row in value["linears"])
+    rows = tuple(_typed(ExportedLinear(**{k: v for k, v in row.items() if k in known})) for row in value["linears"])
     return ExportAccount(str(value["read_as"]), rows)

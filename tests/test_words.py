@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "bitwright"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-REFUSED_BEGINNINGS = ("Of ", "The same", "Where ", "What is ")
+REFUSED_BEGINNINGS = ("Of ", "That ", "The same", "Where ", "What is ")
 VERBS = (
     "accept|add|answer|appl|ask|begin|build|call|check|close|come|comput|copi|decod|do|encod|fill|find|fit|get|giv|go"
     "|ha|hand|hold|keep|learn|let|listen|load|look|mak|measur|mov|need|note|pack|pass|pick|print|put|quantiz|rais|read"

@@ -1,5 +1,6 @@
 """What changes between a kill and the next run, or during a run: the result is right, or there is none."""
 
+import json
 import os
 from pathlib import Path
 
@@ -128,3 +129,16 @@ def test_the_size_of_a_result_does_not_count_an_earlier_attempt(tiny: Checkpoint
     again = bitwright.quantize(recipe, tmp_path / "out")
     assert again.bytes_out == whole.bytes_out
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("recipe", WAYS[:1], indirect=True)
+@pytest.mark.parametrize("name", [None, [], {}])
+def test_a_report_in_the_journal_that_no_run_has_written(name: object, recipe: Recipe, tmp_path: Path) -> None:
+    partial(recipe, tmp_path / "out", 1)
+    journal = tmp_path / "out.partial/journal.jsonl"
+    first, unit, *_ = journal.read_text().splitlines()
+    line = json.loads(unit)
+    line["report"]["linears"][0]["name"] = name
+    journal.write_text("\n".join([first, json.dumps(line), ""]))
+    with pytest.raises(OutputError, match=r"the report of model\.layers\.0 is damaged: .*--restart"):
+        bitwright.quantize(recipe, tmp_path / "out")

@@ -164,7 +164,7 @@ def _nearest(weight: QTensor, format: Format, groups: Groups) -> tuple[Grid, Til
 
 
 def _scales_beyond(weight: QTensor, format: TensorFormat) -> str:
-    """That the scales are too large or too small for the format, to go on in a message; nothing if they are not."""
+    """The end of a refusal, if the scales are too large or too small for the format; "" if they fit."""
     scales = weight.scale.float().abs()
     held = scales.to(format.scales or scales.dtype)
     if bool(held.isfinite().all()) and not bool((held == 0).any()):

@@ -160,7 +160,7 @@ def _no_shared_format(question: EngineQuestion, chosen: Sequence[Engine], ways: 
 
 
 def _leave_format_out(question: EngineQuestion, engine: Engine) -> str:
-    """That an engine runs the workload in another format than the one that was named; nothing if it does not."""
+    """The advice to leave --format out, if the engine runs the workload in another format; "" if it does not."""
     if question.named is None:
         return ""
     question = replace(question, named=None)

@@ -1,14 +1,16 @@
 """The sink: it takes finished units from any driver, and notes them in the journal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bitwright.checkpoint.journal import Journal
 from bitwright.core.account import BlockReport
+from bitwright.core.errors import OutputError
 from bitwright.stream.parts import Part, learned_file, part_file
 
 JOURNAL = "journal.jsonl"
@@ -39,11 +41,20 @@ class Sink:
         reports: dict[str, BlockReport] = {}
         for unit in self.files:
             if entry := self.journal.recorded[unit]["report"]:
-                report = BlockReport.from_json(entry)
+                report = self._report(unit, entry)
                 before = reports.get(report.name)
                 linears = report.linears if before is None else before.linears + report.linears
                 reports[report.name] = replace(before or report, linears=linears)
         return tuple(reports.values())
+
+    def _report(self, unit: str, entry: Mapping[str, Any]) -> BlockReport:
+        """Read the report of a unit from the journal. Raises OutputError if no run has written it."""
+        try:
+            return BlockReport.from_json(entry)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise OutputError(
+                f"{self.journal.path}: the report of {unit} is damaged: {error!r}; begin anew with --restart"
+            ) from error
 
     @property
     def learned(self) -> dict[str, Tensor]:

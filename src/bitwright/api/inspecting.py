@@ -10,8 +10,8 @@ from typing import Any
 
 from bitwright.checkpoint.account_file import read_account
 from bitwright.checkpoint.reader import Checkpoint
-from bitwright.core.json_values import uncollected
 from bitwright.core.scheme import Scheme
+from bitwright.core.small_files import uncollected
 from bitwright.formats import QuantizedFolder, is_read
 from bitwright.model.config import architecture
 from bitwright.model.discover import ROUTER, discover

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import CalibrationError, CheckpointError
-from bitwright.core.json_values import refuse_too_many, uncollected
-from bitwright.core.small_file import MIB, read_small
+from bitwright.core.small_files import MIB, read_small, refuse_too_many, uncollected
 from bitwright.demo import texts
 
 BUILTIN = "builtin"

@@ -6,8 +6,7 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.writer import write_json
 from bitwright.core.account import Account
 from bitwright.core.errors import CheckpointError
-from bitwright.core.json_values import parse_object
-from bitwright.core.small_file import read_small
+from bitwright.core.small_files import parse_object, read_small
 
 ACCOUNT = "bitwright.json"
 

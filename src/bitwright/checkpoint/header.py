@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from bitwright.core.errors import CheckpointError, shown
-from bitwright.core.json_values import is_text, parse_object, uncollected
+from bitwright.core.small_files import is_text, parse_object, uncollected
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 50_000_000  # half of what the safetensors library takes; those of real files have less than 20 MB

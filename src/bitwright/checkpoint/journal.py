@@ -15,7 +15,7 @@ from typing import Any
 from bitwright.checkpoint.ranges import file_digest
 from bitwright.checkpoint.writer import write_text
 from bitwright.core.errors import OutputError, shown
-from bitwright.core.json_values import dumped
+from bitwright.core.small_files import dumped
 
 SHOWN_DIFFERENCES = 8
 ABSENT = "(absent)"

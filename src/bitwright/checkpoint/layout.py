@@ -5,8 +5,7 @@ from typing import Any
 
 from bitwright.checkpoint.header import MAX_TENSORS, Header, read_header
 from bitwright.core.errors import CheckpointError, shown
-from bitwright.core.json_values import parse_object, refuse_too_many
-from bitwright.core.small_file import CONFIG_BYTES, SMALL_BYTES, read_small
+from bitwright.core.small_files import CONFIG_BYTES, SMALL_BYTES, parse_object, read_small, refuse_too_many
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE = "model.safetensors"

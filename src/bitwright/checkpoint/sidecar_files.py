@@ -7,7 +7,7 @@ from typing import Any
 from bitwright.checkpoint.layout import read_bytes
 from bitwright.core.errors import CheckpointError
 from bitwright.core.json_shape import FLAG, NUMBER, TEXT, WHOLE, Either, Items, Keys, Shape, require_shape
-from bitwright.core.json_values import parse_object
+from bitwright.core.small_files import parse_object
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"

@@ -19,7 +19,7 @@ import torch
 from bitwright.checkpoint.header import METADATA, TensorEntry, build_header, file_order
 from bitwright.checkpoint.ranges import COPY_BYTES, Stored, forget, new_digest
 from bitwright.core.errors import CheckpointError, OutputError
-from bitwright.core.json_values import dumped
+from bitwright.core.small_files import dumped
 from bitwright.core.tensor_bytes import memory_of
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bitwright.core.json_values import plain
+from bitwright.core.small_files import plain
 
 
 class _Console(Console):

@@ -9,7 +9,7 @@ import yaml
 from bitwright.cli.options import BESIDE
 from bitwright.core.errors import RecipeError, nearest
 from bitwright.core.recipe import Recipe
-from bitwright.core.small_file import require_regular
+from bitwright.core.small_files import require_regular
 
 OUTPUT = "output"
 LARGEST_FILE, MOST_VALUES = 2**18, 100_000

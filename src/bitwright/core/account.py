@@ -9,7 +9,7 @@ from math import inf
 from types import UnionType
 from typing import Any, TypeVar, get_origin
 
-from bitwright.core.json_values import plain
+from bitwright.core.small_files import plain
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from math import isfinite
 from typing import Any, Protocol
 
 from bitwright.core.errors import CheckpointError, shown
-from bitwright.core.json_values import is_text
+from bitwright.core.small_files import is_text
 
 DEEPEST = 64
 """The levels of objects and lists that a shape follows; no real file has so many."""

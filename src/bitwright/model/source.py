@@ -18,8 +18,8 @@ from bitwright.checkpoint.untied import TIED
 from bitwright.core.block import Family
 from bitwright.core.decoder import Decoder, OddConfigError
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, in_shell, nearest
-from bitwright.core.json_values import parse_object
 from bitwright.core.registry import architecture_of, described
+from bitwright.core.small_files import parse_object
 from bitwright.formats import refuse_engine_file
 from bitwright.model.config import model_config, text_config_of
 from bitwright.model.fitting import require_fitting

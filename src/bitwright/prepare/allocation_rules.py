@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError, shown
-from bitwright.core.json_values import parse_object
 from bitwright.core.recipe import Recipe
 from bitwright.core.scheme import NAMED, Allocation, Scheme, schemes_for
-from bitwright.core.small_file import require_regular
+from bitwright.core.small_files import parse_object, require_regular
 from bitwright.core.weight import starred
 from bitwright.stream.units import block_of
 

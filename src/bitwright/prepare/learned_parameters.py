@@ -15,7 +15,7 @@ from torch import Tensor
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import RecipeError
 from bitwright.core.scheme import Allocation
-from bitwright.core.small_file import require_regular
+from bitwright.core.small_files import require_regular
 from bitwright.prepare.allocation_rules import HEAD
 
 ALLOCATION = "allocation_sha256"

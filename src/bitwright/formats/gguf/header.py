@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as ValueType
 
 from bitwright.core.errors import CheckpointError
-from bitwright.core.small_file import require_regular
+from bitwright.core.small_files import require_regular
 
 MAGIC, VERSIONS, ALIGNMENT, DIMENSIONS = b"GGUF", (2, 3), 32, 4
 MOST_ENTRIES, MOST_TEXT, MOST_HEADER = 2**20, 2**24, 2**28

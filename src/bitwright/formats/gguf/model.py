@@ -16,9 +16,9 @@ from bitwright.core.convert import SquaredError
 from bitwright.core.decoder import HEAD
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.format import QuantizedModel, WriteOptions
-from bitwright.core.json_values import dumped
 from bitwright.core.panels import row_panels
 from bitwright.core.quantized import Difference
+from bitwright.core.small_files import dumped
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats.gguf.architecture import BLOCK_PREFIX, EMBEDDING, NORM, OUTPUT, ROPE_FACTORS, Architecture
 from bitwright.formats.gguf.base_file import Base

@@ -13,7 +13,7 @@ from bitwright.checkpoint.sidecar_files import (
     read_tokenizer_config,
 )
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.small_file import read_small
+from bitwright.core.small_files import read_small
 from bitwright.formats.gguf.file import Entry, count, flag, integers, numbers, text, texts
 from bitwright.formats.gguf.sentencepiece import parse
 from bitwright.formats.gguf.vocabulary import BASE, Vocabulary, from_json, from_model

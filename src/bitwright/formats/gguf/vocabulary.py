@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.small_file import read_small
+from bitwright.core.small_files import read_small
 from bitwright.formats.gguf.pretokenizers import of_bytes, pre_tokenizer
 from bitwright.formats.gguf.sentencepiece import (
     BPE,

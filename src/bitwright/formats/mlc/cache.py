@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.core.errors import CheckpointError
-from bitwright.core.json_values import parse_object
-from bitwright.core.small_file import read_small
+from bitwright.core.small_files import parse_object, read_small
 from bitwright.formats.mlc.shards import INDEX
 
 INDICES = (INDEX, "ndarray-cache.json")

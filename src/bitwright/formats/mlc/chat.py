@@ -14,8 +14,7 @@ from bitwright.checkpoint.sidecar_files import (
 )
 from bitwright.core.decoder import Config, Decoder
 from bitwright.core.errors import CheckpointError, RecipeError
-from bitwright.core.json_values import parse_object
-from bitwright.core.small_file import read_small
+from bitwright.core.small_files import parse_object, read_small
 from bitwright.formats.mlc.architectures import model_config
 
 CONFIG, VERSION = "mlc-chat-config.json", "0.1.0"

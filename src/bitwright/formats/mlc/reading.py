@@ -13,11 +13,10 @@ from torch import Tensor
 from bitwright.core.engine_file import EngineTensor, Levels, Rows, Shape, Wanted
 from bitwright.core.errors import CheckpointError
 from bitwright.core.json_shape import TEXT, Items, Keys, require_shape
-from bitwright.core.json_values import parse_object
 from bitwright.core.panels import row_panels
 from bitwright.core.qtensor import QTensor
 from bitwright.core.quantized import Described
-from bitwright.core.small_file import read_small
+from bitwright.core.small_files import parse_object, read_small
 from bitwright.formats import awq
 from bitwright.formats.mlc import architectures
 from bitwright.formats.mlc.cache import Cache, Record, read_cache

@@ -94,7 +94,7 @@ def test_linears_beside_experts() -> None:
 def test_one_scheme_for_all() -> None:
     assert ONE.refuses_mix(model(LINEARS, {"1.mlp.down_proj": W8})) == (
         "model.layers.0.self_attn.q_proj at W3A16g128 beside model.layers.1.mlp.down_proj at W8A16g128: all linears "
-        "need one scheme there, leave --scheme-for out"
+        "need one scheme there, without --scheme-for and --allocation"
     )
     assert ONE.refuses_mix(model(LINEARS) | {"lm_head": W8}), "an output layer has the one scheme too"
     assert ONE.refuses_mix(model(LINEARS, {"1.mlp.down_proj": None})) is None

@@ -153,8 +153,9 @@ class Checkpoint:
                     f"tensor '{stored}' in {self.folder} has shape {list(shape)}, but its config.json "
                     f"calls for {list(wanted)}; config and weights belong to different models: download both again"
                 )
-        prefix, known = f"{outline.family.blocks}.", tuple(f"{name}." for name in outline.blocks)
-        extra = [name for name in self.names if name.startswith(prefix) and not name.startswith(known)]
+        prefix = f"{outline.blocks[0].rpartition('.')[0]}." if outline.blocks else ""
+        known = tuple(f"{name}." for name in outline.blocks)
+        extra = [name for name in self.names if prefix and name.startswith(prefix) and not name.startswith(known)]
         if extra:
             raise CheckpointError(
                 f"{self.folder} holds '{extra[0]}', but its config.json counts {len(outline.blocks)} blocks; config "

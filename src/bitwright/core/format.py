@@ -111,6 +111,11 @@ def refuse_stacked(name: str, slices: Sized, format: str = "this format") -> NoR
     )
 
 
+def no_stacks(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> NoReturn:
+    """The counterpart of ``refuse_stacked``: there is nothing to decode."""
+    raise AssertionError(f"{name}: no such weight was written")
+
+
 def _no_grid(scheme: Scheme) -> Grid | None:
     return None
 
@@ -191,8 +196,8 @@ class TensorFormat(Format):
     ``leaves`` are the endings of the names of a weight's tensors; the first is always there. ``codes`` is the one that
     holds packed codes. ``encode(name, weight)`` makes the tensors of a linear, ``decode`` gives the weight [O, I] back
     as it was written. ``encode_stacked(name, slices)`` makes the tensors of a weight that is fused over experts,
-    ``name`` as it is called in the checkpoint, from the QTensor [A, B] of each expert; a format that holds no such
-    weights leaves it out. Each raises RecipeError for what the format cannot hold. ``config`` is the
+    ``name`` as it is called in the checkpoint, from the QTensor [A, B] of each expert, and ``decode_stacked`` gives the
+    weight [E, A, B] back; a format that holds no such weights leaves them out. Each raises RecipeError for what the format cannot hold. ``config`` is the
     quantization_config, None if the folder is an ordinary model. ``reader`` is None if the format stores no codes.
     ``loaded_by_transformers``: transformers loads such folders, with our plugin or without it. Bitwright reads and
     dequantizes others. ``wrongly_loaded`` says, of a quantization_config, what the installed release of
@@ -205,6 +210,7 @@ class TensorFormat(Format):
     decode: Callable[[Mapping[str, Tensor], str, Grid], Tensor]
     config: Callable[[WrittenModel], dict[str, Any] | None]
     encode_stacked: Callable[[str, Sequence[QTensor]], dict[str, Tensor]] = refuse_stacked
+    decode_stacked: Callable[[Mapping[str, Tensor], str, Grid], Tensor] = no_stacks
     reader: Reader | None = None
     loaded_by_transformers: bool = False
     wrongly_loaded: Callable[[Mapping[str, Any]], str | None] = _loaded_right

@@ -58,6 +58,7 @@ class Moments:
     """E[x' x'^T]."""
     drift: Float[Tensor, "I I"]
     """E[(x - x') x'^T]; zero if it was not asked for."""
+    tokens: int
 
 
 class Inspection(Protocol):
@@ -86,10 +87,11 @@ class BlockData(Protocol):
     def moments(self, linear: str, decisions: BlockDecisions, *, drift: bool) -> Moments:
         """The second moments of what a linear will read, with everything before it quantized as decided."""
 
-    def inspect(self, module: str, decisions: BlockDecisions, tokens: int) -> Inspection:
-        """A module by its name in the block, on at most so many tokens as the quantized blocks before produce them.
+    def inspect(self, linears: Sequence[str], enclosing: str, decisions: BlockDecisions, tokens: int) -> Inspection:
+        """The module that encloses linears, on at most so many tokens as the quantized blocks before produce them.
 
-        The part of the block in front of it is transformed as decided and in full precision.
+        It is the linears themselves if ``enclosing`` is empty, or one of them. The part of the block in front of them
+        is transformed as decided and in full precision.
         """
 
 

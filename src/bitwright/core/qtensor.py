@@ -83,6 +83,19 @@ class QTensor:
             weight.view(-1)[self.outlier_index.long()] = self.outlier_value.to(dtype)
         return weight
 
+    @property
+    def transposed(self) -> "QTensor":
+        """The transposed weight [I, O], on the transposed tile."""
+        index, values = self.outlier_index, self.outlier_value
+        if index is not None and values is not None:
+            rows, columns = self.shape
+            moved = (index % columns) * rows + index // columns
+            order = moved.argsort()
+            index, values = moved[order].to(index.dtype), values[order]
+        zero = None if self.zero is None else self.zero.mT.contiguous()
+        codes, scale = self.codes.mT.contiguous(), self.scale.mT.contiguous()
+        return QTensor(codes, scale, zero, self.grid, self.tile.transposed, index, values)
+
     @classmethod
     def of_rows(cls, parts: Sequence["QTensor"]) -> "QTensor":
         """Join weights that lie below one another to one; none of them may cut a tile of another."""

@@ -78,9 +78,3 @@ def architecture_of(model_type: str) -> "Architecture | None":
     name = model_type.replace("_", "-")
     architecture: Architecture | None = find("families", name).ARCHITECTURE if name in names("families") else None
     return architecture
-
-
-def described() -> tuple[str, ...]:
-    """Every ``model_type`` whose groups of linears and sites are known."""
-    known = {name.replace("-", "_"): architecture_of(name) for name in names("families")}
-    return tuple(name for name, architecture in known.items() if architecture and architecture.family)

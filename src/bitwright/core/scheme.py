@@ -84,6 +84,11 @@ class Scheme:
         return replace(self, activation_bits=activation_bits, kv_bits=None if follows else kv_bits or UNQUANTIZED_BITS)
 
     @property
+    def quantizes_activations(self) -> bool:
+        """Whether inputs of linears, or keys and values, are quantized."""
+        return self.activations is not None or self.kv is not None
+
+    @property
     def fixes_axis(self) -> bool:
         """Whether it says which weights share a scale so that no method may choose: ``ic``, and engines' own grids."""
         return self.tile.in_ == 1 or self in NAMED.values()

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from bitwright.core.block import Architecture, Family
 from bitwright.core.decoder import Config, Decoder, sliding_window
-from bitwright.families import llama
 
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
 """What transformers takes if config.json leaves a key out."""
@@ -17,8 +16,8 @@ def decoder(config: Config) -> Decoder:
 
 
 def family(config: Config) -> Family:
-    """Describe the blocks of a Mistral with this config.json."""
-    return llama.blocks("MistralAttention", decoder(config))
+    """Say what formats ask of a Mistral with this config.json."""
+    return Family("MistralAttention", decoder(config).head_dim)
 
 
 ARCHITECTURE = Architecture(decoder, family)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from bitwright.core.block import Architecture, Family
 from bitwright.core.decoder import Config, Decoder, flag, sliding_window
-from bitwright.families import llama
 
 DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32, "sliding_window": 4096}
 """What transformers takes if config.json leaves a key out."""
@@ -18,8 +17,8 @@ def decoder(config: Config) -> Decoder:
 
 
 def family(config: Config) -> Family:
-    """Describe the blocks of a Qwen3 with this config.json."""
-    return llama.blocks("Qwen3Attention", decoder(config))
+    """Say what formats ask of a Qwen3 with this config.json."""
+    return Family("Qwen3Attention", decoder(config).head_dim)
 
 
 ARCHITECTURE = Architecture(decoder, family)

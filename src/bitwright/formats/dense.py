@@ -66,6 +66,7 @@ FORMAT = TensorFormat(
     codes="weight",
     encode=encode,
     encode_stacked=encode_stacked,
+    decode_stacked=decode_stacked,
     decode=decode,
     config=quantization_config,
     loaded_by_transformers=True,

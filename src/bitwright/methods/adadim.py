@@ -72,7 +72,7 @@ def _choose(
     decisions: BlockDecisions,
 ) -> Choice:
     """Choose an axis for one linear after another, then take the best of this choice and of one axis for all."""
-    module = data.inspect(group.enclosing, decisions, TOKENS)
+    module = data.inspect(group.linears, group.enclosing, decisions, TOKENS)
     parameters = parameters_of(block, decisions)
 
     def error(per_ic: frozenset[str], linears: tuple[str, ...]) -> float:

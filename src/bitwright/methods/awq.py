@@ -45,7 +45,7 @@ def decide(block: Block, context: Context[Settings], decisions: BlockDecisions) 
 def _scale(
     block: Block, site: Site, context: Context[Settings], data: BlockData, decisions: BlockDecisions
 ) -> SiteDecision:
-    means = of_inputs(site, data.stats, lambda channels: channels.absmean).to(next(block.module.parameters()).device)
+    means = of_inputs(site, data.stats, lambda channels: channels.absmean).to(block.device)
     candidates = [SiteDecision(_normalised(means.clamp(min=SMALLEST).pow(ratio))) for ratio in RATIOS]
     return best(Trial(block, site, context, data, decisions), candidates)
 

@@ -22,7 +22,7 @@ LEAST = 4.0
 
 def decide(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
     """Decide scales for every site that has linears behind it and a channel that stands out."""
-    place = next(block.module.parameters()).device
+    place = block.device
     scales = {site.name: equalized(site, block, LEAST) for site in scalable(block)}
     return decisions.with_sites({n: SiteDecision(s.to(place)) for n, s in scales.items() if bool((s != 1).any())})
 

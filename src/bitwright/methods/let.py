@@ -44,7 +44,7 @@ class Transformation(Learnable):
     def __init__(self, block: Block, context: Context[LETSettings], decisions: BlockDecisions) -> None:
         """Start at the closed forms."""
         self.sites = chosen(block.topology.sites, context.settings.sites)
-        place = next(block.module.parameters()).device
+        place = block.device
         starts = {site.name: _start(block, site, context) for site in self.sites}
         starts = {
             n: (scale.to(place), None if shift is None else shift.to(place)) for n, (scale, shift) in starts.items()

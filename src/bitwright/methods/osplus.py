@@ -47,7 +47,7 @@ def decide(block: Block, context: Context[OSPlusSettings], decisions: BlockDecis
 
 def _candidates(block: Block, site: Site, stats: Stats) -> list[SiteDecision]:
     """The shift with the scale of each threshold; in the first candidate, all scales are 1."""
-    place = next(block.module.parameters()).device
+    place = block.device
     shift = centred(site, stats)
     reach = _reach(site, stats, shift).to(place)
     shift = None if shift is None else shift.to(place)

@@ -31,7 +31,7 @@ def decide(block: Block, context: Context[SmoothQuantSettings], decisions: Block
         return decisions
     stats, settings = context.data.stats, context.settings
     sites = scalable(block) if settings.sites == "all" else behind_norms(block)
-    place = next(block.module.parameters()).device
+    place = block.device
     scales = {site.name: balanced(site, block, stats, settings.alpha).to(place) for site in sites}
     return decisions.with_sites({name: SiteDecision(scale) for name, scale in scales.items()})
 

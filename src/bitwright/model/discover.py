@@ -61,6 +61,11 @@ def weight(name: str, shapes: Shapes, hidden: int | None, orders: dict[str, bool
     return Weight(name, name.removesuffix(".weight"), shape, transposed)
 
 
+def is_router(name: str) -> bool:
+    """Whether a name is that of the matrix that chooses experts, or that weighs them."""
+    return dict(_KEPT)[ROUTER].search(name) is not None
+
+
 def head(names: Iterable[str]) -> str | None:
     """Find the output layer's weight; None if the checkpoint has none."""
     return _outside(names, HEADS)

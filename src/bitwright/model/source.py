@@ -18,7 +18,7 @@ from bitwright.checkpoint.untied import TIED
 from bitwright.core.block import Family
 from bitwright.core.decoder import Decoder, OddConfigError
 from bitwright.core.errors import CheckpointError, RecipeError, UserError, in_shell, nearest
-from bitwright.core.registry import architecture_of, described
+from bitwright.core.registry import architecture_of
 from bitwright.core.small_files import parse_object
 from bitwright.formats import refuse_engine_file
 from bitwright.model.config import model_config, text_config_of
@@ -65,28 +65,32 @@ class Source:
             require_tokenizer(folder)
         require_fitting(checkpoint)
         architecture = architecture_of(model_type)
-        if architecture is None or architecture.family is None:
-            return cls(checkpoint, model_type, None, None)
-        decoder = None if to_build else plain_decoder(checkpoint.config, architecture)
-        if decoder is not None:
+        decoder = None if to_build or architecture is None else plain_decoder(checkpoint.config, architecture)
+        if architecture is not None and architecture.family is not None and decoder is not None:
             _check_blocks(checkpoint, decoder.blocks)
             return cls(checkpoint, model_type, None, architecture.family(checkpoint.config), decoder)
+        known = architecture is not None and architecture.family is not None
+        if not (known or to_build):
+            return cls(checkpoint, model_type, None, None)
         config = model_config(checkpoint)
         if checkpoint.config.get(TIED) is False:  # also if the weights say so, and config.json does not
             config.tie_word_embeddings = False
-        _check_blocks(checkpoint, getattr(config, "num_hidden_layers", 1))
+        _check_blocks(checkpoint, getattr(text_config_of(config), "num_hidden_layers", 1))
         with blaming_the_config(folder):
-            return cls(checkpoint, model_type, config, architecture.family(config.to_dict()))
+            family = architecture.family(config.to_dict()) if architecture and architecture.family else None
+            decoder = architecture.decoder(config.to_dict()) if architecture and architecture.decoder else None
+        return cls(checkpoint, model_type, config, family, decoder)
 
-    def described(self) -> "tuple[Family, PretrainedConfig]":
-        """The family and the config, to build the model. Raises RecipeError for an architecture without a family."""
-        if self.family is None or self.config is None:
+    def to_build(self) -> "PretrainedConfig":
+        """The config, to build the model. Raises RecipeError for a model that has no blocks to go through."""
+        config = model_config(self.checkpoint) if self.config is None else self.config
+        if getattr(config, "is_encoder_decoder", False):
             raise RecipeError(
-                f"{self.checkpoint.folder}: nobody has described the architecture '{self.model_type}' to Bitwright "
-                f"yet; {nearest(self.model_type, described())}. Methods that need no description quantize any "
-                "architecture: --method rtn or --method easyquant, without --calibration"
+                f"{self.checkpoint.folder}: '{self.model_type}' is an encoder with a decoder, and methods with "
+                "calibration data go through decoder-only models. --method rtn or --method easyquant, without "
+                "--calibration, quantize its matrices one by one"
             )
-        return self.family, self.config
+        return config
 
     @property
     def longest(self) -> int | None:

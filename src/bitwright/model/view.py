@@ -93,7 +93,7 @@ class ModelView:
     @classmethod
     def of_outline(cls, outline: Outline, checkpoint: Checkpoint) -> "ModelView":
         """The view of an architecture with a description: its linears are ordinary, its parameters named as on disk."""
-        linears = frozenset((*outline.linears, outline.family.head))
+        linears = frozenset((*outline.linears, outline.head))
         needed = frozenset(name for name in outline.shapes if outline.source(name) == name)
         places = {name: name for name in checkpoint.names}
         return cls(linears, linears, places, outline.tied, outline.shapes, needed)

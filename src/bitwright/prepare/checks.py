@@ -3,23 +3,25 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from bitwright.core.block import Family
 from bitwright.core.errors import CheckpointError, RecipeError, SchemeError
 from bitwright.core.format import Format, TensorFormat
 from bitwright.core.grid import Tile
-from bitwright.core.registry import described
 from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.weight import Weight, starred
+from bitwright.model.discover import embedding
 from bitwright.model.source import DTYPES, Source
 from bitwright.prepare.format_choice import HOLDS_ALL, WIDELY_LOADED, target
 from bitwright.prepare.way import Inventory
 
 
-def check_scheme(source: Source, scheme: Scheme) -> None:
-    """Refuse quantized activations if nobody has described the architecture. Raises RecipeError."""
-    if source.family is None and (scheme.activations or scheme.kv):
+def check_scheme(source: Source, family: Family | None, scheme: Scheme) -> None:
+    """Refuse quantized activations if not every block has one ordinary attention. Raises RecipeError."""
+    if family is None and scheme.quantizes_activations:
         raise RecipeError(
-            f"scheme {scheme} quantizes activations, which takes an architecture that Bitwright knows, and "
-            f"'{source.model_type}' is none ({', '.join(described())}); take a scheme with A16"
+            f"scheme {scheme} quantizes activations, and '{source.model_type}' has blocks in which transformers' "
+            "attention was not found for certain (linear attention, state spaces, a mixer of its own); take a scheme "
+            "with A16"
         )
 
 
@@ -30,8 +32,8 @@ def check_dtypes(source: Source, inventory: Inventory) -> None:
     """
     checkpoint, known = source.checkpoint, set(DTYPES.values())
     _ = checkpoint.dtype_of_weights  # refuses a checkpoint in which nothing is floating
-    embedding = [f"{source.family.embedding}.weight"] if source.family else []
-    for name in [*embedding, *(weight.tensor for weight in inventory.weights)]:
+    outer = embedding(checkpoint.names)
+    for name in [*([] if outer is None else [outer]), *(weight.tensor for weight in inventory.weights)]:
         entry = checkpoint.entry(name)
         if 0 in entry.shape:
             raise CheckpointError(

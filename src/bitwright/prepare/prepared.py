@@ -161,8 +161,9 @@ def opened(question: Question, device: str, *, tokenizer: bool) -> tuple[Source,
     Raises UserError, also, with ``tokenizer``, if the model has none.
     """
     source = Source.open(Path(question.recipe.model), to_build=not question.alone, tokenizer=tokenizer)
-    way = TensorWay.open(question, source, device) if question.alone else BlockWay.open(question, source, device)
-    return source, way
+    if question.alone and (source.family is not None or not question.scheme.quantizes_activations):
+        return source, TensorWay.open(question, source, device)
+    return source, BlockWay.open(question, source, device)
 
 
 def prepare(question: Question, device: str = "auto") -> Prepared:
@@ -173,12 +174,11 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
     inventory, checkpoint = way.inventory, source.checkpoint
     allocation = inventory.allocation(question)
     question = replace(question, scheme=allocation.default)
-    topology = source.family.topology if source.family else None
-    fitted, note = question.composition.fitted(question.scheme, topology, recipe.settings)
+    fitted, note = question.composition.fitted(question.scheme, inventory.topology, recipe.settings)
     configuration = fitted.settled(recipe.training, question.scheme, recipe.settings)
     passes = partial(fits_shapes, inventory, format=question.target)
     format = expected(recipe.format, configuration, allocation, inventory.only_ours(allocation), passes)
-    check_scheme(source, question.scheme)
+    check_scheme(source, inventory.family, question.scheme)
     check_dtypes(source, inventory)
     scales = _scales(question, source, inventory)
     if format.startswith(WIDELY_LOADED):
@@ -229,7 +229,7 @@ def _written(
 ) -> WrittenModel:
     return WrittenModel(
         allocation.default,
-        source.family,
+        inventory.family,
         scales,
         tuple(inventory.kept_linears),
         departures(allocation.default, allocation.own, linears),

@@ -18,7 +18,7 @@ from bitwright.model import discover
 from bitwright.model.chosen_weights import LEFT_OUT, Patterns, chosen
 from bitwright.model.source import Source, pick_device, sequence_length
 from bitwright.model.view import ModelView
-from bitwright.prepare.block_way import ALL_LEFT_OUT, OTHER, skeleton_of
+from bitwright.prepare.block_way import ALL_LEFT_OUT, OTHER
 from bitwright.prepare.question import Question
 from bitwright.prepare.way import Inventory
 from bitwright.stream.memory import Budget, estimate_tensors
@@ -51,12 +51,12 @@ class TensorWay:
         Raises RecipeError for patterns that fit nothing, CheckpointError for weights that do not belong together.
         """
         checkpoint, recipe = source.checkpoint, question.recipe
-        view, division, tied = _known(source, recipe, device) if source.family else _discovered(checkpoint, recipe)
+        view, division, tied = _known(source, recipe) if source.decoder else _discovered(checkpoint, recipe)
         division = chosen(division, Patterns.of(recipe, question.rules.left_out), checkpoint, view)
         if not division.weights:
             raise RecipeError(f"{checkpoint.folder}: nothing to quantize: {_why_nothing(division, checkpoint)}")
         in_units = tuple(units(division, checkpoint))
-        return cls(source, in_units, _inventory(division, in_units, view, checkpoint, tied), pick_device(device))
+        return cls(source, in_units, _inventory(source, division, in_units, view, tied), pick_device(device))
 
     def read_calibration(self, question: Question, say: Callable[[str], None]) -> Int[Tensor, "N T"] | None:
         """None: no calibration data are needed."""
@@ -94,10 +94,10 @@ class TensorWay:
 
 
 def _inventory(
-    division: Division, in_units: tuple[Unit, ...], view: ModelView | None, checkpoint: Checkpoint, tied: bool
+    source: Source, division: Division, in_units: tuple[Unit, ...], view: ModelView | None, tied: bool
 ) -> Inventory:
-    weights = division.weights
-    special, merged = _loaded_by_us(division, view)
+    weights, checkpoint = division.weights, source.checkpoint
+    special, merged = loaded_by_us(division, view)
     copied_head = tied and any(weight.name == HEAD for weight in weights)
     return Inventory(
         weights=weights,
@@ -107,6 +107,7 @@ def _inventory(
         units=[unit.name for unit in in_units],
         blocks=len({block for unit in in_units if (block := block_of(f"{unit.block}.")) is not None}),
         copied_head=copied_head,
+        family=source.family,
         special=special,
         merged=merged,
     )
@@ -131,23 +132,23 @@ def _nowhere(division: Division, view: ModelView, checkpoint: Checkpoint) -> lis
     return [name.removesuffix(".weight") for name in nowhere if len(checkpoint.entry(name).shape) == 2]
 
 
-def _loaded_by_us(division: Division, view: ModelView | None) -> tuple[str | None, str | None]:
+def loaded_by_us(division: Division, view: ModelView | None) -> tuple[str | None, str | None]:
     """A weight that transformers cannot load from compressed-tensors, and one that it cannot if it is asymmetric.
 
     That is the weight of a linear with a class of its own; an expert in a stack, or, if transformers stacks them
     itself, one with a zero point or beside others that are not quantized (docs/formats/compressed-tensors.md).
     """
-    stacked = [weight.name for weight in division.weights if weight.stacked]
-    if stacked or view is None:
-        return next(iter(stacked), None), None
+    special = [weight.name for weight in division.weights if weight.stacked or weight.transposed]
+    if special or view is None:
+        return next(iter(special), None), None
     tensors = {weight.name: weight.tensor for weight in division.weights}
     return view.needing_plugin(tensors, (kept.tensor for kept in division.kept))
 
 
-def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Division, bool]:
-    """The linears of an architecture that is described."""
-    assert source.family is not None
-    outline = Outline.of(source.family, source.decoder) if source.decoder else skeleton_of(source, device).outline
+def _known(source: Source, recipe: Recipe) -> tuple[ModelView, Division, bool]:
+    """The linears of a decoder like Llama's."""
+    assert source.decoder is not None
+    outline = Outline.of(source.decoder)
     source.checkpoint.require_complete(outline)
     view = ModelView.of_outline(outline, source.checkpoint)
     reasons = {kept.tensor: kept.why for kept in _by_rules(source.checkpoint).kept}

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.core.block import Family, Topology
 from bitwright.core.format import Foreseen
 from bitwright.core.progress import Listener
 from bitwright.core.scheme import Allocation
@@ -33,7 +34,8 @@ class Inventory:
     in the order of the model; ``blocks`` is the number of decoder blocks. ``copied_head``: an output layer that shares
     its weight with the embedding gets a weight of its own.
 
-    ``special`` is the first weight that transformers can load only with our plugin, whatever its codes are, such as a
+    ``family`` is what formats ask about an architecture whose activations are quantized, None if it is not known;
+    ``topology`` is that of a block with the most sites, None if blocks were not looked into. ``special`` is the first weight that transformers can load only with our plugin, whatever its codes are, such as a
     stack of experts. ``merged`` is the first expert that transformers stacks itself: without our plugin it loads such a
     weight only if it is symmetric. Each is None if there is no such weight.
     """
@@ -45,6 +47,8 @@ class Inventory:
     units: Sequence[str]
     blocks: int
     copied_head: bool
+    family: Family | None = None
+    topology: Topology | None = None
     special: str | None = None
     merged: str | None = None
 

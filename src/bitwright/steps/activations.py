@@ -5,7 +5,7 @@ format cannot ask transformers for it. Queries, keys and values are quantized in
 after the rotary embedding; the softmax output stays as it is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,18 +23,29 @@ GRIDS = "_bitwright_grids"
 @contextmanager
 def quantized_activations(block: Block, scheme: Scheme) -> Iterator[None]:
     """A context in which the block runs with activations and KV cache quantized by the scheme."""
-    hooks = []
-    if scheme.activations is not None:
-        for group in block.topology.groups:
-            hook = _input_hook(scheme.activations)
-            hooks += [block.linear(name).register_forward_pre_hook(hook) for name in group.linears]
+    taps = [] if scheme.activations is None else [_InputQuantizer(scheme.activations)]
+    block.taps.extend(taps)
     undo = quantize_attention(block.module, scheme.activations, scheme.kv)
     try:
         yield
     finally:
         undo()
-        for registered in hooks:
-            registered.remove()
+        for tap in taps:
+            block.taps.remove(tap)
+
+
+class _InputQuantizer:
+    """A tap that quantizes what linears read."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.quantize = _quantizer(grid)
+
+    def inputs(self, linears: Sequence[str], x: Tensor) -> Tensor | None:
+        """Quantize the inputs of linears."""
+        return self.quantize(x) if linears else None
+
+    def outputs(self, linear: str, rows: slice, x: Tensor, y: Tensor) -> None:
+        """Nothing to see."""
 
 
 def quantize_activations(model: nn.Module, inputs: Grid | None, cache: Grid | None, linears: Iterable[str]) -> None:
@@ -82,13 +93,19 @@ def quantize_attention(module: nn.Module, queries: Grid | None, cache: Grid | No
 
 
 def _input_hook(grid: Grid) -> Any:
-    """A hook that quantizes a linear's input; linears that share an input tensor share the result."""
+    """A hook that quantizes a linear's input."""
+    quantize = _quantizer(grid)
+    return lambda _, args: (quantize(args[0]),)
+
+
+def _quantizer(grid: Grid) -> Callable[[Tensor], Tensor]:
+    """A function that quantizes inputs; linears that share an input tensor share the result."""
     last: list[Tensor] = []
 
-    def quantize(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        if not (last and last[0] is args[0]):
-            last[:] = [args[0], fake_quantize_tokens(args[0], grid)]
-        return (last[1],)
+    def quantize(x: Tensor) -> Tensor:
+        if not (last and last[0] is x):
+            last[:] = [x, fake_quantize_tokens(x, grid)]
+        return last[1]
 
     return quantize
 

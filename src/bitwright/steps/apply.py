@@ -50,7 +50,7 @@ def transform(parameters: Mapping[str, Tensor], topology: Topology, decisions: B
 @torch.no_grad()
 def parameters_of(block: Block, decisions: BlockDecisions) -> Mapping[str, Tensor]:
     """A block's parameters in float32, with the scale and shift of every decided site applied."""
-    return transform({name: p.float() for name, p in block.module.named_parameters()}, block.topology, decisions)
+    return transform({name: p.float() for name, p in block.tensors.items()}, block.topology, decisions)
 
 
 def weights_of(block: Block, decisions: BlockDecisions) -> dict[str, Float[Tensor, "O I"]]:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from bitwright.core.block import Block, Site
+from bitwright.core.block import Block, Side, Site
 from bitwright.core.method import LinearStats
 
 SMALLEST, LARGEST = 1e-5, 1e4
@@ -25,8 +25,9 @@ Stats = Mapping[str, LinearStats]
 
 def behind_norms(block: Block) -> tuple[Site, ...]:
     """The sites whose scale a norm absorbs: in front of q, k, v, and of the first linears of the MLP."""
-    producers = [(site, block.module.get_submodule(site.producers[0].module)) for site in block.topology.sites]
-    return tuple(site for site, producer in producers if not isinstance(producer, nn.Linear))
+    tensors = block.tensors
+    gains = {name for name, tensor in tensors.items() if tensor.dim() == 1}
+    return tuple(s for s in scalable(block) if f"{s.producers[0].module}.weight" in gains)
 
 
 def scalable(block: Block) -> tuple[Site, ...]:
@@ -65,22 +66,23 @@ def equalized(site: Site, block: Block, least: float) -> Float[Tensor, " C"]:
     It is relative to the median channel's scale, and 1 unless it is at least ``least`` times more or less than that.
     All scales are powers of two, by which every dtype multiplies exactly.
     """
-    produced = _tied(site, [(side.index, _size_of_rows(block, side.module)) for side in site.producers])
+    produced = _tied(site, [(side.index, _size_of_rows(block, side)) for side in site.producers])
     read = _tied(site, [(side.index, block.weight(side.module).float().norm(dim=0)) for side in site.consumers])
     scale = (produced.clamp(min=SMALLEST) / read.clamp(min=SMALLEST)).sqrt()
     power = (scale / scale.median()).log2()
     return torch.exp2(power.round() * (power.abs() >= torch.tensor(least).log2())).clamp(SMALLEST, LARGEST)
 
 
-def _size_of_rows(block: Block, module: str) -> Float[Tensor, " C"]:
+def _size_of_rows(block: Block, side: Side) -> Float[Tensor, " C"]:
     """The size of each output channel: the norm of a linear's row, or the gain of a norm."""
-    weight = block.module.get_submodule(module).get_parameter("weight").detach().float()
-    return weight.norm(dim=1) if weight.dim() == 2 else weight.abs()
+    weight = block.tensors[f"{side.module}.weight"].float()
+    return weight.norm(dim=1) if weight.dim() == 2 else (weight + side.offset).abs()
 
 
 def _tied(site: Site, channels: list[tuple[tuple[int, ...] | None, Tensor]]) -> Float[Tensor, " C"]:
     largest = torch.full((site.channels,), -torch.inf)
     for index, values in channels:
+        values = values.float().cpu()
         where = torch.arange(site.channels) if index is None else torch.tensor(index)
-        largest = largest.scatter_reduce(0, where, values.float().cpu(), "amax")
+        largest = largest.scatter_reduce(0, where[where >= 0], values[where >= 0], "amax")
     return largest

@@ -29,9 +29,9 @@ def apply_site(
         raise ValueError(f"site {site.name} cannot absorb a shift")
     moved = dict(parameters)
     for side in site.producers:
-        moved |= _produce(moved, side, spread(scale, side), None if shift is None else spread(shift, side))
+        moved |= _produce(moved, side, spread(scale, side), None if shift is None else spread(shift, side, 0.0))
     for side in site.readers:
-        moved |= _consume(moved, side, spread(scale, side), None if shift is None else spread(shift, side))
+        moved |= _consume(moved, side, spread(scale, side), None if shift is None else spread(shift, side, 0.0))
     return moved
 
 
@@ -39,6 +39,8 @@ def _produce(parameters: Parameters, side: Side, scale: Tensor, shift: Tensor | 
     weight, bias = parameters[f"{side.module}.weight"], parameters.get(f"{side.module}.bias")
     factor = scale if side.reciprocal else 1 / scale
     moved = {f"{side.module}.weight": weight * (factor if weight.ndim == 1 else factor[:, None])}
+    if side.offset:
+        moved[f"{side.module}.weight"] = (weight + side.offset) * factor - side.offset
     if bias is not None:
         moved[f"{side.module}.bias"] = (bias if shift is None else bias - shift) * factor
     elif shift is not None:
@@ -54,6 +56,9 @@ def _consume(parameters: Parameters, side: Side, scale: Tensor, shift: Tensor | 
     return moved
 
 
-def spread(values: Float[Tensor, " C"], side: Side) -> Tensor:
-    """Spread the values of a site's free channels over the channels of a side."""
-    return values if side.index is None else values[torch.tensor(side.index, device=values.device)]
+def spread(values: Float[Tensor, " C"], side: Side, none: float = 1.0) -> Tensor:
+    """Spread the values of a site's free channels over the channels of a side; a channel that has none gets ``none``."""
+    if side.index is None:
+        return values
+    index = torch.tensor(side.index, device=values.device)
+    return torch.cat([values, values.new_full((1,), none)])[index] if -1 in side.index else values[index]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.block import Block, Site
+from bitwright.core.block import Block, LinearGroup, Site
 from bitwright.core.decisions import BlockDecisions, LinearDecision, SiteDecision
 from bitwright.core.method import BlockData, Context
 from bitwright.steps.apply import parameters_of, quantize_linear
@@ -35,7 +35,10 @@ class Trial:
         """``decisions`` are the block's decisions so far."""
         self.site, self.context, self.decisions = site, context, decisions
         self.parameters = parameters_of(block, decisions)
-        self.module = data.inspect(_enclosing(block, site), decisions, TOKENS)
+        groups = _behind(block, site)
+        linears = tuple(name for group in groups for name in group.linears)
+        enclosing = groups[0].enclosing if len(groups) == 1 else ""
+        self.module = data.inspect(linears, enclosing, decisions, TOKENS)
 
     @torch.no_grad()
     def error(self, scale: Float[Tensor, " C"], shift: Float[Tensor, " C"] | None = None) -> float:
@@ -68,6 +71,7 @@ def best(trial: Trial, candidates: list[SiteDecision]) -> SiteDecision:
     return candidates[min(range(len(errors)), key=lambda n: (not errors[n] < float("inf"), errors[n]))]
 
 
-def _enclosing(block: Block, site: Site) -> str:
+def _behind(block: Block, site: Site) -> list[LinearGroup]:
+    """The groups of linears that read a site's channels."""
     consumers = {side.module for side in site.consumers}
-    return next(group.enclosing for group in block.topology.groups if consumers & {*group.linears})
+    return [group for group in block.topology.groups if consumers & {*group.linears}]

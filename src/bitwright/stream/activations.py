@@ -1,192 +1,207 @@
 """The two streams of activations: through the full-precision blocks, and through the quantized ones."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from bitwright.core.block import Block
 from bitwright.core.method import LinearStats
 from bitwright.core.scheme import Scheme
+from bitwright.model.calls import hand_back, hidden_of, mapped, split
+from bitwright.model.skeleton import Skeleton
+from bitwright.model.walk import Walk
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import Folded
-from bitwright.stream.forward import forward_all, forward_batches
-from bitwright.stream.skeleton import Recorder, Skeleton
+from bitwright.stream.forward import Inputs, outputs_of, placed, run
 
 
 @dataclass(frozen=True)
 class Activations:
     """A block's inputs on the full-precision stream and on the quantized stream."""
 
-    reference: Float[Tensor, "N T D"]
-    quantized: Float[Tensor, "N T D"]
+    reference: Inputs
+    quantized: Inputs
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The inputs of the next block, and each block's keyword arguments (masks, rotary positions)."""
+    """Calibration data on their way through the model, in front of one block on both streams."""
 
-    activations: Activations
-    kwargs: list[dict[str, Any]]
+    reference: Walk
+    quantized: Walk
 
     @property
-    def shared(self) -> bool:
-        """Whether both streams are one tensor, as they are in front of the first block."""
-        return self.activations.reference is self.activations.quantized
+    def name(self) -> str | None:
+        """The path of the block that comes next; None at the end."""
+        return self.reference.name
 
-    def kwargs_of(self, block: Block) -> dict[str, Any]:
-        """The block's arguments besides the hidden states; none for the output layer."""
-        return self.kwargs[block.index] if block.index < len(self.kwargs) else {}
+    def inputs(self, joins: bool = True) -> Activations:
+        """What the block is called with."""
+        return Activations(Inputs(self.reference.calls, joins), Inputs(self.quantized.calls, joins))
 
 
 @dataclass(frozen=True)
 class StreamErrors:
-    """The relative squared errors of each linear's output on the reference inputs, and of the block's output."""
+    """The relative squared errors of each linear's output on the reference inputs, and of the block's output.
+
+    A linear that no token reached has none.
+    """
 
     linears: Mapping[str, float]
     block: float
 
 
-@torch.no_grad()
-def enter(skeleton: Skeleton, tokens: Int[Tensor, "N T"]) -> Stream:
-    """Compute the inputs of the first block.
+@contextmanager
+def enter(skeleton: Skeleton, tokens: Int[Tensor, "N T"]) -> Iterator[Stream]:
+    """A context with both streams in front of the first block."""
+    with skeleton.walk(tokens) as reference, skeleton.walk(tokens) as quantized:
+        yield Stream(reference, quantized)
 
-    The model's own forward pass runs with recorders in the place of blocks, so that transformers' own code computes
-    everything before them. It runs one sequence at a time, so masks and positions broadcast over a batch.
+
+def statistics(block: Block, inputs: Inputs) -> tuple[dict[str, LinearStats], list[Tensor]]:
+    """Statistics of every linear's input on the full-precision stream, and the block's full-precision outputs.
+
+    Linears that no token reached have no statistics.
     """
-    decoder_name, _, leaf = skeleton.family.blocks.rpartition(".")
-    decoder = skeleton.model.get_submodule(decoder_name)
-    blocks = decoder.get_submodule(leaf)
-    recorders = [Recorder(block) for block in blocks.children()]
-    setattr(decoder, leaf, nn.ModuleList(recorders))
-    try:
-        inputs = torch.empty(0)
-        with skeleton.materialised(decoder_name):
-            for n, ids in enumerate(tokens):
-                decoder(input_ids=ids[None].to(skeleton.device), use_cache=False)
-                hidden = recorders[0].hidden
-                assert hidden is not None
-                if n == 0:  # filled in place: joining at the end would need all segments twice
-                    inputs = torch.empty((len(tokens), *hidden.shape[1:]), dtype=hidden.dtype)
-                inputs[n] = hidden[0]
-    finally:
-        setattr(decoder, leaf, blocks)
-    return Stream(Activations(inputs, inputs), [r.kwargs for r in recorders])
-
-
-def statistics(block: Block, stream: Stream) -> tuple[dict[str, LinearStats], Tensor]:
-    """Statistics of every linear's input on the full-precision stream, and the block's full-precision outputs."""
-    sums: dict[str, _Sums] = {group.linears[0]: _Sums() for group in block.topology.groups}
-    hooks = [block.linear(name).register_forward_pre_hook(running.add) for name, running in sums.items()]
-    try:
-        outputs = forward_all(block, {}, stream.activations.reference, stream.kwargs_of(block))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    inputs = {name: sums[group.linears[0]].result() for group in block.topology.groups for name in group.linears}
-    return inputs, outputs
-
-
-class _Sums:
-    """Running statistics of a linear's input."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.least = self.most = self.magnitude = torch.zeros(())
-
-    def add(self, _: nn.Module, args: tuple[Tensor]) -> None:
-        """Add one batch; this is a forward pre-hook."""
-        x = args[0].detach().flatten(0, -2).float()
-        low, high = x.aminmax(dim=0)
-        self.least = torch.minimum(low, self.least) if self.tokens else low
-        self.most = torch.maximum(high, self.most) if self.tokens else high
-        self.magnitude = self.magnitude + x.abs().sum(dim=0, dtype=torch.float64)
-        self.tokens += len(x)
-
-    def result(self) -> LinearStats:
-        """The statistics of all batches."""
-        return LinearStats(self.tokens, self.least, self.most, (self.magnitude / self.tokens).float())
-
-
-def advance(
-    block: Block,
-    folded: Folded,
-    written: Mapping[str, Tensor],
-    scheme: Scheme,
-    stream: Stream,
-    *,
-    in_place: bool = False,
-) -> tuple[Stream, StreamErrors]:
-    """Advance both streams by a block; return them, and the errors of its quantized weights (and activations).
-
-    ``in_place`` writes the new streams into the memory of the old ones.
-    """
-    kwargs, before = stream.kwargs_of(block), stream.activations
-    passes = partial(forward_all, block, kwargs=kwargs, in_place=in_place and not stream.shared)
-    reference = before.reference
-    with _measured(block, folded, written) as sums:
-        if folded.transformed:
-            deque(forward_batches(block, folded.full, reference, kwargs), maxlen=0)  # only the errors are needed
-        else:
-            reference = passes(folded.full, reference)
-    if folded.transformed:  # from the original's weights, so that a continued run sees the same stream
-        reference = passes({}, reference)
-    with quantized_activations(block, scheme):
-        outputs = passes(written, before.quantized)
-    linears = {name: _ratio(error, signal) for name, (error, signal) in sums.items()}
-    errors = StreamErrors(linears, _relative_error(outputs, reference))
-    return Stream(Activations(reference, outputs), stream.kwargs), errors
-
-
-def replay(
-    block: Block, written: Mapping[str, Tensor], scheme: Scheme, stream: Stream, *, in_place: bool = False
-) -> Stream:
-    """Advance both streams by a block that an earlier run finished; ``in_place`` is that of ``advance``."""
-    kwargs, before = stream.kwargs_of(block), stream.activations
-    passes = partial(forward_all, block, kwargs=kwargs, in_place=in_place and not stream.shared)
-    reference = passes({}, before.reference)
-    with quantized_activations(block, scheme):
-        outputs = passes(written, before.quantized)
-    return Stream(Activations(reference, outputs), stream.kwargs)
+    sums = _Sums({group.linears[0] for group in block.topology.groups})
+    with tapping(block, sums):
+        outputs = list(outputs_of(block, {}, inputs))
+    results = {
+        name: sums.result(group.linears[0])
+        for group in block.topology.groups
+        if group.linears[0] in sums.tokens
+        for name in group.linears
+    }
+    return results, outputs
 
 
 @contextmanager
-def _measured(block: Block, folded: Folded, written: Mapping[str, Tensor]) -> Iterator[dict[str, tuple[float, float]]]:
-    """A context in which every linear sums the squares of its output's error and of its output, without biases."""
-    sums = dict.fromkeys(folded.linears, (0.0, 0.0))
-    differences = {}
-    for name in folded.linears:
-        full = folded.full[f"{name}.weight"]
-        differences[name] = written[f"{name}.weight"].to(full) - full
-
-    def adder(name: str) -> Callable[[nn.Linear, tuple[Tensor], Tensor], None]:
-        def add(module: nn.Linear, args: tuple[Tensor], y: Tensor) -> None:
-            error, signal = sums[name]
-            bias: Tensor | None = module.bias
-            product = y if bias is None else y - bias
-            off = nn.functional.linear(args[0], differences[name].to(args[0].dtype))
-            sums[name] = error + _squares(off), signal + _squares(product)
-
-        return add
-
-    hooks = [block.linear(name).register_forward_hook(adder(name)) for name in folded.linears]
+def tapping(block: Block, tap: Any) -> Iterator[None]:
+    """A context in which a tap sees what a block's linears read."""
+    block.taps.append(tap)
     try:
-        yield sums
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        block.taps.remove(tap)
 
 
-def _relative_error(outputs: Tensor, reference: Tensor) -> float:
-    """The relative squared error, summed over segments to save memory."""
-    error = sum(_squares(o - r) for o, r in zip(outputs, reference, strict=True))
-    return _ratio(error, sum(_squares(r) for r in reference))
+class _Sums:
+    """Running statistics of linears' inputs."""
+
+    def __init__(self, wanted: set[str]) -> None:
+        self.wanted = wanted
+        self.tokens: dict[str, int] = {}
+        self.least, self.most, self.magnitude = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+
+    def inputs(self, linears: Sequence[str], x: Tensor) -> None:
+        """Add one batch."""
+        x = x.detach().flatten(0, -2).float()
+        for name in linears:
+            if name not in self.wanted or not len(x):
+                continue
+            low, high = x.aminmax(dim=0)
+            total = x.abs().sum(dim=0, dtype=torch.float64)
+            if name in self.tokens:
+                low, high = torch.minimum(low, self.least[name]), torch.maximum(high, self.most[name])
+                total = total + self.magnitude[name]
+            self.least[name], self.most[name], self.magnitude[name] = low, high, total
+            self.tokens[name] = self.tokens.get(name, 0) + len(x)
+
+    def outputs(self, linear: str, rows: slice, x: Tensor, y: Tensor) -> None:
+        """Nothing to see."""
+
+    def result(self, name: str) -> LinearStats:
+        """The statistics of all batches."""
+        tokens = self.tokens[name]
+        return LinearStats(tokens, self.least[name], self.most[name], (self.magnitude[name] / tokens).float())
+
+
+def advance(
+    block: Block, folded: Folded, written: Mapping[str, Tensor], scheme: Scheme, stream: Stream, joins: bool = True
+) -> StreamErrors:
+    """Advance both streams by a block; return the errors of its quantized weights (and activations)."""
+    errors = _Errors(folded, written)
+    if folded.transformed:
+        with tapping(block, errors):
+            for _ in outputs_of(block, folded.full, stream.inputs(joins).reference):  # only the errors are needed
+                pass
+    # the stream itself comes from the original's weights, so that a continued run sees the same
+    full, taps = ({}, []) if folded.transformed else (folded.full, [errors])
+    error = _go_on(block, full, written, scheme, stream, joins, taps)
+    return StreamErrors(errors.linears(), error)
+
+
+def replay(block: Block, written: Mapping[str, Tensor], scheme: Scheme, stream: Stream, joins: bool = True) -> None:
+    """Advance both streams by a block that is finished already."""
+    _go_on(block, {}, written, scheme, stream, joins, ())
+
+
+@torch.no_grad()
+def _go_on(
+    block: Block,
+    full: Mapping[str, Tensor],
+    written: Mapping[str, Tensor],
+    scheme: Scheme,
+    stream: Stream,
+    joins: bool,
+    taps: Sequence[Any],
+) -> float:
+    """Advance both streams, a batch at a time, and return the relative error of the block's output.
+
+    ``taps`` look at the full-precision pass.
+    """
+    full, written = placed(block, full), placed(block, written)
+    inputs, error, signal = stream.inputs(joins), 0.0, 0.0
+    for rows in inputs.reference.batches():
+        with ExitStack() as stack:
+            for tap in taps:
+                stack.enter_context(tapping(block, tap))
+            wanted = _passed(block, full, inputs.reference, rows)
+        with quantized_activations(block, scheme):
+            results = _passed(block, written, inputs.quantized, rows)
+        for row, right, mine in zip(rows, wanted, results, strict=True):
+            reference = hidden_of(right)
+            error, signal = error + _squares(hidden_of(mine) - reference), signal + _squares(reference)
+            stream.reference.send(row, right)
+            stream.quantized.send(row, mine)
+    stream.reference.turn()
+    stream.quantized.turn()
+    return _ratio(error, signal)
+
+
+def _passed(block: Block, tensors: Mapping[str, Tensor], inputs: Inputs, rows: Sequence[int]) -> list[Any]:
+    """What a block returns for some segments, on the CPU; what it adds to their dictionaries is handed back."""
+    calls, call = [inputs.calls[row] for row in rows], inputs.call(rows, block)
+    results = split(run(block, tensors, call), calls)
+    hand_back(call, calls)
+    return [mapped(result, Tensor.cpu) for result in results]
+
+
+class _Errors:
+    """The squares of the error of every linear's output, and of its output, without biases."""
+
+    def __init__(self, folded: Folded, written: Mapping[str, Tensor]) -> None:
+        self.sums = dict[str, tuple[float, float]]()
+        weights = {name: folded.full[f"{name}.weight"] for name in folded.linears}
+        self.differences = {name: written[f"{name}.weight"].to(full) - full for name, full in weights.items()}
+
+    def inputs(self, linears: Sequence[str], x: Tensor) -> None:
+        """Nothing to see."""
+
+    def outputs(self, linear: str, rows: slice, x: Tensor, y: Tensor) -> None:
+        """Add the outputs of some rows of a linear."""
+        error, signal = self.sums.get(linear, (0.0, 0.0))
+        off = nn.functional.linear(x, self.differences[linear][rows].to(x))
+        self.sums[linear] = error + _squares(off), signal + _squares(y)
+
+    def linears(self) -> dict[str, float]:
+        """The relative errors."""
+        return {name: _ratio(*sums) for name, sums in self.sums.items()}
 
 
 def _squares(values: Tensor) -> float:

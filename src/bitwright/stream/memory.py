@@ -4,13 +4,15 @@ import ctypes
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 import psutil
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.panels import PANEL
+from bitwright.model.config import text_config_of
 from bitwright.stream.forward import TOKENS_PER_PASS
-from bitwright.stream.skeleton import Skeleton
+from bitwright.stream.subject import Subject
 from bitwright.stream.units import Unit
 
 ARRAYS_PER_PASS = 8
@@ -38,7 +40,7 @@ class Budget:
         return RUNTIME_BYTES + self.block + self.activations + self.outside
 
 
-def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bool = False) -> Budget:
+def estimate(subject: Subject, tokens: int, step_tokens: int = 0, aug_loss: bool = False) -> Budget:
     """The memory that a run over ``tokens`` calibration tokens needs; 0 stands for no forward passes.
 
     A block is held as stored, in the compute dtype, as codes, dequantized, and as one float32 temporary of its largest
@@ -47,16 +49,15 @@ def estimate(skeleton: Skeleton, tokens: int, step_tokens: int = 0, aug_loss: bo
     fake-quantized values and their copies for the backward pass, their gradients, and the activations of a step with
     their gradients. The outputs are its targets; the augmented loss has a second target.
     """
-    numel = [
-        sum(p.numel() for p in skeleton.meta_block(i).module.parameters()) for i in range(len(skeleton.block_names))
-    ]
-    largest = max(p.numel() for p in skeleton.meta_block(0).module.parameters())
-    compute = skeleton.dtype.itemsize
-    stored = skeleton.checkpoint.dtype_of_weights.itemsize
+    blocks = [subject.skeleton.model.get_submodule(block.path) for block in subject.anatomy.blocks]
+    numel = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    shapes = [tuple(p.shape[-2:]) for block in blocks for p in block.parameters()]
+    largest, widest = max(map(prod, shapes)), max(map(max, filter(None, shapes)))
+    checkpoint, compute = subject.skeleton.checkpoint, subject.skeleton.dtype.itemsize
+    stored = checkpoint.dtype_of_weights.itemsize
     block = max(numel) * (compute + stored + 1 + stored + (2 * compute if tokens else 0)) + largest * 12
-    hidden = skeleton.model.config.hidden_size
-    widest = max(max(p.shape) for p in skeleton.meta_block(0).module.parameters())
-    outside = max(skeleton.checkpoint.nbytes(name) for name in skeleton.checkpoint.names)
+    hidden = text_config_of(subject.skeleton.model.config).hidden_size
+    outside = max(checkpoint.nbytes(name) for name in checkpoint.names)
     streams = (4 if step_tokens and aug_loss else 3) * tokens * hidden * compute
     within = ARRAYS_PER_PASS * min(tokens, TOKENS_PER_PASS) * widest * compute
     if step_tokens:

@@ -1,49 +1,91 @@
-"""Second moments of a linear's inputs on both streams, for closed forms of the range and the rounding."""
+"""Second moments of linears' inputs on both streams, for closed forms of the range and the rounding."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from bitwright.core.block import Block
 from bitwright.core.method import Moments
 from bitwright.core.scheme import Scheme
+from bitwright.core.weight import starred
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import Folded
-from bitwright.stream.activations import Activations
-from bitwright.stream.forward import TOKENS_PER_PASS, call_of
+from bitwright.stream.activations import Activations, tapping
+from bitwright.stream.forward import Inputs, Reached, placed, run
+
+BYTES = 2**30
+"""The most memory of second moments that are summed in one pass: those of several experts."""
 
 
 @torch.no_grad()
 def moments(
-    block: Block,
-    linear: str,
-    folded: Folded,
-    scheme: Scheme,
-    inputs: Activations,
-    kwargs: Mapping[str, Any],
-    *,
-    drift: bool,
-) -> Moments:
-    """H = E[x' x'^T] and C = E[(x - x') x'^T] [I, I] of a linear's input, in float32.
+    block: Block, linears: Sequence[str], folded: Folded, scheme: Scheme, inputs: Activations, *, drift: bool
+) -> dict[str, Moments]:
+    """H = E[x' x'^T] and C = E[(x - x') x'^T] [I, I] of the inputs of linears that do not read each other, in float32.
 
     x is the input on the full-precision stream, through the transformed block; x' the input on the quantized stream,
-    through the block as folded, with its activations quantized. Without drift C is zero.
+    through the block as folded, with its activations quantized. Without drift C is zero. So it is for experts, whose
+    tokens on the two streams need not be the same ones.
     """
-    place = next(block.module.parameters())
-    full, written = (
-        {name: p.to(place) for name, p in parameters.items()} for parameters in (folded.full, folded.written())
-    )
-    count, rows = len(inputs.quantized), max(1, TOKENS_PER_PASS // inputs.quantized.shape[1])
-    features = block.weight(linear).shape[1]
-    second, cross = (torch.zeros(features, features, device=place.device) for _ in range(2))
-    for start in range(0, count, rows):
-        here = slice(start, start + rows)
+    full, written = (placed(block, tensors) for tensors in (folded.full, folded.written()))
+    sums = {name: _Sums(block.weight(name).shape[1], block.device) for name in linears}
+    drift = drift and not any("*" in starred(f"{name}.") for name in linears)
+    for rows in inputs.quantized.batches():
         with quantized_activations(block, scheme):
-            read = call_of(block, linear, written, inputs.quantized[here].to(place), kwargs)[0].flatten(0, -2).float()
-        second.addmm_(read.T, read)
-        if drift:
-            x = call_of(block, linear, full, inputs.reference[here].to(place), kwargs)[0].flatten(0, -2).float()
-            cross.addmm_((x - read).T, read)
-    tokens = inputs.quantized[..., 0].numel()
-    return Moments(second / tokens, cross / tokens)
+            read = _inputs(block, linears, written, inputs.quantized, rows)
+        also = _inputs(block, linears, full, inputs.reference, rows) if drift else {}
+        for name, x in read.items():
+            sums[name].add(x, also.get(name))
+    return {name: total.result() for name, total in sums.items()}
+
+
+def _inputs(
+    block: Block, linears: Sequence[str], tensors: Mapping[str, Tensor], inputs: Inputs, rows: Sequence[int]
+) -> dict[str, Tensor]:
+    """What each linear reads of some segments, [N, I] in float32; the block runs only as far as it must."""
+    reader = _Reader(linears)
+    with tapping(block, reader):
+        try:
+            run(block, tensors, inputs.call(rows, block))
+        except Reached:
+            pass
+    return {name: torch.cat(parts) for name, parts in reader.read.items()}
+
+
+class _Reader:
+    """A tap that keeps what linears read; one linear alone is read once."""
+
+    def __init__(self, linears: Sequence[str]) -> None:
+        self.wanted, self.read = set(linears), dict[str, list[Tensor]]()
+        self.once = len(linears) == 1 and "*" not in starred(f"{linears[0]}.")
+
+    def inputs(self, linears: Sequence[str], x: Tensor) -> None:
+        """Keep the inputs of linears."""
+        for name in self.wanted.intersection(linears):
+            self.read.setdefault(name, []).append(x.flatten(0, -2).float())
+            if self.once:
+                raise Reached
+
+    def outputs(self, linear: str, rows: slice, x: Tensor, y: Tensor) -> None:
+        """Nothing to see."""
+
+
+class _Sums:
+    """Running second moments of one linear's inputs."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.second, self.cross = (torch.zeros(features, features, device=device) for _ in range(2))
+        self.tokens = 0
+
+    def add(self, read: Tensor, reference: Tensor | None) -> None:
+        """Add one batch."""
+        self.second.addmm_(read.T, read)
+        if reference is not None:
+            self.cross.addmm_((reference - read).T, read)
+        self.tokens += len(read)
+
+    def result(self) -> Moments:
+        """The moments of all batches."""
+        count = max(1, self.tokens)
+        return Moments(self.second / count, self.cross / count, self.tokens)

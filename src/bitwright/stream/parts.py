@@ -117,10 +117,6 @@ class PartWriter:
     format: TensorFormat
     target: Format
 
-    def encoded(self, name: str, weight: QTensor, report: LinearReport) -> Encoded:
-        """A linear as it is stored."""
-        return self.format.encode(name, weight), report
-
     def write(
         self,
         unit: str,
@@ -142,8 +138,10 @@ class PartWriter:
         rows = tuple(replace(row, digest=digest(stored)) for stored, row in linears)
         return Part(unit, file, None if report is None else replace(report, linears=rows), digests)
 
-    def read(self, file: str, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    def read(self, file: str, grids: Mapping[str, Grid], stacks: Mapping[str, Grid] | None = None) -> dict[str, Tensor]:
         """Read a part: the linears of ``grids`` are dequantized as ``NAME.weight``, other tensors are as stored.
+
+        ``stacks`` are weights [E, A, B], by their tensors' names, which are dequantized too.
 
         Raises OutputError for a part that is damaged.
         """
@@ -154,7 +152,9 @@ class PartWriter:
             raise OutputError(
                 f"{part}: what an earlier run wrote is damaged: {error}; begin anew with --restart"
             ) from error
-        return tensors | {f"{name}.weight": self.format.decode(tensors, name, grid) for name, grid in grids.items()}
+        dense = {f"{name}.weight": self.format.decode(tensors, name, grid) for name, grid in grids.items()}
+        whole = {name: self.format.decode_stacked(tensors, name, grid) for name, grid in (stacks or {}).items()}
+        return tensors | dense | whole
 
 
 def part_file(number: int) -> str:

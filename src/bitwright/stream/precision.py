@@ -53,22 +53,11 @@ def rounding_inputs(device: torch.device, arithmetic: torch.dtype) -> Any:
     return nullcontext() if arithmetic == torch.float32 else torch.autocast(device.type, arithmetic)
 
 
-def cast(kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A block's keyword arguments with masks and rotary positions in this dtype."""
-    return {name: _cast(value, dtype) for name, value in kwargs.items()}
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_cast(part, dtype) for part in value)
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
 @contextmanager
 def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[None]:
     """A context: if a CPU computes in a short dtype, attention over few tokens is two products and a softmax."""
     attention = [m for m in block.module.modules() if hasattr(m, "config") and hasattr(m, "scaling")]
-    place = next(block.module.parameters()).device
+    place = block.device
     if arithmetic == torch.float32 or place.type != "cpu" or not attention:
         yield
         return

@@ -24,16 +24,16 @@ from bitwright.core.configuration import Configured
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.fake_quant import FakeQuantizer
 from bitwright.core.grid import Tile
-from bitwright.core.method import Context, Learnable, Learned, Range
+from bitwright.core.method import Context, Learnable, Learned, Moments, Range
 from bitwright.core.scheme import Scheme
 from bitwright.core.training import Training
 from bitwright.steps.activations import quantized_activations
-from bitwright.steps.apply import fold
+from bitwright.steps.apply import Folded, fold
 from bitwright.steps.ranges import minmax
 from bitwright.stream.activations import Activations
-from bitwright.stream.forward import forward, forward_batches
+from bitwright.stream.forward import forward, outputs_of
 from bitwright.stream.moments import moments
-from bitwright.stream.precision import cast, rounding_inputs, running_dtype, written_out_attention
+from bitwright.stream.precision import rounding_inputs, running_dtype, written_out_attention
 
 RETRIES = 3
 SLOWER = 0.3
@@ -42,29 +42,28 @@ RISE = 1.5
 
 @dataclass(frozen=True)
 class Objective:
-    """The inputs of both streams [N, T, D] and the outputs that the block should have, kept on the CPU.
+    """The inputs of both streams and the outputs that the block should have, a tensor for each segment, on the CPU.
 
     ``target`` is the full-precision block's output on ``inputs.reference``; ``also`` is its output on
     ``inputs.quantized``, the second target of the augmented loss.
     """
 
     inputs: Activations
-    target: Float[Tensor, "N T D"]
-    also: Float[Tensor, "N T D"] | None
-    kwargs: Mapping[str, Any]
+    target: Sequence[Tensor]
+    also: Sequence[Tensor] | None
 
-    def loss(self, outputs: Tensor, rows: Tensor | slice) -> Tensor:
+    def loss(self, outputs: Tensor, rows: Sequence[int]) -> Tensor:
         """The mean squared error of the outputs for some segments."""
-        outputs = outputs.float()
-        loss = F.mse_loss(outputs, self.target[rows].to(outputs))
-        return loss if self.also is None else loss + F.mse_loss(outputs, self.also[rows].to(outputs))
+        outputs, dim = outputs.float(), self.inputs.quantized.calls[0].batch_dim
+        wanted = [torch.cat([targets[row] for row in rows], dim) for targets in (self.target, self.also) if targets]
+        return torch.stack([F.mse_loss(outputs, target.to(outputs)) for target in wanted]).sum()
 
 
 def learnables_of(
     methods: Sequence[Configured], block: Block, context: Context[Training], decided: BlockDecisions
 ) -> list[Learnable]:
     """The learnables of learned methods; each starts from the decisions at which the earlier ones start."""
-    parameters: Mapping[str, Tensor] = {name: p.detach().float() for name, p in block.module.named_parameters()}
+    parameters: Mapping[str, Tensor] = {name: p.float() for name, p in block.tensors.items()}
     learnables: list[Learnable] = []
     for configured in methods:
         assert isinstance(configured.method, Learned)
@@ -96,9 +95,9 @@ class Trainer:
         """
         self.block, self.learnables, self.context = block, learnables, context
         self.decided, self.objective, self.report = decided, objective, report
-        self.base = {name: p.detach().float() for name, p in block.module.named_parameters()}
+        self.base = {name: p.float() for name, p in block.tensors.items()}
         self.refines = any(learnable.refines for learnable in learnables)
-        held = next(block.module.parameters()).dtype
+        held = block.dtype
         self.arithmetic = arithmetic or held
         self.running = running_dtype(held, self.arithmetic)
         schemes = {name: context.scheme(name) for name in block.topology.linears}
@@ -151,14 +150,13 @@ class Trainer:
 
     def measure(self, decisions: BlockDecisions) -> float:
         """The objective of the folded block, over all segments."""
-        objective, allocation, losses = self.objective, self.context.allocation, list[float]()
+        objective, allocation = self.objective, self.context.allocation
         written = fold(self.base, self.block.topology, decisions, allocation, self.context.scale_dtype).written()
         with quantized_activations(
             self.block, self.activations
         ):  # in batches: all outputs would take the memory of one more stream
-            for here, batch in forward_batches(self.block, written, objective.inputs.quantized, objective.kwargs):
-                rows = zip(batch.split(1), range(here.start, here.start + len(batch)), strict=True)
-                losses += [float(objective.loss(output, slice(n, n + 1))) for output, n in rows]
+            outputs = outputs_of(self.block, written, objective.inputs.quantized)
+            losses = [float(objective.loss(output, [row])) for row, output in enumerate(outputs)]
         return sum(losses) / len(losses)
 
     def substituted(self) -> dict[str, Tensor]:
@@ -195,8 +193,7 @@ class Trainer:
             folded = fold(
                 self.base, self.block.topology, self.decisions(), self.context.allocation, self.context.scale_dtype
             )
-            inputs, kwargs = self.objective.inputs, self.objective.kwargs
-            measured = cache(partial(moments, self.block, group.linears[0], folded, self.activations, inputs, kwargs))
+            measured = cache(partial(self._moments, group.linears[0], folded))
             for name in group.linears:
                 weight = self.decided.linear(name).inside(folded.full[f"{name}.weight"])
                 for learnable in self.learnables:
@@ -208,6 +205,9 @@ class Trainer:
         self._restore(snapshot)
         self.fallbacks.append(f"refined ranges are no better ({loss:.4g}, before {trained:.4g}): kept as they were")
         return trained
+
+    def _moments(self, linear: str, folded: Folded, *, drift: bool) -> Moments:
+        return moments(self.block, [linear], folded, self.activations, self.objective.inputs, drift=drift)[linear]
 
     def _train(self) -> None:
         """Train until all epochs are done, or too many failed; then take the best parameters."""
@@ -238,8 +238,7 @@ class Trainer:
             sums = torch.zeros(())
             order = torch.randperm(count, generator=generator)
             for rows in order.split(training.batch_size):
-                segments = slice(int(rows), int(rows) + 1) if len(rows) == 1 else rows  # a slice copies nothing
-                sums += self._step(segments, optimizer) * len(rows)
+                sums += self._step(rows.tolist(), optimizer) * len(rows)
                 scheduler.step()
             losses.append(float(sums) / count)
             self._report(len(losses), f"epoch {len(losses)}/{training.epochs} loss {losses[-1]:.4g}")
@@ -249,13 +248,15 @@ class Trainer:
                 break
         return losses, best, best_loss
 
-    def _step(self, rows: Tensor | slice, optimizer: torch.optim.Optimizer) -> Tensor:
-        objective, place = self.objective, next(self.block.module.parameters()).device
-        inputs, kwargs = objective.inputs.quantized[rows].to(place, self.running), cast(objective.kwargs, self.running)
+    def _step(self, rows: Sequence[int], optimizer: torch.optim.Optimizer) -> Tensor:
+        inputs = self.objective.inputs.quantized
         parameters = self.substituted()
-        with rounding_inputs(place, self.arithmetic):
-            outputs = forward(self.block, parameters, inputs, kwargs)
-        loss = objective.loss(outputs, rows)
+        losses = []
+        with rounding_inputs(self.block.device, self.arithmetic):
+            for joined in inputs.batches(rows, len(rows) * inputs.length):
+                outputs = forward(self.block, parameters, inputs.call(joined, self.block, self.running))
+                losses.append(self.objective.loss(outputs, joined) * (len(joined) / len(rows)))
+        loss = torch.stack(losses).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -243,6 +243,7 @@ FORMAT = TensorFormat(
     codes="weight_packed",
     encode=encode,
     encode_stacked=encode_stacked,
+    decode_stacked=decode_stacked,
     decode=decode,
     config=quantization_config,
     reader=Reader(described=described, shape=shape, read=read, read_stacked=read_stacked),

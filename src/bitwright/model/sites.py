@@ -1,0 +1,358 @@
+"""Sites: where channels of a block can be scaled without changing its output. They are found and proven by arithmetic.
+
+Take a producer, a norm's gain or the rows of a linear, and divide its channels by random scales. A product reads them
+if each channel of its inputs is divided by one of the scales, whatever the token; multiplying the columns of its weight
+by the same scales makes good for it. If nothing else changes, and the block's output does not either, there is a site,
+and which scale belongs to which channel has been read off. What lies between, attention with grouped heads or a gate,
+need not be known. All is computed in float64, so a site that is none shows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.core.block import Layout, LinearGroup, Side, Site
+from bitwright.core.weight import starred
+from bitwright.model.calls import Call
+from bitwright.model.recording import Recording, record
+from bitwright.steps.transform import apply_site
+
+CLOSE, EXACT = 1e-4, 1e-5
+"""Relative differences: of values that are the same although a part of the block may compute in float32, and of ratios."""
+ROUNDS = 4
+"""Products that hang on others' outcome, such as an expert on its router, are made good for one round later."""
+OFFSETS = (0.0, 1.0)
+"""What a norm adds to its weight: Gemma's have 1."""
+
+
+@dataclass(frozen=True)
+class _Laboratory:
+    """A block that is run in float64 with changed tensors; ``rows`` are the inputs of its products, in their order."""
+
+    module: nn.Module
+    layout: Layout
+    call: Call
+    parameters: Mapping[str, Tensor]
+    owners: Mapping[tuple[str, int | None], tuple[str, ...]]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.layout.tensors(self.parameters)
+
+    def run(self, tensors: Mapping[str, Tensor]) -> "_Run":
+        changed = self.layout.parameters(tensors, self.parameters)
+        return _Run.of(record(self.module, self.call, {**self.parameters, **changed}), self.owners)
+
+
+@dataclass(frozen=True)
+class _Run:
+    output: Tensor
+    products: tuple[tuple[tuple[str, ...], Tensor], ...]
+
+    @classmethod
+    def of(cls, recording: Recording, owners: Mapping[tuple[str, int | None], tuple[str, ...]]) -> "_Run":
+        products = list[tuple[tuple[str, ...], Tensor]]()
+        for product in recording.products:
+            factor, x = product.factor, product.inputs
+            indices = range(len(x)) if factor.index is None and x.dim() == 3 and (factor.parameter, 0) in owners else ()
+            for index in indices or (factor.index,):
+                products.append((owners.get((factor.parameter, index), ()), x[index] if indices else x))  # type: ignore[index]
+        return cls(recording.output, tuple(products))
+
+
+Readers = dict[str, tuple[int, ...]]
+"""The scale of each input channel of a linear, by the linear's name; -1 for none."""
+
+
+@torch.no_grad()
+def find_sites(module: nn.Module, layout: Layout, groups: Sequence[LinearGroup], call: Call) -> tuple[Site, ...]:
+    """Find the sites of a block, in the order in which data flows. ``call`` is one that it was given."""
+    try:
+        lab = _laboratory(module, layout, call)
+        base = lab.run(lab.tensors)
+    except (RuntimeError, TypeError, ValueError):  # a block that computes in one dtype only
+        return ()
+    order = {name: place for place, group in enumerate(groups) for name in group.linears}
+    found = [*_behind_norms(lab, base), *_behind_linears(lab, base, groups), *_queries_and_keys(lab, base, groups)]
+    found = [replace(site, shift=_takes_shift(lab, base, site)) for site in found]
+    sites = [_told_apart(site, order) for site in found]
+    sites = [site for site in sites if site.consumers or len(site.producers) > 1]
+    sites.sort(key=lambda site: _place(site, order))
+    return _named(sites)
+
+
+def _laboratory(module: nn.Module, layout: Layout, call: Call) -> _Laboratory:
+    parameters = {name: p.detach().double() for name, p in module.named_parameters()}
+    owners: dict[tuple[str, int | None], list[str]] = {}
+    for name, parameter in layout.names.items():
+        if name.endswith(".weight"):
+            owners.setdefault((parameter, None), []).append(name.removesuffix(".weight"))
+    for linear, places in layout.linears.items():
+        for place in places:
+            owners.setdefault((place.parameter, place.index), []).append(linear)
+    known = {key: tuple(dict.fromkeys(names)) for key, names in owners.items()}
+    double = call.map(lambda t: t.double() if t.is_floating_point() else t)
+    return _Laboratory(module, layout, double, parameters, known)
+
+
+def _behind_norms(lab: _Laboratory, base: _Run) -> Iterator[Site]:
+    for name, part in lab.module.named_modules():
+        weight = dict(part.named_parameters(recurse=False)).get("weight")
+        producer = _named_in_block(lab.layout, f"{name}.weight")
+        if weight is None or weight.dim() != 1 or producer is None:
+            continue
+        for offset in OFFSETS:
+            side = Side(producer, offset=offset)
+            readers = _readers(lab, base, (side,), len(weight))
+            if readers:
+                yield _site((side,), readers, len(weight))
+                break
+
+
+def _behind_linears(lab: _Laboratory, base: _Run, groups: Sequence[LinearGroup]) -> Iterator[Site]:
+    stages: dict[str, list[str]] = {}
+    for group in groups:
+        for name in group.linears:
+            stages.setdefault(starred(f"{name}."), []).append(name)
+    shapes = {name: tensor.shape for name, tensor in lab.tensors.items()}
+    for names in stages.values():
+        rows = shapes[f"{names[0]}.weight"][0]
+        if any(shapes[f"{name}.weight"][0] != rows for name in names):
+            continue
+        for chosen in _subsets(lab, base, names, rows):
+            readers = _readers(lab, base, _sides(names, chosen, rows), len(chosen) * len(names))
+            if readers:
+                yield from _one_each(names, chosen, rows, readers)
+                break
+
+
+def _subsets(lab: _Laboratory, base: _Run, names: list[str], rows: int) -> Iterator[list[int]]:
+    """Rows of a linear that may be a producer: all, those that token 0 shows, and halves if a gate may have the others."""
+    every = list(range(rows))
+    yield every
+    if len(names) == 1:
+        yield from _values_in(lab, base, names[0], rows)
+    widths = {x.shape[-1] for linears, x in base.products if not set(linears) & set(names)}
+    if rows // 2 in widths:
+        yield from (every[rows // 2 :], every[: rows // 2], every[1::2], every[::2])
+
+
+def _values_in(lab: _Laboratory, base: _Run, name: str, rows: int) -> Iterator[list[int]]:
+    """The rows of values in a linear that makes queries and keys too.
+
+    The first token attends to itself alone, so what leaves attention there is its value, whatever its query and key.
+    """
+    scale = _scales(rows, 1)
+    run = lab.run(apply_site(lab.tensors, Site("", (Side(name),), (), rows), scale))
+    tokens = lab.call.hidden.shape[-2]
+    for (linears, x0), (_, x1) in zip(base.products, run.products, strict=False):
+        if name not in linears and x0.shape == x1.shape and x0.numel() % (tokens * x0.shape[-1]) == 0:
+            first = [x.reshape(-1, tokens, x.shape[-1])[:, 0] for x in (x0, x1)]
+            index = None if _close(*first) else _index(*first, scale)
+            if index is not None and -1 not in index and len(set(index)) < rows:
+                yield sorted(set(index))
+                return
+
+
+def _sides(names: Sequence[str], chosen: Sequence[int], rows: int) -> tuple[Side, ...]:
+    """Producers with scales of their own, one after the other; rows that are not chosen have none."""
+    if len(names) == 1 and len(chosen) == rows:
+        return (Side(names[0]),)
+    sides = []
+    for number, name in enumerate(names):
+        index = [-1] * rows
+        for place, row in enumerate(chosen):
+            index[row] = number * len(chosen) + place
+        sides.append(Side(name, tuple(index)))
+    return tuple(sides)
+
+
+def _one_each(names: Sequence[str], chosen: Sequence[int], rows: int, readers: Readers) -> Iterator[Site]:
+    """A site for each producer; experts that no token reached are as the others."""
+    width, sides = len(chosen), dict[str, dict[str, tuple[int, ...]]]()
+    for reader, index in readers.items():
+        owner = {channel // width for channel in index if channel >= 0}
+        if len(owner) != 1:
+            return
+        number = owner.pop()
+        sides.setdefault(names[number], {})[reader] = tuple(c - number * width if c >= 0 else -1 for c in index)
+    pattern = next(iter(sides.items()))
+    for name in names:
+        own = sides.get(name) or {_with_numbers(reader, name): index for reader, index in pattern[1].items()}
+        yield _site(_sides([name], chosen, rows), own, width)
+
+
+def _with_numbers(reader: str, like: str) -> str:
+    numbers = iter([part for part in like.split(".") if part.isdecimal()])
+    return ".".join(next(numbers, part) if part.isdecimal() else part for part in reader.split("."))
+
+
+def _site(producers: tuple[Side, ...], readers: Readers, channels: int) -> Site:
+    identity = tuple(range(channels))
+    consumers = tuple(Side(name, None if index == identity else index) for name, index in readers.items())
+    return Site("", producers, consumers, channels)
+
+
+def _readers(lab: _Laboratory, base: _Run, producers: tuple[Side, ...], channels: int) -> Readers | None:
+    """What reads the channels of producers, and nothing else does; None if there is no such thing."""
+    scale, readers = _scales(channels, 2), Readers()
+    for _ in range(ROUNDS):
+        run = lab.run(apply_site(lab.tensors, _site(producers, readers, channels), scale))
+        fresh = _fresh_readers(base, run, readers, scale)
+        if fresh is None:
+            return None
+        if not fresh:
+            return readers if readers and _proven(lab, base, _site(producers, readers, channels)) else None
+        readers |= fresh if len(producers) > 1 else _with_unreached(fresh, lab)
+    return None
+
+
+def _with_unreached(readers: Readers, lab: _Laboratory) -> Readers:
+    """Readers, and the experts beside them that no token reached."""
+    stars = {starred(f"{name}."): index for name, index in readers.items()}
+    names = dict.fromkeys(name for owned in lab.owners.values() for name in owned)
+    return readers | {name: stars[star] for name in names if (star := starred(f"{name}.")) in stars and "*" in star}
+
+
+def _fresh_readers(base: _Run, run: _Run, readers: Readers, scale: Tensor) -> Readers | None:
+    """Products whose inputs have changed by the scales; None if others have changed, and none of these."""
+    fresh, others_changed = Readers(), False
+    for (linears, x0), (now, x1) in zip(base.products, run.products, strict=False):
+        if linears != now or x0.shape != x1.shape:
+            others_changed = True
+            break
+        if (linears and linears[0] in readers) or _close(x0, x1):
+            continue
+        index = _index(x0, x1, scale) if linears else None
+        if index is None:
+            others_changed = True
+        else:
+            fresh |= dict.fromkeys(linears, index)
+    return None if others_changed and not fresh else fresh
+
+
+def _index(x0: Tensor, x1: Tensor, scale: Tensor) -> tuple[int, ...] | None:
+    """The scale by which each channel was divided, -1 for none; None if one was changed in another way."""
+    x0, x1 = x0.reshape(-1, x0.shape[-1]), x1.reshape(-1, x1.shape[-1])
+    size = x0.abs().amax(0)
+    alive = size > 1e-9 * size.max()
+    ratio = (x0 * x0).sum(0) / (x0 * x1).sum(0)
+    fits = ((x1 * ratio - x0).abs().amax(0) <= CLOSE * size) | ~alive
+    if not bool(fits.all()):
+        return None
+    known, order = torch.cat([scale, scale.new_ones(1)]).sort()
+    ratio = torch.where(alive & (ratio > 0), ratio, 1.0)
+    above = torch.searchsorted(known, ratio).clamp(max=len(known) - 1)
+    below = (above - 1).clamp(min=0)
+    near = torch.where((known[above] - ratio).abs() < (known[below] - ratio).abs(), above, below)
+    if not bool((((known[near] / ratio) - 1).abs() <= EXACT)[alive].all()):
+        return None
+    index = order[near]
+    index = torch.where(index == len(scale), -1, index)
+    if not bool(alive.all()):
+        identity = torch.arange(len(index))
+        if len(index) != len(scale) or not bool((index == identity)[alive].all()):
+            return None
+        index = identity
+    return tuple(index.tolist())
+
+
+def _proven(lab: _Laboratory, base: _Run, site: Site, shift: Tensor | None = None) -> bool:
+    """Whether the block's output stays what it is under other scales, or under a shift."""
+    scale = _scales(site.channels, 3) if shift is None else torch.ones(site.channels, dtype=torch.float64)
+    run = lab.run(apply_site(lab.tensors, replace(site, shift=True), scale, shift))
+    return _close(base.output, run.output)
+
+
+def _takes_shift(lab: _Laboratory, base: _Run, site: Site) -> bool:
+    tensors = lab.tensors
+    if not site.consumers or not all(f"{s.module}.bias" in tensors for s in (*site.producers, *site.consumers)):
+        return False
+    return _proven(lab, base, site, 0.1 * _scales(site.channels, 4))
+
+
+def _queries_and_keys(lab: _Laboratory, base: _Run, groups: Sequence[LinearGroup]) -> Iterator[Site]:
+    """Sites between queries and keys: a head's product does not change if one is divided by what the other gains."""
+    widths = {part.head_dim for part in lab.module.modules() if isinstance(getattr(part, "head_dim", None), int)}
+    shapes = {name: tensor.shape for name, tensor in lab.tensors.items()}
+    named = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 1 and ".weight" in name]
+    together = [*(group.linears for group in groups), tuple(named)]
+    for names in together:
+        starts = {name: name.rpartition(".")[2][:1] for name in names}
+        pairs = [(q, k) for q in names for k in names if starts[q] == "q" and starts[k] == "k"]
+        for queries, keys in pairs:
+            rows = [shapes[f"{name}.weight"][0] for name in (queries, keys)]
+            for site in (s for width in sorted(widths) for s in _tied_pairs(queries, keys, rows, width)):
+                if _proven(lab, base, site):
+                    yield site
+                    break
+
+
+def _tied_pairs(queries: str, keys: str, rows: Sequence[int], width: int) -> Iterator[Site]:
+    """Sites q.k whose scales are tied as rotary positions mix channels: none, halves of a head, neighbours."""
+    if any(count % width for count in rows) or rows[0] < rows[1] or rows[0] % rows[1]:
+        return
+    heads, kv_heads = (count // width for count in rows)
+    for rotated, neighbours in ((0, False), (width, False), (width, True), (width // 2, False), (width // 4, False)):
+        half = rotated // 2
+        tied = [(c // 2 if neighbours else c % half) if c < rotated else c - half for c in range(width)]
+        free = width - half
+        key_index = tuple(h * free + tied[c] for h in range(kv_heads) for c in range(width))
+        query_index = tuple((h * kv_heads // heads) * free + tied[c] for h in range(heads) for c in range(width))
+        producers = (Side(queries, query_index), Side(keys, key_index, reciprocal=True))
+        yield Site("q.k", producers, (), kv_heads * free)
+
+
+def _told_apart(site: Site, order: Mapping[str, int]) -> Site:
+    """A site whose readers are told apart: linears that can be quantized, and others."""
+    consumers = tuple(side for side in site.consumers if side.module in order)
+    return replace(site, consumers=consumers, in_full=tuple(side for side in site.consumers if side not in consumers))
+
+
+def _place(site: Site, order: Mapping[str, int]) -> tuple[float, ...]:
+    if site.consumers:
+        return (min(order[side.module] for side in site.consumers), 0)
+    return (min(order.get(side.module, 0) for side in site.producers), 1)
+
+
+def _named(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Sites with names, such as ``norm->qkv``, each once."""
+    named = [replace(site, name=site.name or f"{_short(site.producers)}->{_short(site.consumers)}") for site in sites]
+    names = [site.name for site in named]
+    full = (f"{site.producers[0].module}->{_short(site.consumers)}" for site in named)
+    return tuple(
+        replace(site, name=long if names.count(site.name) > 1 else site.name, paper=_of_paper(site.name))
+        for site, long in zip(named, full, strict=True)
+    )
+
+
+def _of_paper(name: str) -> bool:
+    """Whether OmniQuant's authors transform a site of this kind: behind norms, and in attention."""
+    return name.startswith(("norm", "q.k")) or name.partition("->")[0] in ("v", "qkv", "query_key_value")
+
+
+def _short(sides: Sequence[Side]) -> str:
+    leaf = sides[0].module.rpartition(".")[2].lower() if sides else ""
+    if "norm" in leaf or leaf.startswith("ln"):
+        return "norm"
+    words = [side.module.rpartition(".")[2].removesuffix("_proj") for side in sides]
+    words = ["o" if word == "out" else word for word in words]
+    return "".join(words) if all(len(word) == 1 for word in words) else ",".join(dict.fromkeys(words))
+
+
+def _named_in_block(layout: Layout, parameter: str) -> str | None:
+    name = next((name for name, place in layout.names.items() if place == parameter), None)
+    return None if name is None or not name.endswith(".weight") else name.removesuffix(".weight")
+
+
+def _scales(channels: int, seed: int) -> Tensor:
+    """Scales from a half to two, all different, in a random order."""
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
+    return torch.exp2(torch.linspace(-1, 1, channels, dtype=torch.float64)[order] * (0.97 if channels > 1 else 1))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one - other).abs().max() <= CLOSE * one.abs().max())
+

@@ -248,6 +248,9 @@ def test_a_tree_is_the_same_as_itself(tmp_path: Path, capsys: pytest.CaptureFixt
     origins = sides[0].origins([CASE, refused])
     assert sides[0].missing([CASE, refused], origins) == [], "with --reuse-before these are kept"
     assert sides[0].missing([CASE, refused], origins | {"case": "another model"}) == [CASE]
+    assert run(*sides, [CASE, refused], jobs=1, reuse=True, reuse_after=True) == 1, "compared again, nothing is run"
+    assert capsys.readouterr().out.splitlines()[:2] == [f"{side}: 0 cases to run, 2 kept" for side in ("before", "after")]
+    assert (tmp_path / "before/case/out/config.json").read_text() == "{}"
 
 
 def test_each_tree_after_has_a_folder_of_its_own(tmp_path: Path) -> None:

@@ -144,9 +144,7 @@ class Report:
         return 1 if self.counts["differs"] or self.counts["failed"] or not self.counts.total() else 0
 
 
-def run(
-    before: Side, after: Side, chosen: Sequence[Case], jobs: int, reuse: bool, reuse_after: bool = False
-) -> int:
+def run(before: Side, after: Side, chosen: Sequence[Case], jobs: int, reuse: bool, reuse_after: bool = False) -> int:
     """Perform cases with both trees and compare; return the exit code.
 
     ``reuse`` and ``reuse_after`` keep the outputs of the one tree, and of the other, that are up to date.

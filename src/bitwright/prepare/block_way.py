@@ -12,7 +12,7 @@ from bitwright.calibration.tokens import segments
 from bitwright.core.errors import RecipeError
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.training import Training
-from bitwright.model.chosen_weights import Patterns, chosen
+from bitwright.model.chosen_weights import Patterns, by_rules, chosen
 from bitwright.model.fitting import built_within
 from bitwright.model.source import (
     Source,
@@ -134,7 +134,8 @@ def skeleton_of(source: Source, device: str) -> Skeleton:
 def _inventory(question: Question, source: Source, skeleton: Skeleton) -> Inventory:
     outline, with_head = skeleton.outline, question.recipe.quantize_lm_head
     head = outline.family.head
-    division = outline.division(with_head, source.checkpoint.names, lambda _: OTHER)
+    reasons = {kept.tensor: kept.why for kept in by_rules(source.checkpoint).kept}
+    division = outline.division(with_head, source.checkpoint.names, lambda name: reasons.get(name, OTHER))
     if question.rules.excluded or question.rules.left_out:
         patterns = Patterns.of(question.recipe, question.rules.left_out)
         division = chosen(division, patterns, source.checkpoint, ModelView.of_outline(outline, source.checkpoint))

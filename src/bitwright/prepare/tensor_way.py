@@ -15,7 +15,7 @@ from bitwright.core.recipe import Recipe
 from bitwright.core.training import Training
 from bitwright.core.weight import Division, Weight
 from bitwright.model import discover
-from bitwright.model.chosen_weights import LEFT_OUT, Patterns, chosen
+from bitwright.model.chosen_weights import LEFT_OUT, Patterns, by_rules, chosen
 from bitwright.model.source import Source, pick_device, sequence_length
 from bitwright.model.view import ModelView
 from bitwright.prepare.block_way import ALL_LEFT_OUT, OTHER, skeleton_of
@@ -150,7 +150,7 @@ def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Divi
     outline = Outline.of(source.family, source.decoder) if source.decoder else skeleton_of(source, device).outline
     source.checkpoint.require_complete(outline)
     view = ModelView.of_outline(outline, source.checkpoint)
-    reasons = {kept.tensor: kept.why for kept in _by_rules(source.checkpoint).kept}
+    reasons = {kept.tensor: kept.why for kept in by_rules(source.checkpoint).kept}
     names = source.checkpoint.names
     division = outline.division(recipe.quantize_lm_head, names, lambda name: reasons.get(name, OTHER))
     return view, division, recipe.quantize_lm_head and outline.tied
@@ -158,7 +158,7 @@ def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Divi
 
 def _discovered(checkpoint: Checkpoint, recipe: Recipe) -> tuple[ModelView | None, Division, bool]:
     """The linears of an architecture that nobody has described."""
-    view, division = ModelView.of(checkpoint), _by_rules(checkpoint)
+    view, division = ModelView.of(checkpoint), by_rules(checkpoint)
     if not recipe.quantize_lm_head:
         return view, division, False
     head = discover.head(checkpoint.names)
@@ -189,9 +189,3 @@ def _why_nothing(division: Division, checkpoint: Checkpoint) -> str:
     elif reasons and reasons.keys() <= {discover.EMPTY, discover.UNNAMED}:
         remedy = "none of them can be the weight of a linear"
     return "\n".join([f"all of its {len(matrices)} matrices are kept as they are", *lines, remedy])
-
-
-def _by_rules(checkpoint: Checkpoint) -> Division:
-    entries = {name: checkpoint.entry(name) for name in checkpoint.names}
-    floating = [name for name, entry in entries.items() if entry.dtype.is_floating_point]
-    return discover.discover({name: entry.shape for name, entry in entries.items()}, floating, checkpoint.config)

@@ -1,6 +1,7 @@
 """Compare two source trees of Bitwright: the same calls write the same bytes, and refuse with the same words.
 
-    python tools/compare_trees.py BEFORE AFTER --work DIR [--model PATH ...] [--only PATTERN] [--reuse-before]
+    python tools/compare_trees.py BEFORE AFTER --work DIR [--model PATH ...] [--only PATTERN]
+        [--reuse-before] [--reuse-after]
 
 BEFORE and AFTER are checkouts. Every case of ``compare_cases.py`` runs with each of them, in a child process that
 imports Bitwright from that tree's ``src``. The models that both take lie in DIR/models, the outputs of BEFORE in
@@ -16,8 +17,9 @@ If the SHA-256 differs, ``compare_allowed.py`` says what may: of JSON key by key
 alone. A line per case says ``same``, ``listed`` (differs only as that list says), ``differs`` or ``failed``;
 DIR/after-NAME.differences.txt has every difference. The exit code is 0 if all cases are the same or listed.
 
-``--reuse-before`` keeps the outputs of BEFORE whose source, case and model are the same. ``--only 'small/gptq/*'``
-runs some cases, and those that they need. Delete DIR/models when MODELS change.
+``--reuse-before`` keeps the outputs of BEFORE whose source, case and model are the same, ``--reuse-after`` those of
+AFTER; with both, only what is missing runs, and all is compared again. ``--only 'small/gptq/*'`` runs some cases, and
+those that they need. Delete DIR/models when MODELS change.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 
@@ -141,18 +144,26 @@ class Report:
         return 1 if self.counts["differs"] or self.counts["failed"] or not self.counts.total() else 0
 
 
-def run(before: Side, after: Side, chosen: Sequence[Case], jobs: int, reuse: bool) -> int:
-    """Perform cases with both trees and compare; return the exit code."""
+def run(before: Side, after: Side, chosen: Sequence[Case], jobs: int, reuse: bool, reuse_after: bool = False) -> int:
+    """Perform cases with both trees and compare; return the exit code.
+
+    ``reuse`` and ``reuse_after`` keep the outputs of the one tree, and of the other, that are up to date.
+    """
     origins, origins_after = before.origins(chosen), after.origins(chosen)
     todo = before.missing(chosen, origins) if reuse else list(chosen)
+    todo_after = after.missing(chosen, origins_after) if reuse_after else list(chosen)
     print(f"before: {len(todo)} cases to run, {len(chosen) - len(todo)} kept", flush=True)
+    if reuse_after:
+        print(f"after: {len(todo_after)} cases to run, {len(chosen) - len(todo_after)} kept", flush=True)
     with locked(after.folder), locked(before.folder, shared=not todo):
         report = Report(after.folder.with_name(f"{after.name}.differences.txt"))
 
         def perform(share: list[Case]) -> None:
             for _ in before.run([case for case in share if case in todo], origins):
                 pass
-            for case in after.run(share, origins_after):
+            kept = [case for case in share if case not in todo_after]
+            to_run = [case for case in share if case in todo_after]
+            for case in chain(kept, after.run(to_run, origins_after)):
                 report.add(case.name, verdict(case, before, after))
 
         with ThreadPoolExecutor(jobs) as pool:
@@ -172,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="*", help="pattern of case names")
     parser.add_argument("--jobs", type=int, default=1, help="child processes at a time")
     parser.add_argument("--reuse-before", action="store_true", help="keep outputs of BEFORE that are up to date")
+    parser.add_argument("--reuse-after", action="store_true", help="keep outputs of AFTER that are up to date")
     args = parser.parse_args(arguments)
     beside = Path(__file__).resolve().parents[2] / "shared" / "models" / "en-llama"
     models: list[Path] = args.model or [path for path in [beside] if path.is_dir()]
@@ -181,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = cases([EMBEDDED, *(model.name for model in models)])
     chosen = with_needs([case for case in every if fnmatchcase(case.name, args.only)], every)
     prepare(work, args.before, models, {case.model for case in chosen})
-    return run(Side.before(args.before, work), Side.after(args.after, work), chosen, args.jobs, args.reuse_before)
+    sides = Side.before(args.before, work), Side.after(args.after, work)
+    return run(*sides, chosen, args.jobs, args.reuse_before, args.reuse_after)
 
 
 if __name__ == "__main__":

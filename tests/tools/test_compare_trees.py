@@ -11,9 +11,9 @@ import torch
 from gguf import GGUFWriter
 from safetensors.torch import save_file
 
-from compare_allowed import ALLOWED
+from compare_allowed import ALLOWED, WHOLE
 from compare_cases import EMBEDDED, METHODS, OUTCOME, Case, cases
-from compare_files import Difference
+from compare_files import ABSENT, Difference
 from compare_side import Side, locked
 from compare_trees import prepare, run, shares, verdict, with_needs
 
@@ -23,6 +23,7 @@ LINEAR = {"name": "y", "shape": [1, 2], "storage_bits": 32, "bits_per_weight": 1
 ACCOUNT = {"bitwright": "0.2.0", "scheme": "W4A16g128", "recipe": {"seed": 0}, "totals": {"linears": 14},
            "notes": ["rtn needs no calibration text; it is used to report output errors"],
            "blocks": [{"linears": [LINEAR]}]}  # fmt: skip
+REST = "no linear of this architecture"
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -196,17 +197,21 @@ def test_bits_and_bytes_are_those_on_disk(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     write_gguf(tmp_path / "run/out.gguf", ACCOUNT | {"blocks": [{"linears": rows}]}, tensor="blk.0.attn_q.weight")
     (tmp_path / "export/out").mkdir(parents=True)
-    (tmp_path / "export/out/weights").write_bytes(bytes(100))
-    run, export = Case("run"), Case("export", source="run")
+    (tmp_path / "export/out/weights.bin").write_bytes(bytes(100))
+    (tmp_path / "export/out/tokenizer.json").write_bytes(bytes(7))
+    run, export = Case("run"), Case("export", how={"format": "mlc"}, source="run")
 
     def bits(after: float, case: Case = run, key: str = "blocks.0.linears.0.bits_per_weight") -> bool:
         file = OUTCOME if key.startswith("result") else "out.gguf/bitwright.json"
         return allowed(Difference(file, key, 4.5, after), case, tmp_path)
 
     assert bits(32.0) and bits(32.0, key="totals.bits_per_weight") and bits(32.0, key="result.bits_per_weight")
-    assert bits(32.0, export), "an export tells of the run that made its source"
+    assert bits(32.0, export), "an engine's file tells of the run that made its source"
     assert not bits(31.0) and not bits(31.0, export) and not bits(31.0, key="totals.bits_per_weight")
-    assert bits(100, export, "result.bytes_out") and not bits(101, export, "result.bytes_out")
+    assert bits(100, export, "result.bytes_out") and not bits(107, export, "result.bytes_out")
+    read = (tmp_path / "run/out.gguf").stat().st_size
+    assert bits(read, export, "result.bytes_in") and not bits(read + 1, export, "result.bytes_in")
+    assert not bits(read, run, "result.bytes_in"), "that of a run has not changed"
 
 
 def test_the_bits_of_groups_of_forty(tmp_path: Path) -> None:
@@ -217,6 +222,106 @@ def test_the_bits_of_groups_of_forty(tmp_path: Path) -> None:
     for bits, holds in ((4.5, True), (3.5, False)):
         difference = Difference("out/bitwright.json", "blocks.0.linears.0.bits_per_weight", 3.25, bits)
         assert allowed(difference, Case("settings/mlc_three_bits"), tmp_path) is holds
+
+
+def whole_model(work: Path, format: str, **how: object) -> Callable[[str, object], bool]:
+    """Say what is allowed of a run of 128 weights in float32, half of them the embedding's; 40 bytes are written."""
+    (work / "models/m").mkdir(parents=True)
+    tensors = {"model.embed_tokens.weight": torch.zeros(2, 32), "model.layers.0.q_proj.weight": torch.zeros(1, 32),
+               "model.layers.0.o_proj.weight": torch.zeros(1, 32)}  # fmt: skip
+    save_file(tensors, work / "models/m/model.safetensors")
+    out = work / "after/run/out"
+    out.mkdir(parents=True)
+    (out / "weights.bin").write_bytes(bytes(40))
+    rows = [LINEAR | {"name": "model.layers.0.q_proj", "shape": [1, 32]}]
+    (out / "bitwright.json").write_text(json.dumps(ACCOUNT | {"format": format, "blocks": [{"linears": rows}]}))
+    case = Case("run", "m", how)
+    return lambda key, value: allowed(Difference(OUTCOME, f"result.{key}", ABSENT, value), case, work / "after")
+
+
+def test_what_is_said_of_the_whole_model(tmp_path: Path) -> None:
+    holds = whole_model(tmp_path, "gptq")
+    assert holds("model_bits_per_weight", 8 * 40 / 128) and not holds("model_bits_per_weight", 16.0)
+    assert holds("full_bits", 32) and not holds("full_bits", 16)
+    o_proj = {"excluded by *.o_proj": 0.25}
+    assert holds("left_alone", {"embedding": 0.5} | o_proj) and holds("left_alone", {REST: 0.75})
+    wrong: tuple[object, ...] = ({}, o_proj, {"embedding": 0.25, "excluded by *.o_proj": 0.5}, {"nothing": 0.75},
+                                 {"embedding": 0.75}, {"embedding": 0.5, REST: 0.25}, None, 0.75)  # fmt: skip
+    assert not any(holds("left_alone", shares) for shares in wrong)
+    assert not holds("more", 1), "another new key"
+
+
+@pytest.mark.parametrize(("format", "how", "right", "fault", "wrong"), [
+    ("dense", {}, {}, None, {REST: 0.75}),
+    ("mlc", {}, {"excluded by *.o_proj": 0.25}, {REST: 0.75}, {"embedding": 0.5}),
+    ("gguf", {"embeddings": "f16"}, {REST: 0.75}, {"excluded by *.o_proj": 0.25}, {}),
+])  # fmt: skip
+def test_what_stays_in_full_precision_in_other_formats(
+    format: str, how: dict[str, Any], right: object, fault: object, wrong: object, tmp_path: Path
+) -> None:
+    def reason(shares: object) -> str | None:
+        difference = Difference(OUTCOME, "result.left_alone", ABSENT, shares)
+        return difference.reason(Case("run", "m", how), tmp_path / "after", ALLOWED)
+
+    whole_model(tmp_path, format, **how)
+    assert reason(right) == WHOLE and reason(wrong) is None
+    assert fault is None or reason(fault) is None
+
+
+def test_an_export_says_what_its_linears_are(tmp_path: Path) -> None:
+    """Source: W3A16g64ic with outliers; export: 4 bits, asymmetric, groups of 32 along the input, and no outliers."""
+    row = LINEAR | {"name": "q", "shape": [128, 64], "outliers": 0}
+    config = {"bits": 4, "group_size": 32, "zero_point": True}
+
+    def allows(scheme: str, tile: list[int], *checked: tuple[str, object], grid: object = config) -> bool:
+        account = {"scheme": scheme, "quantization_config": grid, "blocks": [{"linears": [row | {"tile": tile}]}]}
+        write_account(tmp_path / "export/x", account)
+        case = Case("export/x", source="run")
+        return all(allowed(Difference("out/bitwright.json", *key_values(key, new)), case, tmp_path)
+                   for key, new in checked)  # fmt: skip
+
+    def key_values(key: str, new: object) -> tuple[str, object, object]:
+        return key, "what it was", new
+
+    write_account(tmp_path / "run", {"scheme": "W3A16g64ic", "blocks": [{"linears": [row | {"tile": [64, 1]}]}]})
+    right = ("scheme", "W4A16g32"), ("blocks.0.linears.0.tile.1", 32), ("totals.per_ic", 0)
+    assert allows("W4A16g32", [1, 32], *right)
+    for scheme, tile in (("W3A16g32", [1, 32]), ("W4A16g32sym", [1, 32]), ("W4A16g32", [32, 1]), ("W4A16g64", [1, 64])):
+        assert not allows(scheme, tile, ("scheme", scheme)) and not allows(scheme, tile, right[1]), (scheme, tile)
+    assert allows("W3A16", [1, 64], ("scheme", "W3A16"), grid=None), "weights: on the grid that was read"
+    assert not allows("W4A16", [1, 64], ("scheme", "W4A16"), grid=None)
+    assert allows("W3A16g64ic", [64, 1], ("totals.per_ic", 1)) and not allows("W3A16", [1, 64], ("totals.per_ic", 1))
+    outliers = ("blocks.0.linears.0.outliers", 0), ("blocks.0.linears.0.outlier_share", 0.0), ("totals.outliers", 0)
+    assert allows("W4A16g32", [1, 32], *outliers)
+    assert not any(allows("W4A16g32", [1, 32], (key, 1)) for key, _ in outliers)
+    save_file({"q.outlier_index": torch.zeros(1)}, tmp_path / "export/x/out/model.safetensors")
+    assert not any(allows("W4A16g32", [1, 32], key) for key in outliers)
+    no_export = Difference("out/bitwright.json", "scheme", "W4A16", "W4A16g32")
+    assert not allowed(no_export, Case("small/x"), tmp_path)
+
+
+def write_account(case: Path, account: dict[str, Any]) -> None:
+    (case / "out").mkdir(parents=True, exist_ok=True)
+    (case / "out/bitwright.json").write_text(json.dumps(account))
+
+
+def test_a_call_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    def gone(file: str, case: str = "refused/x") -> bool:
+        return allowed(Difference(file, "<file>", 3, ABSENT), Case(case, refused=True), tmp_path)
+
+    assert gone("out.partial/.lock") and gone("out.gguf.partial/journal.jsonl")
+    assert not gone("out/config.json") and not gone("out.partial/.lock", "small/x")
+    (tmp_path / "refused/x/out.partial").mkdir(parents=True)
+    assert not gone("out.partial/.lock"), "the folder itself is still there"
+
+
+def test_folders_are_loaded_that_nobody_described(tmp_path: Path) -> None:
+    def loaded(more: str, case: Case) -> bool:
+        return allowed(Difference("out/bitwright.json", "verified", "shapes fit", f"shapes fit{more}"), case, tmp_path)
+
+    exported = Case("export/experts/rtn/gptq", source="experts/rtn/default")
+    assert loaded("; loads in transformers", Case("fused/x", "fused")) and loaded("; loads in transformers", exported)
+    assert not loaded("; does not load", exported) and not loaded("; loads in transformers", Case("small/x", "small"))
 
 
 def test_the_cases_stand_after_those_that_they_need() -> None:
@@ -248,6 +353,11 @@ def test_a_tree_is_the_same_as_itself(tmp_path: Path, capsys: pytest.CaptureFixt
     origins = sides[0].origins([CASE, refused])
     assert sides[0].missing([CASE, refused], origins) == [], "with --reuse-before these are kept"
     assert sides[0].missing([CASE, refused], origins | {"case": "another model"}) == [CASE]
+    assert run(*sides, [CASE, refused], jobs=1, reuse=True, reuse_after=True) == 1, "compared again, nothing is run"
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"{side}: 0 cases to run, 2 kept" for side in ("before", "after")
+    ]
+    assert (tmp_path / "before/case/out/config.json").read_text() == "{}"
 
 
 def test_each_tree_after_has_a_folder_of_its_own(tmp_path: Path) -> None:

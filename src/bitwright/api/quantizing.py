@@ -35,6 +35,9 @@ from bitwright.written.sink import JOURNAL, Sink
 
 TIMINGS, OTHER_JOURNALS = "bitwright-timings.json", "journal-*.jsonl"
 
+FULL = "f16"
+"""The ``--embeddings`` that leaves embedding and output layer at 16 bits."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -205,7 +208,8 @@ def _left_alone(run: Prepared, format: str) -> dict[str, float]:
     floating = {name: checkpoint.entry(name).shape for name in checkpoint.names
                 if checkpoint.entry(name).dtype.is_floating_point}  # fmt: skip
     shares = run.inventory.left_alone(floating)
-    with_codes = (EMBEDDING, OUTPUT_LAYER) if isinstance(run.target, FileFormat) else ()
+    in_file = isinstance(run.target, FileFormat) and run.recipe.embeddings != FULL
+    with_codes = (EMBEDDING, OUTPUT_LAYER) if in_file else ()
     return {why: share for why, share in shares.items() if why not in with_codes}
 
 

@@ -108,8 +108,8 @@ def _only(site: Site, linears: Collection[str]) -> Site:
 class Place:
     """Where rows of a linear lie in the parameters of a module.
 
-    ``index`` is the expert in a parameter [E, ., .]. ``rows`` are the rows (start, stop, step) of the parameter's matrix
-    as it multiplies, [O, I]; ``transposed`` says that the parameter stores it [I, O].
+    ``index`` is the expert in a parameter [E, ., .]. ``rows`` are the rows (start, stop, step) of its matrix as it
+    multiplies, [O, I]; ``transposed`` says that the parameter stores it [I, O].
     """
 
     parameter: str
@@ -145,7 +145,9 @@ class Layout:
         rows: dict[str, list[tuple[Place, Tensor]]] = {}
         for name, places in self.linears.items():
             weight, start = tensors.get(f"{name}.weight"), 0
-            for place in places if weight is not None else ():
+            if weight is None:
+                continue
+            for place in places:
                 count = len(range(*place.rows))
                 rows.setdefault(place.parameter, []).append((place, weight[start : start + count]))
                 start += count

@@ -193,15 +193,15 @@ class Reader:
 class TensorFormat(Format):
     """A folder of safetensors: linears encoded one by one, and a quantization_config.
 
-    ``leaves`` are the endings of the names of a weight's tensors; the first is always there. ``codes`` is the one that
-    holds packed codes. ``encode(name, weight)`` makes the tensors of a linear, ``decode`` gives the weight [O, I] back
-    as it was written. ``encode_stacked(name, slices)`` makes the tensors of a weight that is fused over experts,
-    ``name`` as it is called in the checkpoint, from the QTensor [A, B] of each expert, and ``decode_stacked`` gives the
-    weight [E, A, B] back; a format that holds no such weights leaves them out. Each raises RecipeError for what the format cannot hold. ``config`` is the
-    quantization_config, None if the folder is an ordinary model. ``reader`` is None if the format stores no codes.
-    ``loaded_by_transformers``: transformers loads such folders, with our plugin or without it. Bitwright reads and
-    dequantizes others. ``wrongly_loaded`` says, of a quantization_config, what the installed release of
-    transformers does wrong, None if nothing is known.
+    ``leaves`` are the endings of the names of a weight's tensors; the first is always there. ``codes`` is the one
+    that holds packed codes. ``encode(name, weight)`` makes the tensors of a linear, ``decode`` gives the weight [O,
+    I] back as it was written. ``encode_stacked(name, slices)`` makes the tensors of a weight that is fused over
+    experts, ``name`` as it is called in the checkpoint, from the QTensor [A, B] of each expert, and
+    ``decode_stacked`` gives the weight [E, A, B] back; a format that holds no such weights leaves them out. Each
+    raises RecipeError for what the format cannot hold. ``config`` is the quantization_config, None if the folder is
+    an ordinary model. ``reader`` is None if the format stores no codes. ``loaded_by_transformers``: transformers
+    loads such folders, with our plugin or without it. Bitwright reads and dequantizes others. ``wrongly_loaded``
+    says, of a quantization_config, what the installed release of transformers does wrong, None if nothing is known.
     """
 
     leaves: tuple[str, ...]

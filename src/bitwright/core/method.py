@@ -4,7 +4,7 @@ A method is a file in ``methods/`` whose ``METHOD`` is ``Closed`` (it decides in
 weight alone) or ``Learned`` (by training). Each kind is generic over the method's settings dataclass.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 

@@ -76,7 +76,8 @@ def any_apart(schemes: Schemes) -> str | None:
     pair = _first_pair([[name for name, scheme in schemes.items() if scheme is not None]], schemes)
     if pair is None:
         return None
-    return f"{_beside(pair[1], pair[2], schemes)}: all linears need one scheme there, without --scheme-for and --allocation"
+    remedy = "all linears need one scheme there, without --scheme-for and --allocation"
+    return f"{_beside(pair[1], pair[2], schemes)}: {remedy}"
 
 
 def _sets(linears: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:

@@ -1,8 +1,8 @@
 """Notice every product of a module's inputs with one of its parameters, whatever classes the module is made of.
 
-Linears differ in how they are stored: ``nn.Linear`` [O, I], GPT-2's ``Conv1D`` [I, O], experts [E, O, I] or [E, I, O] in
-one parameter, several linears above each other in one. They have in common that some rows of a parameter are handed to
-a matrix product of torch. That is what is noticed here.
+Linears differ in how they are stored: ``nn.Linear`` [O, I], GPT-2's ``Conv1D`` [I, O], experts [E, O, I] or [E, I, O]
+in one parameter, several linears above each other in one. They have in common that some rows of a parameter are handed
+to a matrix product of torch. That is what is noticed here.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -103,9 +103,9 @@ class Products(TorchFunctionMode):
 
 def factor_of(name: str, parameter: Tensor, weight: Tensor) -> Factor | None:
     """Find which part of a parameter a view [O, I] or [E, O, I] of it is; None if it is no whole rows."""
-    offset, index = weight.storage_offset() - parameter.storage_offset(), None
+    offset, index = int(weight.storage_offset()) - int(parameter.storage_offset()), None
     if parameter.dim() == 3:
-        index, offset = divmod(offset, parameter.stride(0))
+        index, offset = divmod(offset, int(parameter.stride(0)))
         if weight.dim() == 3:
             if weight.shape[0] != parameter.shape[0]:
                 return None
@@ -113,19 +113,24 @@ def factor_of(name: str, parameter: Tensor, weight: Tensor) -> Factor | None:
     elif parameter.dim() != 2 or weight.dim() != 2:
         return None
     rows, columns = parameter.shape[-2:]
-    strides = (parameter.stride(-2), parameter.stride(-1))
+    strides = (int(parameter.stride(-2)), int(parameter.stride(-1)))
     for transposed in (False, True):
         high, wide = (columns, rows) if transposed else (rows, columns)
         along, across = reversed(strides) if transposed else strides
         start, rest = divmod(offset, along) if along else (0, offset)
         fits = weight.shape[-1] == wide and start + weight.shape[-2] <= high and rest == 0
-        if fits and (weight.stride(-2) == along or weight.shape[-2] == 1) and (weight.stride(-1) == across or wide == 1):
+        if (
+            fits
+            and (weight.stride(-2) == along or weight.shape[-2] == 1)
+            and (weight.stride(-1) == across or wide == 1)
+        ):
             return Factor(name, index, (start, start + weight.shape[-2]), transposed)
     return None
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    pointer: int = tensor.untyped_storage()._cdata
+    return pointer
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:

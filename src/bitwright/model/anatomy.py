@@ -7,11 +7,11 @@ arithmetic (``sites.py``).
 
 import ast
 import inspect
-import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,8 +177,7 @@ def _laid_out(sources: Sources, path: str, kind: _Kind) -> tuple[str, Layout, tu
         for linear, placed in zip(linears_of(weight, block), matrices[tensor].values(), strict=True):
             views[linear] = _multiplying(placed, kind, shape, transposed)
             names.pop(tensor.removeprefix(f"{block}."), None)
-    unplaced = {tensor for tensor in tensors - matrices.keys() - whole.keys()}
-    kept |= dict.fromkeys(sorted(unplaced), REORDERED)
+    kept |= dict.fromkeys(sorted(tensors - matrices.keys() - whole.keys()), REORDERED)
     return block, Layout(names, views), tuple(weights), kept
 
 
@@ -248,7 +247,7 @@ def _read_by_its_module(module: nn.Module, parameter: str) -> bool:
 
 
 @cache
-def _taken(module_class: type[nn.Module]) -> frozenset[tuple[str, str]]:
+def _taken(module_class: Any) -> frozenset[tuple[str, str]]:
     """Pairs (linear, "weight") of which the code of a class takes ``self.linear.weight``, except for training."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(module_class)))
@@ -274,7 +273,7 @@ def _taken(module_class: type[nn.Module]) -> frozenset[tuple[str, str]]:
 
 
 def _groups(layout: Layout, recording: Recording, linears: Sequence[str]) -> Iterator[LinearGroup]:
-    """The linears that read one tensor each, in the order in which data flows; experts in the order of their numbers."""
+    """The linears that read one tensor each, in the order in which data flows; experts by their numbers."""
     reading = readers(layout, linears)
     by_input: dict[object, list[tuple[str, Product]]] = {}
     seen = set[str]()
@@ -283,8 +282,9 @@ def _groups(layout: Layout, recording: Recording, linears: Sequence[str]) -> Ite
         for (parameter, index), names in reading.items():
             if parameter != factor.parameter or factor.index not in (None, index):
                 continue
-            key = (product.inputs.untyped_storage().data_ptr(), product.inputs.storage_offset(), product.inputs.shape[-1])
-            key = (*key, index if factor.index is None else None)
+            x = product.inputs
+            place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape[-1])
+            key = (*place, index if factor.index is None else None)
             fresh = [name for name in names if name not in seen]
             by_input.setdefault(key, []).extend((name, product) for name in fresh)
             seen.update(fresh)

@@ -9,7 +9,7 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
 from bitwright.core.weight import Division, Kept, Weight
-from bitwright.model.discover import HEADS, head, hidden_size, in_order, weight
+from bitwright.model.discover import HEADS, discover, head, hidden_size, in_order, weight
 from bitwright.model.view import ModelView
 
 SHOWN = 3
@@ -32,6 +32,13 @@ class Patterns:
     def of(cls, recipe: Recipe, left_out: frozenset[str] = frozenset()) -> "Patterns":
         """The patterns of a recipe."""
         return cls(recipe.patterns("include"), recipe.patterns("exclude"), left_out)
+
+
+def by_rules(checkpoint: Checkpoint) -> Division:
+    """Divide a checkpoint by names and shapes alone, whatever the architecture."""
+    entries = {name: checkpoint.entry(name) for name in checkpoint.names}
+    floating = [name for name, entry in entries.items() if entry.dtype.is_floating_point]
+    return discover({name: entry.shape for name, entry in entries.items()}, floating, checkpoint.config)
 
 
 def chosen(division: Division, patterns: Patterns, checkpoint: Checkpoint, view: ModelView | None) -> Division:

@@ -62,10 +62,13 @@ def _entering(module: nn.Module, around: list[tuple[str, int]]) -> Iterator[None
 
         return hook
 
+    def leave(*_: object) -> None:
+        around.pop()
+
     for name, part in module.named_modules():
         first = next(iter(signature(part.forward).parameters), None)
         hooks.append(part.register_forward_pre_hook(enter(name, first), with_kwargs=True))
-        hooks.append(part.register_forward_hook(lambda *_: around.pop() and None))
+        hooks.append(part.register_forward_hook(leave))
     try:
         yield
     finally:
@@ -75,4 +78,4 @@ def _entering(module: nn.Module, around: list[tuple[str, int]]) -> Iterator[None
 
 def _key(tensor: Tensor) -> int:
     """A key of a tensor's memory: the same for its views, as long as it lives."""
-    return tensor.untyped_storage().data_ptr() + tensor.storage_offset()
+    return int(tensor.untyped_storage().data_ptr()) + int(tensor.storage_offset())

@@ -20,7 +20,7 @@ from bitwright.model.recording import Recording, record
 from bitwright.steps.transform import apply_site
 
 CLOSE, EXACT = 1e-4, 1e-5
-"""Relative differences: of values that are the same although a part of the block may compute in float32, and of ratios."""
+"""Relative differences: of equal values, although a part of the block may compute in float32; and of ratios."""
 ROUNDS = 4
 """Products that hang on others' outcome, such as an expert on its router, are made good for one round later."""
 OFFSETS = (0.0, 1.0)
@@ -58,7 +58,7 @@ class _Run:
             factor, x = product.factor, product.inputs
             indices = range(len(x)) if factor.index is None and x.dim() == 3 and (factor.parameter, 0) in owners else ()
             for index in indices or (factor.index,):
-                products.append((owners.get((factor.parameter, index), ()), x[index] if indices else x))  # type: ignore[index]
+                products.append((owners.get((factor.parameter, index), ()), x[index] if indices else x))
         return cls(recording.output, tuple(products))
 
 
@@ -129,7 +129,7 @@ def _behind_linears(lab: _Laboratory, base: _Run, groups: Sequence[LinearGroup])
 
 
 def _subsets(lab: _Laboratory, base: _Run, names: list[str], rows: int) -> Iterator[list[int]]:
-    """Rows of a linear that may be a producer: all, those that token 0 shows, and halves if a gate may have the others."""
+    """Rows of a linear that may be a producer: all, those that token 0 shows, or one half beside a gate."""
     every = list(range(rows))
     yield every
     if len(names) == 1:
@@ -149,8 +149,8 @@ def _values_in(lab: _Laboratory, base: _Run, name: str, rows: int) -> Iterator[l
     tokens = lab.call.hidden.shape[-2]
     for (linears, x0), (_, x1) in zip(base.products, run.products, strict=False):
         if name not in linears and x0.shape == x1.shape and x0.numel() % (tokens * x0.shape[-1]) == 0:
-            first = [x.reshape(-1, tokens, x.shape[-1])[:, 0] for x in (x0, x1)]
-            index = None if _close(*first) else _index(*first, scale)
+            before, after = (x.reshape(-1, tokens, x.shape[-1])[:, 0] for x in (x0, x1))
+            index = None if _close(before, after) else _index(before, after, scale)
             if index is not None and -1 not in index and len(set(index)) < rows:
                 yield sorted(set(index))
                 return
@@ -275,7 +275,8 @@ def _takes_shift(lab: _Laboratory, base: _Run, site: Site) -> bool:
 
 def _queries_and_keys(lab: _Laboratory, base: _Run, groups: Sequence[LinearGroup]) -> Iterator[Site]:
     """Sites between queries and keys: a head's product does not change if one is divided by what the other gains."""
-    widths = {part.head_dim for part in lab.module.modules() if isinstance(getattr(part, "head_dim", None), int)}
+    heads = (getattr(part, "head_dim", None) for part in lab.module.modules())
+    widths = {width for width in heads if isinstance(width, int)}
     shapes = {name: tensor.shape for name, tensor in lab.tensors.items()}
     named = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 1 and ".weight" in name]
     together = [*(group.linears for group in groups), tuple(named)]
@@ -355,4 +356,3 @@ def _scales(channels: int, seed: int) -> Tensor:
 
 def _close(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= CLOSE * one.abs().max())
-

@@ -54,7 +54,7 @@ class Skeleton:
 
     @contextmanager
     def walk(self, tokens: Int[Tensor, "N T"]) -> Iterator[Walk]:
-        """A context with segments in front of the first block; what is outside of the blocks is filled as it is used."""
+        """A context with segments in front of the first block; the rest of the model is filled as it is used."""
         hooks, used = [], dict[str, nn.Module]()
         inside, embedding = tuple(f"{path}." for path in self.parts), self.model.get_input_embeddings()
         for path, module in self.model.named_modules():
@@ -109,7 +109,7 @@ class Skeleton:
 
 
 def _initialize(module: nn.Module, initialize: Callable[[nn.Module], None]) -> None:
-    """Initialize a module after its children, each by the model that it belongs to; what has no memory stays without."""
+    """Initialize a module after its children, each by the model that it belongs to. Nothing happens on meta."""
     for child in module.children():
         _initialize(child, getattr(child, "_init_weights", initialize))
     initialize(module)

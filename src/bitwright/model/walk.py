@@ -75,7 +75,7 @@ class Walk:
             self.name, self.calls = None, []
             return
         self.name, whole = first
-        assert all(stop is not None and stop[0] == self.name for stop in stops), "segments of one length go the same way"
+        assert all(stop is not None and stop[0] == self.name for stop in stops), "segments of one length go one way"
         self.calls = [whole, *(self._sharing(stop[1], whole) for stop in stops[1:] if stop is not None)]
 
     def close(self) -> None:

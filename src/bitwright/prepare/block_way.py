@@ -13,8 +13,12 @@ from bitwright.core.block import Family, Outline, Topology
 from bitwright.core.errors import RecipeError
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.training import Training
-from bitwright.model.chosen_weights import Patterns, chosen
+from bitwright.core.weight import Division, Kept
+from bitwright.model.anatomy import dissect
+from bitwright.model.chosen_weights import Patterns, by_rules, chosen
+from bitwright.model.config import text_config_of, without_hub_kernels
 from bitwright.model.fitting import built_within
+from bitwright.model.skeleton import Skeleton
 from bitwright.model.source import (
     Source,
     blaming_the_config,
@@ -24,10 +28,9 @@ from bitwright.model.source import (
     sequence_length,
     tokenize,
 )
-from bitwright.model.skeleton import Skeleton
 from bitwright.model.view import ModelView
 from bitwright.prepare.question import Question
-from bitwright.prepare.way import Inventory
+from bitwright.prepare.way import Inventory, kept_linears, loaded_by_us
 from bitwright.stream.blocks import BlockDriver
 from bitwright.stream.memory import Budget, estimate, peak_memory
 from bitwright.stream.parts import PartWriter
@@ -196,8 +199,9 @@ def _family(subject: Subject) -> Family | None:
     for block in subject.anatomy.blocks:
         module = subject.skeleton.model.get_submodule(block.path)
         found = [part for part in module.modules() if hasattr(part, "config") and hasattr(part, "scaling")]
-        if len(found) != 1 or not isinstance(getattr(found[0], "head_dim", None), int):
+        width = getattr(found[0], "head_dim", None) if len(found) == 1 else None
+        if not isinstance(width, int):
             return None
         classes.add(type(found[0]).__name__)
-        widths.add(found[0].head_dim)
+        widths.add(width)
     return Family(classes.pop(), widths.pop()) if len(classes) == len(widths) == 1 else None

@@ -15,12 +15,12 @@ from bitwright.core.recipe import Recipe
 from bitwright.core.training import Training
 from bitwright.core.weight import Division, Weight
 from bitwright.model import discover
-from bitwright.model.chosen_weights import LEFT_OUT, Patterns, chosen
+from bitwright.model.chosen_weights import LEFT_OUT, Patterns, by_rules, chosen
 from bitwright.model.source import Source, pick_device, sequence_length
 from bitwright.model.view import ModelView
 from bitwright.prepare.block_way import ALL_LEFT_OUT, OTHER
 from bitwright.prepare.question import Question
-from bitwright.prepare.way import Inventory
+from bitwright.prepare.way import HEAD, Inventory, kept_linears, loaded_by_us
 from bitwright.stream.memory import Budget, estimate_tensors
 from bitwright.stream.parts import PartWriter
 from bitwright.stream.pipeline import TensorPlan
@@ -29,8 +29,6 @@ from bitwright.stream.run_plan import RunPlan
 from bitwright.stream.tensors import TensorDriver
 from bitwright.stream.units import Unit, block_of, units
 from bitwright.stream.worker_pool import WorkerPool
-
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def _inventory(
     return Inventory(
         weights=weights,
         kept={kept.tensor: kept.why for kept in division.kept},
-        kept_linears=_kept_linears(division, view, checkpoint, copied_head),
+        kept_linears=kept_linears(division, view, checkpoint, copied_head),
         as_stored=[name for unit in in_units if not unit.weights for name in unit.copied],
         units=[unit.name for unit in in_units],
         blocks=len({block for unit in in_units if (block := block_of(f"{unit.block}.")) is not None}),
@@ -113,45 +111,13 @@ def _inventory(
     )
 
 
-def _kept_linears(division: Division, view: ModelView | None, checkpoint: Checkpoint, copied_head: bool) -> list[str]:
-    """Linears of the model as transformers sees it; if it sees none, matrices that are kept, and the output layer."""
-    if view is not None:
-        quantized = {view.linear(weight.tensor) for weight in division.weights}
-        placed = sorted(view.linears - quantized - ({HEAD} if copied_head else set()))
-        return [*placed, *_nowhere(division, view, checkpoint)]
-    names = {weight.name for weight in division.weights}
-    entry = checkpoint.entry
-    kept = [k.tensor for k in division.kept if len(entry(k.tensor).shape) == 2 and k.why != discover.EMBEDDING]
-    return sorted({*(name.removesuffix(".weight") for name in kept), HEAD} - names)
-
-
-def _nowhere(division: Division, view: ModelView, checkpoint: Checkpoint) -> list[str]:
-    """Matrices that are kept and that transformers passes over: engines make linears of them (``mtp.*``)."""
-    kept = [k.tensor for k in division.kept if k.tensor.endswith(".weight") and k.why != discover.EMBEDDING]
-    nowhere = (name for name in kept if view.shapes and view.places.get(name, name) not in view.shapes)
-    return [name.removesuffix(".weight") for name in nowhere if len(checkpoint.entry(name).shape) == 2]
-
-
-def loaded_by_us(division: Division, view: ModelView | None) -> tuple[str | None, str | None]:
-    """A weight that transformers cannot load from compressed-tensors, and one that it cannot if it is asymmetric.
-
-    That is the weight of a linear with a class of its own; an expert in a stack, or, if transformers stacks them
-    itself, one with a zero point or beside others that are not quantized (docs/formats/compressed-tensors.md).
-    """
-    special = [weight.name for weight in division.weights if weight.stacked or weight.transposed]
-    if special or view is None:
-        return next(iter(special), None), None
-    tensors = {weight.name: weight.tensor for weight in division.weights}
-    return view.needing_plugin(tensors, (kept.tensor for kept in division.kept))
-
-
 def _known(source: Source, recipe: Recipe) -> tuple[ModelView, Division, bool]:
     """The linears of a decoder like Llama's."""
     assert source.decoder is not None
     outline = Outline.of(source.decoder)
     source.checkpoint.require_complete(outline)
     view = ModelView.of_outline(outline, source.checkpoint)
-    reasons = {kept.tensor: kept.why for kept in _by_rules(source.checkpoint).kept}
+    reasons = {kept.tensor: kept.why for kept in by_rules(source.checkpoint).kept}
     names = source.checkpoint.names
     division = outline.division(recipe.quantize_lm_head, names, lambda name: reasons.get(name, OTHER))
     return view, division, recipe.quantize_lm_head and outline.tied
@@ -159,7 +125,7 @@ def _known(source: Source, recipe: Recipe) -> tuple[ModelView, Division, bool]:
 
 def _discovered(checkpoint: Checkpoint, recipe: Recipe) -> tuple[ModelView | None, Division, bool]:
     """The linears of an architecture that nobody has described."""
-    view, division = ModelView.of(checkpoint), _by_rules(checkpoint)
+    view, division = ModelView.of(checkpoint), by_rules(checkpoint)
     if not recipe.quantize_lm_head:
         return view, division, False
     head = discover.head(checkpoint.names)
@@ -190,9 +156,3 @@ def _why_nothing(division: Division, checkpoint: Checkpoint) -> str:
     elif reasons and reasons.keys() <= {discover.EMPTY, discover.UNNAMED}:
         remedy = "none of them can be the weight of a linear"
     return "\n".join([f"all of its {len(matrices)} matrices are kept as they are", *lines, remedy])
-
-
-def _by_rules(checkpoint: Checkpoint) -> Division:
-    entries = {name: checkpoint.entry(name) for name in checkpoint.names}
-    floating = [name for name, entry in entries.items() if entry.dtype.is_floating_point]
-    return discover.discover({name: entry.shape for name, entry in entries.items()}, floating, checkpoint.config)

@@ -10,18 +10,23 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Family, Topology
 from bitwright.core.format import Foreseen
 from bitwright.core.progress import Listener
 from bitwright.core.scheme import Allocation
 from bitwright.core.training import Training
-from bitwright.core.weight import Weight
+from bitwright.core.weight import Division, Weight
+from bitwright.model import discover
+from bitwright.model.view import ModelView
 from bitwright.prepare.question import Question
 from bitwright.stream.memory import Budget
 from bitwright.stream.parts import Driver, PartWriter
 from bitwright.stream.ranks import Ranks
 from bitwright.stream.run_plan import RunPlan
 from bitwright.stream.worker_pool import WorkerPool
+
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,9 @@ class Inventory:
     its weight with the embedding gets a weight of its own.
 
     ``family`` is what formats ask about an architecture whose activations are quantized, None if it is not known;
-    ``topology`` is that of a block with the most sites, None if blocks were not looked into. ``special`` is the first weight that transformers can load only with our plugin, whatever its codes are, such as a
-    stack of experts. ``merged`` is the first expert that transformers stacks itself: without our plugin it loads such a
+    ``topology`` is that of a block with the most sites, None if blocks were not looked into. ``special`` is the
+    first weight that transformers can load only with our plugin, whatever its codes are, such as a stack of
+    experts. ``merged`` is the first expert that transformers stacks itself: without our plugin it loads such a
     weight only if it is symmetric. Each is None if there is no such weight.
     """
 
@@ -89,6 +95,38 @@ class Inventory:
         linears = {weight.name: weight.shape for weight in self.weights}
         passed = [name for name in names if name.removesuffix(".weight") not in linears]
         return Foreseen(linears, passed, allocation.default.weight, allocation.default.tile)
+
+
+def kept_linears(division: Division, view: ModelView | None, checkpoint: Checkpoint, copied_head: bool) -> list[str]:
+    """Linears of the model as transformers sees it; if it sees none, matrices that are kept, and the output layer."""
+    if view is not None:
+        quantized = {view.linear(weight.tensor) for weight in division.weights}
+        placed = sorted(view.linears - quantized - ({HEAD} if copied_head else set()))
+        return [*placed, *_nowhere(division, view, checkpoint)]
+    names = {weight.name for weight in division.weights}
+    entry = checkpoint.entry
+    kept = [k.tensor for k in division.kept if len(entry(k.tensor).shape) == 2 and k.why != discover.EMBEDDING]
+    return sorted({*(name.removesuffix(".weight") for name in kept), HEAD} - names)
+
+
+def _nowhere(division: Division, view: ModelView, checkpoint: Checkpoint) -> list[str]:
+    """Matrices that are kept and that transformers passes over: engines make linears of them (``mtp.*``)."""
+    kept = [k.tensor for k in division.kept if k.tensor.endswith(".weight") and k.why != discover.EMBEDDING]
+    nowhere = (name for name in kept if view.shapes and view.places.get(name, name) not in view.shapes)
+    return [name.removesuffix(".weight") for name in nowhere if len(checkpoint.entry(name).shape) == 2]
+
+
+def loaded_by_us(division: Division, view: ModelView | None) -> tuple[str | None, str | None]:
+    """A weight that transformers cannot load from compressed-tensors, and one that it cannot if it is asymmetric.
+
+    That is the weight of a linear with a class of its own; an expert in a stack, or, if transformers stacks them
+    itself, one with a zero point or beside others that are not quantized (docs/formats/compressed-tensors.md).
+    """
+    special = [weight.name for weight in division.weights if weight.stacked or weight.transposed]
+    if special or view is None:
+        return next(iter(special), None), None
+    tensors = {weight.name: weight.tensor for weight in division.weights}
+    return view.needing_plugin(tensors, (kept.tensor for kept in division.kept))
 
 
 class Way(Protocol):

@@ -57,7 +57,7 @@ def _consume(parameters: Parameters, side: Side, scale: Tensor, shift: Tensor | 
 
 
 def spread(values: Float[Tensor, " C"], side: Side, none: float = 1.0) -> Tensor:
-    """Spread the values of a site's free channels over the channels of a side; a channel that has none gets ``none``."""
+    """Spread the values of a site's free channels over the channels of a side; one without gets ``none``."""
     if side.index is None:
         return values
     index = torch.tensor(side.index, device=values.device)

@@ -83,7 +83,12 @@ class BlockDriver:
         listener(Progress("quantize", len(units), len(units), "all blocks", peak_memory()))
 
     def _reach(
-        self, anatomy: BlockAnatomy, stream: Stream, run: "_Run", units: Mapping[str, BlockAnatomy], files: Mapping[str, str]
+        self,
+        anatomy: BlockAnatomy,
+        stream: Stream,
+        run: "_Run",
+        units: Mapping[str, BlockAnatomy],
+        files: Mapping[str, str],
     ) -> None:
         """Go through blocks that the model calls once more before it comes to this one."""
         while stream.name != anatomy.path:
@@ -110,7 +115,9 @@ class _Run:
     def within(self, block: Block) -> Allocation:
         """The schemes of a block's linears by their names in it: each expert has that of its stack."""
         allocation = self.plan.allocation
-        schemes = {name: allocation.of(block.path(self.subject.weight_of(block, name))) for name in block.topology.linears}
+        schemes = {
+            name: allocation.of(block.path(self.subject.weight_of(block, name))) for name in block.topology.linears
+        }
         return Allocation(allocation.default, schemes)
 
     def replay(self, block: Block, anatomy: BlockAnatomy, file: str, stream: Stream) -> None:

@@ -90,8 +90,8 @@ def call_of(block: Block, module: str, tensors: Mapping[str, Tensor], call: Call
 
 
 def placed(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors where the block is."""
-    return {name: tensor.to(block.device) for name, tensor in tensors.items()}
+    """Tensors where the block is, in the dtype that it computes in."""
+    return {name: tensor.to(block.device, block.dtype) for name, tensor in tensors.items()}
 
 
 def segments(result: Any, calls: Sequence[Call]) -> list[Tensor]:
@@ -155,7 +155,7 @@ def _before(block: Block, reading: _Reading, factor: Factor, x: Tensor) -> Tenso
 def _after(block: Block, reading: _Reading, factor: Factor, x: Tensor, y: Tensor) -> None:
     for index in _indices(reading, factor):
         apart = factor.index is None and index is not None
-        own_x, own_y = (x[index], y[index]) if apart else (x, y)  # type: ignore[index]
+        own_x, own_y = (x[index], y[index]) if apart else (x, y)
         for linear, place, start in reading[factor.parameter]:
             if place.index == index:
                 rows = slice(start, start + len(range(*place.rows)))
@@ -167,5 +167,3 @@ def _indices(reading: _Reading, factor: Factor) -> list[int | None]:
     if factor.index is not None:
         return [factor.index] if any(place.index == factor.index for _, place, _ in reading[factor.parameter]) else []
     return list(dict.fromkeys(place.index for _, place, _ in reading[factor.parameter]))
-
-

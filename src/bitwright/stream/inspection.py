@@ -119,7 +119,7 @@ class LinearInspection:
         tokens: int,
     ) -> None:
         self.place, self.grid = block.device, scheme.activations
-        self.full = {name: parameters[f"{name}.weight"].to(self.place) for name in linears}
+        self.full = {name: parameters[f"{name}.weight"].to(self.place, block.dtype) for name in linears}
         self.biases = {name: parameters[f"{name}.bias"] for name in linears if f"{name}.bias" in parameters}
         self.read: list[tuple[str, Tensor]] = []
         with tapping(block, self):

@@ -1,6 +1,7 @@
 """Second moments of linears' inputs on both streams, for closed forms of the range and the rounding."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -45,11 +46,8 @@ def _inputs(
 ) -> dict[str, Tensor]:
     """What each linear reads of some segments, [N, I] in float32; the block runs only as far as it must."""
     reader = _Reader(linears)
-    with tapping(block, reader):
-        try:
-            run(block, tensors, inputs.call(rows, block))
-        except Reached:
-            pass
+    with tapping(block, reader), suppress(Reached):
+        run(block, tensors, inputs.call(rows, block))
     return {name: torch.cat(parts) for name, parts in reader.read.items()}
 
 

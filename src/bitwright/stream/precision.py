@@ -6,7 +6,7 @@ are rounded to the short dtype. This is torch's autocast with two additions. Wei
 torch's fused attention for CPUs takes twice as long.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any

@@ -20,7 +20,7 @@ from bitwright.methods import adadim
 from bitwright.methods.adadim import AdaDimSettings
 from bitwright.steps.apply import parameters_of
 from bitwright.steps.trial import rounded
-from bitwright.stream.activations import Stream
+from bitwright.stream.activations import Activations
 
 SCHEME = "W3A16g16"
 OC, IC = Tile(1, 16), Tile(16, 1)
@@ -33,11 +33,11 @@ def add_outliers(block: Block) -> None:
         assert isinstance(norm.weight, torch.Tensor)
         norm.weight[[3, 40]] *= 64
         for name in ("q", "k", "v"):
-            block.linear(f"self_attn.{name}_proj").weight[:, [3, 40]] /= 64
+            block.weight(f"self_attn.{name}_proj")[:, [3, 40]] /= 64
 
 
-def decided(block: Block, stream: Stream, axis: str = "auto") -> tuple[BlockDecisions, Context[AdaDimSettings]]:
-    context = context_of(block, stream, SCHEME, AdaDimSettings(axis=axis))
+def decided(block: Block, inputs: Activations, axis: str = "auto") -> tuple[BlockDecisions, Context[AdaDimSettings]]:
+    context = context_of(block, inputs, SCHEME, AdaDimSettings(axis=axis))
     return adadim.METHOD.decide(block, context, BlockDecisions()), context
 
 
@@ -47,7 +47,9 @@ def errors(block: Block, context: Context[AdaDimSettings], decisions: BlockDecis
     found, parameters = {}, parameters_of(block, BlockDecisions())
     for group in block.topology.groups:
         weights = rounded(parameters, group.linears, context, decisions)
-        found[group.enclosing] = context.data.inspect(group.enclosing, BlockDecisions(), 2**15).error(weights)
+        found[group.enclosing] = context.data.inspect(group.linears, group.enclosing, BlockDecisions(), 2**15).error(
+            weights
+        )
     return found
 
 

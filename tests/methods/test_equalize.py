@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import Checkpoints, changed, measured
-from tests.streamed import Streamed
+from tests.streamed import Streamed, outputs
 
 import bitwright
 from bitwright.core.block import Block
@@ -16,7 +16,6 @@ from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.settings import Settings
 from bitwright.methods import equalize
 from bitwright.steps.apply import fold
-from bitwright.stream.forward import forward_all
 
 CONTEXT = Context(Settings(), Allocation(Scheme.parse("W4A16")), torch.float32)
 
@@ -36,18 +35,15 @@ def test_nothing_stands_out(block: Block) -> None:
 
 def test_channels_that_stand_out(streamed: Streamed, block: Block) -> None:
     with torch.no_grad():
-        plant(dict(block.module.named_parameters()))
+        plant(block.tensors)
     found = equalize.METHOD.decide(block, CONTEXT, BlockDecisions()).sites
     assert set(found) == {"norm->gate,up", "up->down"}
     for name, channel, size in (("norm->gate,up", 3, 64), ("up->down", 5, 32)):
         scale = found[name].scale
         assert scale[channel] in (size / 2, size, size * 2)
         assert scale.sum() == scale[channel] + len(scale) - 1, "the others have none"
-    folded = fold(
-        dict(block.module.named_parameters()), block.topology, BlockDecisions(found), CONTEXT.allocation, torch.float32
-    )
-    x, kwargs = streamed[1].activations.reference, streamed[1].kwargs_of(block)
-    after, before = forward_all(block, folded.full, x, kwargs), forward_all(block, {}, x, kwargs)
+    folded = fold(block.tensors, block.topology, BlockDecisions(found), CONTEXT.allocation, torch.float32)
+    after, before = (outputs(block, tensors, streamed[1].reference) for tensors in (folded.full, {}))
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     down = folded.full["mlp.down_proj.weight"].norm(dim=0)
     assert 0.3 < float(down[5] / down.median()) < 3

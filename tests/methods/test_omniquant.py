@@ -1,5 +1,6 @@
 """OmniQuant on tiny models: what it learns, that it heals, and that everything folds away."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import Checkpoints
 from tests.methods.conftest import divergence
-from tests.streamed import Streamed, configured, context_of
+from tests.streamed import Streamed, block_of, configured, context_of, outputs, subject_of
 from torch import Tensor
 
 import bitwright
@@ -19,12 +20,11 @@ from bitwright.core.errors import OutputError, RecipeError
 from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.training import Training
 from bitwright.methods import compose
-from bitwright.model.source import Source
 from bitwright.prepare import block_way
 from bitwright.steps.activations import quantized_activations
 from bitwright.steps.apply import fold
-from bitwright.stream.activations import Stream
-from bitwright.stream.forward import forward_all
+from bitwright.stream.activations import Activations
+from bitwright.stream.forward import outputs_of
 from bitwright.stream.train import Objective, Trainer, learnables_of
 from bitwright.written import finishing
 
@@ -32,21 +32,22 @@ UNTRAINED = ("rtn", "gptq", "smoothquant", "osplus", "awq")
 QUICK = Training(epochs=4, schedule="cosine")
 
 
-def trainer(block: Block, stream: Stream, scheme: str, methods: str, training: Training, **asked: object) -> Trainer:
+def trainer(
+    block: Block, inputs: Activations, scheme: str, methods: str, training: Training, **asked: object
+) -> Trainer:
     """Of methods with the paper's settings, but for those asked for."""
-    context = context_of(block, stream, scheme, training)
+    context = context_of(block, inputs, scheme, training)
     learnables = learnables_of(configured(methods, "paper", **asked), block, context, BlockDecisions())
-    target = forward_all(block, {}, stream.activations.reference, stream.kwargs_of(block))
-    objective = Objective(stream.activations, target, None, stream.kwargs_of(block))
+    objective = Objective(inputs, list(outputs_of(block, {}, inputs.reference)), None)
     return Trainer(block, learnables, context, BlockDecisions(), objective)
 
 
 @pytest.mark.parametrize("methods", ["lwc", "pact", "lsq", "let", "let+lwc", "let+pact", "let+lsq"])
 @pytest.mark.parametrize("scheme", ["W2A16g32", "W3A16sym", "W4A4"])
 def test_training_improves_on_min_max(streamed: Streamed, methods: str, scheme: str) -> None:
-    skeleton, stream = streamed
-    with skeleton.block(0) as block:
-        training = trainer(block, stream, scheme, methods, QUICK)
+    subject, inputs = streamed
+    with block_of(subject, 0) as block:
+        training = trainer(block, inputs, scheme, methods, QUICK)
         zero = training.measure(BlockDecisions())
         found = training.measure(training.run())
     assert found <= zero  # a block is never worse than min-max on its own objective
@@ -56,9 +57,9 @@ def test_training_improves_on_min_max(streamed: Streamed, methods: str, scheme: 
 
 @pytest.mark.parametrize("rate", [1e-2, 3.0, 1e4])
 def test_never_worse_than_min_max_whatever_the_rate(streamed: Streamed, rate: float) -> None:
-    skeleton, stream = streamed
-    with skeleton.block(1) as block:
-        training = trainer(block, stream, "W2A16", "let+lwc", QUICK, lwc_lr=rate, let_lr=rate)
+    subject, inputs = streamed
+    with block_of(subject, 1) as block:
+        training = trainer(block, inputs, "W2A16", "let+lwc", QUICK, lwc_lr=rate, let_lr=rate)
         zero = training.measure(BlockDecisions())
         decided = training.run()
         assert training.measure(decided) <= zero
@@ -67,12 +68,12 @@ def test_never_worse_than_min_max_whatever_the_rate(streamed: Streamed, rate: fl
 
 
 def test_a_loss_that_is_not_finite_goes_back_and_slower(streamed: Streamed, monkeypatch: pytest.MonkeyPatch) -> None:
-    skeleton, stream = streamed
-    with skeleton.block(0) as block:
-        training = trainer(block, stream, "W3A16", "lwc", QUICK)
+    subject, inputs = streamed
+    with block_of(subject, 0) as block:
+        training = trainer(block, inputs, "W3A16", "lwc", QUICK)
         real, calls = Objective.loss, []
 
-        def breaks(self: Objective, outputs: Tensor, rows: Tensor | slice) -> Tensor:
+        def breaks(self: Objective, outputs: Tensor, rows: Sequence[int]) -> Tensor:
             loss = real(self, outputs, rows)
             calls.extend([rows] * outputs.requires_grad)
             return loss * float("nan") if outputs.requires_grad and len(calls) == 12 else loss
@@ -89,32 +90,30 @@ def test_a_loss_that_is_not_finite_goes_back_and_slower(streamed: Streamed, monk
 @pytest.mark.parametrize("scheme", ["W3A16g32", "W4A4", "W4A4KV16", "W4A16KV4"])
 def test_training_output_is_the_folded_output(streamed: Streamed, methods: str, scheme: str) -> None:
     """What training saw is what is written: nothing of the learned parameters is needed afterwards."""
-    skeleton, stream = streamed
-    with skeleton.block(0) as block:
-        training = trainer(block, stream, scheme, methods, QUICK)
+    subject, inputs = streamed
+    with block_of(subject, 0) as block:
+        training = trainer(block, inputs, scheme, methods, QUICK)
         training.run()
-        inputs, kwargs = stream.activations.quantized, stream.kwargs_of(block)
         with torch.no_grad():
             trained = training.substituted()
         folded = fold(
             training.base, block.topology, training.decisions(), Allocation(Scheme.parse(scheme)), torch.float32
         )
         with quantized_activations(block, Scheme.parse(scheme)):
-            during, after = (forward_all(block, p, inputs, kwargs) for p in (trained, folded.written()))
-        assert set(folded.written()) <= set(dict(block.module.named_parameters()))
+            during, after = (outputs(block, p, inputs.quantized) for p in (trained, folded.written()))
+        assert set(folded.written()) <= set(block.tensors)
     difference = (during - after).norm() / during.norm()
     assert difference < (5e-3 if "A4" in scheme else 1e-5)  # a code of an activation may fall to the other side
 
 
 def test_scales_alone_leave_the_full_precision_block_alone(streamed: Streamed) -> None:
-    skeleton, stream = streamed
-    with skeleton.block(0) as block:
-        training = trainer(block, stream, "W4A4", "let", QUICK, sites="all")
+    subject, inputs = streamed
+    with block_of(subject, 0) as block:
+        training = trainer(block, inputs, "W4A4", "let", QUICK, sites="all")
         training.run()
         decided = training.decisions()
         full = fold(training.base, block.topology, decided, Allocation(Scheme.parse("W4A4")), torch.float32).full
-        inputs, kwargs = stream.activations.reference, stream.kwargs_of(block)
-        before, after = forward_all(block, {}, inputs, kwargs), forward_all(block, full, inputs, kwargs)
+        before, after = (outputs(block, tensors, inputs.reference) for tensors in ({}, full))
     assert set(decided.sites) == {"norm->qkv", "q.k", "v->o", "norm->gate,up", "up->down"}
     assert any((decision.scale - 1).abs().max() > 0.1 for decision in decided.sites.values())
     torch.testing.assert_close(after, before, rtol=2e-4, atol=2e-4)
@@ -163,7 +162,7 @@ def test_what_has_no_closed_form_cannot_be_refined(recipe: bitwright.Recipe) -> 
 
 
 def test_let_is_left_out_where_it_cannot_help(tiny: Checkpoints) -> None:
-    topology = Source.open(tiny()).described()[0].topology
+    topology = subject_of(tiny()).anatomy.blocks[0].topology
 
     def fitted(methods: str, scheme: str, topology: Topology | None = topology, **asked: str) -> tuple[str, str | None]:
         found, note = compose(methods).fitted(Scheme.parse(scheme), topology, asked)
@@ -179,16 +178,16 @@ def test_let_is_left_out_where_it_cannot_help(tiny: Checkpoints) -> None:
     assert fitted("omniquant", "W4A4") == fitted("omniquant", "W4A16KV4") == ("let+lwc", None)
     assert fitted("lwc", "W3A16") == ("lwc", None)
     assert fitted("omniquant", "W3A16g32", None) == ("let+lwc", None)
-    shifts = Source.open(tiny(attention_bias=True)).described()[0].topology
+    shifts = subject_of(tiny(attention_bias=True)).anatomy.blocks[0].topology
     assert fitted("omniquant", "W3A16g32", shifts) == ("let+lwc", None)
 
 
 @pytest.mark.parametrize("after_let", ["pact", "lsq"])
 def test_thresholds_start_on_the_weights_that_let_starts_with(streamed: Streamed, after_let: str) -> None:
     """Before any step, LET with thresholds is LET with min-max."""
-    skeleton, stream = streamed
-    with skeleton.block(0) as block:
-        alone, both = (trainer(block, stream, "W4A4", text, QUICK) for text in ("let", f"let+{after_let}"))
+    subject, inputs = streamed
+    with block_of(subject, 0) as block:
+        alone, both = (trainer(block, inputs, "W4A4", text, QUICK) for text in ("let", f"let+{after_let}"))
         start = alone.measure(alone.decisions())
         assert both.measure(both.decisions()) == pytest.approx(start, rel=0.05)
         assert start < 0.98 * alone.measure(BlockDecisions()) or start > 1.02 * alone.measure(BlockDecisions())

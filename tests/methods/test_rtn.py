@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from bitwright.core.block import Block, LinearGroup, Topology
+from bitwright.core.block import Block, Layout, LinearGroup, Topology
 from bitwright.core.decisions import BlockDecisions, LinearDecision
 from bitwright.core.grid import Grid, Tile
 from bitwright.core.method import WeightContext
@@ -21,7 +21,8 @@ def block() -> Block:
     modules = nn.ModuleDict({name: nn.Linear(4, 2, bias=False) for name in ("a", "b", "other")})
     for name in ("a", "b"):
         modules.get_submodule(name).weight = nn.Parameter(WEIGHT * (1 if name == "a" else 2))
-    return Block(0, "", modules, Topology((LinearGroup(("a",), "a"), LinearGroup(("b",), "b"))))
+    topology = Topology((LinearGroup(("a",), "a"), LinearGroup(("b",), "b")))
+    return Block(0, "", modules, topology, Layout({name: name for name, _ in modules.named_parameters()}))
 
 
 def test_it_decides_no_more_than_what_undecided_weights_get() -> None:
@@ -30,9 +31,7 @@ def test_it_decides_no_more_than_what_undecided_weights_get() -> None:
 
 
 def test_ranges_are_the_smallest_and_the_largest_weight_of_each_tile() -> None:
-    found = fold(
-        dict(block().module.named_parameters()), block().topology, BlockDecisions(), Allocation(CONTEXT.scheme), DTYPE
-    )
+    found = fold(block().tensors, block().topology, BlockDecisions(), Allocation(CONTEXT.scheme), DTYPE)
     steps = torch.tensor([[3.0, 4.0], [6.0, 8.0]]) / 15  # a range reaches zero
     assert set(found.linears) == {"a", "b"}
     torch.testing.assert_close(found.linears["a"].scale, steps)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.conftest import Checkpoints
 from tests.methods.conftest import divergence
-from tests.streamed import Streamed, context_of
+from tests.streamed import Streamed, context_of, outputs, read_by
 
 import bitwright
 from bitwright.core.block import Block
@@ -20,8 +20,7 @@ from bitwright.methods.osplus import OSPlusSettings
 from bitwright.methods.smoothquant import SmoothQuantSettings
 from bitwright.steps.apply import fold, parameters_of
 from bitwright.steps.trial import Trial
-from bitwright.stream.activations import Stream
-from bitwright.stream.forward import call_of, forward_all
+from bitwright.stream.activations import Activations
 
 ALL = {"norm->qkv", "v->o", "norm->gate,up", "up->down"}
 
@@ -36,9 +35,8 @@ def block(block: Block) -> Block:
     return block
 
 
-def inputs_of(block: Block, stream: Stream, linear: str) -> torch.Tensor:
-    x, _ = call_of(block, linear, {}, stream.activations.reference, stream.kwargs_of(block))
-    return x.flatten(0, 1)
+def inputs_of(block: Block, inputs: Activations, linear: str) -> torch.Tensor:
+    return read_by(block, [linear], inputs.reference)[linear]
 
 
 def test_smoothquants_scale_is_the_papers(streamed: Streamed, block: Block) -> None:
@@ -70,9 +68,8 @@ def test_the_full_precision_block_stays_what_it_was(method: Closed[Any], streame
     context = context_of(block, streamed[1], "W4A4", settings)
     found = method.decide(block, context, BlockDecisions())
     assert any((site.scale - 1).abs().max() > 0.1 for site in found.sites.values())
-    folded = fold(dict(block.module.named_parameters()), block.topology, found, context.allocation, torch.float32)
-    inputs, kwargs = streamed[1].activations.reference, streamed[1].kwargs_of(block)
-    after, before = forward_all(block, folded.full, inputs, kwargs), forward_all(block, {}, inputs, kwargs)
+    folded = fold(block.tensors, block.topology, found, context.allocation, torch.float32)
+    after, before = (outputs(block, tensors, streamed[1].reference) for tensors in (folded.full, {}))
     assert (after - before).norm() < 1e-5 * before.norm()  # float32: single values near zero may be further off
 
 

@@ -1,25 +1,12 @@
-"""The tiny model as the stream sees it, and as transformers does."""
-
-from collections.abc import Callable
+"""Calibration data for the tiny model."""
 
 import pytest
 import torch
-from tests.streamed import block, skeleton_of, streamed
-
-from bitwright.stream.skeleton import Skeleton
+from tests.streamed import block, streamed
 
 SEQUENCES, LENGTH = 6, 20
 
 __all__ = ["block", "streamed"]  # fixtures
-
-SkeletonOf = Callable[..., Skeleton]
-
-
-@pytest.fixture
-def skeleton() -> SkeletonOf:
-    """``skeleton(folder, dtype=torch.float32)``"""
-
-    return skeleton_of
 
 
 @pytest.fixture

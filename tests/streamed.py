@@ -23,6 +23,7 @@ from bitwright.model.config import text_config_of
 from bitwright.model.skeleton import Skeleton
 from bitwright.model.source import Source
 from bitwright.steps.outliers import bounds_of
+from bitwright.stream import memory
 from bitwright.stream.activations import Activations, enter
 from bitwright.stream.block_data import StreamedBlock
 from bitwright.stream.forward import Inputs, outputs_of
@@ -50,6 +51,12 @@ def block_of(subject: Subject, index: int) -> AbstractContextManager[Block]:
 def outputs(block: Block, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
     """The hidden states that a block makes of all segments with some of its tensors replaced, [N, T, D]."""
     return torch.cat(list(outputs_of(block, tensors, inputs)))
+
+
+def set_tokens_per_pass(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Let segments of at most so many tokens run through a block at once."""
+    monkeypatch.setattr(Inputs.batches, "__defaults__", (None, tokens))
+    monkeypatch.setattr(memory, "TOKENS_PER_PASS", tokens)
 
 
 def read_by(block: Block, linears: Sequence[str], inputs: Inputs) -> dict[str, Tensor]:

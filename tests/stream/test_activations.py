@@ -1,24 +1,23 @@
 """The two streams against transformers' own hidden states, and the errors against their definition."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.conftest import Checkpoints, loaded
-from tests.stream.conftest import SkeletonOf
-from torch import Tensor
+from tests.streamed import block_of, read_by, set_tokens_per_pass, subject_of
+from torch import Tensor, nn
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, SiteDecision
 from bitwright.core.scheme import Allocation, Scheme
+from bitwright.model.walk import Walk
 from bitwright.steps.activations import GRIDS
 from bitwright.steps.apply import Folded, fold
-from bitwright.stream import forward
-from bitwright.stream.activations import Activations, Stream, StreamErrors, advance, enter, replay, statistics
-from bitwright.stream.forward import forward_all
+from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay, statistics
+from bitwright.stream.forward import Inputs
 
 SCHEME = Scheme.parse("W3A16g32")
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -32,14 +31,27 @@ def disturbed(block: Block, names: tuple[str, ...] = LINEARS, by: float = 0.05) 
 
 
 def folded(block: Block, decisions: BlockDecisions | None = None, scheme: Scheme = SCHEME) -> Folded:
-    parameters = dict(block.module.named_parameters())
-    return fold(parameters, block.topology, decisions or BlockDecisions(), Allocation(scheme), torch.float32)
+    return fold(block.tensors, block.topology, decisions or BlockDecisions(), Allocation(scheme), torch.float32)
 
 
-def step(block: Block, weights: Mapping[str, Tensor], stream: Stream) -> tuple[Stream, StreamErrors]:
+def step(block: Block, weights: Mapping[str, Tensor], stream: Stream) -> StreamErrors:
     """``advance`` with these weights written in place of some, and the block's own in place of the others."""
     written = {f"{name}.weight": weights.get(name, block.weight(name)) for name in block.topology.linears}
     return advance(block, folded(block), written, SCHEME, stream)
+
+
+def hidden(inputs: Inputs) -> Tensor:
+    """The hidden states in front of a block, or of the output layer, [N, T, D]."""
+    return torch.cat([call.hidden for call in inputs.calls])
+
+
+def hidden_states(model: nn.Module, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Transformers' hidden states in front of each block and of the output layer, and those behind the last block."""
+    last: list[Tensor] = []
+    hook = model.get_submodule("model.norm").register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    states = model(tokens, output_hidden_states=True).hidden_states
+    hook.remove()
+    return list(states), last[0]
 
 
 def relative(one: Tensor, other: Tensor) -> float:
@@ -58,60 +70,48 @@ def folder(request: pytest.FixtureRequest, tiny: Checkpoints) -> Path:
 
 
 @torch.no_grad()
-def test_the_reference_stream_is_transformers_own(folder: Path, skeleton: SkeletonOf, tokens: Tensor) -> None:
-    made = skeleton(folder)
-    model = loaded(folder)
-    final: list[Tensor] = []
-    model.get_submodule("model.norm").register_forward_pre_hook(lambda _, args: final.append(args[0]))
-    hidden = model(tokens, output_hidden_states=True).hidden_states
-    stream = enter(made, tokens)
-    assert torch.equal(stream.activations.reference, hidden[0])
-    assert torch.equal(stream.activations.quantized, hidden[0])
-    for index in range(2):
-        with made.block(index) as block:
-            stream, _ = step(block, disturbed(block), stream)
-        # The last of transformers' hidden states has been through the final norm; what went into it is the block's.
-        want = hidden[1] if index == 0 else final[0]
-        torch.testing.assert_close(stream.activations.reference, want, rtol=1e-4, atol=1e-5)
-    with made.head() as block:
-        logits = forward_all(block, {}, stream.activations.reference, stream.kwargs_of(block))
+def test_the_reference_stream_is_transformers_own(folder: Path, tokens: Tensor) -> None:
+    subject, model = subject_of(folder), loaded(folder)
+    states, _ = hidden_states(model, tokens)
+    with enter(subject.skeleton, tokens) as stream:
+        assert torch.equal(hidden(stream.inputs().reference), states[0])
+        assert torch.equal(hidden(stream.inputs().quantized), states[0])
+        for index in range(2):
+            assert stream.name == f"model.layers.{index}"
+            with block_of(subject, index) as block:
+                step(block, disturbed(block), stream)
+            torch.testing.assert_close(hidden(stream.inputs().reference), states[index + 1], rtol=1e-4, atol=1e-5)
+        assert stream.name == "lm_head"
+        with block_of(subject, 2) as head:
+            logits = head.module.get_submodule("lm_head")(hidden(stream.inputs().reference))
     torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_the_quantized_stream_is_that_of_a_model_with_the_other_weights(
-    folder: Path, skeleton: SkeletonOf, tokens: Tensor
-) -> None:
-    made = skeleton(folder)
-    model = loaded(folder)
-    stream, blocks = enter(made, tokens), model.get_submodule("model.layers")
-    final: list[Tensor] = []
-    model.get_submodule("model.norm").register_forward_pre_hook(lambda _, args: final.append(args[0]))
-    errors: list[StreamErrors] = []
-    for index, theirs in enumerate(blocks.children()):
-        with made.block(index) as block:
-            weights = disturbed(block)
-            before = {name: block.weight(name).clone() for name in block.topology.linears}
-            stream, of_block = step(block, weights, stream)
-            errors.append(of_block)
-            for name, weight in before.items():
-                assert torch.equal(block.weight(name), weight), "the block has its own weights again"
-        for name, weight in weights.items():
-            theirs.get_parameter(f"{name}.weight").copy_(weight)
-    model(tokens)
-    torch.testing.assert_close(stream.activations.quantized, final[0], rtol=1e-4, atol=1e-5)
-    last = relative(stream.activations.quantized, stream.activations.reference)
+def test_the_quantized_stream_is_that_of_a_model_with_the_other_weights(folder: Path, tokens: Tensor) -> None:
+    subject, model, errors = subject_of(folder), loaded(folder), list[StreamErrors]()
+    _, reference = hidden_states(model, tokens)
+    with enter(subject.skeleton, tokens) as stream:
+        for index in range(2):
+            with block_of(subject, index) as block:
+                weights = disturbed(block)
+                before = {name: block.weight(name).clone() for name in block.topology.linears}
+                errors.append(step(block, weights, stream))
+                for name, weight in before.items():
+                    assert torch.equal(block.weight(name), weight), "the block has its own weights again"
+            for name, weight in weights.items():
+                model.get_parameter(f"model.layers.{index}.{name}.weight").copy_(weight)
+        states, mine = hidden_states(model, tokens)
+        torch.testing.assert_close(hidden(stream.inputs().quantized), states[-1], rtol=1e-4, atol=1e-5)
+    last = relative(mine, reference)
     assert errors[-1].block == pytest.approx(last, rel=1e-4)
     assert 1e-5 < last < 1
 
 
 @torch.no_grad()
-def test_errors_of_linears_are_measured_on_the_reference_path(
-    folder: Path, skeleton: SkeletonOf, tokens: Tensor
-) -> None:
+def test_errors_of_linears_are_measured_on_the_reference_path(folder: Path, tokens: Tensor) -> None:
     """``|XW' - XWq'|^2 / |XW'|^2`` without biases, X what the original model gives the linear, earlier blocks too."""
-    made = skeleton(folder)
-    model = loaded(folder)
+    subject, model = subject_of(folder), loaded(folder)
     inputs: dict[str, Tensor] = {}
     for index in range(2):
         for name in LINEARS:
@@ -119,121 +119,84 @@ def test_errors_of_linears_are_measured_on_the_reference_path(
             key = f"{index}.{name}"
             linear.register_forward_pre_hook(lambda _, args, key=key: inputs.update({key: args[0].double()}))
     model(tokens)
-    stream = enter(made, tokens)
-    for index in range(2):
-        with made.block(index) as block:
-            weights = disturbed(block, by=0.2)
-            stream, errors = step(block, weights, stream)
-            assert set(errors.linears) == set(block.topology.linears) > set(LINEARS)
-            assert all(errors.linears[name] == 0 for name in set(block.topology.linears) - set(LINEARS))
-            for name, weight in weights.items():
-                x = inputs[f"{index}.{name}"]
-                want = relative(x @ weight.double().T, x @ block.weight(name).double().T)
-                assert errors.linears[name] == pytest.approx(want, rel=1e-4)
+    with enter(subject.skeleton, tokens) as stream:
+        for index in range(2):
+            with block_of(subject, index) as block:
+                weights = disturbed(block, by=0.2)
+                errors = step(block, weights, stream)
+                assert set(errors.linears) == set(block.topology.linears) > set(LINEARS)
+                assert all(errors.linears[name] == 0 for name in set(block.topology.linears) - set(LINEARS))
+                for name, weight in weights.items():
+                    x = inputs[f"{index}.{name}"]
+                    want = relative(x @ weight.double().T, x @ block.weight(name).double().T)
+                    assert errors.linears[name] == pytest.approx(want, rel=1e-4)
 
 
 @torch.no_grad()
-def test_no_change_is_no_error(tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor) -> None:
-    made = skeleton(tiny())
-    stream = enter(made, tokens)
-    with made.block(0) as block:
-        stream, errors = step(block, {}, stream)
-    assert errors.block == 0
-    assert set(errors.linears) == set(block.topology.linears)
-    assert set(errors.linears.values()) == {0.0}
-    assert torch.equal(stream.activations.reference, stream.activations.quantized)
+def test_no_change_is_no_error(tiny: Checkpoints, tokens: Tensor) -> None:
+    subject = subject_of(tiny())
+    with enter(subject.skeleton, tokens) as stream, block_of(subject, 0) as block:
+        errors = step(block, {}, stream)
+        assert errors.block == 0
+        assert set(errors.linears) == set(block.topology.linears)
+        assert set(errors.linears.values()) == {0.0}
+        assert torch.equal(hidden(stream.inputs().reference), hidden(stream.inputs().quantized))
 
 
 @torch.no_grad()
 def test_how_many_sequences_run_at_once_makes_no_difference(
-    tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoints, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = []
-    for at_once in (1, 2 * tokens.shape[1], 10_000):
-        monkeypatch.setattr(forward, "TOKENS_PER_PASS", at_once)
-        made = skeleton(tiny("float32"))
-        stream = enter(made, tokens)
-        with made.block(0) as block:
-            stream, errors = step(block, disturbed(block), stream)
-        results.append((stream.activations, errors))
-    for other, errors in results[1:]:
-        torch.testing.assert_close(other.reference, results[0][0].reference, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(other.quantized, results[0][0].quantized, rtol=1e-5, atol=1e-6)
-        assert errors.block == pytest.approx(results[0][1].block, rel=1e-5)
-        assert dict(errors.linears) == pytest.approx(dict(results[0][1].linears), rel=1e-5)
+    results, subject = list[tuple[Tensor, Tensor, StreamErrors]](), subject_of(tiny("float32"))
+    for most in (1, 2 * tokens.shape[1], 10_000):
+        set_tokens_per_pass(monkeypatch, most)
+        with enter(subject.skeleton, tokens) as stream, block_of(subject, 0) as block:
+            errors = step(block, disturbed(block), stream)
+            results.append((hidden(stream.inputs().reference), hidden(stream.inputs().quantized), errors))
+    for reference, quantized, errors in results[1:]:
+        torch.testing.assert_close(reference, results[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(quantized, results[0][1], rtol=1e-5, atol=1e-6)
+        assert errors.block == pytest.approx(results[0][2].block, rel=1e-5)
+        assert dict(errors.linears) == pytest.approx(dict(results[0][2].linears), rel=1e-5)
 
 
 @pytest.mark.parametrize("fails", ["reference", "quantized"])
 @torch.no_grad()
-def test_the_block_is_its_own_again_whatever_happened(
-    fails: str, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor
-) -> None:
-    made = skeleton(tiny())
-    stream = enter(made, tokens)
-    broken = replace(stream, activations=replace(stream.activations, **{fails: torch.zeros(1, 20, 3)}))
-    scheme = Scheme.parse("W4A8KV8")
-    with made.block(0) as block:
+def test_the_block_is_its_own_again_whatever_happened(fails: str, tiny: Checkpoints, tokens: Tensor) -> None:
+    subject, scheme = subject_of(tiny()), Scheme.parse("W4A8KV8")
+    with enter(subject.skeleton, tokens) as stream, block_of(subject, 0) as block:
+        walk: Walk = getattr(stream, fails)
+        walk.calls[:] = [call.with_hidden(torch.zeros(1, 20, 3)) for call in walk.calls]
         originals = dict(block.module.named_parameters())
-        attention = made.model.config._attn_implementation
-        found = folded(block, scheme=scheme)
+        attention = subject.skeleton.model.config._attn_implementation
+        before = folded(block, scheme=scheme)
         with pytest.raises(RuntimeError):
-            advance(block, found, found.written(), scheme, broken)
+            advance(block, before, before.written(), scheme, stream)
         assert all(parameter is originals[name] for name, parameter in block.module.named_parameters())
+        assert block.taps == []
         for module in block.module.modules():
             assert not module._forward_hooks and not module._forward_pre_hooks
             assert not hasattr(module, GRIDS)
-        assert made.model.config._attn_implementation == attention
+        assert subject.skeleton.model.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("scheme", ["W3A16g32", "W4A4", "W4A8KV4"])
 @torch.no_grad()
 def test_a_block_that_was_finished_before_is_passed_as_it_was_then(
-    scheme: str, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor
+    scheme: str, tiny: Checkpoints, tokens: Tensor
 ) -> None:
     """To the last bit, with a transform too: a run that is continued gives the same bytes."""
-    made, wanted = skeleton(tiny("float32")), Scheme.parse(scheme)
-    stream = enter(made, tokens)
-    for index in range(2):
-        with made.block(index) as block:
-            found = folded(block, scaled(block), wanted)
-            assert found.transformed and found.moved
-            after, errors = advance(block, found, found.written(), wanted, stream)
-            again = replay(block, found.written(), wanted, stream)
-        assert torch.equal(again.activations.reference, after.activations.reference)
-        assert torch.equal(again.activations.quantized, after.activations.quantized)
-        assert errors.block > 0
-        stream = after
-
-
-@pytest.mark.parametrize("scheme", ["W3A16g32", "W4A4"])
-@pytest.mark.parametrize("transformed", [False, True])
-@torch.no_grad()
-def test_streams_that_are_given_up_lend_their_memory(
-    scheme: str, transformed: bool, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor
-) -> None:
-    """But not where both are still one; and what comes out is the same to the last bit."""
-    made, wanted = skeleton(tiny("float32")), Scheme.parse(scheme)
-    first = enter(made, tokens)
-    with made.block(0) as block:
-        found = folded(block, scaled(block) if transformed else None, wanted)
-        stream, _ = advance(block, found, found.written(), wanted, first, in_place=True)
-        kept, _ = advance(block, found, found.written(), wanted, first)
-    with made.block(1) as block:
-        found = folded(block, scaled(block) if transformed else None, wanted)
-        want, errors = advance(block, found, found.written(), wanted, kept)
-        replayed = replay(block, found.written(), wanted, copied(stream), in_place=True)
-        after, same = advance(block, found, found.written(), wanted, stream, in_place=True)
-    assert same == errors
-    for name in ("reference", "quantized"):
-        before, now = getattr(stream.activations, name), getattr(after.activations, name)
-        assert now is before
-        assert torch.equal(now, getattr(want.activations, name))
-        assert torch.equal(now, getattr(replayed.activations, name))
-
-
-def copied(stream: Stream) -> Stream:
-    inputs = stream.activations
-    return replace(stream, activations=Activations(inputs.reference.clone(), inputs.quantized.clone()))
+    subject, wanted = subject_of(tiny("float32")), Scheme.parse(scheme)
+    with enter(subject.skeleton, tokens) as stream, enter(subject.skeleton, tokens) as again:
+        for index in range(2):
+            with block_of(subject, index) as block:
+                block_folded = folded(block, scaled(block), wanted)
+                assert block_folded.transformed and block_folded.moved
+                errors = advance(block, block_folded, block_folded.written(), wanted, stream)
+                replay(block, block_folded.written(), wanted, again)
+            assert errors.block > 0
+            assert torch.equal(hidden(again.inputs().reference), hidden(stream.inputs().reference))
+            assert torch.equal(hidden(again.inputs().quantized), hidden(stream.inputs().quantized))
 
 
 def scaled(block: Block) -> BlockDecisions:
@@ -244,51 +207,44 @@ def scaled(block: Block) -> BlockDecisions:
 
 
 @torch.no_grad()
-def test_a_transform_leaves_the_reference_stream_alone(folder: Path, skeleton: SkeletonOf, tokens: Tensor) -> None:
+def test_a_transform_leaves_the_reference_stream_alone(folder: Path, tokens: Tensor) -> None:
     """And the errors of the linears are those against the transformed weights, on the inputs they then have."""
-    made = skeleton(folder)
-    stream = enter(made, tokens)
-    with made.block(0) as block:
+    subject = subject_of(folder)
+    with (
+        enter(subject.skeleton, tokens) as stream,
+        enter(subject.skeleton, tokens) as plain,
+        block_of(subject, 0) as block,
+    ):
         site, decisions = block.topology.sites[0], scaled(block)
-        plain, _ = advance(block, folded(block), folded(block).written(), SCHEME, stream)
-        found = folded(block, decisions)
-        inputs: dict[str, Tensor] = {}
-        hooks = [
-            block.linear(side.module).register_forward_pre_hook(
-                lambda _, args, name=side.module: inputs.update({name: args[0].double()})
-            )
-            for side in site.consumers
-        ]
-        forward_all(block, {}, stream.activations.reference, stream.kwargs_of(block))
-        for hook in hooks:
-            hook.remove()
-        after, errors = advance(block, found, found.written(), SCHEME, stream)
-    assert torch.equal(after.activations.reference, plain.activations.reference)
+        inputs = read_by(block, [side.module for side in site.consumers], stream.inputs().reference)
+        block_folded = folded(block, decisions)
+        advance(block, folded(block), folded(block).written(), SCHEME, plain)
+        errors = advance(block, block_folded, block_folded.written(), SCHEME, stream)
+        assert torch.equal(hidden(stream.inputs().reference), hidden(plain.inputs().reference))
     scale = decisions.sites[site.name].scale.double()
-    assert inputs
+    assert len(inputs) == 3
     for name, x in inputs.items():
-        w, wq = found.full[f"{name}.weight"].double(), found.linears[name].dequantize().double()
+        w, wq = block_folded.full[f"{name}.weight"].double(), block_folded.linears[name].dequantize().double()
         want = relative((x / scale) @ wq.T, (x / scale) @ w.T)
         assert errors.linears[name] == pytest.approx(want, rel=1e-3)
 
 
 @torch.no_grad()
-def test_statistics_are_those_of_every_linears_input(folder: Path, skeleton: SkeletonOf, tokens: Tensor) -> None:
-    made, model = skeleton(folder), loaded(folder)
+def test_statistics_are_those_of_every_linears_input(folder: Path, tokens: Tensor) -> None:
+    subject, model = subject_of(folder), loaded(folder)
     inputs: dict[str, Tensor] = {}
-    stream = enter(made, tokens)
-    with made.block(0) as block:
+    with enter(subject.skeleton, tokens) as stream, block_of(subject, 0) as block:
         for name in block.topology.linears:
             model.get_submodule(block.path(name)).register_forward_pre_hook(
                 lambda _, args, name=name: inputs.update({name: args[0].flatten(0, -2)})
             )
-        hidden = model(tokens, output_hidden_states=True).hidden_states
-        found, outputs = statistics(block, stream)
-        assert not any(module._forward_pre_hooks for module in block.module.modules())
-    torch.testing.assert_close(outputs, hidden[1], rtol=1e-4, atol=1e-5)
-    assert set(found) == set(inputs) == set(block.topology.linears)
+        states, _ = hidden_states(model, tokens)
+        stats, made = statistics(block, stream.inputs().reference)
+        assert block.taps == []
+    torch.testing.assert_close(torch.cat(made), states[1], rtol=1e-4, atol=1e-5)
+    assert set(stats) == set(inputs) == set(block.topology.linears)
     for name, x in inputs.items():
-        assert found[name].tokens == tokens.numel()
-        torch.testing.assert_close(found[name].min, x.amin(0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found[name].max, x.amax(0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found[name].absmax, x.abs().amax(0), rtol=1e-4, atol=1e-5)
+        assert stats[name].tokens == tokens.numel()
+        torch.testing.assert_close(stats[name].min, x.amin(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stats[name].max, x.amax(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stats[name].absmax, x.abs().amax(0), rtol=1e-4, atol=1e-5)

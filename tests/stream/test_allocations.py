@@ -5,6 +5,7 @@ is not rounded.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +170,13 @@ def test_a_topology_of_some_linears(block: Block) -> None:
 @torch.no_grad()
 def test_weights_in_full_precision_have_no_say(block: Block) -> None:
     some = block.topology.only((Q, K))
-    changed = Block(block.index, block.name, block.module, some)
+    changed = replace(block, topology=some)
     site = site_of(some, "norm->qkv")
     before = of_weights(site, changed), equalized(site, changed, 4.0)
-    value = block.linear(V).weight.clone()
-    block.linear(V).weight[:, :5] *= 1000
+    value = block.weight(V).clone()
+    block.weight(V)[:, :5] *= 1000
     assert torch.equal(of_weights(site, changed), before[0])
     assert torch.equal(equalized(site, changed, 4.0), before[1])
     whole = site_of(block.topology, "norm->qkv")
     assert not torch.equal(of_weights(whole, block), before[0]), "if it is quantized it has"
-    block.linear(V).weight.copy_(value)
+    block.weight(V).copy_(value)

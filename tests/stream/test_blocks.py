@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import Checkpoints, loaded
-from tests.stream.conftest import SkeletonOf
+from tests.streamed import set_tokens_per_pass, subject_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,12 +25,11 @@ from bitwright.core.scheme import Allocation, Scheme
 from bitwright.core.settings import Settings
 from bitwright.core.training import Training
 from bitwright.methods import compose, rtn
-from bitwright.stream import forward, memory, moments
 from bitwright.stream.blocks import BlockDriver
 from bitwright.stream.memory import estimate
 from bitwright.stream.parts import Part, PartWriter, part_file
 from bitwright.stream.run_plan import RunPlan
-from bitwright.stream.skeleton import Skeleton
+from bitwright.stream.subject import Subject
 
 SCHEME = Scheme.parse("W3A16g32")
 RTN = Configured("rtn", rtn.METHOD)
@@ -85,7 +84,7 @@ def output(tmp_path: Path) -> NewOutput:
 
 
 def go(
-    skeleton: Skeleton,
+    subject: Subject,
     output: Output,
     tokens: Tensor | None,
     methods: Sequence[Configured] = (RTN,),
@@ -94,22 +93,20 @@ def go(
     training: Training | None = None,
 ) -> Output:
     allocation = Allocation(SCHEME, {} if with_head else {"lm_head": None})
-    plan = RunPlan(allocation, tuple(methods), skeleton.checkpoint.dtype_of_weights, training)
-    driver = BlockDriver(skeleton, plan, output.writer, tokens)
+    plan = RunPlan(allocation, tuple(methods), subject.skeleton.checkpoint.dtype_of_weights, training)
+    driver = BlockDriver(subject, plan, output.writer, tokens)
     files = {unit: part_file(number) for number, unit in enumerate(driver.units)}
     output.made |= {made.unit: made for made in driver.parts(files, output.finished, listener)}
     return output
 
 
-def in_memory(skeleton: Skeleton) -> set[str]:
-    return {name for name, parameter in skeleton.model.named_parameters() if not parameter.is_meta}
+def in_memory(subject: Subject) -> set[str]:
+    return {name for name, parameter in subject.skeleton.model.named_parameters() if not parameter.is_meta}
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_one_block_is_in_memory_at_a_time(
-    text: bool, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor, output: NewOutput
-) -> None:
-    made, seen = skeleton(tiny()), []
+def test_one_block_is_in_memory_at_a_time(text: bool, tiny: Checkpoints, tokens: Tensor, output: NewOutput) -> None:
+    made, seen = subject_of(tiny()), []
 
     def spy(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
         parts = {".".join(name.split(".")[:3]) for name in in_memory(made)}
@@ -127,9 +124,9 @@ def test_one_block_is_in_memory_at_a_time(
 
 
 def test_without_text_no_forward_pass_is_made(
-    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch, output: NewOutput
+    tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch, output: NewOutput
 ) -> None:
-    made = skeleton(tiny())
+    made = subject_of(tiny())
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a forward pass")
@@ -142,10 +139,8 @@ def test_without_text_no_forward_pass_is_made(
         assert all(row.output_error is None for row in result.report.linears)
 
 
-def test_text_changes_no_code_of_a_method_that_needs_none(
-    tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor, output: NewOutput
-) -> None:
-    made = skeleton(tiny())
+def test_text_changes_no_code_of_a_method_that_needs_none(tiny: Checkpoints, tokens: Tensor, output: NewOutput) -> None:
+    made = subject_of(tiny())
     without, with_text = go(made, output(), None, with_head=True), go(made, output(), tokens, with_head=True)
     assert without.order == with_text.order == ["model.layers.0", "model.layers.1", "lm_head"]
     for unit, result in without.units.items():
@@ -153,10 +148,8 @@ def test_text_changes_no_code_of_a_method_that_needs_none(
             assert torch.equal(q, with_text.units[unit].linears[name])
 
 
-def test_what_is_passed_through_is_what_the_checkpoint_stores(
-    tiny: Checkpoints, skeleton: SkeletonOf, output: NewOutput
-) -> None:
-    made, original = skeleton(tiny()), loaded(tiny(), torch.bfloat16)
+def test_what_is_passed_through_is_what_the_checkpoint_stores(tiny: Checkpoints, output: NewOutput) -> None:
+    made, original = subject_of(tiny()), loaded(tiny(), torch.bfloat16)
     sink = go(made, output(), None, with_head=True)
     for unit in ("model.layers.0", "model.layers.1"):
         passed = sink.units[unit].passed
@@ -168,13 +161,13 @@ def test_what_is_passed_through_is_what_the_checkpoint_stores(
 
 
 @torch.no_grad()
-def test_reports_are_true(tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor, output: NewOutput) -> None:
+def test_reports_are_true(tiny: Checkpoints, tokens: Tensor, output: NewOutput) -> None:
     """Against two models of transformers: the original, and one with the weights that were written.
 
     The output layer has no output errors: its outputs are the logits of every calibration token.
     """
     folder = tiny()
-    sink = go(skeleton(folder), output(), tokens, with_head=True)
+    sink = go(subject_of(folder), output(), tokens, with_head=True)
     original, quantized = loaded(folder), loaded(folder)
     for result in sink.units.values():
         for name, q in result.linears.items():
@@ -221,10 +214,8 @@ def error(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
-def test_a_run_goes_on_where_another_stopped(
-    done: int, tiny: Checkpoints, skeleton: SkeletonOf, tokens: Tensor, output: NewOutput
-) -> None:
-    made = skeleton(tiny())
+def test_a_run_goes_on_where_another_stopped(done: int, tiny: Checkpoints, tokens: Tensor, output: NewOutput) -> None:
+    made = subject_of(tiny())
     whole = go(made, output(), tokens, with_head=True)
     rest = go(made, Output(whole.writer.folder, whole.order[:done]), tokens, with_head=True)
     assert rest.order == whole.order[done:]
@@ -233,28 +224,26 @@ def test_a_run_goes_on_where_another_stopped(
 
 
 def test_finished_units_are_not_even_read_without_text(
-    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch, output: NewOutput
+    tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch, output: NewOutput
 ) -> None:
-    made = skeleton(tiny())
+    made = subject_of(tiny())
     whole = go(made, output(), None)
-    monkeypatch.setattr(made.checkpoint, "read", lambda *_: pytest.fail("a finished unit was read"))
+    monkeypatch.setattr(made.skeleton.checkpoint, "read", lambda *_: pytest.fail("a finished unit was read"))
     assert go(made, Output(whole.writer.folder, whole.order), None).order == []
 
 
-def test_fallbacks_reach_the_report(tiny: Checkpoints, skeleton: SkeletonOf, output: NewOutput) -> None:
+def test_fallbacks_reach_the_report(tiny: Checkpoints, output: NewOutput) -> None:
     def falls_back(block: Block, context: Context[Settings], decisions: BlockDecisions) -> BlockDecisions:
         return BlockDecisions(fallbacks=(f"{block.name}: something else was done",))
 
     method = Closed(summary="", settings=Settings, decides=frozenset({Decision.RANGE}), decide=falls_back)
-    sink = go(skeleton(tiny()), output(), None, [Configured("falling back", method)])
+    sink = go(subject_of(tiny()), output(), None, [Configured("falling back", method)])
     assert sink.units["model.layers.1"].report.fallbacks == ("model.layers.1: something else was done",)
 
 
-def test_progress_names_every_unit_and_comes_to_its_end(
-    tiny: Checkpoints, skeleton: SkeletonOf, output: NewOutput
-) -> None:
+def test_progress_names_every_unit_and_comes_to_its_end(tiny: Checkpoints, output: NewOutput) -> None:
     heard: list[Progress] = []
-    go(skeleton(tiny()), output(), None, with_head=True, listener=heard.append)
+    go(subject_of(tiny()), output(), None, with_head=True, listener=heard.append)
     assert [(p.done, p.total, p.unit) for p in heard[:3]] == [
         (0, 3, "model.layers.0"),
         (1, 3, "model.layers.1"),
@@ -277,11 +266,11 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_output_layer_needs_no_logits_of_all_tokens_at_once(
-    tiny: Checkpoints, skeleton: SkeletonOf, monkeypatch: pytest.MonkeyPatch, output: NewOutput
+    tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch, output: NewOutput
 ) -> None:
     tokens = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(forward, "TOKENS_PER_PASS", 256)
-    made = skeleton(tiny())
+    set_tokens_per_pass(monkeypatch, 256)
+    made = subject_of(tiny())
     with Largest() as largest:  # type: ignore[no-untyped-call] # torch's constructor has no types
         go(made, output(), tokens, with_head=True)
     assert largest.elements < tokens.numel() * 256 / 2
@@ -312,21 +301,19 @@ def test_the_budget_holds_the_activations(
     methods: str,
     aug_loss: bool,
     tiny: Checkpoints,
-    skeleton: SkeletonOf,
     monkeypatch: pytest.MonkeyPatch,
     output: NewOutput,
 ) -> None:
     """Two streams and the outputs of one pass, where something is trained too; one more with a second target."""
     tokens = torch.randint(0, 256, (128, 128), generator=torch.Generator().manual_seed(0))
-    for place in (forward, moments, memory):
-        monkeypatch.setattr(place, "TOKENS_PER_PASS", 256)
-    made = skeleton(tiny())
+    set_tokens_per_pass(monkeypatch, 256)
+    made = subject_of(tiny())
     learned = {"epochs": 1, "aug_loss": aug_loss} if methods != "rtn" else {}
     configuration = compose(methods).settled("bitwright", SCHEME, learned)
-    weights = sum(parameter.numel() * 4 for parameter in made.model.parameters())
+    weights = sum(parameter.numel() * 4 for parameter in made.skeleton.model.parameters())
     with Live() as live:  # type: ignore[no-untyped-call] # torch's constructor has no types
         go(made, output(), tokens, configuration.methods, training=configuration.training)
-    stream = tokens.numel() * made.model.config.hidden_size * 4
+    stream = tokens.numel() * made.skeleton.model.config.hidden_size * 4
     assert live.peak > 3 * stream > 5 * weights, "activations are what is measured here"
     wanted = estimate(made, tokens.numel(), 128 if methods != "rtn" else 0, aug_loss)
     assert live.peak < wanted.activations + wanted.block

@@ -1,9 +1,11 @@
 """Training steps in bfloat16: what is rounded, what is not, and that training still does what it is for."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from tests.conftest import Checkpoints
-from tests.streamed import Streamed, configured, context_of, skeleton_of
+from tests.streamed import Streamed, block_of, configured, context_of, subject_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,7 +14,7 @@ from bitwright.core.decisions import BlockDecisions
 from bitwright.core.training import Training
 from bitwright.stream import precision
 from bitwright.stream.activations import enter
-from bitwright.stream.forward import forward, forward_all
+from bitwright.stream.forward import forward, outputs_of
 from bitwright.stream.precision import causal_attention, running_dtype, written_out_attention
 from bitwright.stream.train import Objective, Trainer, learnables_of
 
@@ -20,13 +22,10 @@ SHORT = torch.bfloat16
 
 
 def trainer(block: Block, streamed: Streamed, scheme: str, methods: str, arithmetic: torch.dtype | None) -> Trainer:
-    stream = streamed[1]
-    context = context_of(block, stream, scheme, Training(epochs=4, schedule="cosine"))
+    inputs = streamed[1]
+    context = context_of(block, inputs, scheme, Training(epochs=4, schedule="cosine"))
     learnables = learnables_of(configured(methods, "paper"), block, context, BlockDecisions())
-    kwargs = stream.kwargs_of(block)
-    objective = Objective(
-        stream.activations, forward_all(block, {}, stream.activations.reference, kwargs), None, kwargs
-    )
+    objective = Objective(inputs, list(outputs_of(block, {}, inputs.reference)), None)
     return Trainer(block, learnables, context, BlockDecisions(), objective, arithmetic=arithmetic)
 
 
@@ -48,7 +47,7 @@ def test_masters_losses_and_gradients_are_float32(
     training, real = trainer(block, streamed, "W4A4", "let+lwc", SHORT), Objective.loss
     outputs, losses, gradients = list[torch.dtype](), list[torch.dtype](), list[torch.dtype]()
 
-    def loss(self: Objective, outputs: Tensor, rows: Tensor | slice) -> Tensor:
+    def loss(self: Objective, outputs: Tensor, rows: Sequence[int]) -> Tensor:
         computed = real(self, outputs, rows)
         losses.append(computed.dtype)
         return computed
@@ -61,7 +60,7 @@ def test_masters_losses_and_gradients_are_float32(
     leaves = [p for each in training.learnables for tensors, _ in each.groups.values() for p in tensors.values()]
     for leaf in leaves:
         leaf.register_post_accumulate_grad_hook(note_gradient)
-    hook = block.linear("mlp.down_proj").register_forward_hook(lambda _, args, y: outputs.append(y.dtype))
+    hook = block.module.get_submodule("mlp.down_proj").register_forward_hook(lambda _, args, y: outputs.append(y.dtype))
     training.run()
     hook.remove()
     assert set(outputs) == {SHORT, torch.float32}  # steps in the one, measuring in the other
@@ -82,15 +81,15 @@ def test_the_same_bytes_every_time(block: Block, streamed: Streamed) -> None:
 
 def test_a_block_that_is_held_in_another_dtype(tiny: Checkpoints) -> None:
     """As on a GPU: held in bfloat16, and trained in float32 where that is asked for."""
-    skeleton = skeleton_of(tiny(), SHORT)
-    stream = enter(skeleton, torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(5)))
-    with skeleton.block(0) as block:
+    subject = subject_of(tiny(), SHORT)
+    tokens = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(5))
+    with enter(subject.skeleton, tokens) as stream, block_of(subject, 0) as block:
         for asked, runs, linear in (
             (None, SHORT, SHORT),
             (torch.float32, torch.float32, torch.float32),
             (torch.float16, torch.float32, torch.float16),
         ):
-            training = trainer(block, (skeleton, stream), "W3A16g32", "lwc", asked)
+            training = trainer(block, (subject, stream.inputs()), "W3A16g32", "lwc", asked)
             made = training.substituted()
             assert made["input_layernorm.weight"].dtype == runs == training.running
             assert made["mlp.up_proj.weight"].dtype == linear
@@ -132,13 +131,12 @@ def test_attention_over_many_tokens_is_left_in_place(
 
     monkeypatch.setattr(precision, "MOST_SCORES", most)
     monkeypatch.setattr(precision, "causal_attention", counting)
-    config = streamed[0].model.config
-    before, stream = config._attn_implementation, streamed[1]
-    inputs, kwargs = stream.activations.quantized[:1], stream.kwargs_of(block)
+    config = streamed[0].skeleton.model.config
+    before, call = config._attn_implementation, streamed[1].quantized.call([0], block)
     with torch.no_grad():
-        wanted = forward(block, {}, inputs, kwargs)
+        wanted = forward(block, {}, call)
         with written_out_attention(block, SHORT), torch.autocast("cpu", SHORT):
-            found = forward(block, {}, inputs, kwargs)
+            found = forward(block, {}, call)
     assert config._attn_implementation == before
     assert len(calls) == (1 if most else 0)
     assert (found - wanted).norm() < 0.02 * wanted.norm()

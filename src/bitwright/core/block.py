@@ -29,6 +29,11 @@ class LinearGroup:
     enclosing: str
     stage: str = ""
 
+    @property
+    def routed(self) -> bool:
+        """Whether these are linears of one expert among others: some tokens reach it, and others do not."""
+        return "*" in self.stage
+
 
 @dataclass(frozen=True)
 class Side:

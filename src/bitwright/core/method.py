@@ -61,6 +61,10 @@ class Moments:
     tokens: int
 
 
+TOO_FEW = 32
+"""Fewer tokens than these say too little about an expert: it gets what needs no calibration data."""
+
+
 class Inspection(Protocol):
     """A module of the block (an attention, an MLP, a linear), run by itself on calibration tokens."""
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from bitwright.core.block import Block, Site
 from bitwright.core.decisions import BlockDecisions, Decision, LinearDecision, SiteDecision
-from bitwright.core.method import BlockData, Closed, Context
+from bitwright.core.method import TOO_FEW, BlockData, Closed, Context
 from bitwright.core.settings import Settings
 from bitwright.steps.apply import weights_of
-from bitwright.steps.migration import SMALLEST, of_inputs, scalable
+from bitwright.steps.migration import SMALLEST, measured, of_inputs, scalable
 from bitwright.steps.range_search import shrunk
 from bitwright.steps.trial import Trial, best
 
@@ -37,7 +37,9 @@ def decide(block: Block, context: Context[Settings], decisions: BlockDecisions) 
     """Decide scales site by site, then ranges. Without calibration data (the output layer), decide nothing."""
     if context.data is None:
         return decisions
-    for site in scalable(block):
+    sites, unmeasured = measured(scalable(block), context.data.stats)
+    decisions = replace(decisions, fallbacks=(*decisions.fallbacks, *unmeasured))
+    for site in sites:
         decisions = decisions.with_sites({site.name: _scale(block, site, context, context.data, decisions)})
     return _clip(block, context, context.data, decisions)
 
@@ -59,17 +61,21 @@ def _clip(block: Block, context: Context[Settings], data: BlockData, decisions: 
     multiplied = {side.module for site in block.topology.sites if not site.consumers for side in site.producers}
     weights = weights_of(block, decisions)
     decided: dict[str, LinearDecision] = {}
+    fallbacks = list[str]()
     for group in block.topology.groups:
         linears = [name for name in group.linears if name not in multiplied]
         if not linears:
             continue
-        hessian = data.moments(linears[0], decisions, drift=False).inputs
+        moments = data.moments(linears[0], decisions, drift=False)
+        if group.routed and moments.tokens < TOO_FEW:
+            fallbacks += [f"{name}: {moments.tokens} tokens reached it, its range stays min-max" for name in linears]
+            continue
         for name in linears:
             scheme = context.scheme(name)
             tile = decisions.tile(name, scheme)
-            low, high = shrunk(weights[name], SHARES, scheme.weight, tile, context.scale_dtype, hessian)
+            low, high = shrunk(weights[name], SHARES, scheme.weight, tile, context.scale_dtype, moments.inputs)
             decided[name] = replace(decisions.linear(name), low=low, high=high)
-    return decisions.with_linears(decided)
+    return replace(decisions, fallbacks=(*decisions.fallbacks, *fallbacks)).with_linears(decided)
 
 
 METHOD = Closed(

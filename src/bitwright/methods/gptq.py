@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision
-from bitwright.core.method import Closed, Context
+from bitwright.core.method import TOO_FEW, Closed, Context
 from bitwright.core.settings import setting
 from bitwright.methods._shared_settings import Drift, Refine
 from bitwright.steps.apply import weights_of
@@ -43,6 +43,9 @@ def decide(block: Block, context: Context[GPTQSettings], decisions: BlockDecisio
     settings, fallbacks, weights = context.settings, list[str](), weights_of(block, decisions)
     for group in block.topology.groups:
         moments = context.data.moments(group.linears[0], decisions, drift=settings.drift)
+        if group.routed and moments.tokens < TOO_FEW:
+            fallbacks += [f"{name}: {moments.tokens} tokens reached it, rounded to nearest" for name in group.linears]
+            continue
         curved = curvature(moments.inputs, damping=settings.damping, act_order=settings.act_order)
         decided = {}
         for name in group.linears:

@@ -27,7 +27,7 @@ from bitwright.core.method import Context, Learnable, Learned, Parameters, Unnee
 from bitwright.core.scheme import Scheme
 from bitwright.core.settings import setting
 from bitwright.methods._shared_settings import RATE, Migration, Sites
-from bitwright.steps.migration import LARGEST, SMALLEST, balanced, centred
+from bitwright.steps.migration import LARGEST, SMALLEST, balanced, centred, measured
 from bitwright.steps.transform import apply_site
 
 
@@ -44,6 +44,8 @@ class Transformation(Learnable):
     def __init__(self, block: Block, context: Context[LETSettings], decisions: BlockDecisions) -> None:
         """Start at the closed forms."""
         self.sites = chosen(block.topology.sites, context.settings.sites)
+        if context.data is not None:
+            self.sites = tuple(measured(self.sites, context.data.stats)[0])
         place = block.device
         starts = {site.name: _start(block, site, context) for site in self.sites}
         starts = {

@@ -13,7 +13,7 @@ Where we differ: thresholds fall geometrically, because outliers differ by facto
 searched with the earlier ones applied, on the quantized stream, over 8,192 tokens instead of one batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from bitwright.core.block import Block, Site
 from bitwright.core.decisions import BlockDecisions, Decision, SiteDecision
 from bitwright.core.method import Closed, Context
 from bitwright.methods._shared_settings import Sites
-from bitwright.steps.migration import LARGEST, SMALLEST, Stats, behind_norms, centred, of_inputs, scalable
+from bitwright.steps.migration import LARGEST, SMALLEST, Stats, behind_norms, centred, measured, of_inputs, scalable
 from bitwright.steps.trial import Trial, best
 
 THRESHOLDS, FURTHEST = 40, 1e-3
@@ -38,7 +38,10 @@ def decide(block: Block, context: Context[OSPlusSettings], decisions: BlockDecis
     """Decide shift and scale site by site. Without calibration data (the output layer), decide nothing."""
     if context.data is None:
         return decisions
-    for site in scalable(block) if context.settings.sites == "all" else behind_norms(block):
+    chosen = scalable(block) if context.settings.sites == "all" else behind_norms(block)
+    sites, unmeasured = measured(chosen, context.data.stats)
+    decisions = replace(decisions, fallbacks=(*decisions.fallbacks, *unmeasured))
+    for site in sites:
         candidates = _candidates(block, site, context.data.stats)
         trial = Trial(block, site, context, context.data, decisions)
         decisions = decisions.with_sites({site.name: best(trial, candidates)})

@@ -11,13 +11,13 @@ Where we differ: channels that must share a scale (the query heads of one key-va
 their scales.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, Decision, SiteDecision
 from bitwright.core.method import Closed, Context
 from bitwright.methods._shared_settings import Migration, Sites
-from bitwright.steps.migration import balanced, behind_norms, scalable
+from bitwright.steps.migration import balanced, behind_norms, measured, scalable
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def decide(block: Block, context: Context[SmoothQuantSettings], decisions: Block
     if context.data is None:
         return decisions
     stats, settings = context.data.stats, context.settings
-    sites = scalable(block) if settings.sites == "all" else behind_norms(block)
+    sites, unmeasured = measured(scalable(block) if settings.sites == "all" else behind_norms(block), stats)
+    decisions = replace(decisions, fallbacks=(*decisions.fallbacks, *unmeasured))
     place = block.device
     scales = {site.name: balanced(site, block, stats, settings.alpha).to(place) for site in sites}
     return decisions.with_sites({name: SiteDecision(scale) for name, scale in scales.items()})

@@ -5,13 +5,9 @@ linear is, and what it reads, is seen in one recorded call of each kind of block
 arithmetic (``sites.py``).
 """
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +16,7 @@ from bitwright.core.block import Layout, LinearGroup, Place, Topology
 from bitwright.core.errors import CheckpointError
 from bitwright.core.weight import Weight, starred
 from bitwright.model.calls import Call, UnlikeCallsError, hidden_of, joined, split
+from bitwright.model.class_code import weights_taken
 from bitwright.model.discover import ROUTER, SMALL, SMALLEST, UNNAMED, is_router
 from bitwright.model.recording import Product, Recording, record
 from bitwright.model.sites import find_sites
@@ -96,6 +93,29 @@ class _Kind:
     recording: Recording
     call: Call
     joins: bool
+    _taken: dict[str, frozenset[tuple[str, str]]] = field(default_factory=dict)
+
+    @cached_property
+    def orientations(self) -> dict[str, set[bool]]:
+        """Whether products read each parameter transposed; also by names without numbers, for unreached experts."""
+        used: dict[str, set[bool]] = {}
+        for product in self.recording.products:
+            factor = product.factor
+            for name in (factor.parameter, starred(f"{factor.parameter}.")):
+                used.setdefault(name, set()).add(factor.transposed)
+        return used
+
+    def orientation(self, parameter: str) -> set[bool] | None:
+        """The ways in which products read a parameter; None if none does."""
+        return self.orientations.get(parameter) or self.orientations.get(starred(f"{parameter}."))
+
+    def taken_from(self, parameter: str) -> str | None:
+        """The class whose code takes the weight of a linear, as kernels do that are not run here; None if none does."""
+        *path, leaf, end = ("", *parameter.split("."))
+        owner = ".".join(path).strip(".")
+        if owner not in self._taken:
+            self._taken[owner] = weights_taken(self.module.get_submodule(owner))
+        return type(self.module.get_submodule(owner)).__name__ if (leaf, end) in self._taken[owner] else None
 
 
 def _signature(module: nn.Module) -> object:
@@ -135,10 +155,10 @@ def _close(one: Tensor, other: Tensor) -> bool:
 def _block(sources: Sources, path: str, kind: _Kind, known: BlockAnatomy | None) -> BlockAnatomy:
     """The anatomy of a block; ``known`` is that of the first block of its kind, with the same sites."""
     name, layout, weights, kept = _laid_out(sources, path, kind)
+    if known is not None and known.layout == layout:
+        return replace(known, name=name, path=path, weights=weights, kept=kept)
     linears = [linear for weight in weights for linear in linears_of(weight, name)]
     groups = tuple(_groups(layout, kind.recording, linears))
-    if known is not None and known.topology.groups == groups and known.layout == layout:
-        return replace(known, name=name, path=path, weights=weights, kept=kept)
     sites = find_sites(kind.module, layout, groups, kind.call)
     return BlockAnatomy(name, path, Topology(groups, sites), layout, weights, kept, kind.joins)
 
@@ -197,16 +217,15 @@ def _examined(
 ) -> tuple[str | None, bool]:
     """Why a tensor is no linear, None if it is one; and whether it is stored [I, O]."""
     places = [place for own in matrices.values() for place in own]
-    used = _orientations(kind.recording)
     turned = set[bool]()
     for place in places:
-        orientations = used.get(place.parameter) or used.get(starred(f"{place.parameter}."))
+        orientations = kind.orientation(place.parameter)
+        if place.parameter in kind.recording.others or (orientations is not None and len(orientations) > 1):
+            return OTHERWISE, False
         if orientations is None:
             return NOT_READ, False
-        if len(orientations) > 1 or place.parameter in kind.recording.others:
-            return OTHERWISE, False
-        if _read_by_its_module(kind.module, place.parameter):
-            return f"read by {type(_owner(kind.module, place.parameter)).__name__} without its linear", False
+        if (taker := kind.taken_from(place.parameter)) is not None:
+            return f"read by {taker} without its linear", False
         turned.add(place.transposed != next(iter(orientations)))
     transposed = turned == {True}
     if len(turned) > 1 or (transposed and any(len(own) > 1 for own in matrices.values())):
@@ -218,74 +237,26 @@ def _examined(
 
 def _multiplying(places: tuple[Place, ...], kind: _Kind, shape: tuple[int, ...], transposed: bool) -> tuple[Place, ...]:
     """Places with rows as they multiply."""
-    used = _orientations(kind.recording)
-    turned = [next(iter(used.get(p.parameter) or used[starred(f"{p.parameter}.")])) for p in places]
+    turned = [next(iter(kind.orientation(place.parameter) or {False})) for place in places]
     if transposed:  # rows of the tensor are inputs
         return (replace(places[0], rows=(0, shape[-1], 1), transposed=turned[0]),)
     return tuple(replace(place, transposed=way) for place, way in zip(places, turned, strict=True))
 
 
-def _orientations(recording: Recording) -> dict[str, set[bool]]:
-    """Whether products read each parameter transposed; also by names without numbers, for experts no token reached."""
-    used: dict[str, set[bool]] = {}
-    for product in recording.products:
-        factor = product.factor
-        for name in (factor.parameter, starred(f"{factor.parameter}.")):
-            used.setdefault(name, set()).add(factor.transposed)
-    return used
-
-
-def _owner(module: nn.Module, parameter: str) -> nn.Module:
-    """The module around the one that has a parameter."""
-    return module.get_submodule(".".join(parameter.split(".")[:-2]))
-
-
-def _read_by_its_module(module: nn.Module, parameter: str) -> bool:
-    """Whether code of the module around a linear takes the linear's weight: kernels do that that are not run here."""
-    leaf = parameter.split(".")[-2] if parameter.count(".") else ""
-    return (leaf, parameter.rpartition(".")[2]) in _taken(type(_owner(module, parameter))) if leaf else False
-
-
-@cache
-def _taken(module_class: Any) -> frozenset[tuple[str, str]]:
-    """Pairs (linear, "weight") of which the code of a class takes ``self.linear.weight``, except for training."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(module_class)))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    found = set[tuple[str, str]]()
-
-    def visit(node: ast.AST, around: ast.AST | None) -> None:
-        if isinstance(node, ast.If) and "self.training" in ast.unparse(node.test):
-            for other in node.orelse:
-                visit(other, node)
-            return
-        inner = node.value if isinstance(node, ast.Attribute) else None
-        if isinstance(node, ast.Attribute) and isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
-            asked = isinstance(around, ast.Attribute) and around.attr in ("dtype", "device", "shape")
-            if inner.value.id == "self" and not asked:
-                found.add((inner.attr, node.attr))
-        for child in ast.iter_child_nodes(node):
-            visit(child, node)
-
-    visit(tree, None)
-    return frozenset(found)
-
-
 def _groups(layout: Layout, recording: Recording, linears: Sequence[str]) -> Iterator[LinearGroup]:
     """The linears that read one tensor each, in the order in which data flows; experts by their numbers."""
-    reading = readers(layout, linears)
+    reading: dict[str, dict[int | None, list[str]]] = {}
+    for (parameter, index), names in readers(layout, linears).items():
+        reading.setdefault(parameter, {})[index] = names
     by_input: dict[object, list[tuple[str, Product]]] = {}
     seen = set[str]()
     for product in recording.products:
-        factor = product.factor
-        for (parameter, index), names in reading.items():
-            if parameter != factor.parameter or factor.index not in (None, index):
-                continue
-            x = product.inputs
+        factor, x = product.factor, product.inputs
+        own = reading.get(factor.parameter, {})
+        for index in own if factor.index is None else [factor.index] if factor.index in own else []:
             place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape[-1])
             key = (*place, index if factor.index is None else None)
-            fresh = [name for name in names if name not in seen]
+            fresh = [name for name in own[index] if name not in seen]
             by_input.setdefault(key, []).extend((name, product) for name in fresh)
             seen.update(fresh)
     groups = [_group(members) for members in by_input.values() if members]

@@ -122,7 +122,7 @@ def _behind_linears(lab: _Laboratory, base: _Run, groups: Sequence[LinearGroup])
         if any(shapes[f"{name}.weight"][0] != rows for name in names):
             continue
         for chosen in _subsets(lab, base, names, rows):
-            readers = _readers(lab, base, _sides(names, chosen, rows), len(chosen) * len(names))
+            readers = _readers(lab, base, _sides(names, chosen, rows), len(chosen))
             if readers:
                 yield from _one_each(names, chosen, rows, readers)
                 break
@@ -157,36 +157,25 @@ def _values_in(lab: _Laboratory, base: _Run, name: str, rows: int) -> Iterator[l
 
 
 def _sides(names: Sequence[str], chosen: Sequence[int], rows: int) -> tuple[Side, ...]:
-    """Producers with scales of their own, one after the other; rows that are not chosen have none."""
-    if len(names) == 1 and len(chosen) == rows:
-        return (Side(names[0]),)
-    sides = []
-    for number, name in enumerate(names):
-        index = [-1] * rows
-        for place, row in enumerate(chosen):
-            index[row] = number * len(chosen) + place
-        sides.append(Side(name, tuple(index)))
-    return tuple(sides)
+    """Producers; rows that are not chosen have no scale. Experts have the same scales."""
+    index = [-1] * rows
+    for place, row in enumerate(chosen):
+        index[row] = place
+    return tuple(Side(name, None if len(chosen) == rows else tuple(index)) for name in names)
 
 
 def _one_each(names: Sequence[str], chosen: Sequence[int], rows: int, readers: Readers) -> Iterator[Site]:
     """A site for each producer; experts that no token reached are as the others."""
-    width, sides = len(chosen), dict[str, dict[str, tuple[int, ...]]]()
-    for reader, index in readers.items():
-        owner = {channel // width for channel in index if channel >= 0}
-        if len(owner) != 1:
-            return
-        number = owner.pop()
-        sides.setdefault(names[number], {})[reader] = tuple(c - number * width if c >= 0 else -1 for c in index)
-    pattern = next(iter(sides.items()))
     for name in names:
-        own = sides.get(name) or {_with_numbers(reader, name): index for reader, index in pattern[1].items()}
-        yield _site(_sides([name], chosen, rows), own, width)
+        own = (
+            readers if len(names) == 1 else {r: index for r, index in readers.items() if _numbers(r) == _numbers(name)}
+        )
+        if own:
+            yield _site(_sides([name], chosen, rows), own, len(chosen))
 
 
-def _with_numbers(reader: str, like: str) -> str:
-    numbers = iter([part for part in like.split(".") if part.isdecimal()])
-    return ".".join(next(numbers, part) if part.isdecimal() else part for part in reader.split("."))
+def _numbers(name: str) -> list[str]:
+    return [part for part in name.split(".") if part.isdecimal()]
 
 
 def _site(producers: tuple[Side, ...], readers: Readers, channels: int) -> Site:
@@ -205,7 +194,7 @@ def _readers(lab: _Laboratory, base: _Run, producers: tuple[Side, ...], channels
             return None
         if not fresh:
             return readers if readers and _proven(lab, base, _site(producers, readers, channels)) else None
-        readers |= fresh if len(producers) > 1 else _with_unreached(fresh, lab)
+        readers |= _with_unreached(fresh, lab)
     return None
 
 
@@ -236,6 +225,8 @@ def _fresh_readers(base: _Run, run: _Run, readers: Readers, scale: Tensor) -> Re
 def _index(x0: Tensor, x1: Tensor, scale: Tensor) -> tuple[int, ...] | None:
     """The scale by which each channel was divided, -1 for none; None if one was changed in another way."""
     x0, x1 = x0.reshape(-1, x0.shape[-1]), x1.reshape(-1, x1.shape[-1])
+    if not len(x0):
+        return None
     size = x0.abs().amax(0)
     alive = size > 1e-9 * size.max()
     ratio = (x0 * x0).sum(0) / (x0 * x1).sum(0)
@@ -335,12 +326,18 @@ def _of_paper(name: str) -> bool:
 
 
 def _short(sides: Sequence[Side]) -> str:
-    leaf = sides[0].module.rpartition(".")[2].lower() if sides else ""
+    leaf = _leaf(sides[0].module).lower() if sides else ""
     if "norm" in leaf or leaf.startswith("ln"):
         return "norm"
-    words = [side.module.rpartition(".")[2].removesuffix("_proj") for side in sides]
+    words = [_leaf(side.module).removesuffix("_proj") for side in sides]
     words = ["o" if word == "out" else word for word in words]
-    return "".join(words) if all(len(word) == 1 for word in words) else ",".join(dict.fromkeys(words))
+    words = list(dict.fromkeys(words))
+    return "".join(words) if all(len(word) == 1 for word in words) else ",".join(words)
+
+
+def _leaf(name: str) -> str:
+    """The last part of a name that is no number."""
+    return next(part for part in reversed(name.split(".")) if not part.isdecimal())
 
 
 def _named_in_block(layout: Layout, parameter: str) -> str | None:
@@ -355,4 +352,6 @@ def _scales(channels: int, seed: int) -> Tensor:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool((one - other).abs().max() <= CLOSE * one.abs().max())
+    if one.shape != other.shape or not one.numel():
+        return one.shape == other.shape
+    return bool((one - other).abs().max() <= CLOSE * one.abs().max())

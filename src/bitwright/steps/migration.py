@@ -10,14 +10,15 @@ are one free channel, with the largest of their values; consumers that stay in f
 The last needs no inputs: r1 is the size of the weights that produce channel j, r2 the size of those that read it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bitwright.core.block import Block, Side, Site
-from bitwright.core.method import LinearStats
+from bitwright.core.method import TOO_FEW, LinearStats
+from bitwright.core.weight import starred
 
 SMALLEST, LARGEST = 1e-5, 1e4
 Stats = Mapping[str, LinearStats]
@@ -33,6 +34,17 @@ def behind_norms(block: Block) -> tuple[Site, ...]:
 def scalable(block: Block) -> tuple[Site, ...]:
     """The sites with linears behind them: all but q.k."""
     return tuple(site for site in block.topology.sites if site.consumers)
+
+
+def measured(sites: Sequence[Site], stats: Stats) -> tuple[list[Site], list[str]]:
+    """The sites whose inputs enough tokens have reached, and words about the others: those of experts."""
+    reached = {name for name, inputs in stats.items() if inputs.tokens >= TOO_FEW}
+    enough = [s for s in sites if _never_routed(s) or any(side.module in reached for side in s.consumers)]
+    return enough, [f"{s.name}: too few tokens reached its expert, no scale" for s in sites if s not in enough]
+
+
+def _never_routed(site: Site) -> bool:
+    return not any("*" in starred(f"{side.module}.") for side in site.consumers)
 
 
 def of_inputs(site: Site, stats: Stats, value: Callable[[LinearStats], Tensor]) -> Float[Tensor, " C"]:

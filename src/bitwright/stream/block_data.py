@@ -1,7 +1,7 @@
 """Calibration data of one block, measured when a method asks for them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -12,11 +12,11 @@ from bitwright.core.decisions import BlockDecisions
 from bitwright.core.method import Inspection, LinearStats, Moments
 from bitwright.core.scheme import Allocation
 from bitwright.core.training import Training
-from bitwright.steps.apply import fold, parameters_of
+from bitwright.steps.apply import Folded, fold, parameters_of
 from bitwright.stream.activations import Activations, statistics
 from bitwright.stream.forward import outputs_of
 from bitwright.stream.inspection import LinearInspection, ModuleInspection
-from bitwright.stream.moments import BYTES, moments
+from bitwright.stream.moments import MomentsAhead
 from bitwright.stream.train import Objective
 
 
@@ -31,7 +31,6 @@ class StreamedBlock:
     inputs: Activations
     allocation: Allocation
     scales: torch.dtype
-    _ahead: dict[tuple[str, bool], Moments] = field(default_factory=dict)
 
     @cached_property
     def _passed(self) -> tuple[dict[str, LinearStats], list[Tensor]]:
@@ -44,25 +43,17 @@ class StreamedBlock:
         return self._passed[0]
 
     def moments(self, linear: str, decisions: BlockDecisions, *, drift: bool) -> Moments:
-        """The second moments of a linear's inputs.
+        """The second moments of a linear's inputs."""
+        block = self.block
 
-        Those of experts are measured for several in one pass: what one of them is given changes nothing for the others.
-        """
-        if (linear, drift) not in self._ahead:
-            self._ahead.clear()
-            folded = fold(self.block.tensors, self.block.topology, decisions, self.allocation, self.scales)
-            scheme, together = self.allocation.default, self._together(linear)
-            found = moments(self.block, together, folded, scheme, self.inputs, drift=drift)
-            self._ahead.update({(name, drift): own for name, own in found.items()})
-        return self._ahead.pop((linear, drift))
+        def folded() -> Folded:
+            return fold(block.tensors, block.topology, decisions, self.allocation, self.scales)
 
-    def _together(self, linear: str) -> list[str]:
-        """A linear, and those of its stage that come after it, as many as memory allows."""
-        groups = self.block.topology.groups
-        stage = next(group.stage for group in groups if linear in group.linears)
-        firsts = [group.linears[0] for group in groups if group.stage == stage and stage]
-        rest = firsts[firsts.index(linear) :] if linear in firsts else [linear]
-        return rest[: max(1, BYTES // (8 * self.block.weight(linear).shape[1] ** 2))]
+        return self._ahead.of(linear, folded, drift=drift)
+
+    @cached_property
+    def _ahead(self) -> MomentsAhead:
+        return MomentsAhead(self.block, self.allocation.default, self.inputs)
 
     def inspect(self, linears: Sequence[str], enclosing: str, decisions: BlockDecisions, tokens: int) -> Inspection:
         """Linears, or the module around them, to be run on inputs of the quantized stream."""

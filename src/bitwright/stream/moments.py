@@ -1,6 +1,6 @@
 """Second moments of linears' inputs on both streams, for closed forms of the range and the rounding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -31,7 +31,7 @@ def moments(
     """
     full, written = (placed(block, tensors) for tensors in (folded.full, folded.written()))
     sums = {name: _Sums(block.weight(name).shape[1], block.device) for name in linears}
-    drift = drift and not any("*" in starred(f"{name}.") for name in linears)
+    drift = drift and not any(map(_routed, linears))
     for rows in inputs.quantized.batches():
         with quantized_activations(block, scheme):
             read = _inputs(block, linears, written, inputs.quantized, rows)
@@ -51,12 +51,17 @@ def _inputs(
     return {name: torch.cat(parts) for name, parts in reader.read.items()}
 
 
+def _routed(linear: str) -> bool:
+    """Whether a linear is that of an expert, by its name."""
+    return "*" in starred(f"{linear}.")
+
+
 class _Reader:
     """A tap that keeps what linears read; one linear alone is read once."""
 
     def __init__(self, linears: Sequence[str]) -> None:
         self.wanted, self.read = set(linears), dict[str, list[Tensor]]()
-        self.once = len(linears) == 1 and "*" not in starred(f"{linears[0]}.")
+        self.once = len(linears) == 1 and not _routed(linears[0])
 
     def inputs(self, linears: Sequence[str], x: Tensor) -> None:
         """Keep the inputs of linears."""
@@ -67,6 +72,34 @@ class _Reader:
 
     def outputs(self, linear: str, rows: slice, x: Tensor, y: Tensor) -> None:
         """Nothing to see."""
+
+
+class MomentsAhead:
+    """The moments of a block's linears, of experts for several in one pass.
+
+    What is decided for one expert changes nothing for the others of its stage, so they can be measured together.
+    """
+
+    def __init__(self, block: Block, scheme: Scheme, inputs: Activations) -> None:
+        self.block, self.scheme, self.inputs = block, scheme, inputs
+        self._known: dict[tuple[str, bool], Moments] = {}
+
+    def of(self, linear: str, folded: Callable[[], Folded], *, drift: bool) -> Moments:
+        """The moments of a linear; ``folded`` makes the block as it is decided, if it has to run."""
+        drift = drift and not _routed(linear)
+        if (linear, drift) not in self._known:
+            together = self._together(linear)
+            measured = moments(self.block, together, folded(), self.scheme, self.inputs, drift=drift)
+            self._known = {(name, drift): own for name, own in measured.items()}
+        return self._known.pop((linear, drift))
+
+    def _together(self, linear: str) -> list[str]:
+        """A linear, and those of its stage that come after it, as many as memory allows."""
+        groups = self.block.topology.groups
+        stage = next(group.stage for group in groups if linear in group.linears)
+        firsts = [group.linears[0] for group in groups if group.stage == stage and group.routed]
+        rest = firsts[firsts.index(linear) :] if linear in firsts else [linear]
+        return rest[: max(1, BYTES // (8 * self.block.weight(linear).shape[1] ** 2))]
 
 
 class _Sums:

@@ -53,6 +53,10 @@ def rounding_inputs(device: torch.device, arithmetic: torch.dtype) -> Any:
     return nullcontext() if arithmetic == torch.float32 else torch.autocast(device.type, arithmetic)
 
 
+MORE_THAN_PLAIN = ("softcap", "s_aux", "sinks", "position_bias")
+"""Arguments of attention that make it more than two products and a softmax."""
+
+
 @contextmanager
 def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[None]:
     """A context: if a CPU computes in a short dtype, attention over few tokens is two products and a softmax."""
@@ -70,7 +74,8 @@ def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[Non
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-        if mask is not None or q.shape[2] != k.shape[2] or not module.is_causal or scores > MOST_SCORES:
+        plain = mask is None and q.shape[2] == k.shape[2] and getattr(module, "is_causal", False)
+        if not plain or scores > MOST_SCORES or any(kwargs.get(name) is not None for name in MORE_THAN_PLAIN):
             return fused(module, q, k, v, mask, **kwargs)
         return causal_attention(q.to(arithmetic), k.to(arithmetic), v.to(arithmetic), module.scaling), None
 
@@ -84,15 +89,15 @@ def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[Non
 
 
 def causal_attention(
-    q: Float[Tensor, "N H T D"], k: Float[Tensor, "N K T D"], v: Float[Tensor, "N K T D"], scaling: float
-) -> Float[Tensor, "N T H D"]:
+    q: Float[Tensor, "N H T D"], k: Float[Tensor, "N K T D"], v: Float[Tensor, "N K T E"], scaling: float
+) -> Float[Tensor, "N T H E"]:
     """Compute softmax(q k^T scaling) v, in which no token reads a later one; H / K queries share a key."""
     (batch, heads, tokens, features), keys = q.shape, k.shape[1]
     later = _later(tokens, heads // keys, q.dtype)
     grouped = q.reshape(batch * keys, -1, features)
     scores = torch.baddbmm(later, grouped, k.flatten(0, 1).transpose(1, 2), alpha=scaling)
     read = torch.bmm(scores.softmax(-1), v.flatten(0, 1))
-    return read.view(batch, heads, tokens, features).transpose(1, 2)
+    return read.view(batch, heads, tokens, v.shape[-1]).transpose(1, 2)
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ from bitwright.core.configuration import Configured
 from bitwright.core.decisions import BlockDecisions
 from bitwright.core.fake_quant import FakeQuantizer
 from bitwright.core.grid import Tile
-from bitwright.core.method import Context, Learnable, Learned, Moments, Range
+from bitwright.core.method import TOO_FEW, Context, Learnable, Learned, Measured, Moments, Range
 from bitwright.core.scheme import Scheme
 from bitwright.core.training import Training
 from bitwright.steps.activations import quantized_activations
@@ -32,12 +32,16 @@ from bitwright.steps.apply import Folded, fold
 from bitwright.steps.ranges import minmax
 from bitwright.stream.activations import Activations
 from bitwright.stream.forward import forward, outputs_of
-from bitwright.stream.moments import moments
+from bitwright.stream.moments import MomentsAhead
 from bitwright.stream.precision import rounding_inputs, running_dtype, written_out_attention
 
 RETRIES = 3
 SLOWER = 0.3
 RISE = 1.5
+
+
+def _known(moments: Moments, *, drift: bool) -> Moments:
+    return moments
 
 
 @dataclass(frozen=True)
@@ -188,14 +192,17 @@ class Trainer:
         The trained ranges come back if they are better.
         """
         snapshot, groups = self._snapshot(), self.block.topology.groups
+        ahead, full = MomentsAhead(self.block, self.activations, self.objective.inputs), self._folded().full
         for done, group in enumerate(groups):
             self._report(self.context.settings.epochs + done, f"refining {group.linears[0]}")
-            folded = fold(
-                self.base, self.block.topology, self.decisions(), self.context.allocation, self.context.scale_dtype
-            )
-            measured = cache(partial(self._moments, group.linears[0], folded))
+            measured: Measured = cache(partial(ahead.of, group.linears[0], self._folded))
+            if group.routed:  # measured once: experts have no drift
+                moments = ahead.of(group.linears[0], self._folded, drift=False)
+                if moments.tokens < TOO_FEW:
+                    continue
+                measured = partial(_known, moments)
             for name in group.linears:
-                weight = self.decided.linear(name).inside(folded.full[f"{name}.weight"])
+                weight = self.decided.linear(name).inside(full[f"{name}.weight"])
                 for learnable in self.learnables:
                     if learnable.refines:
                         learnable.refine(name, weight, measured)
@@ -206,8 +213,10 @@ class Trainer:
         self.fallbacks.append(f"refined ranges are no better ({loss:.4g}, before {trained:.4g}): kept as they were")
         return trained
 
-    def _moments(self, linear: str, folded: Folded, *, drift: bool) -> Moments:
-        return moments(self.block, [linear], folded, self.activations, self.objective.inputs, drift=drift)[linear]
+    def _folded(self) -> Folded:
+        """The block as the current parameters decide it."""
+        context = self.context
+        return fold(self.base, self.block.topology, self.decisions(), context.allocation, context.scale_dtype)
 
     def _train(self) -> None:
         """Train until all epochs are done, or too many failed; then take the best parameters."""

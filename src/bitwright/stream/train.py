@@ -261,10 +261,11 @@ class Trainer:
         inputs = self.objective.inputs.quantized
         parameters = self.substituted()
         losses = []
-        with rounding_inputs(self.block.device, self.arithmetic):
-            for joined in inputs.batches(rows, len(rows) * inputs.length):
-                outputs = forward(self.block, parameters, inputs.call(joined, self.block, self.running))
-                losses.append(self.objective.loss(outputs, joined) * (len(joined) / len(rows)))
+        for joined in inputs.batches(rows, len(rows) * inputs.length):
+            call = inputs.call(joined, self.block, self.running)
+            with rounding_inputs(self.block.device, self.arithmetic):
+                outputs = forward(self.block, parameters, call)
+            losses.append(self.objective.loss(outputs, joined) * (len(joined) / len(rows)))
         loss = torch.stack(losses).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -8,7 +8,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitwright.core.decoder import Decoder, OddConfigError, decoder_of
 from bitwright.core.errors import CheckpointError
-from bitwright.core.registry import described, names
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -83,11 +82,6 @@ def test_architectures_that_are_no_such_decoder_or_nobody_knows() -> None:
     for kind in ("opt", "gemma3", "discover", None):
         with pytest.raises(CheckpointError, match=f"says model_type '{kind}', whose tensors no file"):
             decoder_of({"model_type": kind, **SIZES})
-
-
-def test_which_architectures_have_sites() -> None:
-    assert described() == ("llama", "mistral", "opt", "qwen2", "qwen3")
-    assert set(described()) <= set(names("families"))
 
 
 def test_a_tied_output_layer_is_a_parameter_and_no_tensor() -> None:

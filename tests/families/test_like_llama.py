@@ -1,5 +1,6 @@
 """Mistral, Qwen2 and Qwen3: blocks like Llama's, in transformers' own classes, through methods that need sites."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 from tests.conftest import save_tokenizer
 from tests.families.test_equivalence import apply, scales
+from tests.streamed import subject_of
+from tests.tiny_models import linears_in
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bitwright
-from bitwright.core.block import Family
 from bitwright.core.registry import architecture_of
 
 SIZES: dict[str, Any] = {
@@ -21,12 +23,6 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 WINDOWED: dict[str, Any] = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
 KINDS = ("mistral", "qwen2", "qwen3")
-
-
-def family_of(kind: str, config: dict[str, Any]) -> Family:
-    architecture = architecture_of(kind)
-    assert architecture is not None and architecture.family is not None
-    return architecture.family(config)
 
 
 def random_model(kind: str, **changes: Any) -> nn.Module:
@@ -50,32 +46,35 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_places_are_those_of_transformers(kind: str) -> None:
-    model = random_model(kind)
-    family = family_of(kind, {"model_type": kind, **SIZES})
-    block = model.get_submodule(f"{family.blocks}.0")
-    assert type(block.get_submodule("self_attn")).__name__ == family.attention_class
-    linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    assert set(family.topology.linears) == linears and family.head_dim == SIZES["head_dim"]
-    for group in family.topology.groups:
-        block.get_submodule(group.enclosing)
+def test_what_formats_ask_is_what_transformers_has(kind: str) -> None:
+    architecture = architecture_of(kind)
+    assert architecture is not None and architecture.family is not None
+    family = architecture.family({"model_type": kind, **SIZES})
+    attention = random_model(kind).get_submodule("model.layers.0.self_attn")
+    assert type(attention).__name__ == family.attention_class
+    assert family.head_dim == attention.head_dim == SIZES["head_dim"]
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, WINDOWED], ids=["plain", "biased", "windowed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_site_leaves_the_logits_alone(kind: str, changes: dict[str, Any]) -> None:
-    family = family_of(kind, {"model_type": kind, **SIZES, **changes})
-    names = [site.name for site in family.topology.sites]
-    between = () if kind == "qwen3" else ("q.k",)
-    assert names == ["norm->qkv", *between, "v->o", "norm->gate,up", "up->down"]
-    for site in family.topology.sites:
-        model = random_model(kind, **changes).double()
-        before = logits(model)
-        for index in range(SIZES["num_hidden_layers"]):
-            block = model.get_submodule(f"{family.blocks}.{index}")
+def test_every_site_leaves_the_logits_alone(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model: Any = random_model(kind, **changes)
+    model.save_pretrained(tmp_path)
+    blocks, double = subject_of(tmp_path).anatomy.blocks, model.double()
+    start = deepcopy(double.state_dict())
+    before = logits(double)
+    for block in blocks:
+        assert set(block.topology.linears) == linears_in(double.get_submodule(block.path))
+    for number, site in enumerate(blocks[0].topology.sites):
+        assert site.name == ("norm->qkv", "q.k", "v->o", "norm->gate,up", "up->down")[number]
+        for index, block in enumerate(blocks):
+            assert block.topology.sites[number] == site
             shift = torch.linspace(-1, 1, site.channels, dtype=torch.float64) if site.shift else None
-            apply(block, site, scales(site.channels, index), shift)
-        assert float((logits(model) - before).abs().max()) < 1e-4 * float(before.abs().max()), site.name
+            apply(double.get_submodule(block.path), site, scales(site.channels, index), shift)
+        assert float((logits(double) - before).abs().max()) < 1e-4 * float(before.abs().max()), site.name
+        double.load_state_dict(start)
+    keys = blocks[0].topology.sites[1].producers[1].module
+    assert keys == ("self_attn.k_norm" if kind == "qwen3" else "self_attn.k_proj"), "a norm of keys undoes their scale"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where things sit in a Llama: checked against the module that transformers builds."""
+"""What is known of a Llama, and what is found in it: checked against the module that transformers builds."""
 
 import json
 from itertools import pairwise
@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import HEAD_DIM, HIDDEN, KV_HEADS, Checkpoints
-from torch import nn
+from tests.conftest import HEAD_DIM, HIDDEN, Checkpoints, loaded
+from tests.streamed import subject_of
+from tests.tiny_models import linears_in
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitwright.checkpoint.reader import Checkpoint
@@ -22,41 +23,36 @@ from bitwright.model.view import ModelView
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_places_are_there(tied: bool, tiny: Checkpoints) -> None:
     folder = tiny(tied=tied)
-    family = llama.family(AutoConfig.from_pretrained(folder).to_dict())
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert isinstance(model.get_submodule(family.blocks), nn.ModuleList)
-    assert model.get_submodule(family.embedding) is model.get_input_embeddings()
-    assert model.get_submodule(family.head) is model.get_output_embeddings()
-    assert type(model.get_submodule(family.final_norm)).__name__ == "LlamaRMSNorm"
-    block = model.get_submodule(f"{family.blocks}.0")
-    assert type(block.get_submodule("self_attn")).__name__ == family.attention_class
-    for group in family.topology.groups:
-        block.get_submodule(group.enclosing)
-    linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    assert set(family.topology.linears) == linears
-    assert len(family.topology.linears) == len(linears)
+    family, subject = llama.family(AutoConfig.from_pretrained(folder).to_dict()), subject_of(folder)
+    model = loaded(folder)
+    assert [block.path for block in subject.anatomy.blocks] == ["model.layers.0", "model.layers.1"]
+    assert subject.head is not None and model.get_submodule(subject.head.path) is model.get_output_embeddings()
+    for anatomy in subject.anatomy.blocks:
+        block = model.get_submodule(anatomy.path)
+        assert type(block.get_submodule("self_attn")).__name__ == family.attention_class
+        for group in anatomy.topology.groups:
+            block.get_submodule(group.enclosing)
+        assert sorted(anatomy.topology.linears) == sorted(linears_in(block))
 
 
 def test_linears_of_a_group_read_the_same_input(tiny: Checkpoints) -> None:
     folder = tiny("float32")
-    family = llama.family(AutoConfig.from_pretrained(folder).to_dict())
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    block, inputs = model.get_submodule(f"{family.blocks}.0"), dict[str, torch.Tensor]()
-    for name in family.topology.linears:
+    topology, model = subject_of(folder).anatomy.blocks[0].topology, loaded(folder)
+    block, inputs = model.get_submodule("model.layers.0"), dict[str, torch.Tensor]()
+    for name in topology.linears:
         block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
     model(torch.arange(12)[None])
-    for group in family.topology.groups:
+    for group in topology.groups:
         assert all(torch.equal(inputs[name], inputs[group.linears[0]]) for name in group.linears)
-    firsts = [inputs[group.linears[0]] for group in family.topology.groups]
+    firsts = [inputs[group.linears[0]] for group in topology.groups]
     assert not any(torch.equal(a, b) for a, b in pairwise(firsts) if a.shape == b.shape)
-    assert list(inputs) == list(family.topology.linears), "in the order data flows through them"
+    assert list(inputs) == list(topology.linears), "in the order data flows through them"
 
 
 def test_a_head_dim_that_is_not_written_is_hidden_size_over_heads(tiny: Checkpoints) -> None:
     config = AutoConfig.from_pretrained(tiny())
     config.head_dim = None
-    sites = {site.name: site.channels for site in llama.family(config.to_dict()).topology.sites}
-    assert sites["v->o"] == KV_HEADS * HIDDEN // config.num_attention_heads == KV_HEADS * HEAD_DIM
+    assert llama.family(config.to_dict()).head_dim == HIDDEN // config.num_attention_heads == HEAD_DIM
 
 
 CONFIGS: list[dict[str, Any]] = [
@@ -76,7 +72,7 @@ def test_the_outline_is_that_of_the_model(how: dict[str, Any], tiny: Checkpoints
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     decoder = llama.decoder(config.to_dict())
-    outline = Outline.of(llama.family(config.to_dict()), decoder)
+    outline = Outline.of(decoder)
     assert outline.shapes == shapes and outline.tied == how.get("tied", False)
     checkpoint = Checkpoint.open(folder)
     assert ModelView.of_outline(outline, checkpoint) == ModelView.of_model(model, checkpoint.names)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import measured, save_tokenizer
+from tests.streamed import subject_of
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 import bitwright
-from bitwright.core.errors import UserError
 
 
 def save(folder: Path, **changes: object) -> Path:
@@ -56,10 +56,15 @@ def test_omniquant_on_opt(tmp_path: Path, text: Path, scheme: str) -> None:
     assert not torch.equal(original.get_parameter(norm), written.get_parameter(norm))  # a shift was folded in
 
 
-def test_the_opt_that_normalizes_afterwards_is_refused(tmp_path: Path) -> None:
+def test_the_opt_that_normalizes_afterwards(tmp_path: Path) -> None:
+    """As opt-350m does: its residual reads what the norms make too, so no scale moves into a norm."""
     model = save(tmp_path / "opt", do_layer_norm_before=False)
-    with pytest.raises(UserError, match="opt-350m"):
-        bitwright.plan(bitwright.Recipe(model=str(model), scheme="W4A16"))
+    for block in subject_of(model).anatomy.blocks:
+        assert [site.name for site in block.topology.sites] == ["q.k", "v->o", "fc1->fc2"]
+    recipe = bitwright.Recipe(str(model), "W4A16g32", "awq+gptq", None, "builtin", 4, 32)
+    assert bitwright.quantize(recipe, tmp_path / "out").linears == 12
+    checked = bitwright.verify(tmp_path / "out", model)
+    assert checked.passed, [check for check in checked.checks if not check.passed]
 
 
 def test_later_tokens_do_not_change_earlier_logits(tmp_path: Path) -> None:

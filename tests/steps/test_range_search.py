@@ -18,7 +18,7 @@ WEIGHT = torch.randn(24, 64, generator=GENERATOR) ** 3 / 20
 
 
 def moments(x: Tensor, read: Tensor) -> Moments:
-    return Moments(read.T @ read / len(x), (x - read).T @ read / len(x))
+    return Moments(read.T @ read / len(x), (x - read).T @ read / len(x), len(x))
 
 
 def quantized(low: Tensor, high: Tensor, scheme: Scheme, tile: Tile) -> Tensor:
@@ -74,7 +74,7 @@ def test_the_error_of_the_blocks_before_is_made_good() -> None:
     """With the drift known, the quantized linear on what it will read is nearer to the original on what it read."""
     scheme, tile = Scheme.parse("W3A16"), Tile(1, 16)
     ones = shares(scheme, tile)
-    blind = Moments(moments(INPUTS, READ).inputs, torch.zeros(64, 64))
+    blind = Moments(moments(INPUTS, READ).inputs, torch.zeros(64, 64), len(INPUTS))
     seeing, unseeing = (
         error(quantized(*search(WEIGHT, (ones, ones), scheme.weight, tile, torch.float32, known), scheme, tile))
         for known in (moments(INPUTS, READ), blind)

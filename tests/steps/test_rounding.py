@@ -98,7 +98,7 @@ def test_the_error_before_is_made_good() -> None:
     """Rounded for what it will read, the linear is nearer to the original on what that read."""
     grid, tile = Scheme.parse("W3A16").weight, Tile(1, 16)
     read = INPUTS + 0.3 * INPUTS.roll(1, dims=1)
-    moments = Moments(read.T @ read / len(read), (INPUTS - read).T @ read / len(read))
+    moments = Moments(read.T @ read / len(read), (INPUTS - read).T @ read / len(read), len(read))
     wanted = making_good(WEIGHT, moments, curvature(moments.inputs))
     best = torch.linalg.lstsq(read.double(), INPUTS.double() @ WEIGHT.T.double()).solution.T
     assert (wanted - best).norm() < 0.4 * (WEIGHT - best).norm()  # H is damped
@@ -108,7 +108,7 @@ def test_the_error_before_is_made_good() -> None:
         codes = compensated(weight, known(WEIGHT, grid, tile), curvature(moments.inputs))
         errors.append((INPUTS @ WEIGHT.T - read @ dequantize(codes, scale, zero, tile).T).norm())
     assert errors[1] < 0.8 * errors[0]
-    assert torch.equal(making_good(WEIGHT, Moments(moments.inputs, torch.zeros(48, 48)), CURVATURE), WEIGHT)
+    assert torch.equal(making_good(WEIGHT, Moments(moments.inputs, torch.zeros(48, 48), len(read)), CURVATURE), WEIGHT)
 
 
 def test_lazy_batches_change_nothing() -> None:

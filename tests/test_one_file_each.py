@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import save_tokenizer
-from transformers import HeliumConfig, HeliumForCausalLM
+from transformers import HeliumConfig, HeliumForCausalLM, StableLmConfig, StableLmForCausalLM
 
 import bitwright
 from bitwright import api, cli
 from bitwright.core.errors import RecipeError
+from bitwright.core.registry import architecture_of
 from bitwright.formats import QuantizedFolder
 
 METHOD = '''
@@ -41,21 +42,11 @@ METHOD = DataFree(
 '''
 
 FAMILY = '''
-"""Helium: Llama's decoder with other rotary positions."""
-from bitwright.core.block import Architecture, Family, LinearGroup, Side, Site, Topology
-
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+"""Helium: what formats ask about its attention."""
+from bitwright.core.block import Architecture, Family
 
 def family(config):
-    groups = (
-        LinearGroup(QKV, enclosing="self_attn"),
-        LinearGroup(("self_attn.o_proj",), enclosing="self_attn.o_proj"),
-        LinearGroup(GATE_UP, enclosing="mlp"),
-        LinearGroup(("mlp.down_proj",), enclosing="mlp.down_proj"),
-    )
-    sites = (Site("norm->qkv", (Side("input_layernorm"),), tuple(map(Side, QKV)), config["hidden_size"]),)
-    return Family("HeliumAttention", config["head_dim"], Topology(groups, sites))
+    return Family("HeliumAttention", config["head_dim"])
 
 ARCHITECTURE = Architecture(family=family)
 '''
@@ -296,6 +287,35 @@ def test_schemes_of_their_own(calibration: str | None, model: Path, tmp_path: Pa
     assert there.exact == back.exact == 13
     assert json.loads((tmp_path / "back/config.json").read_text())["quantization_config"]["own"] == config["own"]
     assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+def test_activations_of_the_new_architecture(model: Path, tmp_path: Path) -> None:
+    """Its file says what formats ask, so that a method that needs no calibration data does not build the model."""
+    result = bitwright.quantize(bitwright.Recipe(str(model), "W4A8KV8", "tighter"), tmp_path / "out")
+    assert result.linears == 14
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert "HeliumAttention" in json.dumps(config)
+    assert bitwright.verify(tmp_path / "out", model).passed
+
+
+def test_an_architecture_needs_no_file(tmp_path: Path) -> None:
+    """Its blocks, linears and sites are found in transformers' own code."""
+    assert architecture_of("stablelm") is None
+    model, out = tmp_path / "model", tmp_path / "out"
+    config = StableLmConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    StableLmForCausalLM(config).bfloat16().save_pretrained(model)
+    save_tokenizer(model)
+    for number, (scheme, method) in enumerate((("W4A16g32", "awq+gptq"), ("W8A8", "smoothquant"))):
+        result = bitwright.quantize(
+            bitwright.Recipe(str(model), scheme, method, None, "builtin", 4, 32), out / str(number)
+        )
+        assert result.linears == 14
+        checked = bitwright.verify(out / str(number), model)
+        assert checked.passed, [check for check in checked.checks if not check.passed]
 
 
 def test_the_file_format_at_once(model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tiny models of any architecture that transformers knows, with random weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bitwright.stream.subject import Subject
+
+Change = Callable[[PreTrainedModel], object]
 
 
 @torch.no_grad()
@@ -25,16 +28,20 @@ def drawn(config: PretrainedConfig) -> PreTrainedModel:
     return cast("PreTrainedModel", model.eval())
 
 
-def saved(config: PretrainedConfig, folder: Path) -> tuple[Path, PreTrainedModel]:
-    """Such a model, and the folder that transformers writes it to."""
+def saved(config: PretrainedConfig, folder: Path, change: Change = lambda model: None) -> tuple[Path, PreTrainedModel]:
+    """Such a model, perhaps changed, and the folder that transformers writes it to."""
     model = drawn(config)
+    with torch.no_grad():
+        change(model)
     model.save_pretrained(folder)
     return folder, model
 
 
-def dissected(config: PretrainedConfig, folder: Path) -> tuple[Subject, PreTrainedModel]:
+def dissected(
+    config: PretrainedConfig, folder: Path, change: Change = lambda model: None
+) -> tuple[Subject, PreTrainedModel]:
     """Such a model as Bitwright sees it once it is written to a folder, and as transformers does."""
-    path, model = saved(config, folder)
+    path, model = saved(config, folder, change)
     return subject_of(path), model
 
 

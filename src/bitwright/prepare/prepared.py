@@ -21,7 +21,14 @@ from bitwright.core.scheme import UNQUANTIZED_BITS, Allocation, Scheme
 from bitwright.core.weight import Weight
 from bitwright.model.source import Source
 from bitwright.prepare.block_way import BlockWay
-from bitwright.prepare.checks import check_dtypes, check_names, check_scheme, check_shapes, fits_shapes
+from bitwright.prepare.checks import (
+    check_activations,
+    check_dtypes,
+    check_names,
+    check_scheme,
+    check_shapes,
+    fits_shapes,
+)
 from bitwright.prepare.format_choice import WIDELY_LOADED, expected, refuse_idle, refuse_wrongly_loaded, settled
 from bitwright.prepare.learned_parameters import LearnedParameters, belonging
 from bitwright.prepare.question import Question
@@ -179,6 +186,7 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
     passes = partial(fits_shapes, inventory, format=question.target)
     format = expected(recipe.format, configuration, allocation, inventory.only_ours(allocation), passes)
     check_scheme(source, inventory.family, question.scheme)
+    check_activations(inventory, question.scheme)
     check_dtypes(source, inventory)
     scales = _scales(question, source, inventory)
     if format.startswith(WIDELY_LOADED):

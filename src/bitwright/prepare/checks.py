@@ -30,7 +30,7 @@ def check_activations(inventory: Inventory, scheme: Scheme) -> None:
     dense = inventory.special or inventory.merged
     if scheme.quantizes_activations and dense is not None:
         raise RecipeError(
-            f"scheme {scheme} quantizes what linears read, and {dense} is no linear of its own once the model is loaded "
+            f"scheme {scheme} quantizes what linears read, and {dense} is no linear of its own once it is loaded "
             "(experts in one parameter, or stored transposed): nothing would quantize its inputs. Take a scheme with "
             f"A16, or leave such weights as they are with --exclude '{starred(dense)}'"
         )

@@ -114,12 +114,21 @@ def evaluate(
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized.")],
     linears: Annotated[bool, typer.Option("--linears", help="List every linear.")] = False,
+    sites: Annotated[
+        bool,
+        typer.Option(
+            "--sites",
+            help="Run one block of each kind of an original model, and list which linears share an input, where "
+            "channels can be scaled, and which matrices stay as they are.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a folder holds: architecture, blocks, linears, sizes, bits per weight."""
     from bitwright import api
 
-    show(api.inspect(path), lambda console, result: screens.inspection(console, result, linears), as_json)
+    result = api.inspect(path, sites=sites)
+    show(result, lambda console, result: screens.inspection(console, result, linears), as_json)
 
 
 @app.command(cls=Described)

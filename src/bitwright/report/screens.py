@@ -1,12 +1,13 @@
 """The screens of the commands: each shows the result of one command."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from bitwright.core.errors import in_shell
 from bitwright.core.registry import format_of
+from bitwright.core.weight import starred
 from bitwright.report.tables import duration, grid, pairs, size
 
 _BY_BITWRIGHT = "bitwright.load: transformers alone does not load this format, or leaves the queries as they are"
@@ -244,6 +245,24 @@ def inspection(console: Console, result: Any, linears: bool) -> None:
             for row in result.linears
         ]
         grid(console, "Linears", ("name", "out x in", "stored as", "share a scale", "bits per weight"), rows)
+    for kind in result.inside:
+        _inside(console, kind)
+
+
+def _inside(console: Console, kind: Any) -> None:
+    """Show one kind of block: groups of linears, sites, and what stays. Experts are shown once, with ``*``."""
+    first, *others = kind.blocks
+    rows = [("share an input", _starred(group)) for group in kind.groups]
+    for site in kind.sites:
+        what = f"{site.channels} scales" + (" and shifts" if site.shift else "")
+        ends = f"{_starred(site.producers)} to {_starred(site.readers)}" if site.readers else _starred(site.producers)
+        rows.append((starred(site.name), f"{ends}: {what}"))
+    rows += [("stay", f"{_starred(names)} ({why})") for why, names in kind.kept.items()]
+    pairs(console, f"{first}, and {len(others)} like it" if others else first, list(dict.fromkeys(rows)))
+
+
+def _starred(names: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(starred(f"{name}.").removesuffix(".") for name in names))
 
 
 def _schemes(result: Any) -> str | None:

@@ -1,5 +1,7 @@
 """Documents packed into segments: nothing lost, nothing torn without need."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ def test_every_token_is_there_once(lengths: list[int], seqlen: int, beginning: t
     assert sum(lengths) - len(tokens) < seqlen, "less than a segment is left over"
     for segment in segments:
         assert len(segment) == seqlen and tuple(segment[: len(beginning)]) == beginning
-        for before, token in zip(segment, segment[1:], strict=False):
+        for before, token in pairwise(segment):
             follows = token == before + 1 or token == BOS
             assert follows or before == BOS or not beginning, "every other document begins as a text does"
 

@@ -1,7 +1,7 @@
 """Rows of .csv and .parquet files."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from io import StringIO
 from itertools import chain
@@ -66,7 +66,7 @@ def parquet_rows(path: Path, rows: Rows) -> Iterator[Document]:
             f"{path}, row {number + 1} or one of the {ROWS_AT_ONCE} after it is not UTF-8 text: {error.reason}; write "
             "the file again as UTF-8"
         ) from None
-    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+    except (pyarrow.ArrowException, OSError, MemoryError, RecursionError) as error:
         raise CalibrationError(f"{path} cannot be read as Parquet: {str(error)[:500]}") from None
 
 
@@ -137,9 +137,13 @@ def _nbytes(column: Any) -> int:
 
 
 def _records(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a batch, without the null keys that Parquet gives to every message if one has them."""
-    for record in batch.to_pylist():
-        yield {field: _without_null(value) if isinstance(value, list) else value for field, value in record.items()}
+    """The rows of a batch."""
+    yield from map(without_null_keys, batch.to_pylist())
+
+
+def without_null_keys(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose messages have no null keys: where all rows have the same columns, they stand for absent ones."""
+    return {field: _without_null(value) if isinstance(value, list) else value for field, value in record.items()}
 
 
 def _without_null(value: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitwright.calibration import mix
 from bitwright.calibration.rows import MOST_BYTES, Document, Rows
-from bitwright.calibration.tables import csv_rows, parquet_rows
+from bitwright.calibration.tables import csv_rows, parquet_rows, without_null_keys
 from bitwright.core.errors import CalibrationError, CheckpointError
 from bitwright.core.small_files import MIB, read_small, refuse_too_many, uncollected
 from bitwright.demo import texts
@@ -190,5 +190,5 @@ def _dataset(source: str, rows: Rows) -> Iterator[Document]:
     return (
         document
         for number, record in enumerate(records, 1)
-        for document in rows.document(dict(record), f"dataset {source}, row {number}")
+        for document in rows.document(without_null_keys(record), f"dataset {source}, row {number}")
     )

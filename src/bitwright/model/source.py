@@ -187,11 +187,6 @@ def _require_model(path: Path) -> None:
         )
 
 
-def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
-    """Tokenize a whole text as one sequence, with the special tokens that the tokenizer adds by itself."""
-    return open_tokenizer(folder).stream(text)
-
-
 def open_tokenizer(folder: Path) -> Tokenizer:
     """Open the tokenizer in a folder, offline and without remote code. Raises CheckpointError."""
     from transformers import AutoTokenizer

@@ -64,18 +64,18 @@ def calibration_segments(
     if seed >= SEEDS:
         raise CalibrationError(f"seed {seed} is more than torch's generator takes; it must be below {SEEDS}")
     sources = sources_of(calibration)
+    counts = shares_of(samples, sources)
+    texts = [documents_of(source.name, "calibration", say, field) for source in sources]
     generator, drawn = torch.Generator().manual_seed(seed), list[Tensor]()
-    for source, count in zip(sources, shares_of(samples, sources), strict=True):
-        documents = documents_of(source.name, "calibration", say, field)
-        if own := is_mix(source.name):
+    for source, documents, count in zip(sources, texts, counts, strict=True):
+        if built_in := is_mix(source.name):
             documents = mix.fitted(documents, tokenizer, say)
         text = packed_text(source.name, documents, tokenizer, seqlen)
         available = len(text.segments)
-        if own and 0 < available < count:
-            say(f"{mix.NAME} has {available} segments of {seqlen} tokens; all are used, and {count} were asked for")
-            count = available
-        if available < count:
+        if available < count and not (built_in and available):
             raise _too_short(text, count, seqlen, tokenizer, alone=len(sources) == 1)
+        if available < count:
+            say(f"{mix.NAME} has {available} segments of {seqlen} tokens; all are used, and {count} were asked for")
         drawn.append(text.segments[torch.randperm(available, generator=generator)[:count]])
     tokens = torch.cat(drawn)
     if len(sources) > 1:

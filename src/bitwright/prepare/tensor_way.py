@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.calibration.segments import Segments
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Outline
 from bitwright.core.errors import CheckpointError, RecipeError
@@ -64,7 +65,7 @@ class TensorWay:
         in_units = tuple(units(division, checkpoint))
         return cls(source, in_units, _inventory(source, division, in_units, view, tied), pick_device(device))
 
-    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Int[Tensor, "N T"] | None:
+    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Segments | None:
         """None: no calibration data are needed."""
         sequence_length(question.recipe.seqlen, self.source.longest)
         return None

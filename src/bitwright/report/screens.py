@@ -29,7 +29,7 @@ def plan(console: Console, result: Any) -> None:
             ("bytes out", f"about {size(result.bytes_out)} ({result.bytes_out / result.bytes_in:.0%})"),
             ("memory", f"about {size(result.memory_bytes)} at the largest moment"),
             ("workers", f"{result.workers} processes" if result.workers > 1 else None),
-            ("calibration", f"{tokens:,} tokens" if tokens else "none"),
+            ("calibration", f"{tokens:,} tokens{_begins(result.begins_with, 'segment')}" if tokens else "none"),
             *(("note", note) for note in result.notes),
         ],
     )
@@ -67,6 +67,7 @@ def result(console: Console, result: Any) -> None:
             ("", f"{result.model_bits_per_weight:.3f} of the whole model, embeddings too"),
             ("left alone", _left_alone(result)),
             ("size", f"{size(result.bytes_in)} -> {size(result.bytes_out)}"),
+            ("calibration", _calibration(result.calibration)),
             ("relative error", error),
             ("verified", result.verified),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_bytes)}"),
@@ -76,6 +77,18 @@ def result(console: Console, result: Any) -> None:
             ("next", format_of(result.format).next_step.format(output=in_shell(result.output))),
         ],
     )
+
+
+def _calibration(data: Any) -> str | None:
+    """The calibration data of a run; None if it had none."""
+    if data is None:
+        return None
+    return f"{data.segments} segments of {data.seqlen} tokens{_begins(data.begins_with, 'segment')}"
+
+
+def _begins(token: str | None, what: str) -> str:
+    """What each segment or window begins with, as the end of a line."""
+    return f"; each {what} begins with {token}" if token else ""
 
 
 def _left_alone(result: Any) -> str | None:
@@ -182,6 +195,8 @@ def _on_text(result: Any) -> list[tuple[str, object]]:
     with_reference = m.kl_divergence is not None
     return [
         ("text", result.text),
+        ("windows", f"each begins with {m.begins_with}" if m.begins_with else None),
+        ("protocol", f"{m.protocol}: one stream of tokens, cut into windows" if m.protocol == "papers" else None),
         ("perplexity", f"{m.perplexity:.4f} {over}"),
         ("of the original", f"{m.reference_perplexity:.4f} {over}" if with_reference else None),
         ("KL divergence", f"{m.kl_divergence:.5f} nats per token {over}" if with_reference else None),

@@ -13,11 +13,11 @@ from rows import Asked, Row
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitwright.calibration.texts import BUILTIN, text_of
-from bitwright.calibration.tokens import segments
+from bitwright.calibration.segments import calibration_segments
+from bitwright.calibration.texts import BUILTIN
 from bitwright.core.grid import FULL
 from bitwright.core.scheme import Scheme
-from bitwright.model.source import tokenize
+from bitwright.model.source import open_tokenizer
 
 WORKERS = Path(__file__).parent / "rivals"
 LOG_TAIL = 4000
@@ -80,8 +80,13 @@ class Bench:
 
     def _task(self, asked: Asked, output: Path, windows: Int[Tensor, "W T"] | None) -> Task:
         """The worker's task, with the segments, and the windows if there are some, in files beside it."""
-        text = tokenize(self.model, text_of(self.calibration, "calibration"))
-        drawn = segments(text, self.samples, self.seqlen, asked.seed, self.calibration)
+        drawn = calibration_segments(
+            self.calibration,
+            open_tokenizer(self.model),
+            samples=self.samples,
+            seqlen=self.seqlen,
+            seed=asked.seed,
+        ).tokens
         for name, tokens in (("segments", drawn), ("windows", windows)):
             if tokens is not None:
                 save_file({"tokens": tokens.contiguous()}, output / f"{name}.safetensors")

@@ -25,10 +25,10 @@ from rows import Kept, Row, listed, measured_on
 from workers import NotRun, interpreters, run
 
 from bitwright import UserError
-from bitwright.calibration.texts import BUILTIN, text_of
+from bitwright.calibration.texts import BUILTIN
 from bitwright.demo import MODEL_DIR
-from bitwright.evaluation.measure import consecutive
-from bitwright.model.source import tokenize
+from bitwright.evaluation.windows import evaluation_windows
+from bitwright.model.source import open_tokenizer
 
 PROMPT, NEW, SEQLEN, WINDOWS = 64, 32, 512, 10
 COLUMNS = (
@@ -46,13 +46,14 @@ def main(
     threads: int = 1,
 ) -> None:
     """Run the cases that are missing and write the table."""
-    pythons, tokens = interpreters(python or []), tokenize(model, text_of(text, "evaluation"))
+    pythons, tokenizer = interpreters(python or []), open_tokenizer(model)
     config = json.loads((model / "config.json").read_text())
     seqlen = min(SEQLEN, config.get("max_position_embeddings", SEQLEN))
+    windows = evaluation_windows(text, tokenizer, seqlen=seqlen, windows=WINDOWS).tokens
     asked: Row = {
-        "prompt": tokens[:PROMPT].tolist(),
+        "prompt": windows[0, :PROMPT].tolist(),
         "new_tokens": NEW,
-        "windows": consecutive(tokens, seqlen, WINDOWS, text).tolist(),
+        "windows": windows.tolist(),
         "threads": threads,
     }
     kept = Kept(name, {"text": Path(text).name, "prompt": PROMPT, "new": NEW, "seqlen": seqlen, "windows": WINDOWS})

@@ -18,9 +18,8 @@ from rows import Asked, Kept, Row, listed, measured_on
 from workers import interpreters, run
 
 import bitwright
-from bitwright.calibration.texts import text_of
-from bitwright.evaluation.measure import consecutive
-from bitwright.model.source import tokenize
+from bitwright.evaluation.windows import evaluation_windows
+from bitwright.model.source import open_tokenizer
 
 CLIENT, SCHEME = "llamacpp", "rtn:W4A16g32sym"
 ROWS = tuple(f"{SCHEME}:0:embeddings={kind}" for kind in ("f16", "q8_0", "q4_0"))
@@ -37,7 +36,7 @@ def main(
 ) -> None:
     """Measure the rows that are missing and write the table."""
     kept = Kept(name, {"text": Path(text).name, "seqlen": seqlen, "windows": windows})
-    cut = consecutive(tokenize(model, text_of(text, "evaluation")), seqlen, windows, text).tolist()
+    cut = evaluation_windows(text, open_tokenizer(model), seqlen=seqlen, windows=windows).tokens.tolist()
     request, client = {"windows": cut, "threads": 1}, interpreters(python or [])[CLIENT]
     rows = [kept.row({"row": key}, partial(_measured, Asked.parse(key), model, request, client)) for key in ROWS]
     kept.write_table(

@@ -19,9 +19,8 @@ from rows import Asked, Kept, Row, listed, measured_on
 from workers import interpreters, run
 
 import bitwright
-from bitwright.calibration.texts import text_of
-from bitwright.evaluation.measure import consecutive
-from bitwright.model.source import tokenize
+from bitwright.evaluation.windows import evaluation_windows
+from bitwright.model.source import open_tokenizer
 
 CLIENT = "llamacpp"
 ROWS = (
@@ -47,7 +46,7 @@ def main(
 ) -> None:
     """Measure the rows that are missing and write the table."""
     kept = Kept(name, {"text": Path(text).name, "seqlen": SEQLEN, "windows": WINDOWS})
-    windows = consecutive(tokenize(model, text_of(text, "evaluation")), SEQLEN, WINDOWS, text).tolist()
+    windows = evaluation_windows(text, open_tokenizer(model), seqlen=SEQLEN, windows=WINDOWS).tokens.tolist()
     request = {"windows": windows, "threads": 1}
     client = interpreters(python or [])[CLIENT]
     rows = [kept.row({"row": key}, partial(_measured, Asked.parse(key), model, text, request, client)) for key in ROWS]

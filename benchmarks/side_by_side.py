@@ -46,11 +46,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitwright
-from bitwright.calibration.texts import text_of
 from bitwright.core.progress import silent
 from bitwright.core.scheme import Scheme
-from bitwright.evaluation.measure import Measurement, consecutive, measure
-from bitwright.model.source import tokenize
+from bitwright.evaluation.measure import Measurement, measure
+from bitwright.evaluation.windows import evaluation_windows
+from bitwright.model.source import open_tokenizer
 
 NAMES = ("implementation", "method", "scheme")
 QUALITY_COLUMNS = (*NAMES, "bits per weight", "perplexity", "KL from original (nats)", "top-1 agreement")
@@ -120,7 +120,7 @@ def quality(
     """Perplexity of what each implementation made, and its KL divergence from the original."""
     bench, asked = run.bench, run.asked
     kept = Kept(run.name, bench.protocol | {"text": f"{windows} windows of {seqlen} tokens of {Path(text).name}"})
-    tokens = consecutive(tokenize(bench.model, text_of(text, "evaluation")), seqlen, windows, text)
+    tokens = evaluation_windows(text, open_tokenizer(bench.model), seqlen=seqlen, windows=windows).tokens
     rows = [kept.row({"row": key}, partial(_measured, bench, wanted, text, tokens)) for key, wanted in asked.items()]
     kept.write_table(
         title,

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from bitwright.evaluation.measure import Measurement
 
@@ -146,11 +147,32 @@ def _save_model(folder: Path, dtype: str, tied: bool, shards: bool, changes: dic
 
 def save_tokenizer(folder: Path) -> None:
     """Write a tokenizer of one token per byte: no merges, so that a text's tokens can be counted by hand."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=_bytes()).save_pretrained(folder)
+
+
+def byte_tokenizer(around: str, *, eos: bool = True) -> "PreTrainedTokenizerFast":
+    """A tokenizer of one token per byte, ``<s>`` 256 and ``</s>`` 257; ``around`` is what it puts around a text.
+
+    ``around`` is "<s> $A" for a BOS in front.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = _bytes()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=ends)
+    named = {"bos_token": "<s>"} | ({"eos_token": "</s>"} if eos else {})
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+
+
+def _bytes() -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return tokenizer

@@ -54,6 +54,12 @@ def none_is_new(difference: Difference, case: Case, outputs: Path) -> bool:
     return difference.before is ABSENT and difference.after is None
 
 
+def data_without_beginning(difference: Difference, case: Case, outputs: Path) -> bool:
+    """Whether calibration data are said besides, whose segments begin with nothing of the tokenizer's."""
+    data = difference.after
+    return difference.before is ABSENT and (data is None or (isinstance(data, dict) and data["begins_with"] is None))
+
+
 def rounded(difference: Difference, case: Case, outputs: Path) -> bool:
     """Whether two numbers differ only as sums in another order do."""
     before, after = difference.before, difference.after
@@ -100,6 +106,7 @@ def group_is_row(difference: Difference, case: Case, outputs: Path) -> bool:
     return values in ((-1, 128), ({"tile": [1, 128], "outliers": 0}, ABSENT))
 
 
+BEGINNING = "calibration data have fields, and say what each segment begins with"
 BITS = "bits are those that the format stores"
 BYTES = "sizes are those of weight files, also of exports and of MLC"
 WHOLE = "bits of the whole model, and what stays in full precision, are said"
@@ -113,6 +120,10 @@ ALLOWED = (
     Allowed(SCHEMES, "<file>", schemes_of_linears, file="allocation.json"),
     Allowed(SCHEMES, "recipe.allocation", none_is_new),
     Allowed(SCHEMES, "recipe.scheme_for", none_is_new),
+    Allowed(BEGINNING, "recipe.text_field", none_is_new),
+    Allowed(BEGINNING, "calibration.begins_with", none_is_new),
+    Allowed(BEGINNING, "result.calibration", data_without_beginning, file=OUTCOME),
+    Allowed(BEGINNING, "result.begins_with", none_is_new, file=OUTCOME),
     Allowed(EXPORTED, "scheme", real_schemes, case="export/*"),
     Allowed(EXPORTED, "blocks.*.linears.*.scheme", real_schemes, case="export/*"),
     Allowed(EXPORTED, "blocks.*.linears.*.tile.*", real_schemes, case="export/*"),

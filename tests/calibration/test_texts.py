@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitwright.calibration import texts
+from bitwright.calibration import rows, tables, texts
 from bitwright.calibration.texts import read_text
 from bitwright.core.errors import CalibrationError
 
@@ -32,6 +32,9 @@ def refusal(source: Path | str) -> str:
     with pytest.raises(CalibrationError) as error:
         read_text(str(source))
     return str(error.value)
+
+
+NEITHER = "a.jsonl, line 2 has no text in the field 'text', and no chat in messages or conversations; found: "
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "noextension"])
@@ -81,10 +84,10 @@ def test_whatever_stands_in_json_comes_back(documents: list[str]) -> None:
         ("{text: 1}", "a.jsonl, line 2 is not JSON"),
         ('{"text": "torn', "a.jsonl, line 2 is not JSON"),
         ("[" * 100_000, "a.jsonl, line 2 is not JSON"),
-        ('{"body": "x", "id": 3}', "a.jsonl, line 2 has no text in the field 'text'; found: the fields are body, id"),
+        ('{"body": "x", "id": 3}', NEITHER + "the fields are body, id; name one with --text-field"),
         ('{"text": 3}', "a.jsonl, line 2 has no text in the field 'text'; found: 'text' is of type int"),
-        ('"only text"', "a.jsonl, line 2 has no text in the field 'text'; found: str"),
-        ("[1]", "found: list"),
+        ('"only text"', NEITHER + "str"),
+        ("[1]", NEITHER + "list"),
     ],
 )
 def test_a_bad_line_is_named(line: str, says: str, tmp_path: Path) -> None:
@@ -102,7 +105,8 @@ def test_other_encodings_are_refused_with_the_place(name: str, tmp_path: Path) -
 
 def test_a_parquet_without_text_says_what_it_has(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", body=["x"], id=[1])
-    assert "has no column 'text'; it has body, id" in refusal(path)
+    message = refusal(path)
+    assert "has no column 'text', and none with chats (messages or conversations); it has body, id; name" in message
 
 
 def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
@@ -123,8 +127,8 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
-    assert "holds no text: no .txt, .jsonl, .parquet file was found in it" in refusal(tmp_path)
+    (tmp_path / "a.md").write_text("x")
+    assert "holds no text: no .txt, .jsonl, .parquet, .csv file was found in it" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["missing.txt", "a/b/missing.jsonl", "./missing", "../missing", "/missing/folder"])
@@ -172,7 +176,7 @@ def test_a_dataset_without_network_says_how_to_use_a_file(datasets: list[tuple[A
     message = refusal("wikitext:wikitext-2-raw-v1")
     assert "'wikitext:wikitext-2-raw-v1' is no local file or folder" in message
     assert "(ConnectionError: Couldn't reach 'wikitext' on the Hub)" in message
-    assert "name a local .txt, .jsonl or .parquet file instead, or 'builtin'" in message
+    assert "name a local .txt, .jsonl, .csv or .parquet file instead, or 'builtin'" in message
 
 
 @pytest.mark.parametrize(("source", "package"), [("org/known", "datasets"), ("a.parquet", "pyarrow")])
@@ -181,7 +185,8 @@ def test_a_missing_library_names_the_extra(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    for module in (texts, tables):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     message = refusal(source)
     assert f"needs {'the datasets library' if package == 'datasets' else package}" in message
     assert "pip install 'bitwright[data]'" in message and ".txt" in message
@@ -207,7 +212,7 @@ class TestBounds:
 
     @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
     def test_files_that_are_short_alone(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(texts, "MOST_BYTES", 500)
+        monkeypatch.setattr(rows, "MOST_BYTES", 500)
         for n in range(10):
             path = tmp_path / f"{n}{name}"
             if name == "a.jsonl":
@@ -217,7 +222,7 @@ class TestBounds:
         assert "has more than the 500 bytes of text that are read" in refusal(tmp_path)
 
     def test_many_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(texts, "MOST_ROWS", 3)
+        monkeypatch.setattr(rows, "MOST_ROWS", 3)
         assert "has 4 rows, and 3 are read" in refusal(write_parquet(tmp_path / "a.parquet", text=["a"] * 4))
         (tmp_path / "a.jsonl").write_text(json_lines(*[{"text": "a"}] * 4))
         assert "has more than 3 rows" in refusal(tmp_path / "a.jsonl")

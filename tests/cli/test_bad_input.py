@@ -370,7 +370,7 @@ class TestText:
             ("blank.txt", b" \n\t ", "holds no text"),
             ("latin.txt", "é".encode("latin-1") * 999, "not UTF-8 text"),
             ("wide.txt", "text".encode("utf-16"), "not UTF-8 text"),
-            ("a.jsonl", b'{"txt": "x"}', "line 1 has no text in the field 'text'; found: the fields are txt"),
+            ("a.jsonl", b'{"txt": "x"}', "found: the fields are txt; name one with --text-field"),
             ("b.jsonl", b'{"text": 5}', "line 1 has no text in the field 'text'; found: 'text' is of type int"),
             ("c.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
             ("d.jsonl", b"[" * 10**5, "line 1 is not JSON"),

@@ -109,7 +109,7 @@ def test_verify_says_so(tiny: Checkpoints, tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes", [
     {}, {"sliding_window": 2**31 - 1}, {"eos_token_id": [HUGE]}, {"rope_theta": 10**7},
     {"max_position_embeddings": 10_485_760}, {"vision_config": {"num_hidden_layers": 27, "hidden_size": 1152}},
-    {"num_nextn_predict_layers": 0}, {"trained_tokens": 15 * HUGE},
+    {"num_nextn_predict_layers": 0}, {"trained_tokens": 15 * HUGE}, {"vision_feature_layer": -2},
 ])  # fmt: skip
 def test_what_real_models_say_is_taken(changes: dict[str, Any], lying: Callable[..., Path]) -> None:
     require_fitting(Checkpoint.open(lying("llama", **changes)))

@@ -1,24 +1,31 @@
 """evaluate(): measure a written folder, loaded as its users load it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitwright.calibration.texts import BUILTIN, text_of
+from bitwright.calibration.segments import Segments
+from bitwright.calibration.texts import BUILTIN
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener, silent
 from bitwright.evaluation.loading import Loaded, load_with_loader
-from bitwright.evaluation.measure import Measurement, consecutive, measure
+from bitwright.evaluation.measure import MODEL, Measurement, measure
 from bitwright.evaluation.scores import TaskScore, side_by_side
 from bitwright.evaluation.scoring import TaskOptions, answers_file, prepare_tasks, score
+from bitwright.evaluation.windows import evaluation_windows, require_protocol
 from bitwright.model.config import text_config
-from bitwright.model.source import check_vocabulary, open_checkpoint, pick_device, pick_dtype, sequence_length, tokenize
+from bitwright.model.source import (
+    check_vocabulary,
+    open_checkpoint,
+    open_tokenizer,
+    pick_device,
+    pick_dtype,
+    sequence_length,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ def evaluate(
     folder: Path | str,
     text: str | None = None,
     *,
+    text_field: str | None = None,
+    protocol: str = MODEL,
     seqlen: int | None = None,
     windows: int | None = None,
     reference: Path | str | None = None,
@@ -60,11 +69,13 @@ def evaluate(
     dtype: str = "auto",
     listener: Listener = silent,
 ) -> Evaluation:
-    """Measure the perplexity of a folder, original or quantized, as the papers do, and its accuracy on lm-eval's tasks.
+    """Measure the perplexity of a folder, original or quantized, and its accuracy on lm-eval's tasks.
 
-    If ``text`` is None, the embedded text is measured, or no text if tasks are asked for. ``seqlen`` None is 2048
-    tokens, or the model's maximum if that is shorter. ``windows`` None is the whole text. With a ``reference``, the
-    divergence from it and its own accuracy are measured too.
+    If ``text`` is None, the embedded text is measured, or no text if tasks are asked for. ``text_field`` is the field
+    of its rows, if it is another one than ``messages``, ``conversations`` or ``text``. By the ``protocol`` "model",
+    each window is a text as the model was trained to see it, with its BOS in front; by "papers", the whole text is one
+    stream of tokens. ``seqlen`` None is 2048 tokens, or the model's maximum if that is shorter. ``windows`` None is the
+    whole text. With a ``reference``, the divergence from it and its own accuracy are measured too.
 
     ``task_files`` are lm-eval's YAML files, or folders of them; their tasks can be named in ``tasks``. Each task asks
     ``limit`` documents, with ``shots`` examples (None: the task's own number). Every answer is kept at once, so that a
@@ -81,18 +92,24 @@ def evaluate(
     )
     if text is None and not tasks:
         text = BUILTIN
-    if text is None and (seqlen, windows) != (None, None):
-        raise UserError("--seqlen and --windows are about a text, and only tasks were asked for; add --text FILE")
+    require_protocol(protocol)
+    if text is None and (seqlen, windows, text_field, protocol) != (None, None, None, MODEL):
+        raise UserError(
+            "--seqlen, --windows, --text-field and --protocol are about a text, and only tasks were asked for; add "
+            "--text FILE"
+        )
     pair = _Pair.open(Path(folder), None if reference is None else Path(reference), device, dtype)
     of_text = list[str]()
-    cut = None if text is None else _windows(pair.folder, text, seqlen, windows, of_text.append)
+    cut = None
+    if text is not None:
+        cut = _windows(pair.folder, text, text_field, protocol, seqlen, windows, of_text.append)
     prepared = prepare_tasks(asked, pair.folder) if tasks else ()
     with answers_file(asked, pair.folders) as file:
         loaded = pair.load(pair.folder)
         models = [loaded.model]
         loader = loaded.loader
         del loaded  # so that the tasks can free the model
-        measured = None if cut is None else _measure(pair, models[0], cut, listener)
+        measured = None if cut is None else replace(_measure(pair, models[0], cut, listener), protocol=protocol)
         scores, notes = ((), ()) if file is None else _score(pair, models, asked, prepared, file, listener)
     return Evaluation(
         folder=str(folder),
@@ -139,19 +156,27 @@ class _Pair:
 
 
 def _windows(
-    folder: Path, text: str, seqlen: int | None, windows: int | None, say: Callable[[str], None]
-) -> Int[Tensor, "W T"]:
+    folder: Path,
+    text: str,
+    field: str | None,
+    protocol: str,
+    seqlen: int | None,
+    windows: int | None,
+    say: Callable[[str], None],
+) -> Segments:
     """The text as windows of the model's tokens."""
     config = text_config(open_checkpoint(folder))
     length = sequence_length(seqlen, getattr(config, "max_position_embeddings", None))
-    tokens = tokenize(folder, text_of(text, "evaluation", say))
-    check_vocabulary(tokens, config, folder)
-    return consecutive(tokens, length, windows, text)
+    tokenizer = open_tokenizer(folder)
+    cut = evaluation_windows(text, tokenizer, seqlen=length, windows=windows, protocol=protocol, field=field, say=say)
+    check_vocabulary(cut.tokens, config, folder)
+    return cut
 
 
-def _measure(pair: _Pair, model: PreTrainedModel, cut: Int[Tensor, "W T"], listener: Listener) -> Measurement:
+def _measure(pair: _Pair, model: PreTrainedModel, cut: Segments, listener: Listener) -> Measurement:
     original = None if pair.reference is None else pair.load(pair.reference).model
-    return measure(model, cut, original, listener=listener)
+    measured = measure(model, cut.tokens, original, beginning=cut.beginning, listener=listener)
+    return replace(measured, begins_with=cut.begins_with)
 
 
 def _score(

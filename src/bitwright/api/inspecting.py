@@ -3,11 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from bitwright.api.looking_inside import BlockInside, look_inside
 from bitwright.checkpoint.account_file import read_account
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.scheme import Scheme
@@ -15,7 +16,7 @@ from bitwright.core.small_files import uncollected
 from bitwright.formats import QuantizedFolder, is_read
 from bitwright.model.config import architecture
 from bitwright.model.discover import ROUTER, discover
-from bitwright.model.source import open_checkpoint
+from bitwright.model.source import Source, open_checkpoint
 
 NOT_LINEAR = ("embed", "wte", "wpe", "norm")
 
@@ -46,7 +47,7 @@ class Inspection:
 
     ``bits_per_weight`` is that of the quantized linears together (of all linears if none is quantized),
     ``model_bits_per_weight`` that of all parameters of the folder. ``scheme`` comes from bitwright.json; it is None
-    without that file.
+    without that file. ``inside`` are the kinds of blocks, if they were asked for.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Inspection:
     bits_per_weight: float
     model_bits_per_weight: float
     linears: tuple[LinearSize, ...]
+    inside: tuple[BlockInside, ...] = ()
 
     @property
     def schemes(self) -> dict[str | None, int]:
@@ -67,10 +69,15 @@ class Inspection:
         return dict(Counter(row.scheme for row in self.linears).most_common())
 
 
-def inspect(path: Path | str) -> Inspection:
-    """Read the headers of a model folder. Raises CheckpointError if it is no model folder, or is damaged."""
+def inspect(path: Path | str, *, sites: bool = False) -> Inspection:
+    """Read the headers of a model folder. Raises CheckpointError if it is no model folder, or is damaged.
+
+    With ``sites``, one block of each kind of an original model is run too, to see which linears share an input and
+    where channels can be scaled.
+    """
     with uncollected():  # many tensors are many objects, all of which stay
-        return _inspected(Path(path))
+        inspected = _inspected(Path(path))
+    return replace(inspected, inside=look_inside(Source.open(Path(path), tokenizer=False))) if sites else inspected
 
 
 def _inspected(folder: Path) -> Inspection:

@@ -13,7 +13,7 @@ from bitwright.checkpoint.merge import merge_begun
 from bitwright.checkpoint.output import OutputFolder, begin_anew, work_folder
 from bitwright.checkpoint.ranges import changed
 from bitwright.checkpoint.writer import write_json, write_tensors
-from bitwright.core.account import Account
+from bitwright.core.account import Account, CalibrationData
 from bitwright.core.errors import ChangedError, blaming_the_machine
 from bitwright.core.format import FileFormat
 from bitwright.core.progress import Listener, Progress, silent
@@ -48,6 +48,7 @@ class Result:
     original. ``left_alone`` is the share of the weights of matrices that stays in full precision, ``full_bits`` bits
     each, by the reason; embedding and output layer are left out for engines' files, which quantize them. ``per_ic`` is
     the number of linears whose groups go along the output, ``outliers`` the number of weights that are kept exactly.
+    ``calibration`` is the data that the methods were given, and what each of its segments begins with.
     ``verified`` says what was checked when the folder was read back.
     """
 
@@ -64,6 +65,7 @@ class Result:
     full_bits: int
     bytes_in: int
     bytes_out: int
+    calibration: CalibrationData | None
     output_error: float | None
     seconds: float
     verified: str
@@ -231,6 +233,7 @@ def _result(run: Prepared, output: Path, account: Account, timings: dict[str, An
         full_bits=8 * run.source.checkpoint.dtype_of_weights.itemsize,
         bytes_in=totals.bytes_in,
         bytes_out=totals.bytes_out,
+        calibration=account.calibration,
         output_error=errors[-1] if errors else None,
         seconds=timings["seconds"],
         verified=account.verified,

@@ -1,4 +1,4 @@
-"""Tokenize text, and draw calibration segments from the tokens."""
+"""Tokenize long texts, and take the digest of tokens."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -15,8 +15,6 @@ LONGEST_WHOLE = 2**24
 """The longest text that is tokenized at once, in characters: it takes 3 GB."""
 AROUND = 16
 """The number of tokens that must agree on each side of a joint."""
-SEEDS = 2**63
-"""The number of seeds that torch's generator accepts."""
 
 
 def tokens_of(
@@ -54,31 +52,6 @@ def _agree(*seams: tuple[Sequence[int], int]) -> bool:
     """Whether all sequences have equal tokens around their joints."""
     around = [list(tokens[max(0, at - AROUND) : max(0, at + AROUND)]) for tokens, at in seams]
     return all(len(tokens) == 2 * AROUND and tokens == around[0] for tokens in around)
-
-
-def segments(tokens: Int[Tensor, " M"], samples: int, seqlen: int, seed: int, source: str) -> Int[Tensor, "N T"]:
-    """Draw ``samples`` segments of ``seqlen`` tokens, without repetition, from consecutive windows of the data.
-
-    Equal tokens and seeds give equal segments. Raises CalibrationError, which names the ``source``, if the data is too
-    short.
-    """
-    if seed >= SEEDS:
-        raise CalibrationError(f"seed {seed} is more than torch's generator takes; it must be below {SEEDS}")
-    needed = samples * seqlen
-    if len(tokens) < needed:
-        raise CalibrationError(
-            f"{samples} segments of {seqlen} tokens need {needed} tokens, but '{source}' has {len(tokens)}; "
-            + ", or ".join(["take a longer text", *_shorter(len(tokens), samples, seqlen)])
-        )
-    windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[:samples]]
-
-
-def _shorter(tokens: int, samples: int, seqlen: int) -> list[str]:
-    """The options with which the data would be long enough."""
-    fewer = [f"--samples {tokens // seqlen}"] if tokens >= seqlen else []
-    return fewer + ([f"--seqlen {tokens // samples}"] if tokens >= samples else [])
 
 
 def fingerprint(tokens: Int[Tensor, "N T"]) -> str:

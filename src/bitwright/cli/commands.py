@@ -46,10 +46,21 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text to measure on: a .txt, .jsonl or .parquet file, a folder, builtin (Python source), or a dataset "
-            "of the Hugging Face hub. [default: builtin, or no text with --tasks]"
+            help="Text to measure on: a .txt, .jsonl, .csv or .parquet file, a folder, builtin (Python source), or a "
+            "dataset of the Hugging Face hub. [default: builtin, or no text with --tasks]"
         ),
     ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(help="Field of the rows to read. [default: messages, conversations or text]"),
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="model: every window as the model was trained to see text, with its BOS in front; papers: one stream "
+            "of tokens, cut into windows."
+        ),
+    ] = "model",
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens per window. [default: 2048, or the model's maximum if shorter]")
     ] = None,
@@ -93,6 +104,8 @@ def evaluate(
         numbers = api.evaluate(
             folder,
             text,
+            text_field=text_field,
+            protocol=protocol,
             seqlen=seqlen,
             windows=windows,
             reference=reference,
@@ -114,12 +127,21 @@ def evaluate(
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized.")],
     linears: Annotated[bool, typer.Option("--linears", help="List every linear.")] = False,
+    sites: Annotated[
+        bool,
+        typer.Option(
+            "--sites",
+            help="Run one block of each kind of an original model, and list which linears share an input, where "
+            "channels can be scaled, and which matrices stay as they are.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a folder holds: architecture, blocks, linears, sizes, bits per weight."""
     from bitwright import api
 
-    show(api.inspect(path), lambda console, result: screens.inspection(console, result, linears), as_json)
+    result = api.inspect(path, sites=sites)
+    show(result, lambda console, result: screens.inspection(console, result, linears), as_json)
 
 
 @app.command(cls=Described)

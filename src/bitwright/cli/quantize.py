@@ -37,9 +37,15 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibration data: a .txt, .jsonl or .parquet file, a folder, builtin (Python source), or a dataset "
-            "of the Hugging Face hub."
+            help="Calibration data: a .txt, .jsonl, .csv or .parquet file, a folder, mix (comes with Bitwright: chats, "
+            "code, prose, several languages), builtin (Python source), or a dataset of the Hugging Face hub. Several "
+            "with their shares: a.jsonl:2,b.txt:1. Rows with messages or conversations are rendered with the model's "
+            "chat template."
         ),
+    ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(help="Field of the rows to read. [default: messages, conversations or text]"),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Number of calibration segments. [default: 128]")] = None,
     seqlen: Annotated[

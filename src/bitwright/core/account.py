@@ -98,11 +98,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The segments that a run was calibrated on, and the sha256 of their tokens."""
+    """The segments that a run was calibrated on, and the sha256 of their tokens.
+
+    ``begins_with`` is the token in front of each, such as ``<bos>``; None if the tokenizer puts none there.
+    """
 
     segments: int
     seqlen: int
     tokens_sha256: str
+    begins_with: str | None = None
 
 
 @dataclass(frozen=True)

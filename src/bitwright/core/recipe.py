@@ -27,7 +27,9 @@ class Recipe:
 
     ``method`` None is ``omniquant`` if calibration data is named, else ``rtn``. ``format`` None is
     ``compressed-tensors`` if every linear fits into it, else ``bitwright``. ``seqlen`` None is 2048 tokens, or the
-    model's own maximum if that is shorter. ``include`` and ``exclude`` are patterns of names, in a list or with
+    model's own maximum if that is shorter. ``calibration`` names one source of text, or several with their shares:
+    ``a.jsonl:2,b.txt:1``; ``text_field`` is the field of their rows, if it is another one than ``messages``,
+    ``conversations`` or ``text``. ``include`` and ``exclude`` are patterns of names, in a list or with
     commas between them; ``include`` is for methods that need no calibration data. ``scheme_for`` gives linears a
     scheme of their own: ``PATTERN=SCHEME``, in a list, with commas between them, or as a mapping. ``allocation`` is
     a file that says the scheme of every linear, such as each run writes; then ``scheme`` may be None. ``engines``,
@@ -43,6 +45,7 @@ class Recipe:
     method: str | None
     format: str | None
     calibration: str | None
+    text_field: str | None
     samples: int
     seqlen: int | None
     seed: int
@@ -73,6 +76,7 @@ class Recipe:
         shard_size: str = SHARD_SIZE,
         training: str = "bitwright",
         *,
+        text_field: str | None = None,
         include: str | list[str] | tuple[str, ...] | None = None,
         exclude: str | list[str] | tuple[str, ...] | None = None,
         scheme_for: str | list[str] | tuple[str, ...] | dict[str, str] | None = None,
@@ -98,7 +102,12 @@ class Recipe:
         object.__setattr__(self, SETTINGS, _asked(settings.pop(SETTINGS, {}) | settings))
         _ = self.shard_bytes
         if calibration == "":
-            raise RecipeError("calibration is empty; name a text file or folder, builtin, or leave it out")
+            raise RecipeError("calibration is empty; name a text file or folder, mix, or leave it out")
+        if text_field is not None and (calibration is None or not text_field):
+            raise RecipeError(
+                f"text_field '{text_field}' names a field of the rows of the calibration data"
+                + ("; it is empty" if calibration else ", and none were named; give --calibration FILE")
+            )
         for key, number, least in (("samples", samples, 1), ("seqlen", seqlen, 1), ("seed", seed, 0)):
             if number is not None and not least <= number < MOST:
                 limit = f"at least {least}" if number < least else "less than 10^100"

@@ -8,14 +8,15 @@ arithmetic (``sites.py``).
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.core.block import Layout, LinearGroup, Place, Topology
-from bitwright.core.errors import CheckpointError
+from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.weight import Weight, starred
-from bitwright.model.calls import Call, UnlikeCallsError, hidden_of, joined, split
+from bitwright.model.calls import Call, UnlikeCallsError, hand_back, hidden_of, joined, split, with_hidden
 from bitwright.model.class_code import weights_taken
 from bitwright.model.discover import ROUTER, SMALL, SMALLEST, UNNAMED, is_router
 from bitwright.model.recording import Product, Recording, record
@@ -59,23 +60,42 @@ class Anatomy:
         return next(block for block in self.blocks if block.path == path)
 
 
+def dissect(skeleton: Skeleton, vocabulary: int, *, sites: bool = True) -> Anatomy:
+    """Find the anatomy of a model, its sites too if they are asked for.
+
+    One block of each kind is read and run; the others pass on what they are given. If the model does not go through
+    with that, because a block needs what an earlier one has left for it, all are run. Raises CheckpointError if no
+    blocks are found.
+    """
+    try:
+        return _dissected(skeleton, vocabulary, sites, all_run=False)
+    except UserError:
+        raise
+    except Exception:  # whatever a model's own code raises
+        return _dissected(skeleton, vocabulary, sites, all_run=True)
+
+
 @torch.no_grad()
-def dissect(skeleton: Skeleton, vocabulary: int) -> Anatomy:
-    """Find the anatomy of a model. Raises CheckpointError for one whose blocks cannot be found."""
+def _dissected(skeleton: Skeleton, vocabulary: int, sites: bool, all_run: bool) -> Anatomy:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(min(100, vocabulary // 2), vocabulary, (SEGMENTS, TOKENS), generator=generator)
     blocks, kinds = dict[str, BlockAnatomy](), dict[object, tuple[_Kind, BlockAnatomy]]()
     with skeleton.walk(tokens) as walk:
         while walk.name is not None and walk.name != skeleton.head:
             path = walk.name
-            with skeleton.filled(path) as module:
-                kind = _signature(module)
-                if path not in blocks:
-                    first, known = kinds.get(kind, (None, None))
-                    first = first or _recorded(module, walk.calls)
-                    blocks[path] = _block(skeleton.sources, path, first, known)
-                    kinds[kind] = first, blocks[path]
-                results = [module(*call.args, **call.kwargs) for call in walk.calls]
+            module = skeleton.parts[path]
+            signature = _signature(module)
+            if all_run or signature not in kinds:
+                with skeleton.filled(path):
+                    if signature not in kinds:
+                        kind = _recorded(module, walk.calls)
+                        kinds[signature] = kind, _block(skeleton.sources, path, kind, None, sites)
+                    results = [_run(module, call) for call in walk.calls]
+            else:
+                results = [with_hidden(kinds[signature][0].result, call.hidden) for call in walk.calls]
+            if path not in blocks:
+                kind, known = kinds[signature]
+                blocks[path] = _block(skeleton.sources, path, kind, known, sites)
             walk.advance(results)
     if not blocks:
         raise CheckpointError(
@@ -87,11 +107,12 @@ def dissect(skeleton: Skeleton, vocabulary: int) -> Anatomy:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What was recorded of the first block of a kind."""
+    """What was recorded of the first block of a kind; ``result`` is what it returned."""
 
     module: nn.Module
     recording: Recording
     call: Call
+    result: Any
     joins: bool
     _taken: dict[str, frozenset[tuple[str, str]]] = field(default_factory=dict)
 
@@ -133,7 +154,8 @@ def _signature(module: nn.Module) -> object:
 def _recorded(module: nn.Module, calls: Sequence[Call]) -> _Kind:
     """Record the first block of a kind, on all segments if their calls can be joined."""
     own = {name: p.detach() for name, p in module.named_parameters()}
-    single = [hidden_of(module(*call.args, **call.kwargs)) for call in map(_alone, calls)]
+    results = [module(*call.args, **call.kwargs) for call in map(_alone, calls)]
+    single = [hidden_of(result) for result in results]
     try:
         together = joined(calls)
         whole = split(module(*together.args, **dict(together.kwargs)), calls)
@@ -141,26 +163,34 @@ def _recorded(module: nn.Module, calls: Sequence[Call]) -> _Kind:
     except (UnlikeCallsError, RuntimeError, IndexError, ValueError):
         joins = False
     call = joined(calls if joins else calls[:1])
-    return _Kind(module, record(module, call, own), call, joins)
+    return _Kind(module, record(module, call, own), call, results[0], joins)
 
 
 def _alone(call: Call) -> Call:
     return joined([call])
 
 
+def _run(module: nn.Module, call: Call) -> Any:
+    """What a block returns; what it adds to a dictionary is handed back."""
+    own = _alone(call)
+    result = module(*own.args, **own.kwargs)
+    hand_back(own, [call])
+    return result
+
+
 def _close(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= CLOSE * other.abs().max())
 
 
-def _block(sources: Sources, path: str, kind: _Kind, known: BlockAnatomy | None) -> BlockAnatomy:
+def _block(sources: Sources, path: str, kind: _Kind, known: BlockAnatomy | None, sites: bool) -> BlockAnatomy:
     """The anatomy of a block; ``known`` is that of the first block of its kind, with the same sites."""
     name, layout, weights, kept = _laid_out(sources, path, kind)
     if known is not None and known.layout == layout:
         return replace(known, name=name, path=path, weights=weights, kept=kept)
     linears = [linear for weight in weights for linear in linears_of(weight, name)]
     groups = tuple(_groups(layout, kind.recording, linears))
-    sites = find_sites(kind.module, layout, groups, kind.call)
-    return BlockAnatomy(name, path, Topology(groups, sites), layout, weights, kept, kind.joins)
+    found = find_sites(kind.module, layout, groups, kind.call) if sites else ()
+    return BlockAnatomy(name, path, Topology(groups, found), layout, weights, kept, kind.joins)
 
 
 def linears_of(weight: Weight, block: str) -> list[str]:

@@ -41,12 +41,6 @@ class Call:
         """The call on a device, its floating tensors in a dtype."""
         return self.map(lambda t: t.to(device, dtype if dtype is not None and t.is_floating_point() else t.dtype))
 
-    def with_hidden(self, hidden: Tensor) -> "Call":
-        """The call with other hidden states."""
-        if self.args:
-            return Call((hidden, *self.args[1:]), self.kwargs)
-        return Call((), {**self.kwargs, HIDDEN: hidden})
-
 
 class UnlikeCallsError(Exception):
     """Calls that cannot be joined: values differ that have no dimension for a batch."""
@@ -86,6 +80,19 @@ def hidden_of(result: Any) -> Tensor:
     while not isinstance(result, Tensor):
         result = next(iter(result.values())) if isinstance(result, Mapping) else result[0]
     return result
+
+
+def with_hidden(result: Any, hidden: Tensor) -> Any:
+    """What a block returned, with other hidden states."""
+    if isinstance(result, Tensor):
+        return hidden
+    if isinstance(result, MutableMapping):
+        first = next(iter(result))
+        changed = type(result)()
+        for key, value in result.items():
+            changed[key] = with_hidden(value, hidden) if key == first else value
+        return changed
+    return type(result)((with_hidden(result[0], hidden), *result[1:]))
 
 
 def batch_dim(value: Tensor) -> int:

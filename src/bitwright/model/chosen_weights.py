@@ -75,8 +75,9 @@ def chosen(division: Division, patterns: Patterns, checkpoint: Checkpoint, view:
 
 
 def _no_linears(weights: Iterable[Weight], view: ModelView) -> list[Weight]:
-    """Single matrices that have a place in the model but are no linear's weight there, such as Conv1D."""
-    alone = [w for w in weights if not w.stacked and view.places.get(w.tensor) == w.tensor and w.name != "lm_head"]
+    """Single matrices that have a place in the model but are no linear's weight there."""
+    alone = [w for w in weights if not (w.stacked or w.transposed or w.name == "lm_head")]
+    alone = [w for w in alone if view.places.get(w.tensor) == w.tensor]
     return [w for w in alone if view.linear(w.tensor) is None]
 
 

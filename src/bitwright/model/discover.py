@@ -15,6 +15,7 @@ from bitwright.core.weight import Division, Kept, Weight
 SMALLEST = 32
 """The least number of features of a linear; a matrix with fewer is a router or a gate."""
 SMALL = f"small: fewer than {SMALLEST} features"
+UNUSED = "no linear of the model that transformers makes"
 EMPTY, UNNAMED = "empty", "no linear's: its name does not end in .weight"
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
 EMBEDDING, OUTPUT_LAYER = "embedding", "output layer"

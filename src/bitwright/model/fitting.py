@@ -26,7 +26,7 @@ COUNT_OF_EXPERTS = re.compile(r"expert")
 POSITIONS = re.compile(r"position|n_ctx|seq_?len|context")
 LENGTHS = re.compile(r"max_length|window|chunk|budget|tokens|duration|samples?|rate|freq|param")
 """Numbers of positions, for which tables may be built, and numbers of which nothing is built."""
-SIZE = re.compile(r"size|num_|n_|dim|layers|heads|hidden")
+SIZE = re.compile(r"size|(^|_)n(um)?_|dim|layers|heads|hidden")
 NO_SIZES = re.compile(
     r"(_ids?|_index|_idx|seed|theta|base|version|dtype|factor|scale|scaling|_start|_end|_token)$|rope"
 )

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bitwright.calibration.tokens import tokens_of
+from bitwright.calibration.tokenizer import Tokenizer
 from bitwright.checkpoint.layout import read_bytes
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.sidecar_files import AGAIN, TOKENIZER, read_tokenizer_config
@@ -191,8 +191,8 @@ def _require_model(path: Path) -> None:
         )
 
 
-def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
-    """Tokenize a whole text as one sequence, with the special tokens that the tokenizer adds by itself."""
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Open the tokenizer in a folder, offline and without remote code. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
     require_tokenizer(folder)
@@ -203,12 +203,12 @@ def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
             f"the tokenizer in {folder} cannot be read by transformers: {type(error).__name__}: {error}; copy the "
             "tokenizer's files from the original repository again"
         ) from error
-    return tokens_of(text, lambda piece: tokenizer(piece, verbose=False).input_ids)
+    return Tokenizer(tokenizer, folder)
 
 
 def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> None:
     """Raise UserError for tokens for which the model's embedding has no row."""
-    size, largest = config.vocab_size, int(tokens.max()) if len(tokens) else 0
+    size, largest = config.vocab_size, int(tokens.max()) if tokens.numel() else 0
     if largest >= size:
         raise UserError(
             f"the tokenizer in {folder} gives token {largest}, but the model's embedding has {size} rows; the "

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bitwright.calibration.texts import text_of
-from bitwright.calibration.tokens import segments
+from bitwright.calibration.segments import Segments, calibration_segments
 from bitwright.core.block import Family, Outline, Topology
 from bitwright.core.errors import RecipeError
 from bitwright.core.progress import Listener, Progress
@@ -23,10 +22,10 @@ from bitwright.model.source import (
     Source,
     blaming_the_config,
     check_vocabulary,
+    open_tokenizer,
     pick_device,
     pick_dtype,
     sequence_length,
-    tokenize,
 )
 from bitwright.model.view import ModelView
 from bitwright.prepare.question import Question
@@ -80,7 +79,7 @@ class BlockWay:
         """The dtype that forward passes run in."""
         return self.subject.skeleton.dtype
 
-    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Int[Tensor, "N T"] | None:
+    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Segments | None:
         """The calibration segments, None if no calibration data are named; see ``way.Way``."""
         recipe, config = question.recipe, text_config_of(self.subject.skeleton.model.config)
         seqlen = sequence_length(recipe.seqlen, self.source.longest)
@@ -91,10 +90,17 @@ class BlockWay:
                     "give --calibration FILE.txt, or --calibration builtin"
                 )
             return None
-        text = text_of(recipe.calibration, "calibration", say)
-        tokens = tokenize(self.source.checkpoint.folder, text)
-        check_vocabulary(tokens, config, self.source.checkpoint.folder)
-        return segments(tokens, recipe.samples, seqlen, recipe.seed, recipe.calibration)
+        segments = calibration_segments(
+            recipe.calibration,
+            open_tokenizer(self.source.checkpoint.folder),
+            samples=recipe.samples,
+            seqlen=seqlen,
+            seed=recipe.seed,
+            field=recipe.text_field,
+            say=say,
+        )
+        check_vocabulary(segments.tokens, config, self.source.checkpoint.folder)
+        return segments
 
     def budget(self, tokens: Int[Tensor, "N T"] | None, training: Training | None) -> Budget:
         """The memory that a run needs."""

@@ -25,6 +25,17 @@ def check_scheme(source: Source, family: Family | None, scheme: Scheme) -> None:
         )
 
 
+def check_activations(inventory: Inventory, scheme: Scheme) -> None:
+    """Refuse quantized activations beside weights that are dense once they are loaded. Raises RecipeError."""
+    dense = inventory.special or inventory.merged
+    if scheme.quantizes_activations and dense is not None:
+        raise RecipeError(
+            f"scheme {scheme} quantizes what linears read, and {dense} is no linear of its own once it is loaded "
+            "(experts in one parameter, or stored transposed): nothing would quantize its inputs. Take a scheme with "
+            f"A16, or leave such weights as they are with --exclude '{starred(dense)}'"
+        )
+
+
 def check_dtypes(source: Source, inventory: Inventory) -> None:
     """Refuse weights that are no ordinary floating-point numbers, and empty ones. Raises CheckpointError.
 

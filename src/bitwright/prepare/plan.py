@@ -33,7 +33,8 @@ class TensorKind:
 class Plan:
     """What a run will do: sizes in bytes, tokens as counted. ``memory`` is of one process, ``memory_bytes`` of all.
 
-    ``settings`` are those of the methods, preset and recipe together.
+    ``settings`` are those of the methods, preset and recipe together. ``begins_with`` is the token in front of every
+    segment of the calibration data, None if the tokenizer puts none there.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Plan:
     memory_bytes: int
     workers: int
     calibration_tokens: int
+    begins_with: str | None
     tensors: tuple[TensorKind, ...]
     notes: tuple[str, ...]
 
@@ -78,6 +80,7 @@ def plan_of(run: Prepared, workers: Workers) -> Plan:
         memory_bytes=workers.memory_bytes,
         workers=workers.count,
         calibration_tokens=0 if run.tokens is None else run.tokens.numel(),
+        begins_with=None if run.segments is None else run.segments.begins_with,
         tensors=tensors_of(run),
         notes=(*notes_of(run, workers), *_outliers_on_top(run)),
     )

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.calibration.segments import Segments
 from bitwright.core.account import LinearReport
 from bitwright.core.configuration import Configuration
 from bitwright.core.errors import RecipeError
@@ -21,7 +22,14 @@ from bitwright.core.scheme import UNQUANTIZED_BITS, Allocation, Scheme
 from bitwright.core.weight import Weight
 from bitwright.model.source import Source
 from bitwright.prepare.block_way import BlockWay
-from bitwright.prepare.checks import check_dtypes, check_names, check_scheme, check_shapes, fits_shapes
+from bitwright.prepare.checks import (
+    check_activations,
+    check_dtypes,
+    check_names,
+    check_scheme,
+    check_shapes,
+    fits_shapes,
+)
 from bitwright.prepare.format_choice import WIDELY_LOADED, expected, refuse_idle, refuse_wrongly_loaded, settled
 from bitwright.prepare.learned_parameters import LearnedParameters, belonging
 from bitwright.prepare.question import Question
@@ -45,13 +53,18 @@ class Prepared:
     question: Question
     source: Source
     way: Way
-    tokens: Int[Tensor, "N T"] | None
+    segments: Segments | None
     allocation: Allocation
     configuration: Configuration
     expected: str
     scales: torch.dtype
     note: str | None
     learned: LearnedParameters | None
+
+    @property
+    def tokens(self) -> Int[Tensor, "N T"] | None:
+        """The tokens of the calibration segments."""
+        return None if self.segments is None else self.segments.tokens
 
     @property
     def recipe(self) -> Recipe:
@@ -179,6 +192,7 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
     passes = partial(fits_shapes, inventory, format=question.target)
     format = expected(recipe.format, configuration, allocation, inventory.only_ours(allocation), passes)
     check_scheme(source, inventory.family, question.scheme)
+    check_activations(inventory, question.scheme)
     check_dtypes(source, inventory)
     scales = _scales(question, source, inventory)
     if format.startswith(WIDELY_LOADED):
@@ -192,9 +206,9 @@ def prepare(question: Question, device: str = "auto") -> Prepared:
         question.target.check(checkpoint.config, checkpoint.folder, write_options(recipe), known)
     learned = _learned(question, source, allocation, configuration)
     notes = [] if note is None else [note]
-    tokens = way.read_calibration(question, notes.append)
+    segments = way.read_calibration(question, notes.append)
     note = "; ".join(notes) or None
-    return Prepared(question, source, way, tokens, allocation, configuration, format, scales, note, learned)
+    return Prepared(question, source, way, segments, allocation, configuration, format, scales, note, learned)
 
 
 def settled_format(run: Prepared, linears: Sequence[LinearReport]) -> TensorFormat:

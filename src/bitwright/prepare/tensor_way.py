@@ -1,5 +1,6 @@
 """A model gone through tensor by tensor: what needs neither calibration data nor a model, whatever the architecture."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -7,15 +8,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.calibration.segments import Segments
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Outline
 from bitwright.core.errors import CheckpointError, RecipeError
 from bitwright.core.progress import Listener
 from bitwright.core.recipe import Recipe
 from bitwright.core.training import Training
-from bitwright.core.weight import Division, Weight
+from bitwright.core.weight import Division, Kept, Weight
 from bitwright.model import discover
+from bitwright.model.anatomy import dissect
 from bitwright.model.chosen_weights import LEFT_OUT, Patterns, by_rules, chosen
+from bitwright.model.config import model_config, text_config_of, without_hub_kernels
+from bitwright.model.fitting import built_within
+from bitwright.model.skeleton import Skeleton
 from bitwright.model.source import Source, pick_device, sequence_length
 from bitwright.model.view import ModelView
 from bitwright.prepare.block_way import ALL_LEFT_OUT, OTHER
@@ -29,6 +35,9 @@ from bitwright.stream.run_plan import RunPlan
 from bitwright.stream.tensors import TensorDriver
 from bitwright.stream.units import Unit, block_of, units
 from bitwright.stream.worker_pool import WorkerPool
+
+LARGEST_BLOCK = 2**31
+"""The most bytes of a block that is read and run to see what its linears are; names tell it of larger ones."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class TensorWay:
         in_units = tuple(units(division, checkpoint))
         return cls(source, in_units, _inventory(source, division, in_units, view, tied), pick_device(device))
 
-    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Int[Tensor, "N T"] | None:
+    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Segments | None:
         """None: no calibration data are needed."""
         sequence_length(question.recipe.seqlen, self.source.longest)
         return None
@@ -126,6 +135,8 @@ def _known(source: Source, recipe: Recipe) -> tuple[ModelView, Division, bool]:
 def _discovered(checkpoint: Checkpoint, recipe: Recipe) -> tuple[ModelView | None, Division, bool]:
     """The linears of an architecture that nobody has described."""
     view, division = ModelView.of(checkpoint), by_rules(checkpoint)
+    if view is not None:
+        division = _as_recorded(checkpoint, division)
     if not recipe.quantize_lm_head:
         return view, division, False
     head = discover.head(checkpoint.names)
@@ -139,6 +150,39 @@ def _discovered(checkpoint: Checkpoint, recipe: Recipe) -> tuple[ModelView | Non
     weight = Weight(tensor, name, checkpoint.entry(tensor).shape)
     kept = tuple(entry for entry in division.kept if entry.tensor != head)
     return view, replace(division, weights=(*division.weights, weight), kept=kept), head is None
+
+
+def _as_recorded(checkpoint: Checkpoint, division: Division) -> Division:
+    """The division in which the model itself says what the linears of its blocks are, if those are small enough to run.
+
+    A model that does not run here is divided by names and shapes alone.
+    """
+    blocks = Counter[str]()
+    for name in checkpoint.names:
+        blocks[block_of(name) or ""] += checkpoint.nbytes(name)
+    del blocks[""]
+    if not blocks or max(blocks.values()) > LARGEST_BLOCK:
+        return division
+    try:
+        config = model_config(checkpoint)
+        with built_within(checkpoint), without_hub_kernels():
+            skeleton = Skeleton(checkpoint, config, checkpoint.dtype_of_weights, torch.device("cpu"))
+        anatomy = dissect(skeleton, text_config_of(config).vocab_size, sites=False)
+    except Exception:  # whatever a model's own code raises
+        return division
+    recorded = {weight.tensor: weight for block in anatomy.blocks for weight in block.weights}
+    reasons = {tensor: why for block in anatomy.blocks for tensor, why in block.kept.items()}
+    within = tuple(f"{block.name}." for block in anatomy.blocks)
+    weights = [w for w in division.weights if not w.tensor.startswith(within)]
+    kept = [k for k in division.kept if not k.tensor.startswith(within)]
+    others = {entry.tensor: entry.why for entry in division.kept}
+    inside = [name for name in checkpoint.names if name.startswith(within) and name not in recorded]
+    kept += [Kept(name, reasons.get(name) or others.get(name) or discover.UNUSED) for name in inside]
+    order = {name: place for place, name in enumerate(discover.in_order(checkpoint.names))}
+    return Division(
+        tuple(sorted([*weights, *recorded.values()], key=lambda weight: order[weight.tensor])),
+        tuple(sorted(kept, key=lambda entry: order[entry.tensor])),
+    )
 
 
 def _why_nothing(division: Division, checkpoint: Checkpoint) -> str:

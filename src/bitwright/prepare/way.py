@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bitwright.calibration.segments import Segments
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.block import Family, Topology
 from bitwright.core.format import Foreseen
@@ -148,7 +149,7 @@ class Way(Protocol):
     def shares_out(self) -> bool:
         """Whether several processes can share the work."""
 
-    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Int[Tensor, "N T"] | None:
+    def read_calibration(self, question: Question, say: Callable[[str], None]) -> Segments | None:
         """The calibration segments, None if no calibration data are named; ``say`` notes what a user should know.
 
         Raises UserError.

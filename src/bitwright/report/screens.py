@@ -1,12 +1,13 @@
 """The screens of the commands: each shows the result of one command."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from bitwright.core.errors import in_shell
 from bitwright.core.registry import format_of
+from bitwright.core.weight import starred
 from bitwright.report.tables import duration, grid, pairs, size
 
 _BY_BITWRIGHT = "bitwright.load: transformers alone does not load this format, or leaves the queries as they are"
@@ -28,7 +29,7 @@ def plan(console: Console, result: Any) -> None:
             ("bytes out", f"about {size(result.bytes_out)} ({result.bytes_out / result.bytes_in:.0%})"),
             ("memory", f"about {size(result.memory_bytes)} at the largest moment"),
             ("workers", f"{result.workers} processes" if result.workers > 1 else None),
-            ("calibration", f"{tokens:,} tokens" if tokens else "none"),
+            ("calibration", f"{tokens:,} tokens{_begins(result.begins_with, 'segment')}" if tokens else "none"),
             *(("note", note) for note in result.notes),
         ],
     )
@@ -66,6 +67,7 @@ def result(console: Console, result: Any) -> None:
             ("", f"{result.model_bits_per_weight:.3f} of the whole model, embeddings too"),
             ("left alone", _left_alone(result)),
             ("size", f"{size(result.bytes_in)} -> {size(result.bytes_out)}"),
+            ("calibration", _calibration(result.calibration)),
             ("relative error", error),
             ("verified", result.verified),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_bytes)}"),
@@ -75,6 +77,18 @@ def result(console: Console, result: Any) -> None:
             ("next", format_of(result.format).next_step.format(output=in_shell(result.output))),
         ],
     )
+
+
+def _calibration(data: Any) -> str | None:
+    """The calibration data of a run; None if it had none."""
+    if data is None:
+        return None
+    return f"{data.segments} segments of {data.seqlen} tokens{_begins(data.begins_with, 'segment')}"
+
+
+def _begins(token: str | None, what: str) -> str:
+    """What each segment or window begins with, as the end of a line."""
+    return f"; each {what} begins with {token}" if token else ""
 
 
 def _left_alone(result: Any) -> str | None:
@@ -181,6 +195,8 @@ def _on_text(result: Any) -> list[tuple[str, object]]:
     with_reference = m.kl_divergence is not None
     return [
         ("text", result.text),
+        ("windows", f"each begins with {m.begins_with}" if m.begins_with else None),
+        ("protocol", f"{m.protocol}: one stream of tokens, cut into windows" if m.protocol == "papers" else None),
         ("perplexity", f"{m.perplexity:.4f} {over}"),
         ("of the original", f"{m.reference_perplexity:.4f} {over}" if with_reference else None),
         ("KL divergence", f"{m.kl_divergence:.5f} nats per token {over}" if with_reference else None),
@@ -244,6 +260,24 @@ def inspection(console: Console, result: Any, linears: bool) -> None:
             for row in result.linears
         ]
         grid(console, "Linears", ("name", "out x in", "stored as", "share a scale", "bits per weight"), rows)
+    for kind in result.inside:
+        _inside(console, kind)
+
+
+def _inside(console: Console, kind: Any) -> None:
+    """Show one kind of block: groups of linears, sites, and what stays. Experts are shown once, with ``*``."""
+    first, *others = kind.blocks
+    rows = [("share an input", _starred(group)) for group in kind.groups]
+    for site in kind.sites:
+        what = f"{site.channels} scales" + (" and shifts" if site.shift else "")
+        ends = f"{_starred(site.producers)} to {_starred(site.readers)}" if site.readers else _starred(site.producers)
+        rows.append((starred(site.name), f"{ends}: {what}"))
+    rows += [("stay", f"{_starred(names)} ({why})") for why, names in kind.kept.items()]
+    pairs(console, f"{first}, and {len(others)} like it" if others else first, list(dict.fromkeys(rows)))
+
+
+def _starred(names: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(starred(f"{name}.").removesuffix(".") for name in names))
 
 
 def _schemes(result: Any) -> str | None:

@@ -17,6 +17,7 @@ from bitwright.prepare.prepared import Prepared
 
 EXPECTED_SHARE = 0.01
 """The share of weights beyond three standard deviations in trained models."""
+PATTERNS = ("scheme_for", "include", "exclude")
 WRITTEN, DATA = "written", "data"
 """Keys of an identity: the times at which the model's files were written, and what ``check_weights`` says of them."""
 LOST = 0.5
@@ -32,7 +33,7 @@ def identity(run: Prepared, data: str, beside: Mapping[str, str]) -> dict[str, A
     recipe = run.recipe.as_dict()
     # The model, the calibration data and files are identified by their contents, not by their paths. Patterns
     # are identified by the schemes that linears get, which are named below.
-    for key in ("model", "calibration", "load_parameters", "allocation", "scheme_for", "include", "exclude"):
+    for key in ("model", "calibration", "text_field", "load_parameters", "allocation", *PATTERNS):
         del recipe[key]
     return {
         "recipe": recipe,
@@ -43,7 +44,7 @@ def identity(run: Prepared, data: str, beside: Mapping[str, str]) -> dict[str, A
         WRITTEN: run.source.checkpoint.modified(),
         DATA: data,
         "beside_the_weights": dict(beside),
-        "calibration": None if (calibration := _calibration(run)) is None else asdict(calibration),
+        "calibration": _tokens(run),
         "arithmetic": _arithmetic(run),
         "parameters": None if run.learned is None else run.learned.digest(),
         "versions": _versions(),
@@ -150,10 +151,16 @@ def _many_outliers(rows: Sequence[LinearReport]) -> str | None:
 
 
 def _calibration(run: Prepared) -> CalibrationData | None:
-    if run.tokens is None:
+    if run.segments is None:
         return None
-    samples, seqlen = run.tokens.shape
-    return CalibrationData(samples, seqlen, fingerprint(run.tokens))
+    samples, seqlen = run.segments.tokens.shape
+    return CalibrationData(samples, seqlen, fingerprint(run.segments.tokens), run.segments.begins_with)
+
+
+def _tokens(run: Prepared) -> dict[str, Any] | None:
+    """What tells calibration data from others: their tokens, among which is what each segment begins with."""
+    calibration = _calibration(run)
+    return None if calibration is None else {k: v for k, v in asdict(calibration).items() if k != "begins_with"}
 
 
 def _versions() -> dict[str, str]:

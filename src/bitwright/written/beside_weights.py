@@ -38,7 +38,9 @@ def write_config(
 ) -> dict[str, Any] | None:
     """Write config.json with the format's description of the quantized model, and return that description."""
     if written.scheme.kv is not None:  # compressed-tensors reads num_key_value_heads for every attention
-        config.setdefault("num_key_value_heads", config["num_attention_heads"])
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and "num_attention_heads" in part:
+                part.setdefault("num_key_value_heads", part["num_attention_heads"])
     described = format.config(written)
     if described is not None:
         config["quantization_config"] = described

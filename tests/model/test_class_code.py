@@ -24,7 +24,8 @@ class Mixer(nn.Module):
             x = x @ self.in_parts.weight[:, :1]
         elif x.is_cuda:
             x = torch.nn.functional.linear(x, self.given.weight)
-        return self.asked(x) + self.sliced.weight[0]
+        x = self.asked(x) + self.sliced.weight[0]
+        return x
 
 
 def test_what_the_code_takes() -> None:

@@ -60,7 +60,7 @@ def scale_all_sites(module: nn.Module, block: BlockAnatomy) -> None:
 @torch.no_grad()
 def test_all_sites_of_all_blocks_leave_the_logits_alone(kind: str, tmp_path: Path) -> None:
     subject, model = dissected(config_of(kind, **KINDS[kind]), tmp_path)
-    double = model.double()  # type: ignore[no-untyped-call]
+    double = model.double()
     double.set_experts_implementation("eager")
     before = double(TOKENS).logits
     for block in subject.anatomy.blocks:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bitwright.core.block import Block
 from bitwright.core.decisions import BlockDecisions, SiteDecision
 from bitwright.core.scheme import Allocation, Scheme
+from bitwright.model.calls import Call
 from bitwright.model.walk import Walk
 from bitwright.steps.activations import GRIDS
 from bitwright.steps.apply import Folded, fold
@@ -166,7 +167,7 @@ def test_the_block_is_its_own_again_whatever_happened(fails: str, tiny: Checkpoi
     subject, scheme = subject_of(tiny()), Scheme.parse("W4A8KV8")
     with enter(subject.skeleton, tokens) as stream, block_of(subject, 0) as block:
         walk: Walk = getattr(stream, fails)
-        walk.calls[:] = [call.with_hidden(torch.zeros(1, 20, 3)) for call in walk.calls]
+        walk.calls[:] = [Call((torch.zeros(1, 20, 3),), call.kwargs) for call in walk.calls]
         originals = dict(block.module.named_parameters())
         attention = subject.skeleton.model.config._attn_implementation
         before = folded(block, scheme=scheme)

@@ -24,7 +24,6 @@ ACCOUNT = {"bitwright": "0.2.0", "scheme": "W4A16g128", "recipe": {"seed": 0}, "
            "notes": ["rtn needs no calibration text; it is used to report output errors"],
            "blocks": [{"linears": [LINEAR]}]}  # fmt: skip
 REST = "no linear of this architecture"
-REST = "no linear of this architecture"
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -267,106 +266,6 @@ def test_what_stays_in_full_precision_in_other_formats(
     whole_model(tmp_path, format, **how)
     assert reason(right) == WHOLE and reason(wrong) is None
     assert fault is None or reason(fault) is None
-
-
-def test_an_export_says_what_its_linears_are(tmp_path: Path) -> None:
-    """Source: W3A16g64ic with outliers; export: 4 bits, asymmetric, groups of 32 along the input, and no outliers."""
-    row = LINEAR | {"name": "q", "shape": [128, 64], "outliers": 0}
-    config = {"bits": 4, "group_size": 32, "zero_point": True}
-
-    def allows(scheme: str, tile: list[int], *checked: tuple[str, object], grid: object = config) -> bool:
-        account = {"scheme": scheme, "quantization_config": grid, "blocks": [{"linears": [row | {"tile": tile}]}]}
-        write_account(tmp_path / "export/x", account)
-        case = Case("export/x", source="run")
-        return all(allowed(Difference("out/bitwright.json", *key_values(key, new)), case, tmp_path)
-                   for key, new in checked)  # fmt: skip
-
-    def key_values(key: str, new: object) -> tuple[str, object, object]:
-        return key, "what it was", new
-
-    write_account(tmp_path / "run", {"scheme": "W3A16g64ic", "blocks": [{"linears": [row | {"tile": [64, 1]}]}]})
-    right = ("scheme", "W4A16g32"), ("blocks.0.linears.0.tile.1", 32), ("totals.per_ic", 0)
-    assert allows("W4A16g32", [1, 32], *right)
-    for scheme, tile in (("W3A16g32", [1, 32]), ("W4A16g32sym", [1, 32]), ("W4A16g32", [32, 1]), ("W4A16g64", [1, 64])):
-        assert not allows(scheme, tile, ("scheme", scheme)) and not allows(scheme, tile, right[1]), (scheme, tile)
-    assert allows("W3A16", [1, 64], ("scheme", "W3A16"), grid=None), "weights: on the grid that was read"
-    assert not allows("W4A16", [1, 64], ("scheme", "W4A16"), grid=None)
-    assert allows("W3A16g64ic", [64, 1], ("totals.per_ic", 1)) and not allows("W3A16", [1, 64], ("totals.per_ic", 1))
-    outliers = ("blocks.0.linears.0.outliers", 0), ("blocks.0.linears.0.outlier_share", 0.0), ("totals.outliers", 0)
-    assert allows("W4A16g32", [1, 32], *outliers)
-    assert not any(allows("W4A16g32", [1, 32], (key, 1)) for key, _ in outliers)
-    save_file({"q.outlier_index": torch.zeros(1)}, tmp_path / "export/x/out/model.safetensors")
-    assert not any(allows("W4A16g32", [1, 32], key) for key in outliers)
-    no_export = Difference("out/bitwright.json", "scheme", "W4A16", "W4A16g32")
-    assert not allowed(no_export, Case("small/x"), tmp_path)
-
-
-def write_account(case: Path, account: dict[str, Any]) -> None:
-    (case / "out").mkdir(parents=True, exist_ok=True)
-    (case / "out/bitwright.json").write_text(json.dumps(account))
-
-
-def test_a_call_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
-    def gone(file: str, case: str = "refused/x") -> bool:
-        return allowed(Difference(file, "<file>", 3, ABSENT), Case(case, refused=True), tmp_path)
-
-    assert gone("out.partial/.lock") and gone("out.gguf.partial/journal.jsonl")
-    assert not gone("out/config.json") and not gone("out.partial/.lock", "small/x")
-    (tmp_path / "refused/x/out.partial").mkdir(parents=True)
-    assert not gone("out.partial/.lock"), "the folder itself is still there"
-
-
-def test_folders_are_loaded_that_nobody_described(tmp_path: Path) -> None:
-    def loaded(more: str, case: Case) -> bool:
-        return allowed(Difference("out/bitwright.json", "verified", "shapes fit", f"shapes fit{more}"), case, tmp_path)
-
-    exported = Case("export/experts/rtn/gptq", source="experts/rtn/default")
-    assert loaded("; loads in transformers", Case("fused/x", "fused")) and loaded("; loads in transformers", exported)
-    assert not loaded("; does not load", exported) and not loaded("; loads in transformers", Case("small/x", "small"))
-
-
-def whole_model(work: Path, format: str, **how: object) -> Callable[[str, object], bool]:
-    """Say what is allowed of a run of 128 weights in float32, half of them the embedding's; 40 bytes are written."""
-    (work / "models/m").mkdir(parents=True)
-    tensors = {"model.embed_tokens.weight": torch.zeros(2, 32), "model.layers.0.q_proj.weight": torch.zeros(1, 32),
-               "model.layers.0.o_proj.weight": torch.zeros(1, 32)}  # fmt: skip
-    save_file(tensors, work / "models/m/model.safetensors")
-    out = work / "after/run/out"
-    out.mkdir(parents=True)
-    (out / "weights.bin").write_bytes(bytes(40))
-    rows = [LINEAR | {"name": "model.layers.0.q_proj", "shape": [1, 32]}]
-    (out / "bitwright.json").write_text(json.dumps(ACCOUNT | {"format": format, "blocks": [{"linears": rows}]}))
-    case = Case("run", "m", how)
-    return lambda key, value: allowed(Difference(OUTCOME, f"result.{key}", ABSENT, value), case, work / "after")
-
-
-def test_what_is_said_of_the_whole_model(tmp_path: Path) -> None:
-    holds = whole_model(tmp_path, "gptq")
-    assert holds("model_bits_per_weight", 8 * 40 / 128) and not holds("model_bits_per_weight", 16.0)
-    assert holds("full_bits", 32) and not holds("full_bits", 16)
-    o_proj = {"excluded by *.o_proj": 0.25}
-    assert holds("left_alone", {"embedding": 0.5} | o_proj) and holds("left_alone", {REST: 0.75})
-    wrong: tuple[object, ...] = ({}, o_proj, {"embedding": 0.25, "excluded by *.o_proj": 0.5}, {"nothing": 0.75},
-                                 {"embedding": 0.75}, {"embedding": 0.5, REST: 0.25}, None, 0.75)  # fmt: skip
-    assert not any(holds("left_alone", shares) for shares in wrong)
-    assert not holds("more", 1), "another new key"
-
-
-@pytest.mark.parametrize(("format", "how", "right", "fault", "wrong"), [
-    ("dense", {}, {}, None, {REST: 0.75}),
-    ("mlc", {}, {"excluded by *.o_proj": 0.25}, {REST: 0.75}, {"embedding": 0.5}),
-    ("gguf", {"embeddings": "f16"}, {REST: 0.75}, {"excluded by *.o_proj": 0.25}, {}),
-])  # fmt: skip
-def test_what_stays_in_full_precision_in_other_formats(
-    format: str, how: dict[str, Any], right: object, fault: object, wrong: object, tmp_path: Path
-) -> None:
-    def reason(shares: object) -> str | None:
-        difference = Difference(OUTCOME, "result.left_alone", ABSENT, shares)
-        return difference.reason(Case("run", "m", how), tmp_path / "after", ALLOWED)
-
-    whole_model(tmp_path, format, **how)
-    assert reason(right) == WHOLE and reason(wrong) is None
-    assert fault is None or reason(fault) == FAULT
 
 
 def test_an_export_says_what_its_linears_are(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def set_tokens_per_pass(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
 
 def read_by(block: Block, linears: Sequence[str], inputs: Inputs) -> dict[str, Tensor]:
     """What linears of a block read, [N T, I]."""
-    return _inputs(block, linears, {}, inputs, range(len(inputs)))
+    parts = [_inputs(block, linears, {}, inputs, rows) for rows in inputs.batches()]
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in linears}
 
 
 @pytest.fixture(scope="module")

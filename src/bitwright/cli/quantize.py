@@ -52,6 +52,13 @@ def quantize(
         int | None, typer.Option(help="Tokens per segment. [default: 2048, or the model's maximum if shorter]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random. [default: 0]")] = None,
+    all_experts: Annotated[
+        bool | None,
+        typer.Option(
+            "--all-experts/--no-all-experts",
+            help="Show every calibration token to every expert, not only to those that it is routed to. [default: no]",
+        ),
+    ] = None,
     quantize_lm_head: Annotated[
         bool | None,
         typer.Option("--quantize-lm-head/--no-quantize-lm-head", help="Quantize the output layer too. [default: no]"),

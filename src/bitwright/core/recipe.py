@@ -29,7 +29,8 @@ class Recipe:
     ``compressed-tensors`` if every linear fits into it, else ``bitwright``. ``seqlen`` None is 2048 tokens, or the
     model's own maximum if that is shorter. ``calibration`` names one source of text, or several with their shares:
     ``a.jsonl:2,b.txt:1``; ``text_field`` is the field of their rows, if it is another one than ``messages``,
-    ``conversations`` or ``text``. ``include`` and ``exclude`` are patterns of names, in a list or with
+    ``conversations`` or ``text``. ``all_experts`` shows every calibration token to every expert, not only to those that
+    it is routed to. ``include`` and ``exclude`` are patterns of names, in a list or with
     commas between them; ``include`` is for methods that need no calibration data. ``scheme_for`` gives linears a
     scheme of their own: ``PATTERN=SCHEME``, in a list, with commas between them, or as a mapping. ``allocation`` is
     a file that says the scheme of every linear, such as each run writes; then ``scheme`` may be None. ``engines``,
@@ -46,6 +47,7 @@ class Recipe:
     format: str | None
     calibration: str | None
     text_field: str | None
+    all_experts: bool
     samples: int
     seqlen: int | None
     seed: int
@@ -77,6 +79,7 @@ class Recipe:
         training: str = "bitwright",
         *,
         text_field: str | None = None,
+        all_experts: bool = False,
         include: str | list[str] | tuple[str, ...] | None = None,
         exclude: str | list[str] | tuple[str, ...] | None = None,
         scheme_for: str | list[str] | tuple[str, ...] | dict[str, str] | None = None,

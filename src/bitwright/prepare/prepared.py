@@ -131,6 +131,7 @@ class Prepared:
             self.recipe.seed,
             self.learned,
             self.arithmetic,
+            self.recipe.all_experts,
         )
         writer = PartWriter(folder, self.format, self.target)
         return self.way.driver(plan, writer, self.tokens, workers, pool, ranks)

@@ -17,6 +17,7 @@ from bitwright.stream.activations import Activations, statistics
 from bitwright.stream.forward import outputs_of
 from bitwright.stream.inspection import LinearInspection, ModuleInspection
 from bitwright.stream.moments import MomentsAhead
+from bitwright.stream.routing import every_expert
 from bitwright.stream.train import Objective
 
 
@@ -25,17 +26,23 @@ class StreamedBlock:
     """A block with its inputs: the ``BlockData`` of ``core/method.py``.
 
     ``allocation`` has the schemes of its linears by their names in the block; ``scales`` is the dtype of scales.
+    ``all_experts``: statistics of an expert are of all tokens.
     """
 
     block: Block
     inputs: Activations
     allocation: Allocation
     scales: torch.dtype
+    all_experts: bool = False
 
     @cached_property
     def _passed(self) -> tuple[dict[str, LinearStats], list[Tensor]]:
         """The statistics and the block's full-precision outputs, from one pass."""
-        return statistics(self.block, self.inputs.reference)
+        stats, outputs = statistics(self.block, self.inputs.reference)
+        if self.all_experts:
+            with every_expert(self.block, wanted=True):
+                stats, _ = statistics(self.block, self.inputs.reference)
+        return stats, outputs
 
     @property
     def stats(self) -> Mapping[str, LinearStats]:
@@ -49,7 +56,8 @@ class StreamedBlock:
         def folded() -> Folded:
             return fold(block.tensors, block.topology, decisions, self.allocation, self.scales)
 
-        return self._ahead.of(linear, folded, drift=drift)
+        with every_expert(block, self.all_experts):
+            return self._ahead.of(linear, folded, drift=drift)
 
     @cached_property
     def _ahead(self) -> MomentsAhead:

@@ -160,7 +160,8 @@ class _Run:
         plan, allocation = self.plan, self.within(block)
         data = None
         if stream is not None:
-            data = StreamedBlock(block, stream.inputs(anatomy.joins), allocation, plan.scales)
+            inputs = stream.inputs(anatomy.joins)
+            data = StreamedBlock(block, inputs, allocation, plan.scales, plan.all_experts)
         decisions, learned = _decide(block, plan, allocation, data, inside)
         folded = fold(block.tensors, block.topology, decisions, allocation, plan.scales)
         folded = replace(folded, moved={**folded.moved, **self._left_out(block, anatomy, folded)})

@@ -18,6 +18,7 @@ class RunPlan:
     ``scales`` is the stored dtype of scales, of outliers, and of parameters that a transform changed. The rest is for
     learned methods: ``learned`` returns a block's parameters from an earlier training, which is then not repeated.
     ``arithmetic`` is the dtype of the products in training, None for the block's own.
+    ``all_experts``: statistics of an expert are of all tokens, not only of those that are routed to it.
     """
 
     allocation: Allocation
@@ -27,3 +28,4 @@ class RunPlan:
     seed: int = 0
     learned: Callable[[str], Mapping[str, Tensor]] | None = None
     arithmetic: torch.dtype | None = None
+    all_experts: bool = False

@@ -19,7 +19,6 @@ from bitwright.core.quantized import Difference
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
 from bitwright.formats import QuantizedFolder
 from bitwright.model.fitting import require_fitting
-from bitwright.model.source import family_of
 from bitwright.prepare.format_choice import refuse_idle, target
 from bitwright.prepare.resources import refuse_output
 from bitwright.stream.memory import peak_memory
@@ -136,11 +135,8 @@ def _convert(
     return [Difference(row.name, row.codes_kept, row.weight_error) for row in rows]
 
 
-def _client(model: QuantizedFolder, written: Path, to: TensorFormat) -> Check | None:
-    """Whether a new folder loads; None if a family describes it. Raises OutputError if it does not."""
-    if family_of(model.folder) is not None:
-        return None
-
+def _client(model: QuantizedFolder, written: Path, to: TensorFormat) -> Check:
+    """Whether a new folder loads, if that can be seen. Raises OutputError if it does not."""
     client = loads(written, model.checkpoint)
     if client.passed is False:
         raise OutputError(not_loadable(to, client))

@@ -16,6 +16,7 @@ from torch.nn.modules import module as registration
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, shown
+from bitwright.model.possible_values import require_possible_values
 
 HIDDEN, LAYERS = ("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "n_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -26,7 +27,7 @@ COUNT_OF_EXPERTS = re.compile(r"expert")
 POSITIONS = re.compile(r"position|n_ctx|seq_?len|context")
 LENGTHS = re.compile(r"max_length|window|chunk|budget|tokens|duration|samples?|rate|freq|param")
 """Numbers of positions, for which tables may be built, and numbers of which nothing is built."""
-SIZE = re.compile(r"size|num_|n_|dim|layers|heads|hidden")
+SIZE = re.compile(r"size|num_|(^|_)n_|dim|layers|heads|hidden")
 NO_SIZES = re.compile(
     r"(_ids?|_index|_idx|seed|theta|base|version|dtype|factor|scale|scaling|_start|_end|_token)$|rope"
 )
@@ -57,12 +58,16 @@ def require_fitting(checkpoint: Checkpoint) -> None:
 
 
 def require_possible(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for a config.json with sizes far beyond those of the tensors, which nobody could build."""
+    """Raise CheckpointError for a config.json that nobody could build or compute with.
+
+    Its sizes are far beyond those of the tensors, or it has values that are no numbers to compute with.
+    """
     _possible(checkpoint)
 
 
 def _possible(checkpoint: Checkpoint) -> "_Known":
     config, known = checkpoint.config, _Known(checkpoint)
+    require_possible_values(config, f"{checkpoint.folder}/config.json")
     for place, key, value in _numbers(config):
         if why := known.objection(key, value):
             raise _unfit(checkpoint, place, value, why)

@@ -6,6 +6,8 @@ Every tensor is there once, shapes fit, scales are numbers, and what is stored i
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from bitwright.checkpoint.account_file import ACCOUNT, read_account
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import OutputError
@@ -26,6 +28,8 @@ and what files take beside their tensors, as a fraction of them.
 """
 WHOLE_BYTES, SAMPLES = 16 * 2**20, 16
 """A tensor that is not quantized and has more bytes is read at so many places, if the check is to be short."""
+EXTRAORDINARY = 2.0**12
+"""A weight or scale from which on a model has to show that its logits are numbers; those of real models are smaller."""
 MODELS = ("model*.safetensors", "pytorch_model*.bin")
 """Patterns of the names of files with the weights of a model."""
 SCALES = ("weight_scale", "scales")
@@ -69,6 +73,19 @@ def require_sound(folder: Path, original: Shapes, client: Check | None = None) -
     if model.format is not None:
         checks.append(_once(model))
     return published_only_if([*checks, *([] if client is None else [client])])
+
+
+def has_ordinary_numbers(checkpoint: Checkpoint) -> bool:
+    """Whether no scale and no weight in full precision is so large that a forward pass could leave float32.
+
+    Large tensors are read in some places, as ``require_sound`` reads them.
+    """
+    return all(
+        bool((values.abs() < EXTRAORDINARY).all())
+        for name in checkpoint.names
+        if checkpoint.entry(name).dtype.is_floating_point and checkpoint.entry(name).elements
+        for values in _looked_at(checkpoint, name)
+    )
 
 
 def published_only_if(checks: Sequence[Check]) -> str:
@@ -174,10 +191,19 @@ def _is_finite(checkpoint: Checkpoint, name: str, whole: bool) -> bool:
         return True
     if whole or entry.nbytes <= WHOLE_BYTES:
         return checkpoint.is_finite(name)
+    return all(bool(values.isfinite().all()) for values in _looked_at(checkpoint, name))
+
+
+def _looked_at(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """Yield a tensor in float32; of a large one, some rows from all over it."""
+    entry = checkpoint.entry(name)
+    if entry.nbytes <= WHOLE_BYTES:
+        yield checkpoint.read(name).float()
+        return
     rows = entry.shape[0]
     few = max(1, rows * (WHOLE_BYTES // SAMPLES) // entry.nbytes)
-    starts = sorted({(rows - few) * at // (SAMPLES - 1) for at in range(SAMPLES)})
-    return all(bool(checkpoint.read_slice(name, start, start + few).float().isfinite().all()) for start in starts)
+    for start in sorted({(rows - few) * at // (SAMPLES - 1) for at in range(SAMPLES)}):
+        yield checkpoint.read_slice(name, start, start + few).float()
 
 
 def _wrong(part: QTensor, ours: bool) -> Iterator[str]:

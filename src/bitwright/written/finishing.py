@@ -9,17 +9,20 @@ from typing import Any
 from bitwright.checkpoint.account_file import write_account
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
+from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.account import Account, LinearReport
 from bitwright.core.errors import OutputError, UserError
 from bitwright.core.format import FileFormat, TensorFormat
 from bitwright.core.progress import Listener
 from bitwright.core.quantized import Difference
+from bitwright.core.registry import architecture_of
 from bitwright.formats import QuantizedFolder
+from bitwright.model.plain_config import plain_decoder
 from bitwright.prepare.format_choice import DENSE, HOLDS_ALL, encoder
 from bitwright.prepare.prepared import Prepared, settled_format, write_options
 from bitwright.verification.engine_files import require_sound_file
 from bitwright.verification.findings import Check
-from bitwright.verification.soundness import require_sound
+from bitwright.verification.soundness import has_ordinary_numbers, require_sound
 from bitwright.written.account import account_of
 from bitwright.written.beside_weights import copy_along, write_allocation, write_config
 from bitwright.written.sink import Sink
@@ -98,16 +101,22 @@ def _describe(run: Prepared, format: TensorFormat, rows: Sequence[LinearReport],
 
 
 def _client(run: Prepared, folder: Path) -> Check | None:
-    """Whether the folder loads, asked of transformers; None if a family describes the architecture.
+    """Whether the folder loads and runs, asked of transformers; None if config.json and weights are ordinary.
 
     Then names and shapes of all parameters are known without transformers, which takes longer to import than a small
-    model takes to quantize. For a file that is made of the folder, the format's own tables count.
+    model takes to quantize. For a file that is made of the folder, the format's own tables count, and the original has
+    to run. Raises CheckpointError if it is the original that is at fault.
     """
-    if run.source.family is not None or isinstance(run.target, FileFormat):
+    checkpoint, architecture = run.source.checkpoint, architecture_of(run.source.model_type)
+    plain = architecture is not None and plain_decoder(checkpoint.config, architecture) is not None
+    if plain and has_ordinary_numbers(Checkpoint.open(folder)):
         return None
-    from bitwright.verification.client import loads  # takes seconds, so only if it is asked
+    from bitwright.verification.client import loads, require_running  # takes seconds, so only if it is asked
 
-    return loads(folder, run.source.checkpoint)
+    if isinstance(run.target, FileFormat):
+        require_running(checkpoint)
+        return None
+    return loads(folder, checkpoint)
 
 
 @contextmanager

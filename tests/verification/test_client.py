@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4},
     "jetmoe": {"num_local_experts": 4, "kv_channels": 32},
     "flex_olmo": {"num_experts": 4},
-    "hrm_text": {"num_layers_per_stack": 2, "H_cycles": 1, "L_cycles": 1, "head_dim": 16},
+    "hrm_text": {"num_layers_per_stack": 2, "H_cycles": 2, "L_cycles": 3, "num_hidden_layers": 16, "head_dim": 16},
 }
 Folders = Callable[[str], Path]
 

@@ -22,6 +22,8 @@ HIDDEN, LAYERS = ("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 MORE_LAYERS = re.compile(r"nextn|mtp")
 """Keys with a number of blocks that stand behind those of ``LAYERS``."""
+SHARED_LAYERS = re.compile(r"hidden_groups|_cycles$")
+"""Keys of models that go through the same blocks several times, and count each time as a block."""
 COUNT_OF_LAYERS = re.compile(r"(layers?|depths?|blocks|stages|n_block)$")
 COUNT_OF_EXPERTS = re.compile(r"expert")
 POSITIONS = re.compile(r"position|n_ctx|seq_?len|context")
@@ -138,7 +140,7 @@ def _check_main(checkpoint: Checkpoint, config: Mapping[str, Any], known: _Known
         raise _unfit(checkpoint, "hidden_size", hidden, "and no tensor has that size")
     layers = next((config[key] for key in LAYERS if isinstance(config.get(key), int)), None)
     more = sum(n for key, n in config.items() if MORE_LAYERS.search(key) and type(n) is int and 0 < n < SMALL_LAYERS)
-    shared = any("hidden_groups" in key or ("share" in key and config[key] is True) for key in config)
+    shared = any(SHARED_LAYERS.search(key) or ("share" in key and config[key] is True) for key in config)
     if (
         layers is not None
         and known.blocks

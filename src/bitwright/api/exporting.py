@@ -26,7 +26,7 @@ from bitwright.stream.parts import PartWriter
 from bitwright.verification.client import loads
 from bitwright.verification.engine_files import require_sound_file
 from bitwright.verification.findings import Check
-from bitwright.verification.soundness import require_sound
+from bitwright.verification.soundness import is_ordinary, require_sound
 from bitwright.written.beside_weights import copy_along, write_allocation, write_config
 from bitwright.written.finishing import leaving_nothing, not_loadable, weight_bytes_of
 from bitwright.written.sink import JOURNAL, Sink
@@ -135,8 +135,10 @@ def _convert(
     return [Difference(row.name, row.codes_kept, row.weight_error) for row in rows]
 
 
-def _client(model: QuantizedFolder, written: Path, to: TensorFormat) -> Check:
-    """Whether a new folder loads, if that can be seen. Raises OutputError if it does not."""
+def _client(model: QuantizedFolder, written: Path, to: TensorFormat) -> Check | None:
+    """Whether a new folder loads; None if config.json and weights are ordinary. Raises OutputError if it does not."""
+    if is_ordinary(written):
+        return None
     client = loads(written, model.checkpoint)
     if client.passed is False:
         raise OutputError(not_loadable(to, client))

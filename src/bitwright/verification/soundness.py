@@ -13,8 +13,10 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import OutputError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.qtensor import QTensor
+from bitwright.core.registry import architecture_of
 from bitwright.core.scheme import Scheme
-from bitwright.formats import QuantizedFolder
+from bitwright.formats import CONFIG, QuantizedFolder
+from bitwright.model.plain_config import plain_decoder
 from bitwright.stream.memory import peak_memory
 from bitwright.verification.as_written import edited
 from bitwright.verification.completeness import Shapes, complete, twice
@@ -75,17 +77,21 @@ def require_sound(folder: Path, original: Shapes, client: Check | None = None) -
     return published_only_if([*checks, *([] if client is None else [client])])
 
 
-def has_ordinary_numbers(checkpoint: Checkpoint) -> bool:
-    """Whether no scale and no weight in full precision is so large that a forward pass could leave float32.
+def is_ordinary(folder: Path) -> bool:
+    """Whether a folder loads and runs for all that its names and shapes tell, so that its client need not be asked.
 
-    Large tensors are read in some places, as ``require_sound`` reads them.
+    Its config.json has only ordinary keys and values of an architecture that is described, and no scale and no weight
+    in full precision is so large that a forward pass could leave float32; large tensors are read in some places.
     """
-    return all(
-        bool((values.abs() < EXTRAORDINARY).all())
-        for name in checkpoint.names
-        if checkpoint.entry(name).dtype.is_floating_point and checkpoint.entry(name).elements
-        for values in _looked_at(checkpoint, name)
-    )
+    checkpoint = Checkpoint.open(folder)
+    config = {key: value for key, value in checkpoint.config.items() if key != CONFIG}
+    architecture = architecture_of(str(config.get("model_type")))
+    if architecture is None or plain_decoder(config, architecture) is None:
+        return False
+    entries = {name: checkpoint.entry(name) for name in checkpoint.names}
+    floating = [name for name, entry in entries.items() if entry.dtype.is_floating_point and entry.elements]
+    values = (values for name in floating for values in _looked_at(checkpoint, name))
+    return all(bool((some.abs() < EXTRAORDINARY).all()) for some in values)
 
 
 def published_only_if(checks: Sequence[Check]) -> str:

@@ -9,20 +9,17 @@ from typing import Any
 from bitwright.checkpoint.account_file import write_account
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
-from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.account import Account, LinearReport
 from bitwright.core.errors import OutputError, UserError
 from bitwright.core.format import FileFormat, TensorFormat
 from bitwright.core.progress import Listener
 from bitwright.core.quantized import Difference
-from bitwright.core.registry import architecture_of
 from bitwright.formats import QuantizedFolder
-from bitwright.model.plain_config import plain_decoder
 from bitwright.prepare.format_choice import DENSE, HOLDS_ALL, encoder
 from bitwright.prepare.prepared import Prepared, settled_format, write_options
 from bitwright.verification.engine_files import require_sound_file
 from bitwright.verification.findings import Check
-from bitwright.verification.soundness import has_ordinary_numbers, require_sound
+from bitwright.verification.soundness import is_ordinary, require_sound
 from bitwright.written.account import account_of
 from bitwright.written.beside_weights import copy_along, write_allocation, write_config
 from bitwright.written.sink import Sink
@@ -107,16 +104,14 @@ def _client(run: Prepared, folder: Path) -> Check | None:
     model takes to quantize. For a file that is made of the folder, the format's own tables count, and the original has
     to run. Raises CheckpointError if it is the original that is at fault.
     """
-    checkpoint, architecture = run.source.checkpoint, architecture_of(run.source.model_type)
-    plain = architecture is not None and plain_decoder(checkpoint.config, architecture) is not None
-    if plain and has_ordinary_numbers(Checkpoint.open(folder)):
+    if is_ordinary(folder):
         return None
     from bitwright.verification.client import loads, require_running  # takes seconds, so only if it is asked
 
     if isinstance(run.target, FileFormat):
-        require_running(checkpoint)
+        require_running(run.source.checkpoint)
         return None
-    return loads(folder, checkpoint)
+    return loads(folder, run.source.checkpoint)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from bitwright.model.buildable import is_at_odds, misnamed
 from bitwright.model.config import code_from_elsewhere
 from bitwright.model.source import open_checkpoint
 from bitwright.verification.beside_original import Beside
-from bitwright.verification.completeness import require_same_model, settings
+from bitwright.verification.completeness import is_another, require_same_model, settings
 from bitwright.verification.findings import Check, Verification
 from bitwright.verification.random_tokens import cannot_run, divergence_from, logits_of, of_chance, random_tokens
 from bitwright.verification.soundness import structure
@@ -41,7 +41,9 @@ def verify_folder(folder: Path, against: Path | None, logits: bool, listener: Li
         checks.append(settings(model, original))
         account = read_account(model.folder)
         decided = account is not None and bool(account.digests)
-        checks.append(beside.check(decided, sure=logits or (decided and is_made_of(account, original))))
+        of_this = is_made_of(account, original)
+        another = not of_this and is_another(model, original)
+        checks.append(beside.check(decided, sure=logits or (decided and of_this), another=another))
     if (wrong := misnamed(model.config)) is not None:
         checks.append(Check("logits", False, f"config.json says {wrong}: no program can load this"))
     elif logits and (why := cannot_run(model.config)) is not None:

@@ -117,6 +117,12 @@ def test_an_original_that_is_described_and_computes_no_numbers(
     refused(original, tmp_path, "edited is at fault, .* NaN or infinite", method, format)
 
 
+def test_an_original_that_cannot_run_with_a_cache(tiny: Checkpoints, tmp_path: Path) -> None:
+    """A window of 0 tokens, which only a run with a cache meets, as ``generate`` has one."""
+    original = edited(tiny(), tmp_path, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=0)
+    refused(original, tmp_path, "edited is at fault, .*it loads, but cannot run")
+
+
 def test_an_original_without_a_tensor_that_its_model_needs(folder_of: Folders, tmp_path: Path) -> None:
     original = changed(folder_of("granitemoe"), tmp_path / "edited", lambda tensors: tensors.pop("model.norm.weight"))
     refused(original, tmp_path, "edited is at fault, .*no tensor fills model.norm.weight")

@@ -22,9 +22,8 @@ from bitwright.model.loadable import Faults, MissingPackageError, config_in, fau
 from bitwright.model.view import ModelView, with_stacks
 from bitwright.verification.findings import Check
 from bitwright.verification.random_tokens import cannot_run, random_tokens
+from bitwright.verification.soundness import SMALL
 
-SMALL = 100_000_000
-"""The number of parameters up to which a model is loaded for good and run: 200 MB at 16 bits."""
 LOADS = "loads"
 NONE = Faults(frozenset(), frozenset())
 

@@ -30,6 +30,8 @@ and what files take beside their tensors, as a fraction of them.
 """
 WHOLE_BYTES, SAMPLES = 16 * 2**20, 16
 """A tensor that is not quantized and has more bytes is read at so many places, if the check is to be short."""
+SMALL, MOST_BYTES = 100_000_000, 4
+"""The number of parameters up to which a model is run before it is published (200 MB at 16 bits), and bytes of one."""
 EXTRAORDINARY = 2.0**12
 """A weight or scale from which on a model has to show that its logits are numbers; those of real models are smaller."""
 MODELS = ("model*.safetensors", "pytorch_model*.bin")
@@ -81,13 +83,15 @@ def is_ordinary(folder: Path) -> bool:
     """Whether a folder loads and runs for all that its names and shapes tell, so that its client need not be asked.
 
     Its config.json has only ordinary keys and values of an architecture that is described, and no scale and no weight
-    in full precision is so large that a forward pass could leave float32; large tensors are read in some places.
+    in full precision is so large that a forward pass could leave float32, if the model is small enough to be run.
     """
     checkpoint = Checkpoint.open(folder)
     config = {key: value for key, value in checkpoint.config.items() if key != CONFIG}
     architecture = architecture_of(str(config.get("model_type")))
     if architecture is None or plain_decoder(config, architecture) is None:
         return False
+    if checkpoint.total_bytes > MOST_BYTES * SMALL:
+        return True  # it would not be run
     entries = {name: checkpoint.entry(name) for name in checkpoint.names}
     floating = [name for name, entry in entries.items() if entry.dtype.is_floating_point and entry.elements]
     values = (values for name in floating for values in _looked_at(checkpoint, name))

@@ -16,6 +16,7 @@ from bitwright.core.recipe import Recipe
 from bitwright.core.training import Training
 from bitwright.core.weight import Division, Weight
 from bitwright.model import discover
+from bitwright.model.buildable import require_buildable
 from bitwright.model.chosen_weights import LEFT_OUT, Patterns, by_rules, chosen
 from bitwright.model.source import Source, pick_device, sequence_length
 from bitwright.model.view import ModelView
@@ -160,6 +161,7 @@ def _known(source: Source, recipe: Recipe, device: str) -> tuple[ModelView, Divi
 def _discovered(checkpoint: Checkpoint, recipe: Recipe) -> tuple[ModelView | None, Division, bool]:
     """The linears of an architecture that nobody has described."""
     view, division = ModelView.of(checkpoint), by_rules(checkpoint)
+    require_buildable(checkpoint, view)
     if not recipe.quantize_lm_head:
         return view, division, False
     head = discover.head(checkpoint.names)

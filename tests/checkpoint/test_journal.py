@@ -165,3 +165,26 @@ def test_a_journal_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "j").mkdir()
     with pytest.raises(OutputError, match="cannot be read"):
         Journal.open(tmp_path / "j", {})
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"data": "2"}, ["  the weights are others (data: '1' -> '2')"]),
+    ({"beside_the_weights": {}}, ["  tokenizer.json is gone (beside_the_weights.tokenizer.json: 'x' -> (absent))",
+                                  "  the weights has"]),
+    ({"written": {"model.safetensors": "later"}}, ["  model.safetensors was written to (written.model"]),
+])  # fmt: skip
+def test_other_files_of_the_model_are_no_settings(changes: dict[str, object], says: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    files = {"data": "1", "beside_the_weights": {"tokenizer.json": "x"}, "written": {"model.safetensors": "then"}}
+    Journal.open(path, IDENTITY | files)
+    with pytest.raises(OutputError) as caught:
+        Journal.open(path, IDENTITY | files | changes)
+    message = str(caught.value)
+    assert "begun from other files of the model than are there now:" in message and "settings" not in message
+    assert says[0] in message
+
+
+def test_other_versions_are_no_settings(path: Path) -> None:
+    with pytest.raises(OutputError, match="begun with other versions of what computes it:") as caught:
+        Journal.open(path, IDENTITY | {"versions": {"torch": "0.1"}})
+    assert "settings" not in str(caught.value)

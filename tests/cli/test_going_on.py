@@ -101,15 +101,30 @@ class TestGoingOn:
 
     def test_other_weights_are_refused(self, again: Run, model: Path) -> None:
         change_tensors(model, lambda tensors: tensors["lm_head.weight"].mul_(2))
-        assert "begun with other settings" in again().error
+        error = again().error
+        assert "begun from other files of the model" in error and "settings" not in error
+        assert "put these back as they were" in error and "--restart" in error
 
     def test_another_config_is_refused(self, again: Run, model: Path) -> None:
         change_config(model, rms_norm_eps=1e-5)
-        assert "model.config.json: 'sha256" in again().error
+        error = again().error
+        assert "config.json has other contents (model.config.json: 'sha256" in error and "settings" not in error
+
+    def test_other_sidecar_files_are_refused(self, again: Run, model: Path) -> None:
+        (model / "chat_template.jinja").write_text("{{ messages }}")
+        error = again().error
+        assert "chat_template.jinja was not there (beside_the_weights.chat" in error and "settings" not in error
+
+    def test_other_files_and_other_flags_are_both_said(self, again: Run, model: Path) -> None:
+        change_config(model, rms_norm_eps=1e-5)
+        error = again("--seed", 1).error
+        assert "begun from other files of the model than are there now and with other settings:" in error
+        assert "put these back as they were and repeat" in error and "with the old settings" in error
 
     def test_another_text_is_refused(self, again: Run, text: Path) -> None:
         text.write_text("Something else. " * 1000)
-        assert "calibration.tokens_sha256" in again().error
+        error = again().error
+        assert "begun with other calibration data:" in error and "calibration.tokens_sha256" in error
 
     def test_an_equal_model_elsewhere_is_the_same(self, run: Run, model: Path, text: Path, begun: Path) -> None:
         moved = model.rename(model.with_name("moved"))

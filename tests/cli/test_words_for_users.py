@@ -11,7 +11,7 @@ from tests.cli.conftest import SCHEME, Run, change_config, change_tensors
 
 from bitwright.core.engine import engines
 from bitwright.core.progress import Progress
-from bitwright.report import engines_screen
+from bitwright.report import engines_screen, screens
 from bitwright.report.progress import ProgressReport
 
 
@@ -61,6 +61,33 @@ def test_lines_in_a_pipe_are_few() -> None:
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 10 and lines[-1].startswith("verify 300/300")
+
+
+def test_a_short_stage_is_one_line_in_a_pipe() -> None:
+    console = Console(file=io.StringIO(), width=200, force_terminal=False)
+    with ProgressReport(console) as report:
+        for done in range(13):
+            report(Progress("write", done, 12, f"tensor {done}"))
+    assert isinstance(console.file, io.StringIO)
+    assert [line[:11] for line in console.file.getvalue().splitlines()] == ["write 12/12"]
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 part was"), (2, "2 parts were")])
+def test_parts_are_counted(count: int, words: str) -> None:
+    assert screens._continued(count) == f"{words} finished before"
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ("scheme: 2026-13-45", "'2026-13-45' is no scheme"),
+    ("seed: 2026-01-01", "seed"),
+    ('scheme: !!timestamp "x"', "'x' is no scheme"),
+    ('method: rtn\nseed: !!bool "x"', "line 3: cannot be read as YAML: 'x' is no bool"),
+    ('method: rtn\nseed: !!int "x"', "line 3: cannot be read as YAML: invalid literal"),
+])  # fmt: skip
+def test_values_of_a_recipe_that_are_none(line: str, says: str, run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {model}\n{line}\n")
+    ran = run("quantize", "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "o")
+    assert ran.code == 2 and says in ran.error and "bug" not in ran.error
 
 
 def test_a_narrow_terminal_keeps_the_time_that_is_left() -> None:

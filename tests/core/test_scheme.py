@@ -102,6 +102,8 @@ def test_every_scheme_of_the_grammar_survives_printing() -> None:
         ("W4A16g0", "groups of 0: a group has at least 2 weights"),
         ("W4A16g1", "groups of 1"),
         ("W4A16g1000000000", "groups of 1000000000"),
+        (f"W4A16g{9**30}", "groups of 1000000000 or more: a group has at most 999999999 weights"),
+        (f"W{9**30}A16", "weights of 1000000000 or more bits: weights take 2 to 8 bits"),
     ],
 )
 def test_numbers_out_of_range(text: str, says: str) -> None:
@@ -141,7 +143,11 @@ def test_numbers_out_of_range(text: str, says: str) -> None:
         ("W3A16g128W3A16g128", "W3A16g128"),
         ("W3A16icg128", None),
         ("W3A16g128icc", "W3A16g128ic"),
-        ("W\u0664A16", None),
+        ("W\u0664A16", "W4A16"),
+        ("W\uff14A16", "W4A16"),  # full width
+        ("\uff37\uff13\uff21\uff11\uff16g32", "W3A16g32"),
+        ("W4_A16 G64", "W4A16g64"),
+        ("WxA16", "W4A16"),
     ],
 )
 def test_unknown_texts_name_the_grammar_and_the_nearest_scheme(text: str, nearest: str | None) -> None:

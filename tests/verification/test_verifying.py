@@ -1,5 +1,6 @@
 """A folder that is what it claims to be passes; one damaged in each way that is looked for does not."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -95,3 +96,21 @@ def test_what_is_not_sound_is_not_published(tiny: Checkpoints, tmp_path: Path, m
     with pytest.raises(OutputError, match=rf"not published: complete: {Q}\.weight is not there"):
         bitwright.quantize(Recipe(str(tiny()), "W4A16g32", "rtn", "bitwright"), tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_beside_another_architecture_with_the_same_weights(tiny: Checkpoints, tmp_path: Path) -> None:
+    bitwright.quantize(Recipe(str(tiny()), "W4A16g32", "rtn"), tmp_path / "out")
+    other = changed(tiny(), tmp_path / "other", lambda _: None)
+    stated = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(stated | {"model_type": "mistral"}))
+    found = {check.name: check for check in bitwright.verify(tmp_path / "out", other).checks}
+    assert found["settings"].passed is False and found["settings"].found == "model_type mistral there and llama here"
+
+
+def test_beside_a_model_with_more_tensors_weights_are_no_yes(tiny: Checkpoints, tmp_path: Path) -> None:
+    bitwright.quantize(Recipe(str(tiny()), "W4A16g32", "rtn"), tmp_path / "out")
+    more = {"model.layers.0.self_attn.k_norm.weight": torch.ones(16)}
+    other = changed(tiny(), tmp_path / "other", lambda tensors: tensors.update(more))
+    found = {check.name: check for check in bitwright.verify(tmp_path / "out", other).checks}
+    assert found["complete"].passed is False and found["weights"].passed is None
+    assert "names or config.json are another model's" in found["weights"].found

@@ -54,7 +54,7 @@ def test_weights_that_are_changed_and_their_time_kept(recipe: Recipe, tmp_path: 
     partial(recipe, tmp_path / "out", 1)
     weights = Path(recipe.model) / "model.safetensors"
     overwrite(weights, weights.stat().st_size // 3, b"\x01\x3c")  # in the samples of no fingerprint
-    with pytest.raises(OutputError, match="begun with other settings"):
+    with pytest.raises(OutputError, match="begun from other files of the model than are there now"):
         bitwright.quantize(recipe, tmp_path / "out")
 
 

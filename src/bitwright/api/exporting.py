@@ -19,7 +19,6 @@ from bitwright.core.quantized import Difference
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
 from bitwright.formats import QuantizedFolder
 from bitwright.model.fitting import require_fitting
-from bitwright.model.source import family_of
 from bitwright.prepare.format_choice import refuse_idle, target
 from bitwright.prepare.resources import refuse_output
 from bitwright.stream.memory import peak_memory
@@ -27,7 +26,7 @@ from bitwright.stream.parts import PartWriter
 from bitwright.verification.client import loads
 from bitwright.verification.engine_files import require_sound_file
 from bitwright.verification.findings import Check
-from bitwright.verification.soundness import require_sound
+from bitwright.verification.soundness import is_ordinary, require_sound
 from bitwright.written.beside_weights import copy_along, write_allocation, write_config
 from bitwright.written.finishing import leaving_nothing, not_loadable, weight_bytes_of
 from bitwright.written.sink import JOURNAL, Sink
@@ -137,10 +136,9 @@ def _convert(
 
 
 def _client(model: QuantizedFolder, written: Path, to: TensorFormat) -> Check | None:
-    """Whether a new folder loads; None if a family describes it. Raises OutputError if it does not."""
-    if family_of(model.folder) is not None:
+    """Whether a new folder loads; None if config.json and weights are ordinary. Raises OutputError if it does not."""
+    if is_ordinary(written):
         return None
-
     client = loads(written, model.checkpoint)
     if client.passed is False:
         raise OutputError(not_loadable(to, client))

@@ -19,6 +19,17 @@ from bitwright.core.small_files import dumped
 
 SHOWN_DIFFERENCES = 8
 ABSENT = "(absent)"
+OF_THE_MODEL = {
+    "model": "has other contents", "written": "was written to", "data": "are others",
+    "beside_the_weights": "has other contents",
+}  # fmt: skip
+"""Parts of an identity that are the model's files, and what became of a file if such a part differs."""
+SETTINGS = ("with other settings", "repeat the command with the old settings")
+OTHERS = {
+    "calibration": ("with other calibration data", "repeat the command with the old text"),
+    "versions": ("with other versions of what computes it", "repeat the command with the old versions"),
+}
+"""Other parts of an identity that are no settings: how the run was begun, and what to do."""
 UNIT_KEYS = {"unit": str, "file": str, "bytes": int, "digests": dict, "report": dict}
 Listening = Callable[[int, int], None]
 """A function that hears how many bytes of finished units were read again, and of how many."""
@@ -186,16 +197,34 @@ def _other_run(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -
     """The message that says how two identities differ, in at most eight lines, and what to do."""
     old, new = dict(_dotted(begun)), dict(_dotted(asked))
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, ABSENT) != new.get(key, ABSENT)]
-    lines = [f"  {key}: {' -> '.join(_beside(old, new, key))}" for key in keys[:SHOWN_DIFFERENCES]]
+    lines = [f"  {_change(old, new, key)}" for key in keys[:SHOWN_DIFFERENCES]]
     if len(keys) > SHOWN_DIFFERENCES:
         lines.append(f"  and {len(keys) - SHOWN_DIFFERENCES} more")
+    ways = dict.fromkeys(_way(key) for key in keys)
+    if SETTINGS in ways:  # which say of calibration data and versions too
+        ways = {way: None for way in ways if way not in OTHERS.values()}
+    how, mend = (" and ".join(words) for words in zip(*ways, strict=True))
     return "\n".join(
-        [
-            f"{path}: this result was begun with other settings:",
-            *lines,
-            "repeat the command with the old settings to go on, or with --restart to begin anew",
-        ]
+        [f"{path}: this result was begun {how}:", *lines, f"{mend} to go on, or with --restart to begin anew"]
     )
+
+
+def _way(key: str) -> tuple[str, str]:
+    """How a run was begun if a key of its identity differs, and what to do to go on with it."""
+    room = key.partition(".")[0]
+    if room in OF_THE_MODEL:
+        return "from other files of the model than are there now", "put these back as they were and repeat the command"
+    return OTHERS.get(room, SETTINGS)
+
+
+def _change(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> str:
+    """The change of a key, in words if it is a file, with both values."""
+    values = f"{key}: {' -> '.join(_beside(old, new, key))}"
+    room, _, file = key.partition(".")
+    if room not in OF_THE_MODEL:
+        return values
+    what = "is gone" if key not in new else "was not there" if key not in old else OF_THE_MODEL[room]
+    return f"{file or 'the weights'} {what} ({values})"
 
 
 def _beside(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> tuple[str, str]:

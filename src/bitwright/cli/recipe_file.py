@@ -49,8 +49,23 @@ class OnceEach(yaml.SafeLoader):
             raise ValueError(f"the number {str(node.value)[:20]}... is out of bounds")
         return number
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build a value. Raises ConstructorError, which names the line, for one that is not what its tag says."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = str(error) if isinstance(error, ValueError) else f"{str(node.value)[:40]!r} is no {kind}"
+            problem = f"cannot be read as YAML: {problem}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        """Take a date for the text that it is: no key takes one, and the error of its key tells more."""
+        return str(self.construct_scalar(node))
+
 
 OnceEach.add_constructor("tag:yaml.org,2002:int", OnceEach.construct_yaml_int)
+OnceEach.add_constructor("tag:yaml.org,2002:timestamp", OnceEach.construct_text)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ O output features, I input features, R rows of a part, G groups of a row.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -104,6 +104,18 @@ class EngineFile(Protocol):
 
     def levels(self, name: str) -> Iterator[tuple[Rows, Levels]]:
         """A tensor's levels and steps, some rows at a time; nothing if its type has no levels."""
+
+
+@runtime_checkable
+class WithSettings(Protocol):
+    """An engine's file that also says how the engine computes with its tensors."""
+
+    def impossible(self) -> list[str]:
+        """The settings that the engine cannot compute with, or computes no numbers with, in words."""
+
+    @property
+    def unread(self) -> str:
+        """What the file holds beside tensors and settings that is not looked at, in words; "" if there is nothing."""
 
 
 def unlike(weight: QTensor, rows: Rows, stored: Levels) -> str | None:

@@ -13,16 +13,17 @@ or named after the grid of an engine that has one of its own (``NAMED``): ``mlc:
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from itertools import product
 from typing import Final
 
 from bitwright.core.errors import RecipeError, SchemeError
 from bitwright.core.grid import FULL, MAX_BITS, MIN_BITS, MIN_GROUP, Grid, Tile, Zero
 
-UNQUANTIZED_BITS, LARGE_GROUP = 16, 128
+UNQUANTIZED_BITS, LARGE_GROUP, USUAL_BITS, TIES = 16, 128, 4, 20
 
 GRAMMAR = (
     "W<2-8>A<2-8 or 16>[KV<2-8 or 16>][g<group size>[ic]][sym|asym|real], "
@@ -122,6 +123,8 @@ _PATTERN = re.compile(
     r"W(?P<w>[0-9]+)A(?P<a>[0-9]+)(KV(?P<kv>[0-9]+))?(g(?P<g>[0-9]+))?(?P<ic>ic)?(?P<sym>sym|asym|real)?", re.I | re.A
 )
 _MAX_DIGITS = 9
+LARGEST = 10**_MAX_DIGITS
+"""A number that stands for all larger ones."""
 
 
 def _weight_grid(bits: int, zero: str) -> Grid:
@@ -133,19 +136,28 @@ def _tile(group: int, per_input: bool) -> Tile:
 
 
 def _number(digits: str | None) -> int:
-    return 0 if digits is None else int(digits[-_MAX_DIGITS:]) if len(digits) <= _MAX_DIGITS else 10**_MAX_DIGITS
+    """The number that digits stand for, leading zeros aside; ``LARGEST`` for any that is larger."""
+    shorter = (digits or "").lstrip("0") or "0"
+    return int(shorter) if len(shorter) <= _MAX_DIGITS else LARGEST
+
+
+def _bounded(number: int) -> str:
+    return f"{number} or more" if number == LARGEST else str(number)
 
 
 def _check_numbers(text: str, weight: int, activation: int, cache: int | None, group: int | None) -> None:
     wrong = None
     if not MIN_BITS <= weight <= MAX_BITS:
-        wrong = f"weights of {weight} bits: weights take {MIN_BITS} to {MAX_BITS} bits"
+        wrong = f"weights of {_bounded(weight)} bits: weights take {MIN_BITS} to {MAX_BITS} bits"
     elif not _activation_bits_known(activation):
-        wrong = f"activations of {activation} bits: they take {MIN_BITS} to {MAX_BITS} bits, or 16 to stay as they are"
+        allowed = f"{MIN_BITS} to {MAX_BITS} bits, or 16 to stay as they are"
+        wrong = f"activations of {_bounded(activation)} bits: they take {allowed}"
     elif cache is not None and not _activation_bits_known(cache):
-        wrong = f"a KV cache of {cache} bits: it takes {MIN_BITS} to {MAX_BITS} bits, or 16 to stay as it is"
-    elif group is not None and not MIN_GROUP <= group < 10**_MAX_DIGITS:
+        wrong = f"a KV cache of {_bounded(cache)} bits: it takes {MIN_BITS} to {MAX_BITS} bits, or 16 to stay as it is"
+    elif group is not None and group < MIN_GROUP:
         wrong = f"groups of {group}: a group has at least {MIN_GROUP} weights"
+    elif group is not None and group >= LARGEST:
+        wrong = f"groups of {LARGEST} or more: a group has at most {LARGEST - 1} weights, and mostly 32 to 128"
     if wrong:
         raise _refused(text, wrong)
 
@@ -160,7 +172,7 @@ def _activation_bits_known(bits: int) -> bool:
 
 def _nearest(text: str) -> str:
     """The end of the message: bits and group moved to the nearest that are allowed, or the most similar text."""
-    match = _PATTERN.fullmatch(text.strip())
+    match = _PATTERN.fullmatch(_in_ascii(text))
     if match is not None:
         cache = "" if match["kv"] is None else f"KV{_near_bits(_number(match['kv']))}"
         size = None if match["g"] is None else min(max(_number(match["g"]), MIN_GROUP), LARGE_GROUP)
@@ -169,8 +181,24 @@ def _nearest(text: str) -> str:
         symmetry = (match["sym"] or "").lower().removeprefix("asym")
         return f"The nearest valid scheme is W{weight}A{_near_bits(_number(match['a']))}{cache}{group}{symmetry}."
     by_lower = {name.lower(): name for name in (*NAMED, *_common_schemes())}
-    close = get_close_matches(text.strip().lower()[:40], list(by_lower), n=1, cutoff=0.3)
-    return f"The nearest valid scheme is {by_lower[close[0]]}." if close else "A good start is W4A16g128."
+    asked = _in_ascii(text).lower()[:40]
+    close = get_close_matches(asked, list(by_lower), n=TIES, cutoff=0.3)
+    if not close:
+        return "A good start is W4A16g128."
+    alike = [by_lower[name] for name in close if _ratio(name, asked) == _ratio(close[0], asked)]
+    nearest = min(alike, key=lambda name: abs(Scheme.parse(name).weight.bits - USUAL_BITS))
+    return f"The nearest valid scheme is {nearest}."
+
+
+def _ratio(name: str, asked: str) -> float:
+    return SequenceMatcher(None, asked, name).ratio()
+
+
+def _in_ascii(text: str) -> str:
+    """A text with the letters and digits of other scripts (W４A16) as those of ASCII, without spaces and dashes."""
+    normal = unicodedata.normalize("NFKC", text[:100])
+    digits = (str(unicodedata.decimal(sign, sign)) for sign in normal)
+    return re.sub(r"[\s_-]", "", "".join(digits))
 
 
 def _foreign(text: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitwright.checkpoint.reader import Checkpoint
-from bitwright.core.errors import CheckpointError
+from bitwright.core.errors import CheckpointError, shown
 from bitwright.model.fitting import require_fitting
 
 if TYPE_CHECKING:
@@ -77,6 +77,21 @@ def read_config(folder: Path) -> "PretrainedConfig":
             if getattr(part, key, None) not in (None, *known):
                 setattr(part, key, None)
     return config
+
+
+def code_from_elsewhere(config: Mapping[str, Any]) -> str | None:
+    """What a config.json asks to compute with that transformers and torch do not bring; None if it asks for nothing.
+
+    ``read_config`` forgets it, so a model is loaded here as if it were not asked for; elsewhere it takes a package.
+    """
+    for key, known in IMPLEMENTATIONS.items():
+        for name in (key, key.removeprefix("_")):
+            asked = config.get(name)
+            for value in asked.values() if isinstance(asked, dict) else [asked]:
+                if isinstance(value, str) and value not in known:
+                    return f"{name} {shown(value)}"
+    inner = (value for key, value in config.items() if isinstance(value, dict) and key.endswith("_config"))
+    return next(filter(None, map(code_from_elsewhere, inner)), None)
 
 
 def _parts(config: Any) -> "Iterator[PretrainedConfig]":

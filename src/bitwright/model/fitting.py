@@ -16,11 +16,14 @@ from torch.nn.modules import module as registration
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, shown
+from bitwright.model.possible_values import require_possible_values
 
 HIDDEN, LAYERS = ("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "n_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 MORE_LAYERS = re.compile(r"nextn|mtp")
 """Keys with a number of blocks that stand behind those of ``LAYERS``."""
+SHARED_LAYERS = re.compile(r"hidden_groups|_cycles$")
+"""Keys of models that go through the same blocks several times, and count each time as a block."""
 COUNT_OF_LAYERS = re.compile(r"(layers?|depths?|blocks|stages|n_block)$")
 COUNT_OF_EXPERTS = re.compile(r"expert")
 POSITIONS = re.compile(r"position|n_ctx|seq_?len|context")
@@ -57,12 +60,16 @@ def require_fitting(checkpoint: Checkpoint) -> None:
 
 
 def require_possible(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for a config.json with sizes far beyond those of the tensors, which nobody could build."""
+    """Raise CheckpointError for a config.json that nobody could build or compute with.
+
+    Its sizes are far beyond those of the tensors, or it has values that are no numbers to compute with.
+    """
     _possible(checkpoint)
 
 
 def _possible(checkpoint: Checkpoint) -> "_Known":
     config, known = checkpoint.config, _Known(checkpoint)
+    require_possible_values(config, f"{checkpoint.folder}/config.json")
     for place, key, value in _numbers(config):
         if why := known.objection(key, value):
             raise _unfit(checkpoint, place, value, why)
@@ -133,7 +140,7 @@ def _check_main(checkpoint: Checkpoint, config: Mapping[str, Any], known: _Known
         raise _unfit(checkpoint, "hidden_size", hidden, "and no tensor has that size")
     layers = next((config[key] for key in LAYERS if isinstance(config.get(key), int)), None)
     more = sum(n for key, n in config.items() if MORE_LAYERS.search(key) and type(n) is int and 0 < n < SMALL_LAYERS)
-    shared = any("hidden_groups" in key or ("share" in key and config[key] is True) for key in config)
+    shared = any(SHARED_LAYERS.search(key) or ("share" in key and config[key] is True) for key in config)
     if (
         layers is not None
         and known.blocks

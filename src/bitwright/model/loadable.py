@@ -26,6 +26,10 @@ OLD_BUFFERS = r"rotary_emb\.inv_freq|(^|\.)position_ids$"
 """Tensors of old checkpoints that transformers leaves out without a word."""
 
 
+class MissingPackageError(CheckpointError):
+    """A model whose code needs a package that is not installed, so that nobody can tell whether it loads."""
+
+
 @dataclass(frozen=True)
 class Faults:
     """What would go wrong when a folder is loaded.
@@ -61,7 +65,7 @@ def faults(config: "PretrainedConfig", tensors: Collection[str], files: list[str
     """The faults of loading tensors into the model of a config, quantized as the config says.
 
     ``files`` are the paths of the weight files, if there are any: the bitwright format looks into them. Raises
-    CheckpointError if transformers, or our plugin, refuses them.
+    CheckpointError if transformers, or our plugin, refuses them, MissingPackageError if a package is missing.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -74,6 +78,8 @@ def faults(config: "PretrainedConfig", tensors: Collection[str], files: list[str
             _initialized(model)
     except CheckpointError:
         raise
+    except ImportError as error:
+        raise MissingPackageError(f"a package is missing: {error}") from error
     except Exception as error:  # the libraries raise anything
         raise CheckpointError(f"transformers cannot load it: {type(error).__name__}: {error}") from error
     return _compared(model, tensors, conversions)

@@ -126,12 +126,15 @@ def with_stacks(stacks: Iterable[str]) -> list[str]:
 
 
 def class_of(config: Any) -> Any:
-    """Choose the class that the config names, else the one for causal language models."""
+    """Choose the class that the config names if it is one of its architecture, else the causal language model's."""
     import transformers
     from transformers import AutoModelForCausalLM
 
-    named = (getattr(config, "architectures", None) or [""])[0]
-    return getattr(transformers, named, None) or AutoModelForCausalLM._model_mapping[type(config)]
+    named = getattr(transformers, str((getattr(config, "architectures", None) or [""])[0]), None)
+    own: Any = getattr(named, "config_class", None)
+    if own is not None and own.__module__.rpartition(".")[0] == type(config).__module__.rpartition(".")[0]:
+        return named
+    return AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, str | None, tuple[str, ...]]]:

@@ -18,6 +18,7 @@ from bitwright.core.training import Training
 from bitwright.core.weight import Division, Kept, Weight
 from bitwright.model import discover
 from bitwright.model.anatomy import dissect
+from bitwright.model.buildable import require_buildable
 from bitwright.model.chosen_weights import LEFT_OUT, Patterns, by_rules, chosen
 from bitwright.model.config import model_config, text_config_of, without_hub_kernels
 from bitwright.model.fitting import built_within
@@ -135,6 +136,7 @@ def _known(source: Source, recipe: Recipe) -> tuple[ModelView, Division, bool]:
 def _discovered(checkpoint: Checkpoint, recipe: Recipe) -> tuple[ModelView | None, Division, bool]:
     """The linears of an architecture that nobody has described."""
     view, division = ModelView.of(checkpoint), by_rules(checkpoint)
+    require_buildable(checkpoint, view)
     if view is not None:
         division = _as_recorded(checkpoint, division)
     if not recipe.quantize_lm_head:

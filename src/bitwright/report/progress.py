@@ -14,13 +14,18 @@ from bitwright.report.tables import duration, size
 
 BAR_WIDTH = 20
 SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES = 10.0, 0.1
+MANY, BRIEFLY = 100, 2.0
+"""A stage of fewer steps has no line for a tenth that took fewer seconds: each step would be a line."""
 
 
 class ProgressReport:
     """A listener that shows Progress on a console; as a context manager, it removes the bar at the end."""
 
     def __init__(self, console: Console) -> None:
-        """Show a live bar on a terminal; otherwise a line for every tenth of a stage, or every ten seconds."""
+        """Show a live bar on a terminal; otherwise a line for every tenth of a stage, or every ten seconds.
+
+        Of a short stage, only the end is a line.
+        """
         self._console = console
         self._bars = _bars(console) if console.is_terminal else None
         self._tasks: dict[str, TaskID] = {}
@@ -70,6 +75,7 @@ class ProgressReport:
     def _line(self, progress: Progress) -> None:
         now, advanced = monotonic(), progress.position - self._last_position[progress.stage]
         tenth = not progress.part and advanced >= SHARE_BETWEEN_LINES * progress.total
+        tenth = tenth and (progress.total >= MANY or now - self._last_line > BRIEFLY)
         due = progress.done == progress.total or tenth or now - self._last_line > SECONDS_BETWEEN_LINES
         advance = progress.position - self._begun_at[progress.stage]
         if not due or progress.position == 0 or (advance == 0 and progress.done < progress.total):

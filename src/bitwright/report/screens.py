@@ -71,7 +71,7 @@ def result(console: Console, result: Any) -> None:
             ("relative error", error),
             ("verified", result.verified),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_bytes)}"),
-            ("continued", f"{result.resumed} parts were finished before" if result.resumed else None),
+            ("continued", _continued(result.resumed)),
             *(("note", text) for text in result.notes),
             *(("fallback", text) for text in result.fallbacks),
             ("next", format_of(result.format).next_step.format(output=in_shell(result.output))),
@@ -89,6 +89,12 @@ def _calibration(data: Any) -> str | None:
 def _begins(token: str | None, what: str) -> str:
     """What each segment or window begins with, as the end of a line."""
     return f"; each {what} begins with {token}" if token else ""
+
+
+def _continued(parts: int) -> str | None:
+    """How many parts an earlier run had finished; None if there was none."""
+    were = "1 part was" if parts == 1 else f"{parts} parts were"
+    return f"{were} finished before" if parts else None
 
 
 def _left_alone(result: Any) -> str | None:

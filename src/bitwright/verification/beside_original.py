@@ -54,11 +54,11 @@ class Beside:
         """The mean error of the quantized linears; None if there are none."""
         return sum(self.linears.values()) / len(self.linears) if self.linears else None
 
-    def check(self, decided: bool, sure: bool) -> Check:
+    def check(self, decided: bool, sure: bool, another: bool = False) -> Check:
         """Whether every weight is the original's.
 
         ``decided``: linears are known to be right from elsewhere, and none is refused. ``sure``: if scales were moved,
-        something else tells whether this is the original.
+        something else tells whether this is the original. ``another``: something else tells that it is not.
         """
         errors = self.others if decided else self.linears | self.others
         worst = max(errors, key=errors.__getitem__, default=None)
@@ -66,6 +66,8 @@ class Beside:
             return Check("weights", None, "not looked at: the original has none of these tensors")
         most = f"relative error at most {self.linears[self.worst]:.3g} (in {self.worst})"
         summary = f"{len(self.linears)} linears, {most}, {self.mean:.3g} on average"
+        if another:
+            return Check("weights", None, f"not decided: {summary}; names or config.json are another model's")
         moved = max((e for n, e in self.others.items() if len(self.model.shape(n)) == 1), default=0.0) > MOVED
         if moved and not sure:
             return undecided(summary)

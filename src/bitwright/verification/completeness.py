@@ -11,7 +11,7 @@ from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError
 from bitwright.core.weight import NO_WEIGHTS
 from bitwright.formats import QuantizedFolder
-from bitwright.model.config import SETTINGS, apart
+from bitwright.model.config import DIMENSIONS, SETTINGS, apart
 from bitwright.model.fitting import require_fitting
 from bitwright.model.view import ModelView, with_stacks
 from bitwright.verification.findings import Check, first, lacking
@@ -95,8 +95,14 @@ def require_same_model(model: QuantizedFolder, original: Checkpoint) -> None:
 
 def settings(model: QuantizedFolder, original: Checkpoint) -> Check:
     """Check that a folder computes with its weights as the original does with its own, as far as both say."""
-    unlike = apart(model.config, original.config, SETTINGS)
+    unlike = apart(model.config, original.config, (*DIMENSIONS, *SETTINGS))
     return Check("settings", not unlike, unlike or "those of the original's config.json")
+
+
+def is_another(model: QuantizedFolder, original: Checkpoint) -> bool:
+    """Whether config.json, or a tensor of the original that is not there, tells that this is of another model."""
+    here = {_called(name, model, original.shapes) for name in _there(model)}
+    return bool(apart(model.config, original.config)) or not here >= set(original.names)
 
 
 def twice(model: QuantizedFolder) -> list[str]:

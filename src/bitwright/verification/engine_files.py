@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitwright.core.convert import rows_of
 from bitwright.core.decoder import HEAD
-from bitwright.core.engine_file import EngineFile, Rows, unlike
+from bitwright.core.engine_file import EngineFile, Rows, WithSettings, unlike
 from bitwright.core.errors import CheckpointError
 from bitwright.core.format import FileFormat
 from bitwright.core.progress import Listener, Progress, silent
@@ -52,6 +52,27 @@ def file_structure(file: EngineFile, listener: Listener = silent, alone: bool = 
     return [_complete(file, alone), Check("scales and shapes", passed, summary), _on_disk(file)]
 
 
+def not_compared(file: EngineFile, alone: bool) -> list[Check]:
+    """Say what is not looked at: if a file is ``alone``, without a folder to compare it with, its weights are not."""
+    unseen = "not looked at: whether they are the model's; --against ORIGINAL tells"
+    checks = [Check("weights", None, unseen, matters=False)] if alone else []
+    if isinstance(file, WithSettings) and file.unread:
+        checks.append(Check("texts", None, f"not looked at: {file.unread}", matters=False))
+    return checks
+
+
+def settings(file: EngineFile) -> Iterator[Check]:
+    """Check that the engine can compute with what the file says of itself."""
+    if not isinstance(file, WithSettings):
+        return
+    wrong = file.impossible()
+    if file.unknown and not wrong:
+        unseen = f"not looked at, but for what every model has: {file.unknown}"
+        yield Check("possible settings", None, unseen, matters=False)
+        return
+    yield Check("possible settings", not wrong, first(wrong) or "numbers that the engine can compute with")
+
+
 def bits_per_weight(file: EngineFile) -> float:
     """The bits per weight that are stored for the linears in the model's blocks; 0 if these are not known."""
     stored, weights = file.bits()
@@ -75,6 +96,7 @@ def require_sound_file(
         file = format.open(place)
     except CheckpointError as error:
         return published_only_if([Check("readable", False, str(error))])
+    published_only_if(list(settings(file)))
     lost = {difference.name: difference for difference in differences}
     return published_only_if([*file_structure(file), *_as_in_folder(file, model, lost)])
 

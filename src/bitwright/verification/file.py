@@ -16,7 +16,15 @@ from bitwright.core.progress import Listener, Progress
 from bitwright.evaluation.loading import load, load_codes, load_model
 from bitwright.formats import QuantizedFolder
 from bitwright.stream.memory import peak_memory
-from bitwright.verification.engine_files import bits_per_weight, error_of, file_structure, linears_of, not_there
+from bitwright.verification.engine_files import (
+    bits_per_weight,
+    error_of,
+    file_structure,
+    linears_of,
+    not_compared,
+    not_there,
+    settings,
+)
 from bitwright.verification.findings import MOVED, SCALES_MOVED, Check, Verification, first, lacking, undecided
 from bitwright.verification.random_tokens import divergence_from, logits_of, of_chance, random_tokens
 
@@ -35,7 +43,7 @@ def verify_file(format: FileFormat, path: Path, against: Path | None, logits: bo
     computes with the folder's config. Raises CheckpointError for a file that cannot be read.
     """
     file = format.open(path)
-    checks = file_structure(file, listener, alone=against is None)
+    checks = [*file_structure(file, listener, alone=against is None), *settings(file)]
     if (sums := file.checksums()) is not None:
         checks.append(_checksums(*sums, matters=against is None))
     beside, divergence = _Beside(), None
@@ -46,6 +54,7 @@ def verify_file(format: FileFormat, path: Path, against: Path | None, logits: bo
             check, divergence = _logits(file, model, listener)
             checks.append(check)
     worst = max(beside.errors, key=beside.errors.__getitem__, default=None)
+    checks += not_compared(file, alone=against is None)
     return Verification(
         folder=str(path),
         format=format.name,

@@ -9,9 +9,11 @@ from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.progress import Listener
 from bitwright.evaluation.loading import load, load_codes
 from bitwright.formats import CONFIG, QuantizedFolder, is_made_dense
+from bitwright.model.buildable import is_at_odds, misnamed
+from bitwright.model.config import code_from_elsewhere
 from bitwright.model.source import open_checkpoint
 from bitwright.verification.beside_original import Beside
-from bitwright.verification.completeness import require_same_model, settings
+from bitwright.verification.completeness import is_another, require_same_model, settings
 from bitwright.verification.findings import Check, Verification
 from bitwright.verification.random_tokens import cannot_run, divergence_from, logits_of, of_chance, random_tokens
 from bitwright.verification.soundness import structure
@@ -39,14 +41,19 @@ def verify_folder(folder: Path, against: Path | None, logits: bool, listener: Li
         checks.append(settings(model, original))
         account = read_account(model.folder)
         decided = account is not None and bool(account.digests)
-        checks.append(beside.check(decided, sure=logits or (decided and is_made_of(account, original))))
-    if not isinstance(kind := model.config.get("model_type"), str):
-        checks.append(Check("logits", False, f"config.json says model_type {kind!r}: no program can load this"))
+        of_this = is_made_of(account, original)
+        another = not of_this and is_another(model, original)
+        checks.append(beside.check(decided, sure=logits or (decided and of_this), another=another))
+    if (wrong := misnamed(model.config)) is not None:
+        checks.append(Check("logits", False, f"config.json says {wrong}: no program can load this"))
     elif logits and (why := cannot_run(model.config)) is not None:
-        checks.append(Check("logits", None, f"not run: {why}", matters=False))
+        checks.append(Check("logits", None, f"not run: {why}", matters=is_at_odds(model.config)))
     elif logits and not any(check.passed is False for check in checks):
         logits_checks, divergence = _logits(model, None if original is None else original.folder, listener)
         checks += logits_checks
+    if (code := code_from_elsewhere(model.config)) is not None:
+        asked = f"not looked at: config.json asks for {code}, which takes a package of its own; all was done without it"
+        checks.append(Check("attention", None, asked, matters=False))
     return Verification(
         folder=str(folder),
         format=model.format_name,

@@ -6,13 +6,17 @@ Every tensor is there once, shapes fit, scales are numbers, and what is stored i
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from bitwright.checkpoint.account_file import ACCOUNT, read_account
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import OutputError
 from bitwright.core.progress import Listener, Progress, silent
 from bitwright.core.qtensor import QTensor
+from bitwright.core.registry import architecture_of
 from bitwright.core.scheme import Scheme
-from bitwright.formats import QuantizedFolder
+from bitwright.formats import CONFIG, QuantizedFolder
+from bitwright.model.plain_config import plain_decoder
 from bitwright.stream.memory import peak_memory
 from bitwright.verification.as_written import edited
 from bitwright.verification.completeness import Shapes, complete, twice
@@ -26,6 +30,10 @@ and what files take beside their tensors, as a fraction of them.
 """
 WHOLE_BYTES, SAMPLES = 16 * 2**20, 16
 """A tensor that is not quantized and has more bytes is read at so many places, if the check is to be short."""
+SMALL, MOST_BYTES = 100_000_000, 4
+"""The number of parameters up to which a model is run before it is published (200 MB at 16 bits), and bytes of one."""
+EXTRAORDINARY = 2.0**12
+"""A weight or scale from which on a model has to show that its logits are numbers; those of real models are smaller."""
 MODELS = ("model*.safetensors", "pytorch_model*.bin")
 """Patterns of the names of files with the weights of a model."""
 SCALES = ("weight_scale", "scales")
@@ -69,6 +77,25 @@ def require_sound(folder: Path, original: Shapes, client: Check | None = None) -
     if model.format is not None:
         checks.append(_once(model))
     return published_only_if([*checks, *([] if client is None else [client])])
+
+
+def is_ordinary(folder: Path) -> bool:
+    """Whether a folder loads and runs for all that its names and shapes tell, so that its client need not be asked.
+
+    Its config.json has only ordinary keys and values of an architecture that is described, and no scale and no weight
+    in full precision is so large that a forward pass could leave float32, if the model is small enough to be run.
+    """
+    checkpoint = Checkpoint.open(folder)
+    config = {key: value for key, value in checkpoint.config.items() if key != CONFIG}
+    architecture = architecture_of(str(config.get("model_type")))
+    if architecture is None or plain_decoder(config, architecture) is None:
+        return False
+    if checkpoint.total_bytes > MOST_BYTES * SMALL:
+        return True  # it would not be run
+    entries = {name: checkpoint.entry(name) for name in checkpoint.names}
+    floating = [name for name, entry in entries.items() if entry.dtype.is_floating_point and entry.elements]
+    values = (values for name in floating for values in _looked_at(checkpoint, name))
+    return all(bool((some.abs() < EXTRAORDINARY).all()) for some in values)
 
 
 def published_only_if(checks: Sequence[Check]) -> str:
@@ -174,10 +201,19 @@ def _is_finite(checkpoint: Checkpoint, name: str, whole: bool) -> bool:
         return True
     if whole or entry.nbytes <= WHOLE_BYTES:
         return checkpoint.is_finite(name)
+    return all(bool(values.isfinite().all()) for values in _looked_at(checkpoint, name))
+
+
+def _looked_at(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """Yield a tensor in float32; of a large one, some rows from all over it."""
+    entry = checkpoint.entry(name)
+    if entry.nbytes <= WHOLE_BYTES:
+        yield checkpoint.read(name).float()
+        return
     rows = entry.shape[0]
     few = max(1, rows * (WHOLE_BYTES // SAMPLES) // entry.nbytes)
-    starts = sorted({(rows - few) * at // (SAMPLES - 1) for at in range(SAMPLES)})
-    return all(bool(checkpoint.read_slice(name, start, start + few).float().isfinite().all()) for start in starts)
+    for start in sorted({(rows - few) * at // (SAMPLES - 1) for at in range(SAMPLES)}):
+        yield checkpoint.read_slice(name, start, start + few).float()
 
 
 def _wrong(part: QTensor, ours: bool) -> Iterator[str]:

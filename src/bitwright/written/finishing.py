@@ -19,7 +19,7 @@ from bitwright.prepare.format_choice import DENSE, HOLDS_ALL, encoder
 from bitwright.prepare.prepared import Prepared, settled_format, write_options
 from bitwright.verification.engine_files import require_sound_file
 from bitwright.verification.findings import Check
-from bitwright.verification.soundness import require_sound
+from bitwright.verification.soundness import is_ordinary, require_sound
 from bitwright.written.account import account_of
 from bitwright.written.beside_weights import copy_along, write_allocation, write_config
 from bitwright.written.sink import Sink
@@ -98,15 +98,19 @@ def _describe(run: Prepared, format: TensorFormat, rows: Sequence[LinearReport],
 
 
 def _client(run: Prepared, folder: Path) -> Check | None:
-    """Whether the folder loads, asked of transformers; None if a family describes the architecture.
+    """Whether the folder loads and runs, asked of transformers; None if config.json and weights are ordinary.
 
     Then names and shapes of all parameters are known without transformers, which takes longer to import than a small
-    model takes to quantize. For a file that is made of the folder, the format's own tables count.
+    model takes to quantize. For a file that is made of the folder, the format's own tables count, and the original has
+    to run. Raises CheckpointError if it is the original that is at fault.
     """
-    if run.source.family is not None or isinstance(run.target, FileFormat):
+    if is_ordinary(folder):
         return None
-    from bitwright.verification.client import loads  # takes seconds, so only if it is asked
+    from bitwright.verification.client import loads, require_running  # takes seconds, so only if it is asked
 
+    if isinstance(run.target, FileFormat):
+        require_running(run.source.checkpoint)
+        return None
     return loads(folder, run.source.checkpoint)
 
 

@@ -138,6 +138,7 @@ def architecture(config: Config) -> Architecture:
         if wrong is None:
             tuple(model.entries())
             model.rope_factors()
+            _require_possible(model)
     except OddConfigError as error:
         raise _lacking(f"{error.key} is {error.value!r}") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -145,6 +146,19 @@ def architecture(config: Config) -> Architecture:
     if wrong:
         raise RecipeError(f"llama.cpp would compute this model in another way: {wrong}. Take another format for it")
     return model
+
+
+def _require_possible(model: Architecture) -> None:
+    """Raise OddConfigError for numbers that llama.cpp does not compute with."""
+    decoder = model.decoder
+    if not 0 < decoder.epsilon < 1:
+        raise OddConfigError("rms_norm_eps", decoder.epsilon)
+    if model.context < 1:
+        raise OddConfigError("max_position_embeddings", decoder.context)
+    if decoder.heads % decoder.kv_heads:
+        raise OddConfigError("num_key_value_heads", decoder.kv_heads)
+    if decoder.head_dim % 2:
+        raise OddConfigError("head_dim", decoder.head_dim)
 
 
 def _lacking(what: str) -> RecipeError:

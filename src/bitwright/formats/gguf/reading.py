@@ -22,7 +22,8 @@ from bitwright.core.panels import row_panels
 from bitwright.formats.gguf.architecture import BLOCK_PREFIX, KNOWN, OUTPUT, ROPE_FACTORS, Architecture, architecture
 from bitwright.formats.gguf.blocks import BLOCK, KINDS, SCALES, unpacked
 from bitwright.formats.gguf.header import Header, Stored, read_header
-from bitwright.formats.gguf.settings import dimensions, lacks_factors, unlike
+from bitwright.formats.gguf.possible import impossible
+from bitwright.formats.gguf.settings import TOKENS, dimensions, lacks_factors, unlike
 
 PLAIN = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.F64: np.float64}
 BRAIN_EXPONENT = 0x7F80
@@ -30,6 +31,7 @@ BRAIN_EXPONENT = 0x7F80
 FACTORS = (ROPE_FACTORS, "rope_factors_long.weight", "rope_factors_short.weight")
 REQUIRED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
 """The sizes that llama.cpp does not load a known architecture without; the first two, of any architecture."""
+MERGES, TEMPLATE = "tokenizer.ggml.merges", "tokenizer.chat_template"
 FAMILIES = {str(MODEL_ARCH_NAMES[kind]): model_type for model_type, kind in reversed(KNOWN.items())}
 """GGUF's architectures that are known here, and the first ``model_type`` for each."""
 
@@ -101,6 +103,16 @@ class GgufFile:
         if end <= length <= -(-end // self.header.alignment) * self.header.alignment:
             return None
         return f"the last tensor ends at byte {end:,}, the file at {length:,}"
+
+    def impossible(self) -> list[str]:
+        """The metadata that llama.cpp cannot compute with, in words."""
+        return impossible(self.header, self.header.metadata.get("general.architecture") in FAMILIES)
+
+    @property
+    def unread(self) -> str:
+        """The texts in the metadata, which are not looked at."""
+        kinds = {"tokens": TOKENS, "merges": MERGES, "chat template": TEMPLATE}
+        return " and ".join(kind for kind, key in kinds.items() if key in self.header.metadata)
 
     def numbers(self, name: str) -> str | None:
         """The fault of scales, or of values that are stored as they are: not finite, or all zero."""

@@ -22,6 +22,7 @@ from bitwright.formats import awq
 from bitwright.formats.mlc import architectures, chat
 from bitwright.formats.mlc.beforehand import FLOAT16, HOLDS, check_weights, preset_of
 from bitwright.formats.mlc.cache import INDICES
+from bitwright.formats.mlc.possible import impossible
 from bitwright.formats.mlc.presets import AUTOAWQ, PRESETS
 from bitwright.formats.mlc.reading import opened
 from bitwright.formats.mlc.writing import write
@@ -61,7 +62,11 @@ def check(config: Mapping[str, Any], folder: Path, options: WriteOptions, forese
     If weights are foreseen, those are refused that it has no preset or no place for. Raises UserError.
     """
     decoder = architectures.checked(config)
-    chat.chat_config(config, decoder, folder, "", options.base)
+    if wrong := impossible(chat.chat_config(config, decoder, folder, "", options.base), known=True):
+        raise RecipeError(
+            f"MLC-LLM cannot compute with what config.json, generation_config.json or --base say: {wrong[0]}; compare "
+            f"{folder} with the original repository"
+        )
     if options.embeddings not in (None, FLOAT16):
         raise RecipeError(
             f"format mlc has no embeddings in {options.embeddings}: leave it out, they are quantized like the linears, "

@@ -22,6 +22,7 @@ from bitwright.formats.mlc import architectures
 from bitwright.formats.mlc.cache import Cache, Record, read_cache
 from bitwright.formats.mlc.chat import CONFIG
 from bitwright.formats.mlc.places import Home, Places, is_inside
+from bitwright.formats.mlc.possible import impossible
 from bitwright.formats.mlc.presets import AUTOAWQ, unpacked
 
 TIED = "tie_word_embeddings"
@@ -88,6 +89,15 @@ class MlcFolder:
             return f"{more[0]} is not in the index"
         missing = [name for name in self.config.get("tokenizer_files") or () if not (self.path / str(name)).is_file()]
         return f"{missing[0]} is missing, which {CONFIG} names" if missing else None
+
+    def impossible(self) -> list[str]:
+        """The settings that MLC-LLM cannot compute with, in words."""
+        return impossible(self.config, self.config.get("model_type") in architectures.ARCHITECTURES)
+
+    @property
+    def unread(self) -> str:
+        """The tokenizer's files and the conversation's texts, which are not looked at."""
+        return "what is in the tokenizer's files and the texts of conv_template"
 
     def numbers(self, name: str) -> str | None:
         """The fault of scales, or of values that are stored as they are: not finite, or scales that are all zero."""

@@ -21,6 +21,12 @@ MATMUL = frozenset(
     }
 )
 """Products (x, W), in which W is [I, O] or [E, I, O]."""
+CASTS = frozenset(
+    {
+        *(torch.Tensor.to, torch.Tensor.type, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half),
+        *(torch.Tensor.bfloat16, torch.Tensor.type_as, torch.Tensor.contiguous),
+    }
+)
 ADDED = frozenset({torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm})
 """Products (b, x, W)."""
 
@@ -72,6 +78,8 @@ class Products(TorchFunctionMode):
             if factor is not None:
                 return self._product(func, place, factor, args, kwargs)
         result = func(*args, **kwargs)
+        if func in CASTS and isinstance(result, Tensor) and self._follow(args[0], result):
+            return result
         if self.other is not None:
             self._look_for_others(func, args, kwargs, result)
         return result
@@ -86,6 +94,15 @@ class Products(TorchFunctionMode):
             bias = args[0] if func in ADDED else bias
             self.after(factor, args[place], result if bias is None else result - bias)
         return result
+
+    def _follow(self, cast: Tensor, result: Tensor) -> bool:
+        """Follow a parameter into a copy of another dtype: routers multiply by one in float32."""
+        name, parameter = self.parameters.get(_storage(cast), ("", None))
+        whole = parameter is not None and cast.shape == parameter.shape == result.shape
+        if whole and cast.stride() == result.stride():
+            self.parameters[_storage(result)] = (name, result)
+            return True
+        return False
 
     def _factor(self, weight: Any, linear: bool) -> Factor | None:
         if not isinstance(weight, Tensor) or weight.dim() not in (2, 3):

@@ -63,7 +63,7 @@ class Anatomy:
 def dissect(skeleton: Skeleton, vocabulary: int, *, sites: bool = True) -> Anatomy:
     """Find the anatomy of a model, its sites too if they are asked for.
 
-    One block of each kind is read and run; the others pass on what they are given. If the model does not go through
+    No weight is read: one block of each kind is run with random ones. The others pass on what they are given. If the model does not go through
     with that, because a block needs what an earlier one has left for it, all are run. Raises CheckpointError if no
     blocks are found.
     """
@@ -80,13 +80,14 @@ def _dissected(skeleton: Skeleton, vocabulary: int, sites: bool, all_run: bool) 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(min(100, vocabulary // 2), vocabulary, (SEGMENTS, TOKENS), generator=generator)
     blocks, kinds = dict[str, BlockAnatomy](), dict[object, tuple[_Kind, BlockAnatomy]]()
-    with skeleton.walk(tokens) as walk:
+    with skeleton.walk(tokens, random=True) as walk, torch.random.fork_rng([]):
+        torch.manual_seed(0)
         while walk.name is not None and walk.name != skeleton.head:
             path = walk.name
             module = skeleton.parts[path]
             signature = _signature(module)
             if all_run or signature not in kinds:
-                with skeleton.filled(path):
+                with skeleton.filled(path, random=True):
                     if signature not in kinds:
                         kind = _recorded(module, walk.calls)
                         kinds[signature] = kind, _block(skeleton.sources, path, kind, None, sites)
@@ -211,7 +212,8 @@ def _laid_out(sources: Sources, path: str, kind: _Kind) -> tuple[str, Layout, tu
     whole = {tensor: name for name in parameters if (tensor := sources.whole(f"{path}.{name}")) is not None}
     names = {tensor.removeprefix(f"{block}."): name for tensor, name in whole.items()}
     views, weights, kept = dict[str, tuple[Place, ...]](), list[Weight](), dict[str, str]()
-    matrices = _matrices(sources, path, [name for name, dim in parameters.items() if dim in (2, 3)])
+    products = [name for name, dim in parameters.items() if dim in (2, 3) and not name.endswith("bias")]
+    matrices = _matrices(sources, path, products)
     for tensor in sorted(matrices, key=lambda t: (list(parameters).index(_first(matrices[t]).parameter), _order(t))):
         reason, transposed = _examined(kind, tensor, matrices[tensor], whole)
         shape = sources.checkpoint.entry(tensor).shape
@@ -227,7 +229,8 @@ def _laid_out(sources: Sources, path: str, kind: _Kind) -> tuple[str, Layout, tu
         for linear, placed in zip(linears_of(weight, block), matrices[tensor].values(), strict=True):
             views[linear] = _multiplying(placed, kind, shape, transposed)
             names.pop(tensor.removeprefix(f"{block}."), None)
-    kept |= dict.fromkeys(sorted(tensors - matrices.keys() - whole.keys()), REORDERED)
+    biases = {tensor for tensor in tensors if tensor.endswith("bias")}
+    kept |= dict.fromkeys(sorted(tensors - matrices.keys() - whole.keys() - biases), REORDERED)
     return block, Layout(names, views), tuple(weights), kept
 
 

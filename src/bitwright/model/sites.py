@@ -299,8 +299,9 @@ def _tied_pairs(queries: str, keys: str, rows: Sequence[int], width: int) -> Ite
 
 def _told_apart(site: Site, order: Mapping[str, int]) -> Site:
     """A site whose readers are told apart: linears that can be quantized, and others."""
-    consumers = tuple(side for side in site.consumers if side.module in order)
-    return replace(site, consumers=consumers, in_full=tuple(side for side in site.consumers if side not in consumers))
+    consumers = sorted((side for side in site.consumers if side.module in order), key=lambda side: order[side.module])
+    in_full = tuple(side for side in site.consumers if side.module not in order)
+    return replace(site, consumers=tuple(consumers), in_full=in_full)
 
 
 def _place(site: Site, order: Mapping[str, int]) -> tuple[float, ...]:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+MATRIX = 2
+"""The least number of dimensions of a weight that multiplies."""
+
+
 class Skeleton:
     """A transformers model on the meta device, which is filled part by part from a checkpoint.
 
@@ -43,25 +47,34 @@ class Skeleton:
         Stops(self.parts | ({} if head is None or self.head is None else {self.head: head}))
 
     @contextmanager
-    def filled(self, path: str) -> Iterator[nn.Module]:
-        """A context with a part of the model and its weights in the compute dtype, which are freed at the end."""
+    def filled(self, path: str, *, random: bool = False) -> Iterator[nn.Module]:
+        """A context with a part of the model and its weights in the compute dtype, which are freed at the end.
+
+        With ``random``, the weights are those of a new model, and nothing is read.
+        """
         module = self.model.get_submodule(path)
-        self._fill(module, path, self.device, recurse=True)
+        if random:
+            self._randomize(module, self.device, recurse=True)
+        else:
+            self._fill(module, path, self.device, recurse=True)
         try:
             yield module
         finally:
             _empty(module)
 
     @contextmanager
-    def walk(self, tokens: Int[Tensor, "N T"]) -> Iterator[Walk]:
-        """A context with segments in front of the first block; the rest of the model is filled as it is used."""
+    def walk(self, tokens: Int[Tensor, "N T"], *, random: bool = False) -> Iterator[Walk]:
+        """A context with segments in front of the first block; the rest of the model is filled as it is used.
+
+        With ``random``, its weights are random too.
+        """
         hooks, used = [], dict[str, nn.Module]()
         inside, embedding = tuple(f"{path}." for path in self.parts), self.model.get_input_embeddings()
         for path, module in self.model.named_modules():
             if module is embedding:  # models ask for its device before they call it
-                self._filler(path, used)(module, ())
+                self._filler(path, used, random)(module, ())
             if path not in self.parts and not path.startswith(inside) and path != self.head:
-                hooks.append(module.register_forward_pre_hook(self._filler(path, used), prepend=True))
+                hooks.append(module.register_forward_pre_hook(self._filler(path, used, random), prepend=True))
         try:
             walk = Walk(self.model, tokens)
             try:
@@ -74,11 +87,14 @@ class Skeleton:
             for module in used.values():
                 _empty(module)
 
-    def _filler(self, path: str, used: dict[str, nn.Module]) -> Callable[[nn.Module, object], None]:
+    def _filler(self, path: str, used: dict[str, nn.Module], random: bool) -> Callable[[nn.Module, object], None]:
         def fill(module: nn.Module, _: object) -> None:
             if path not in used:
                 used[path] = module
-                self._fill(module, path, torch.device("cpu"), recurse=False)
+                if random:
+                    self._randomize(module, torch.device("cpu"), recurse=False)
+                else:
+                    self._fill(module, path, torch.device("cpu"), recurse=False)
 
         return fill
 
@@ -95,6 +111,21 @@ class Skeleton:
         for name, buffer in buffers.items():
             value = buffer if name not in stored else read[f"{prefix}{name}"].to(buffer.dtype).reshape(buffer.shape)
             _set(part, name, value.to(device))
+
+    @torch.no_grad()
+    def _randomize(self, part: nn.Module, device: torch.device, *, recurse: bool) -> None:
+        """Give a module the weights of a new model, all a little apart from zeros and ones."""
+        for name, parameter in list(part.named_parameters(recurse=recurse, remove_duplicate=False)):
+            dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
+            _set(part, name, nn.Parameter(torch.zeros_like(parameter, device=device, dtype=dtype), requires_grad=False))
+        for module in part.modules() if recurse else (part,):
+            self.model._init_weights(module)
+        for parameter in part.parameters(recurse=recurse):
+            if parameter.is_floating_point():
+                size = 0.1 if parameter.dim() < MATRIX else parameter.shape[-1] ** -0.5
+                parameter.add_(torch.randn_like(parameter), alpha=size)
+        for name, buffer in list(part.named_buffers(recurse=recurse)):
+            _set(part, name, buffer.to(device))
 
     def _dtype(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if tensor.is_floating_point() else tensor.dtype

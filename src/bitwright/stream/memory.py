@@ -58,7 +58,7 @@ def estimate(subject: Subject, tokens: int, step_tokens: int = 0, aug_loss: bool
     block = max(numel) * (compute + stored + 1 + stored + (2 * compute if tokens else 0)) + largest * 12
     hidden = text_config_of(subject.skeleton.model.config).hidden_size
     outside = max(checkpoint.nbytes(name) for name in checkpoint.names)
-    streams = (4 if step_tokens and aug_loss else 3) * tokens * hidden * compute
+    streams = (6 + bool(step_tokens) + bool(step_tokens and aug_loss)) * tokens * hidden * compute
     within = ARRAYS_PER_PASS * min(tokens, TOKENS_PER_PASS) * widest * compute
     if step_tokens:
         block += max(numel) * TRAINED_BYTES

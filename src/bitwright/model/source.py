@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.calibration.tokens import tokens_of
+from bitwright.checkpoint.bounded_tokenizer import BoundedTokenizer
 from bitwright.checkpoint.layout import read_bytes
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.sidecar_files import AGAIN, TOKENIZER, read_tokenizer_config
@@ -189,17 +190,9 @@ def _require_model(path: Path) -> None:
 
 def tokenize(folder: Path, text: str) -> Int[Tensor, " M"]:
     """Tokenize a whole text as one sequence, with the special tokens that the tokenizer adds by itself."""
-    from transformers import AutoTokenizer
-
     require_tokenizer(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read by transformers: {type(error).__name__}: {error}; copy the "
-            "tokenizer's files from the original repository again"
-        ) from error
-    return tokens_of(text, lambda piece: tokenizer(piece, verbose=False).input_ids)
+    with BoundedTokenizer(folder) as tokenizer:
+        return tokens_of(text, lambda piece: tokenizer(piece).input_ids)
 
 
 def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> None:

@@ -165,3 +165,12 @@ def test_a_journal_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "j").mkdir()
     with pytest.raises(OutputError, match="cannot be read"):
         Journal.open(tmp_path / "j", {})
+
+
+@pytest.mark.parametrize("outside", ["/dev/zero", "../x", ".", ""])
+def test_files_outside_of_its_folder_are_not_read(path: Path, outside: str) -> None:
+    line = {"unit": "a", "file": "part-1", "bytes": 1, "digests": {outside: "0"}, "report": {}}
+    with path.open("a", encoding="utf-8") as journal:
+        journal.write(json.dumps(line) + "\n")
+    with pytest.raises(OutputError, match="not the journal of a run"):
+        Journal.open(path, IDENTITY)

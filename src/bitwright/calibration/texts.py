@@ -16,7 +16,7 @@ BUILTIN = "builtin"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_FIELD = "text"
 BETWEEN_DOCUMENTS = "\n\n"
-MOST_BYTES, MOST_LINE, MOST_ROWS = 64 * MIB, 32 * MIB, 5_000_000
+MOST_BYTES, MOST_LINE, MOST_ROWS = 32 * MIB, 16 * MIB, 1_500_000
 """The most bytes of text (a file, a folder, or all documents of a dataset), bytes of a line of JSON, and rows.
 
 All of the text is tokenized, whatever number of samples or windows is taken from it.
@@ -84,7 +84,7 @@ class _Rows:
         """Yield the text of a row; nothing if it is null."""
         self.read += 1
         if self.read > MOST_ROWS:
-            raise CalibrationError(f"'{self.source}' has more than {MOST_ROWS:,} rows; take a part of them")
+            raise self.too_many()
         if isinstance(record, dict) and TEXT_FIELD in record and record[TEXT_FIELD] is None:
             self.empty += 1
         else:
@@ -104,6 +104,10 @@ class _Rows:
             f"'{self.source}' has {nbytes} than the {MOST_BYTES:,} bytes of text that are read; all of a text is "
             f"tokenized, so take a part of it: head -c {MOST_BYTES // 2} of a .txt, head -n of a .jsonl, or fewer files"
         )
+
+    def too_many(self) -> CalibrationError:
+        """The error for more rows than are read."""
+        return CalibrationError(f"'{self.source}' has more than {MOST_ROWS:,} rows; take a part of them")
 
     def report(self, say: Callable[[str], None]) -> None:
         """Say how many rows have no text. Raises CalibrationError if none has."""
@@ -148,6 +152,8 @@ def _no_utf8(path: Path, error: UnicodeDecodeError, before: int) -> CalibrationE
 
 
 def _json_lines(path: Path, raw: bytes, rows: _Rows) -> Iterator[str]:
+    if raw.count(b"\n") > MOST_ROWS:  # empty lines too: each takes time
+        raise rows.too_many()
     start, number = 3 if raw.startswith(b"\xef\xbb\xbf") else 0, 0
     while start < len(raw):
         stop = raw.find(b"\n", start)

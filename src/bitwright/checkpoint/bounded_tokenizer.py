@@ -54,9 +54,11 @@ class BoundedTokenizer:
         self._bytes += sum(len(text.encode()) for text in texts)
         request = {"texts": texts, "special": add_special_tokens, "most": 2 * self._bytes + tokenizer_process.BEYOND}
         counts = self._ask(request)["counts"]
-        numbers = iter(array("I", self._read(4 * sum(counts))).tolist())
-        ids = [list(islice(numbers, count)) for count in counts]
-        return Encoded(ids[0] if isinstance(text, str) else ids)
+        numbers = array("I", self._read(4 * sum(counts))).tolist()
+        if isinstance(text, str):
+            return Encoded(numbers)
+        following = iter(numbers)
+        return Encoded([list(islice(following, count)) for count in counts])
 
     def ask(self, name: str, *positional: Any, **named: Any) -> Any:
         """The value of an attribute of transformers' tokenizer, or what it returns if it is a method; JSON holds it."""

@@ -135,8 +135,8 @@ def _headers(folder: Path, files: list[str]) -> dict[str, Header]:
     nbytes = sum(header.size - header.data_start for header in headers.values())
     if nbytes < LEAST_BYTES * (tensors - FEW_TENSORS):
         raise CheckpointError(
-            f"{folder}: {tensors:,} tensors, and {nbytes:,} bytes for all of them; a model of more than {FEW_TENSORS:,} "
-            "tensors has far larger ones, so this is no model"
+            f"{folder}: {tensors:,} tensors, and {nbytes:,} bytes for all of them; a model of more than "
+            f"{FEW_TENSORS:,} tensors has far larger ones, so this is no model"
         )
     return headers
 

@@ -222,6 +222,12 @@ class TestBounds:
         (tmp_path / "a.jsonl").write_text(json_lines(*[{"text": "a"}] * 4))
         assert "has more than 3 rows" in refusal(tmp_path / "a.jsonl")
 
+    def test_two_columns_of_one_name(self, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        assert "has several columns 'text'" in refusal(tmp_path / "a.parquet")
+
     def test_many_lines_with_nothing_in_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(texts, "MOST_ROWS", 3)
         (tmp_path / "a.jsonl").write_text('{"text": "a"}' + "\n" * 4)

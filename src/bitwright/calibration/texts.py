@@ -210,6 +210,8 @@ def _parquet(path: Path, rows: _Rows) -> Iterator[str]:
         schema = pyarrow.parquet.read_schema(path)
         if TEXT_FIELD not in schema.names:
             raise CalibrationError(f"{path} has no column '{TEXT_FIELD}'; it has {', '.join(schema.names[:20])}")
+        if schema.names.count(TEXT_FIELD) > 1:
+            raise CalibrationError(f"{path} has several columns '{TEXT_FIELD}'; rename all but one")
         kind = schema.field(TEXT_FIELD).type
         if pyarrow.types.is_nested(kind):  # refused before a list is read, which may be of any length
             _text_of({TEXT_FIELD: {} if pyarrow.types.is_struct(kind) else []}, f"{path}, row 1")

@@ -115,10 +115,9 @@ def bench(
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
     cores = usable_cores()
-    if threads is not None and threads > max(cores, MOST_THREADS):
-        raise UserError(
-            f"--threads is {shown(threads)}; {max(cores, MOST_THREADS)} are the most, with {cores} cores here"
-        )
+    most = max(cores, MOST_THREADS)
+    if threads is not None and threads > most:
+        raise UserError(f"--threads is {shown(threads)}; {most} are the most, with {cores} usable cores here")
     model, against = Path(model), None if against is None else Path(against)
     chosen = chosen_engine(model, engine)
     lengths = _Lengths(prompt, tokens, threads or cores)

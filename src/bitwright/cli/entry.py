@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from bitwright.cli.commands import app
 from bitwright.cli.console import err
-from bitwright.core.errors import NO_THREAD, MachineError, ReportedError, UserError
+from bitwright.core.errors import NO_THREAD, MachineError, ReportedError, UserError, cut
 
 MENDABLE, BUG, INTERRUPTED, UNREAD = 2, 1, 130, 141
 MACHINE = {
@@ -144,5 +144,5 @@ def _bug(error: BaseException) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    err.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"error: {cut(message)}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)

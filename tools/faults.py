@@ -37,6 +37,8 @@ from fault_kills import Kills, kill_runs
 READ, REFUSED, FAILED, SLOW = "read", "refused", "failed", "slow"
 MEMORY = 12 * 2**30
 """The address space that all cases together may take, in bytes."""
+MOST_MESSAGE = 5000
+"""The most characters of an error: whoever reads it wants to know what to do."""
 
 
 class TooSlow(BaseException):
@@ -65,11 +67,15 @@ def outcome(kind: Kind, changes: list[Change], seconds: float) -> tuple[str, str
             try:
                 with _limited(seconds):
                     read(place)
-            except UserError:
+            except UserError as error:
+                if len(str(error)) > MOST_MESSAGE:
+                    return FAILED, f"a message of {len(str(error)):,} characters"
                 refused = True
             except TooSlow:
                 return SLOW, f"more than {seconds:g} seconds"
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a panic of a library in Rust is no Exception
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 return FAILED, f"{type(error).__name__}: {error!s:.200} ({Path(at.filename).name}:{at.lineno})"
     return (REFUSED if refused else READ), ""

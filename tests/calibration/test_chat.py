@@ -138,5 +138,5 @@ def test_a_parquet_of_chats_that_would_fill_the_memory(tmp_path: Path) -> None:
     row = [{"role": "user", "content": "x" * 10**6}] * 100
     source = written(tmp_path, "parquet", [{"messages": row}])
     assert Path(source).stat().st_size < 2 * 10**6
-    with pytest.raises(CalibrationError, match="has more than the 67,108,864 bytes of text that are read"):
+    with pytest.raises(CalibrationError, match="has more than the 33,554,432 bytes of text that are read"):
         read_documents(source)

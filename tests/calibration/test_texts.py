@@ -199,12 +199,12 @@ class TestBounds:
     def test_terabytes(self, name: str, tmp_path: Path) -> None:
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, 2**40)
-        assert "more than the 67,108,864 bytes of text that are read" in refusal(tmp_path / name)
+        assert "more than the 33,554,432 bytes of text that are read" in refusal(tmp_path / name)
 
     def test_a_line_of_megabytes(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").touch()
-        os.truncate(tmp_path / "a.jsonl", 2**25 + 1)
-        assert "line 1 has 33,554,433 bytes, and a line is one document" in refusal(tmp_path / "a.jsonl")
+        os.truncate(tmp_path / "a.jsonl", 2**24 + 1)
+        assert "line 1 has 16,777,217 bytes, and a line is one document" in refusal(tmp_path / "a.jsonl")
 
     def test_a_line_of_millions_of_values(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": "a", "more": [' + "[]," * 2_000_000 + "[]]}")
@@ -227,17 +227,28 @@ class TestBounds:
         (tmp_path / "a.jsonl").write_text(json_lines(*[{"text": "a"}] * 4))
         assert "has more than 3 rows" in refusal(tmp_path / "a.jsonl")
 
+    def test_two_columns_of_one_name(self, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        assert "has several columns 'text'" in refusal(tmp_path / "a.parquet")
+
+    def test_many_lines_with_nothing_in_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rows, "MOST_ROWS", 3)
+        (tmp_path / "a.jsonl").write_text('{"text": "a"}' + "\n" * 4)
+        assert "has more than 3 rows" in refusal(tmp_path / "a.jsonl")
+
     def test_a_parquet_bomb(self, tmp_path: Path) -> None:
         """A long value, once in the dictionary, and again and again in the rows: 16 GB in a few kB."""
         pyarrow = pytest.importorskip("pyarrow")
         rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 16_000, pyarrow.int32()), ["x" * 10**6])
         path = write_parquet(tmp_path / "a.parquet", text=rows)
         assert path.stat().st_size < 10**6
-        assert "has more than the 67,108,864 bytes of text that are read" in refusal(path)
+        assert "has more than the 33,554,432 bytes of text that are read" in refusal(path)
 
     def test_a_parquet_of_megabytes_in_one_page(self, tmp_path: Path) -> None:
         path = write_parquet(tmp_path / "a.parquet", text=["x" * (70 << 20)])
-        assert "more than the 67,108,864 bytes of text that are read" in refusal(path)
+        assert "more than the 33,554,432 bytes of text that are read" in refusal(path)
 
     def test_invalid_utf8_in_parquet(self, tmp_path: Path) -> None:
         pyarrow = pytest.importorskip("pyarrow")

@@ -31,7 +31,7 @@ def test_what_stands_around_a_text(
 def test_a_bos_that_is_named_and_never_used() -> None:
     """As in the config of many models, the embedded one among them."""
     found = open_tokenizer(MODEL_DIR)
-    assert found.inner.bos_token == "<s>" and found.beginning == ()
+    assert found.inner.ask("bos_token") == "<s>" and found.beginning == ()
 
 
 def test_the_models_beside_the_repository() -> None:

@@ -118,6 +118,21 @@ class TestHeaders:
         write_header(model, b'{"%s":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' % (b"a" * 2000))
         assert "a name of 2,000 characters" in refusal(model)
 
+    def test_names_of_many_parts(self, model: Path) -> None:
+        write_header(model, b'{"%s":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' % b".".join([b"a"] * 40))
+        assert "a name of 79 characters in 40 parts" in refusal(model)
+
+    @pytest.mark.parametrize("size", [0, 1])
+    def test_very_many_tensors_of_next_to_nothing(self, size: int, model: Path) -> None:
+        entries = {
+            f"model.layers.0.mlp.experts.{n}.up_proj.weight": {
+                "dtype": "U8", "shape": [size], "data_offsets": [n * size, (n + 1) * size],
+            }
+            for n in range(10_000)
+        }  # fmt: skip
+        write_header(model, json.dumps(entries).encode(), size * 10_000)
+        assert f"10,000 tensors, and {size * 10_000:,} bytes for all of them" in refusal(model)
+
     def test_terabytes_with_a_sane_header(self, model: Path) -> None:
         side = 2**20
         entry = {"dtype": "BF16", "shape": [side, side], "data_offsets": [0, 2 * side * side]}

@@ -188,3 +188,12 @@ def test_other_versions_are_no_settings(path: Path) -> None:
     with pytest.raises(OutputError, match="begun with other versions of what computes it:") as caught:
         Journal.open(path, IDENTITY | {"versions": {"torch": "0.1"}})
     assert "settings" not in str(caught.value)
+
+
+@pytest.mark.parametrize("outside", ["/dev/zero", "../x", ".", ""])
+def test_files_outside_of_its_folder_are_not_read(path: Path, outside: str) -> None:
+    line = {"unit": "a", "file": "part-1", "bytes": 1, "digests": {outside: "0"}, "report": {}}
+    with path.open("a", encoding="utf-8") as journal:
+        journal.write(json.dumps(line) + "\n")
+    with pytest.raises(OutputError, match="not the journal of a run"):
+        Journal.open(path, IDENTITY)

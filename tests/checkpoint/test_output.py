@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -279,3 +280,29 @@ def test_room_is_asked_for_beforehand(tmp_path: Path) -> None:
         OutputError, match=r"1000000000000000000 bytes are needed, \d+ are free .*; make room for \d+ more"
     ):
         require_free(tmp_path / "not" / "yet", 10**18)
+
+
+@pytest.mark.parametrize("place", [".lock", "journal.jsonl", "part-0.safetensors", "result/config.json", "any/x"])
+def test_no_run_waits_for_a_pipe_in_its_work(place: str, tmp_path: Path) -> None:
+    with OutputFolder.claim(tmp_path / "out") as claimed:
+        fill(claimed, "half")
+    pipe = tmp_path / "out.partial" / place
+    pipe.parent.mkdir(exist_ok=True)
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    signal.alarm(30)  # ends the tests rather than wait for ever
+    with pytest.raises(OutputError, match="a named pipe, not a regular file"):
+        OutputFolder.claim(tmp_path / "out")
+    signal.alarm(0)
+    pipe.unlink()
+    (tmp_path / "out.partial" / ".lock").touch()
+    OutputFolder.claim(tmp_path / "out").release()
+
+
+def test_a_device_behind_a_link_is_no_part(tmp_path: Path) -> None:
+    with OutputFolder.claim(tmp_path / "out") as claimed:
+        fill(claimed, "half")
+    (tmp_path / "out.partial" / "part").symlink_to("/dev/zero")
+    (tmp_path / "out.partial" / "nothing").symlink_to("nowhere")
+    with pytest.raises(OutputError, match="part: a device or a socket"):
+        OutputFolder.claim(tmp_path / "out")

@@ -153,3 +153,15 @@ def test_engines_in_a_recipe(run: Run, model: Path, tmp_path: Path) -> None:
 def test_refused_before_any_work(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
     said = refused("quantize", model, "--scheme", "W3A16", "--engine", "vllm", "-o", tmp_path / "out")
     assert "vllm cannot run scheme W3A16" in said and "nearest scheme that it runs is W4A16;" in said
+
+
+def test_a_panic_of_a_library_in_rust_is_a_bug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """What pyo3 raises; it is no Exception."""
+
+    def panics() -> None:
+        raise PanicException
+
+    monkeypatch.setattr("bitwright.api.engines", panics)
+    ran = run("engines")
+    assert ran.code == 1 and "this is a bug" in ran.err

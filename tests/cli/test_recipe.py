@@ -123,7 +123,7 @@ def test_missing_key(refused: Refused, write: Write, key: str, says: str) -> Non
         (b"shard-size: 1GB\nshard_size: 2GB\n", ", line 2: the key 'shard_size' stands twice (as shard_size and"),
         (b"a: b\n---\nc: d\n", "cannot be read as YAML"),
         (b"? [a, b]\n: c\n", "cannot be read as YAML"),
-        (b"seed: " + b"9" * 5000, "cannot be read as YAML"),
+        (b"seed: " + b"9" * 5000, ", line 1: '9999"),
         (b"[" * 500, "nested too deeply"),
         (b"!!python/object/apply:os.getcwd []", "cannot be read as YAML"),
     ],
@@ -227,3 +227,20 @@ def test_an_alias_stands_for_one_value(run: Run, model: Path, tmp_path: Path) ->
 def test_an_allocation_is_one_file(run: Run, model: Path, tmp_path: Path) -> None:
     ran = run("quantize", model, "--scheme", SCHEME, "--allocation", "a.json", "--allocation", "b.json", "--dry-run")
     assert ran.code == 2 and "--allocation is given 2 times (a.json, b.json) and takes one file" in ran.error
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ('samples: 2\nseed: !!bool "x"', "line 2: 'x' is no bool"),
+        ('seed: !!int "x"', "line 1: 'x' is no int"),
+        ("seed: !!float [1]", "line 1: "),
+        ("scheme: !!omap x", "line 1"),
+        ("scheme: !!set [1]", "cannot be read as YAML: a tag (!!set, !!omap) stands"),
+        ("scheme: !!null x\nseed: !!pairs [1]", "line 2"),
+        ("? [1]\n: 2", "line 1"),
+    ],
+)
+def test_values_that_yaml_itself_trips_over(refused: Refused, tmp_path: Path, written: str, says: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(written)
+    assert says in " ".join(refused("quantize", "--recipe", tmp_path / "recipe.yaml").split())

@@ -1,5 +1,7 @@
 """The file of answers: what is in it, and what a file that was cut off or is none becomes."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,11 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         Answers(tmp_path / "file" / "answers", ME)
     with pytest.raises(OutputError, match="answers cannot be kept there"):
         Answers(tmp_path, ME)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "answers")
+    signal.alarm(30)  # ends the tests rather than wait for ever
+    with pytest.raises(OutputError, match="a named pipe"):
+        Answers(tmp_path / "answers", ME)
+    signal.alarm(0)

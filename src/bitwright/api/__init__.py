@@ -4,6 +4,7 @@ Each is imported when it is first used, because only some of them need transform
 """
 
 from importlib import import_module
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,9 +73,14 @@ __all__ = sorted(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a function or a class from its file."""
+    """Import a function, which then checks its arguments, or a class from its file."""
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'bitwright.api' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(home), name)
+    value = getattr(import_module(home), name)
+    if isinstance(value, FunctionType):
+        from bitwright.api.arguments import checked
+
+        value = checked(value)
+    globals()[name] = value
     return value

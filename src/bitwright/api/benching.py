@@ -12,7 +12,7 @@ import torch
 from bitwright.api.exporting import export
 from bitwright.core.child_process import python_command
 from bitwright.core.engine import BenchInput
-from bitwright.core.errors import CheckpointError, UserError, in_shell
+from bitwright.core.errors import CheckpointError, UserError, in_shell, shown
 from bitwright.core.machine import usable_cores
 from bitwright.core.progress import Listener, silent
 from bitwright.evaluation.contenders import (
@@ -28,6 +28,8 @@ from bitwright.formats import CONFIG
 from bitwright.model.config import text_config
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 
+MOST_THREADS = 64
+"""The most threads on a machine with fewer cores than that; each takes memory."""
 TRANSFORMERS = "bitwright.evaluation.transformers_speed"
 
 
@@ -112,9 +114,13 @@ def bench(
     for name, value in (("tokens", tokens), ("prompt", prompt), ("rounds", rounds), ("threads", threads)):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
+    cores = usable_cores()
+    most = max(cores, MOST_THREADS)
+    if threads is not None and threads > most:
+        raise UserError(f"--threads is {shown(threads)}; {most} are the most, with {cores} usable cores here")
     model, against = Path(model), None if against is None else Path(against)
     chosen = chosen_engine(model, engine)
-    lengths = _Lengths(prompt, tokens, threads or usable_cores())
+    lengths = _Lengths(prompt, tokens, threads or cores)
     refuse_idle(chosen, device=device, dtype=dtype, python=python, library=library)
     with ExitStack() as stack:
         if chosen.bench is BenchInput.GGUF:

@@ -14,7 +14,7 @@ CHAT_FIELDS = ("messages", "conversations")
 FIELDS = (*CHAT_FIELDS, TEXT_FIELD)
 """The fields that are looked for if none is named; the first that a row has counts."""
 TOOLS_FIELD = "tools"
-MOST_BYTES, MOST_ROWS = 64 * MIB, 5_000_000
+MOST_BYTES, MOST_ROWS = 32 * MIB, 1_500_000
 """The most bytes of text (all files together, or all documents of a dataset), and the most rows.
 
 All of the text is tokenized, whatever number of samples or windows is taken from it.
@@ -59,7 +59,7 @@ class Rows:
         """Yield the text or the chat of a row; nothing if it is null, or a chat without messages."""
         self.read += 1
         if self.read > MOST_ROWS:
-            raise CalibrationError(f"'{self.source}' has more than {MOST_ROWS:,} rows; take a part of them")
+            raise self.too_many()
         present = [field for field in self.fields if isinstance(record, dict) and field in record]
         if not isinstance(record, dict) or not present:
             raise self.absent(record, where)
@@ -89,6 +89,10 @@ class Rows:
             if self.nbytes > MOST_BYTES:
                 raise self.too_long("more")
             yield document
+
+    def too_many(self) -> CalibrationError:
+        """The error for more rows than are read."""
+        return CalibrationError(f"'{self.source}' has more than {MOST_ROWS:,} rows; take a part of them")
 
     def too_long(self, nbytes: str) -> CalibrationError:
         """The error for a text that is too long."""

@@ -49,6 +49,9 @@ def parquet_rows(path: Path, rows: Rows) -> Iterator[Document]:
     number = 0
     try:
         schema = pyarrow.parquet.read_schema(path)
+        twice = next((name for name in rows.fields if schema.names.count(name) > 1), None)
+        if twice is not None:
+            raise CalibrationError(f"{path} has several columns '{twice}'; rename all but one")
         columns = _columns(path, schema, rows)
         with pyarrow.parquet.ParquetFile(path) as file:
             leaves = _leaves(file.metadata, columns)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bitwright.calibration import mix
+from bitwright.calibration import rows as bounds
 from bitwright.calibration.rows import MOST_BYTES, Document, Rows
 from bitwright.calibration.tables import csv_rows, parquet_rows, without_null_keys
 from bitwright.core.errors import CalibrationError, CheckpointError
@@ -16,7 +17,7 @@ from bitwright.demo import texts
 BUILTIN, MIX = "builtin", "mix"
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".csv")
 BETWEEN_DOCUMENTS = "\n\n"
-MOST_LINE = 32 * MIB
+MOST_LINE = 16 * MIB
 """The most bytes of a line of JSON."""
 
 Say = Callable[[str], None]
@@ -139,6 +140,8 @@ def _no_utf8(path: Path, error: UnicodeDecodeError, before: int) -> CalibrationE
 
 
 def _json_lines(path: Path, raw: bytes, rows: Rows) -> Iterator[Document]:
+    if raw.count(b"\n") > bounds.MOST_ROWS:  # empty lines too: each takes time
+        raise rows.too_many()
     start, number = 3 if raw.startswith(b"\xef\xbb\xbf") else 0, 0
     while start < len(raw):
         stop = raw.find(b"\n", start)

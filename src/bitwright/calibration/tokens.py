@@ -11,8 +11,8 @@ from bitwright.core.errors import CalibrationError
 
 PIECE, OVERLAP = 2**16, 2**12
 """The length of a piece of text and of the overlap of two, in characters."""
-LONGEST_WHOLE = 2**24
-"""The longest text that is tokenized at once, in characters: it takes 3 GB."""
+LONGEST_WHOLE = 2**20
+"""The longest text that is tokenized at once, in characters: it takes up to 700 MB."""
 AROUND = 16
 """The number of tokens that must agree on each side of a joint."""
 

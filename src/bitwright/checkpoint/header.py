@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 50_000_000  # half of what the safetensors library takes; tho
 MAX_TENSORS = 300_000  # in a folder; of a model of 384 experts in 61 layers, quantized, there are 280,000
 MAX_SIZES = 10 * MAX_TENSORS  # commas and brackets of a header; a matrix has eight
 MAX_RANK = 64
-MAX_NAME = 1000  # characters
+MAX_NAME, MAX_PARTS = 250, 32  # characters, and parts between dots; those of real models have up to 120, and 15
 MAX_ELEMENTS = 2**63 - 1  # what a torch stride can hold
 METADATA = "__metadata__"
 TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
@@ -189,8 +189,11 @@ def _entry(name: str, claim: object, data_start: int) -> TensorEntry:
         raise CheckpointError("its name has half of a surrogate pair, which is no character; the file is damaged")
     if not isinstance(claim, dict) or set(claim) != TENSOR_KEYS:
         raise CheckpointError(f"expected exactly {', '.join(sorted(TENSOR_KEYS))}, found {shown(claim)}")
-    if len(name) > MAX_NAME:
-        raise CheckpointError(f"a name of {len(name):,} characters; more than {MAX_NAME:,} is never real")
+    if len(name) > MAX_NAME or name.count(".") >= MAX_PARTS:
+        raise CheckpointError(
+            f"a name of {len(name):,} characters in {name.count('.') + 1} parts; more than {MAX_NAME} characters or "
+            f"{MAX_PARTS} parts are never real"
+        )
     dtype = DTYPES.get(claim["dtype"]) if isinstance(claim["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(f"unknown dtype {shown(claim['dtype'])}. Known: {', '.join(sorted(DTYPES))}")

@@ -173,8 +173,10 @@ def _parsed(piece: bytes) -> dict[str, Any] | None:
 
 
 def _is_unit(line: Mapping[str, Any]) -> bool:
-    """Whether a line has the form that `record` writes."""
-    return all(isinstance(line.get(key), kind) for key, kind in UNIT_KEYS.items())
+    """Whether a line has the form that `record` writes: its files lie beside the journal."""
+    if not all(isinstance(line.get(key), kind) for key, kind in UNIT_KEYS.items()):
+        return False
+    return all(name and Path(name).name == name for name in (line["file"], *line["digests"]))
 
 
 def _damaged(path: Path) -> OutputError:

@@ -14,6 +14,8 @@ PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
 SHOWN_NAMES = 8
 MAX_SHARDS = 10_000
 """The most weight files of a model; the largest known models have a few hundred."""
+FEW_TENSORS, LEAST_BYTES = 8_000, 4096
+"""Tensors of any size, and the bytes that each other one has on average: every tensor takes time, empty ones too."""
 READ_BY_LIBRARIES = {
     **dict.fromkeys(("config.json", "generation_config.json", "processor_config.json"), CONFIG_BYTES),
     **dict.fromkeys(
@@ -130,6 +132,12 @@ def _headers(folder: Path, files: list[str]) -> dict[str, Header]:
         headers[file] = read_header(folder / file)
         tensors += len(headers[file].entries)
         _refuse_many(folder, "tensors", tensors, MAX_TENSORS)
+    nbytes = sum(header.size - header.data_start for header in headers.values())
+    if nbytes < LEAST_BYTES * (tensors - FEW_TENSORS):
+        raise CheckpointError(
+            f"{folder}: {tensors:,} tensors, and {nbytes:,} bytes for all of them; a model of more than "
+            f"{FEW_TENSORS:,} tensors has far larger ones, so this is no model"
+        )
     return headers
 
 

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from bitwright.checkpoint.writer import free_bytes, sync_folder
 from bitwright.core.errors import OutputError
+from bitwright.core.small_files import require_regular
 
 LOCK = ".lock"
 RESULT = "result"
@@ -189,6 +190,7 @@ def _locked(output: Path) -> FileLock:
         if work.exists() and not (work / LOCK).exists() and any(work.iterdir()):
             raise OutputError(f"{work}: is in the way and was not made by a run of Bitwright; move it, or remove it")
         work.mkdir(parents=True, exist_ok=True)
+        _require_files(work)
         lock = FileLock(work / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
@@ -196,6 +198,14 @@ def _locked(output: Path) -> FileLock:
             f"{output}: another run is working on it (it holds {work / LOCK}); wait for it, or choose another output"
         ) from None
     return lock
+
+
+def _require_files(work: Path) -> None:
+    """Raise OutputError for a named pipe or a device in a work folder: whoever opens one may wait for ever."""
+    for place, _, files in os.walk(work):
+        for name in files:
+            with suppress(FileNotFoundError):  # a link to nothing, or a file that another run removes
+                require_regular(Path(place, name), OutputError)
 
 
 def _restore(output: Path) -> None:

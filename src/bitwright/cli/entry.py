@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from bitwright.cli.commands import app
 from bitwright.cli.console import err
-from bitwright.core.errors import NO_THREAD, MachineError, ReportedError, UserError
+from bitwright.core.errors import NO_THREAD, MachineError, ReportedError, UserError, cut
 
 MENDABLE, BUG, INTERRUPTED, UNREAD = 2, 1, 130, 141
 MACHINE = {
@@ -27,6 +27,7 @@ MACHINE = {
     errno.EMFILE,
     errno.ENFILE,
 }
+PANIC = "PanicException"
 ISSUES = "Please report it with the lines above."
 
 
@@ -62,6 +63,10 @@ def main() -> NoReturn:
         message = _mendable(error)
         if message is not None:
             _fail(message, MENDABLE)
+        _bug(error)
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        if type(error).__name__ != PANIC:
+            raise
         _bug(error)
     sys.exit(0)
 
@@ -133,11 +138,11 @@ def _interrupt(*_: object) -> NoReturn:
     raise Interrupted
 
 
-def _bug(error: Exception) -> NoReturn:
+def _bug(error: BaseException) -> NoReturn:
     traceback.print_exception(error)
     _fail(f"this is a bug in Bitwright {version('bitwright')}. {ISSUES}", BUG)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    err.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"error: {cut(message)}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)

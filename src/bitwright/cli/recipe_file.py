@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from bitwright.cli.options import BESIDE
-from bitwright.core.errors import RecipeError, nearest
+from bitwright.core.errors import RecipeError, nearest, shown
 from bitwright.core.recipe import Recipe
 from bitwright.core.small_files import require_regular
 
@@ -42,22 +42,23 @@ class OnceEach(yaml.SafeLoader):
                 )
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build the value of a node. Raises ConstructorError, which names the line, for a value that is none."""
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # PyYAML's own code raises what it meets: no such month, no match of an expression
+            value = shown(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+            problem = f"{value} is no {node.tag.rpartition(':')[2][:40]}: {error}"
+            raise yaml.constructor.ConstructorError(None, None, problem[:300], node.start_mark) from None
+
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Build a whole number. Raises ValueError for one that no setting has, and that no message could show."""
         number: int = super().construct_yaml_int(node)
         if abs(number) >= 2**64:
             raise ValueError(f"the number {str(node.value)[:20]}... is out of bounds")
         return number
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Build a value. Raises ConstructorError, which names the line, for one that is not what its tag says."""
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            kind = node.tag.rpartition(":")[2]
-            problem = str(error) if isinstance(error, ValueError) else f"{str(node.value)[:40]!r} is no {kind}"
-            problem = f"cannot be read as YAML: {problem}"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
     def construct_text(self, node: yaml.ScalarNode) -> str:
         """Take a date for the text that it is: no key takes one, and the error of its key tells more."""
@@ -79,7 +80,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise RecipeError(f"recipe {path}: there is no key '{key}'; {nearest(key, known)}")
     output = written.get(OUTPUT)
     if output is not None and not isinstance(output, str):
-        raise RecipeError(f"recipe {path}: key '{OUTPUT}' is {output!r}; it takes the path of a folder")
+        raise RecipeError(f"recipe {path}: key '{OUTPUT}' is {shown(output)}; it takes the path of a folder")
     return written
 
 
@@ -115,6 +116,8 @@ def _content(path: Path) -> Any:
                 "the most; write it without aliases"
             )
         return loader.construct_document(node)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:  # PyYAML does not look at what tags stand before
+        raise yaml.YAMLError(f"a tag (!!set, !!omap) stands before something else: {str(error)[:100]}") from None
     finally:
         loader.dispose()
 

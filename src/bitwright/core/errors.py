@@ -3,18 +3,28 @@
 Every message says what was asked, what was found, where, and what to try.
 """
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
 SHOWN_CHARACTERS = 100
+MOST_CHARACTERS, LONGEST_WORD = 4000, 500
+"""The most characters of a message, and of a word in it: a stranger's file may put megabytes into either."""
 NO_THREAD = "can't start new thread"
 """Python's message if the system gives no thread."""
 
 
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+
+
 class UserError(Exception):
-    """Something that the user can mend. Its message is all that the command line prints."""
+    """Something that the user can mend. Its message is all that the command line prints; if it is long, it is cut."""
+
+    def __init__(self, *arguments: object) -> None:
+        """Take the message, as one text."""
+        super().__init__(*(cut(part) if isinstance(part, str) else part for part in arguments))
 
 
 class SchemeError(UserError):
@@ -66,6 +76,19 @@ def blaming_the_machine() -> Iterator[None]:
         if NO_THREAD in str(error):
             raise MachineError.of(error) from error
         raise
+
+
+def cut(message: str) -> str:
+    """A message with long words, and then the whole, cut in the middle: what to do stands at the end.
+
+    >>> len(cut("x" * 10**6)), len(cut("x " * 10**6))
+    (305, 4000)
+    """
+    if len(message) > LONGEST_WORD:
+        message = _LONG_WORD.sub(lambda word: f"{word[0][:200]} ... {word[0][-100:]}", message)
+    if len(message) > MOST_CHARACTERS:
+        message = f"{message[: MOST_CHARACTERS - 1005]} ... {message[-1000:]}"
+    return message
 
 
 def nearest(asked: str, known: Iterable[str]) -> str:

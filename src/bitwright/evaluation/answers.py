@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from bitwright.core.errors import OutputError
 from bitwright.core.progress import Listener, Progress
+from bitwright.core.small_files import require_regular
 
 FIRST = {"bitwright": "answers"}
 
@@ -71,6 +72,8 @@ class Answers:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of the file; an incomplete last line is cut off."""
+    if path.exists():
+        require_regular(path, OutputError)
     raw = path.read_bytes() if path.exists() else b""
     whole = raw[: raw.rfind(b"\n") + 1]
     try:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
+from bitwright.calibration.texts import BUILTIN, text_of
+from bitwright.checkpoint.bounded_tokenizer import BoundedTokenizer, blaming_the_tokenizer
 from bitwright.checkpoint.reader import file_fingerprint
 from bitwright.core.errors import UserError
 from bitwright.core.progress import Listener
@@ -90,7 +92,7 @@ def score(
     """Score a model that was loaded from a folder; return scores and notes. Answers are kept in a file at once."""
     from bitwright.evaluation.tasks import run_tasks
 
-    with Answers(file, _answerer(folder, model)) as answers:
+    with Answers(file, _answerer(folder, model)) as answers, blaming_the_tokenizer(folder):
         return run_tasks(
             prepared,
             model,
@@ -134,7 +136,10 @@ def _context(folder: Path) -> int:
 
 
 def _tokenizer(folder: Path) -> Any:
+    """Load a tokenizer in this process, as lm-eval needs it, once it has tokenized a text within bounds."""
     require_tokenizer(folder)
+    with BoundedTokenizer(folder) as bounded:
+        bounded(text_of(BUILTIN, "evaluation"))
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 

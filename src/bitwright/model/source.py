@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bitwright.calibration.tokenizer import Tokenizer
+from bitwright.checkpoint.bounded_tokenizer import BoundedTokenizer
 from bitwright.checkpoint.layout import read_bytes
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.checkpoint.sidecar_files import AGAIN, TOKENIZER, read_tokenizer_config
@@ -192,18 +193,9 @@ def _require_model(path: Path) -> None:
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """Open the tokenizer in a folder, offline and without remote code. Raises CheckpointError."""
-    from transformers import AutoTokenizer
-
+    """Open the tokenizer in a folder, offline, without remote code, and within bounds. Raises CheckpointError."""
     require_tokenizer(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read by transformers: {type(error).__name__}: {error}; copy the "
-            "tokenizer's files from the original repository again"
-        ) from error
-    return Tokenizer(tokenizer, folder)
+    return Tokenizer(BoundedTokenizer(folder), folder)
 
 
 def check_vocabulary(tokens: Int[Tensor, " M"], config: Any, folder: Path) -> None:

@@ -20,6 +20,7 @@ from bitwright.checkpoint.output import OutputFolder
 from bitwright.checkpoint.writer import copy_file, write_tensors
 from bitwright.core.block import Site
 from bitwright.model.source import Source
+from bitwright.prepare.block_way import subject_of
 from bitwright.steps.transform import apply_site
 from bitwright.written.beside_weights import COPIED
 
@@ -35,15 +36,15 @@ def main(
 ) -> None:
     """Write the outlier version of a model folder."""
     source = Source.open(model)
-    family, config = source.described()
+    blocks = subject_of(source, "cpu").anatomy.blocks
     generator = torch.Generator().manual_seed(seed)
-    sites = [site for site in family.topology.sites if _takes_outliers(site)]
     with OutputFolder.claim(output) as folder:
         parts = [folder.work / "part-outside.safetensors"]
-        blocks = [f"{family.blocks}.{index}." for index in range(config.num_hidden_layers)]
-        outside = [name for name in source.checkpoint.names if not name.startswith(tuple(blocks))]
+        inside = tuple(f"{block.name}." for block in blocks)
+        outside = [name for name in source.checkpoint.names if not name.startswith(inside)]
         write_tensors(parts[0], {name: source.checkpoint.read(name) for name in outside})
-        for number, prefix in enumerate(blocks):
+        for number, (block, prefix) in enumerate(zip(blocks, inside, strict=True)):
+            sites = [site for site in block.topology.sites if _takes_outliers(site)]
             parts.append(folder.work / f"part-{number:05d}.safetensors")
             tensors = _with_outliers(_read(source, prefix), sites, channels, generator)
             write_tensors(parts[-1], {prefix + name: tensor for name, tensor in tensors.items()})

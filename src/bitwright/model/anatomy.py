@@ -63,9 +63,9 @@ class Anatomy:
 def dissect(skeleton: Skeleton, vocabulary: int, *, sites: bool = True) -> Anatomy:
     """Find the anatomy of a model, its sites too if they are asked for.
 
-    No weight is read: one block of each kind is run with random ones. The others pass on what they are given. If the model does not go through
-    with that, because a block needs what an earlier one has left for it, all are run. Raises CheckpointError if no
-    blocks are found.
+    No weight is read: one block of each kind is run with random ones, and the others pass on what they are given. If
+    the model does not go through with that, because a block needs what an earlier one has left for it, all are run.
+    Raises CheckpointError if no blocks are found.
     """
     try:
         return _dissected(skeleton, vocabulary, sites, all_run=False)

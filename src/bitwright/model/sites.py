@@ -276,13 +276,15 @@ def _queries_and_keys(lab: _Laboratory, base: _Run, groups: Sequence[LinearGroup
         pairs = [(q, k) for q in names for k in names if starts[q] == "q" and starts[k] == "k"]
         for queries, keys in pairs:
             rows = [shapes[f"{name}.weight"][0] for name in (queries, keys)]
-            for site in (s for width in sorted(widths) for s in _tied_pairs(queries, keys, rows, width)):
-                if _proven(lab, base, site):
+            for offset in OFFSETS if names is together[-1] else (0.0,):
+                proposed = (s for width in sorted(widths) for s in _tied_pairs(queries, keys, rows, width, offset))
+                site = next((site for site in proposed if _proven(lab, base, site)), None)
+                if site is not None:
                     yield site
                     break
 
 
-def _tied_pairs(queries: str, keys: str, rows: Sequence[int], width: int) -> Iterator[Site]:
+def _tied_pairs(queries: str, keys: str, rows: Sequence[int], width: int, offset: float) -> Iterator[Site]:
     """Sites q.k whose scales are tied as rotary positions mix channels: none, halves of a head, neighbours."""
     if any(count % width for count in rows) or rows[0] < rows[1] or rows[0] % rows[1]:
         return
@@ -293,7 +295,7 @@ def _tied_pairs(queries: str, keys: str, rows: Sequence[int], width: int) -> Ite
         free = width - half
         key_index = tuple(h * free + tied[c] for h in range(kv_heads) for c in range(width))
         query_index = tuple((h * kv_heads // heads) * free + tied[c] for h in range(heads) for c in range(width))
-        producers = (Side(queries, query_index), Side(keys, key_index, reciprocal=True))
+        producers = (Side(queries, query_index, offset=offset), Side(keys, key_index, reciprocal=True, offset=offset))
         yield Site("q.k", producers, (), kv_heads * free)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +55,7 @@ class Skeleton:
         """
         module = self.model.get_submodule(path)
         if random:
-            self._randomize(module, self.device, recurse=True)
+            self._randomize(module, path, self.device, recurse=True)
         else:
             self._fill(module, path, self.device, recurse=True)
         try:
@@ -92,7 +93,7 @@ class Skeleton:
             if path not in used:
                 used[path] = module
                 if random:
-                    self._randomize(module, torch.device("cpu"), recurse=False)
+                    self._randomize(module, path, torch.device("cpu"), recurse=False)
                 else:
                     self._fill(module, path, torch.device("cpu"), recurse=False)
 
@@ -113,19 +114,31 @@ class Skeleton:
             _set(part, name, value.to(device))
 
     @torch.no_grad()
-    def _randomize(self, part: nn.Module, device: torch.device, *, recurse: bool) -> None:
+    def _randomize(self, part: nn.Module, path: str, device: torch.device, *, recurse: bool) -> None:
         """Give a module the weights of a new model, all a little apart from zeros and ones."""
         for name, parameter in list(part.named_parameters(recurse=recurse, remove_duplicate=False)):
             dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
             _set(part, name, nn.Parameter(torch.zeros_like(parameter, device=device, dtype=dtype), requires_grad=False))
-        for module in part.modules() if recurse else (part,):
-            self.model._init_weights(module)
+        initialize = self._initializer(path)
+        if recurse:
+            _initialize(part, initialize)
+        else:
+            initialize(part)
         for parameter in part.parameters(recurse=recurse):
             if parameter.is_floating_point():
                 size = 0.1 if parameter.dim() < MATRIX else parameter.shape[-1] ** -0.5
                 parameter.add_(torch.randn_like(parameter), alpha=size)
         for name, buffer in list(part.named_buffers(recurse=recurse)):
             _set(part, name, buffer.to(device))
+
+    def _initializer(self, path: str) -> Callable[[nn.Module], None]:
+        """The function that initializes a module: that of the innermost model that it belongs to."""
+        owner: nn.Module = self.model
+        for outer in accumulate(path.split("."), "{}.{}".format) if path else ():
+            module = self.model.get_submodule(outer)
+            owner = module if hasattr(module, "_init_weights") else owner
+        initialize: Callable[[nn.Module], None] = getattr(owner, "_init_weights")  # noqa: B009
+        return initialize
 
     def _dtype(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if tensor.is_floating_point() else tensor.dtype

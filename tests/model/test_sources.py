@@ -72,7 +72,7 @@ def test_every_matrix_is_found_again_row_by_row(kind: str, tmp_path: Path) -> No
     skeleton, sources = sources_of(folder)
     found = set[tuple[str, int | None]]()
     for name, parameter in skeleton.model.named_parameters():
-        if name in sources.made and parameter.dim() in (2, 3):
+        if name in sources.conversions and parameter.dim() in (2, 3):
             values = sources.read(name)
             for (tensor, expert), places in sources.places(name).items():
                 stored = sources.checkpoint.read(tensor)

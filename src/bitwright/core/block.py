@@ -111,7 +111,7 @@ def _only(site: Site, linears: Collection[str]) -> Site:
 
 @dataclass(frozen=True)
 class Place:
-    """Where rows of a linear lie in the parameters of a module.
+    """The place of some rows of a linear in the parameters of a module.
 
     ``index`` is the expert in a parameter [E, ., .]. ``rows`` are the rows (start, stop, step) of its matrix as it
     multiplies, [O, I]; ``transposed`` says that the parameter stores it [I, O].

@@ -112,8 +112,8 @@ class Products(TorchFunctionMode):
 
     def _look_for_others(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         read = {s for t in _tensors((args, tuple(kwargs.values()))) if (s := _storage(t)) in self.parameters}
-        made = [_storage(tensor) for tensor in _tensors((result,))]
-        if made and not read.issuperset(made) and self.other is not None:
+        results = [_storage(tensor) for tensor in _tensors((result,))]
+        if results and not read.issuperset(results) and self.other is not None:
             for storage in read:
                 self.other(self.parameters[storage][0])
 

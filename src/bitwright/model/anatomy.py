@@ -179,8 +179,8 @@ def _run(module: nn.Module, call: Call) -> Any:
     return result
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool((one - other).abs().max() <= CLOSE * other.abs().max())
+def _close(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and bool((left - right).abs().max() <= CLOSE * right.abs().max())
 
 
 def _block(sources: Sources, path: str, kind: _Kind, known: BlockAnatomy | None, sites: bool) -> BlockAnatomy:
@@ -190,8 +190,8 @@ def _block(sources: Sources, path: str, kind: _Kind, known: BlockAnatomy | None,
         return replace(known, name=name, path=path, weights=weights, kept=kept)
     linears = [linear for weight in weights for linear in linears_of(weight, name)]
     groups = tuple(_groups(layout, kind.recording, linears))
-    found = find_sites(kind.module, layout, groups, kind.call) if sites else ()
-    return BlockAnatomy(name, path, Topology(groups, found), layout, weights, kept, kind.joins)
+    proven = find_sites(kind.module, layout, groups, kind.call) if sites else ()
+    return BlockAnatomy(name, path, Topology(groups, proven), layout, weights, kept, kind.joins)
 
 
 def linears_of(weight: Weight, block: str) -> list[str]:
@@ -237,7 +237,7 @@ def _laid_out(sources: Sources, path: str, kind: _Kind) -> tuple[str, Layout, tu
 def _matrices(sources: Sources, path: str, parameters: Sequence[str]) -> _Matrices:
     matrices: _Matrices = {}
     for name in parameters:
-        if f"{path}.{name}" not in sources.made:
+        if f"{path}.{name}" not in sources.conversions:
             continue
         for (tensor, expert), places in sources.places(f"{path}.{name}").items():
             inside = tuple(replace(p, parameter=p.parameter.removeprefix(f"{path}.")) for p in places)

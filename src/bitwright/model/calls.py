@@ -43,7 +43,7 @@ class Call:
 
 
 class UnlikeCallsError(Exception):
-    """Calls that cannot be joined: values differ that have no dimension for a batch."""
+    """The refusal to join calls: values differ that have no dimension for a batch."""
 
 
 def joined(calls: Sequence[Call]) -> Call:

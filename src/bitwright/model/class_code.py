@@ -21,27 +21,27 @@ def weights_taken(module: nn.Module) -> frozenset[tuple[str, str]]:
 
     Code under a condition that this module's settings rule out does not count.
     """
-    found = set[tuple[str, str]]()
+    taken = set[tuple[str, str]]()
 
     def visit(node: ast.AST, around: ast.AST | None) -> None:
         if isinstance(node, ast.If):
             met = _met(node.test, module)
-            taken = [*(node.body if met in (True, None) else ()), *(node.orelse if met in (False, None) else ())]
-            for statement in taken:
+            branches = [*(node.body if met in (True, None) else ()), *(node.orelse if met in (False, None) else ())]
+            for statement in branches:
                 visit(statement, node)
             return
         inner = node.value if isinstance(node, ast.Attribute) else None
         if isinstance(node, ast.Attribute) and isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
             asked = isinstance(around, ast.Attribute) and around.attr in ASKED_ONLY
             if inner.value.id == "self" and not asked:
-                found.add((inner.attr, node.attr))
+                taken.add((inner.attr, node.attr))
         for child in ast.iter_child_nodes(node):
             visit(child, node)
 
     tree = _tree(type(module))  # type: ignore[arg-type]  # mypy takes no class for hashable
     if tree is not None:
         visit(tree, None)
-    return frozenset(found)
+    return frozenset(taken)
 
 
 def _met(test: ast.expr, module: nn.Module) -> bool | None:

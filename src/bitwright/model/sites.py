@@ -75,9 +75,9 @@ def find_sites(module: nn.Module, layout: Layout, groups: Sequence[LinearGroup],
     except (RuntimeError, TypeError, ValueError):  # a block that computes in one dtype only
         return ()
     order = {name: place for place, group in enumerate(groups) for name in group.linears}
-    found = [*_behind_norms(lab, base), *_behind_linears(lab, base, groups), *_queries_and_keys(lab, base, groups)]
-    found = [replace(site, shift=_takes_shift(lab, base, site)) for site in found]
-    sites = [_told_apart(site, order) for site in found]
+    proposed = [*_behind_norms(lab, base), *_behind_linears(lab, base, groups), *_queries_and_keys(lab, base, groups)]
+    proposed = [replace(site, shift=_takes_shift(lab, base, site)) for site in proposed]
+    sites = [_told_apart(site, order) for site in proposed]
     sites = [site for site in sites if site.consumers or len(site.producers) > 1]
     sites.sort(key=lambda site: _place(site, order))
     return _named(sites)
@@ -354,7 +354,7 @@ def _scales(channels: int, seed: int) -> Tensor:
     return torch.exp2(torch.linspace(-1, 1, channels, dtype=torch.float64)[order] * (0.97 if channels > 1 else 1))
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or not one.numel():
-        return one.shape == other.shape
-    return bool((one - other).abs().max() <= CLOSE * one.abs().max())
+def _close(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape or not left.numel():
+        return left.shape == right.shape
+    return bool((left - right).abs().max() <= CLOSE * left.abs().max())

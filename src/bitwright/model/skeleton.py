@@ -104,7 +104,7 @@ class Skeleton:
         prefix = f"{path}." if path else ""
         names = [name for name, _ in part.named_parameters(recurse=recurse, remove_duplicate=False)]
         buffers = dict(part.named_buffers(recurse=recurse, remove_duplicate=False))
-        stored = [name for name in buffers if f"{prefix}{name}" in self.sources.made]
+        stored = [name for name in buffers if f"{prefix}{name}" in self.sources.conversions]
         read = self.sources.read_all(f"{prefix}{name}" for name in (*names, *stored))
         for name in names:
             tensor = read[f"{prefix}{name}"]

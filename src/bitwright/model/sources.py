@@ -1,4 +1,4 @@
-"""Where the parameters of transformers' model come from in a checkpoint, by transformers' own conversions.
+"""The tensors of a checkpoint that each parameter of transformers' model comes from, by its own conversions.
 
 Most parameters are one tensor of the checkpoint, perhaps under another name. Some are made of several, such as the
 experts of a layer, or several are made of one. Which rows of which tensor become which rows of which parameter is found
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +22,14 @@ from bitwright.core.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MATRIX, STACK = 2, 3
+"""The dimensions of a matrix, and of a stack of experts."""
 COLUMNS = 2
 """Columns of a tensor of row numbers: the fewest that show whether it is transposed."""
 
 
 @dataclass(frozen=True)
-class Made:
+class Conversion:
     """Parameters that one conversion makes from tensors of the checkpoint, with the pattern that each tensor fits.
 
     ``converter`` is None if the only parameter is the only tensor.
@@ -44,7 +47,7 @@ class Sources:
     def __init__(self, checkpoint: Checkpoint, model: "PreTrainedModel") -> None:
         """``model`` is on the meta device. Nothing is read."""
         self.checkpoint, self.model = checkpoint, model
-        self.made: dict[str, Made] = {}
+        self.conversions: dict[str, Conversion] = {}
         targets: dict[str, dict[str, str | None]] = {}
         names = _Names(model)
         for tensor in sorted(checkpoint.names, key=_naturally):
@@ -54,33 +57,33 @@ class Sources:
         for target, tensors in targets.items():
             first = next(iter(tensors.values()))
             converter = None if first is None else names.by_pattern[first]
-            made = Made(target, names.all_targets(target, converter), tensors, converter)
-            self.made |= dict.fromkeys(made.parameters, made)
+            conversion = Conversion(target, names.all_targets(target, converter), tensors, converter)
+            self.conversions |= dict.fromkeys(conversion.parameters, conversion)
         shared = getattr(model, "all_tied_weights_keys", None) or {}
-        self.tied = {name: other for name, other in shared.items() if name not in self.made}
+        self.tied = {name: other for name, other in shared.items() if name not in self.conversions}
 
     def tensors(self, parameter: str) -> tuple[str, ...]:
         """The tensors that a parameter is made of; none if the checkpoint lacks it."""
-        made = self.made.get(self.tied.get(parameter, parameter))
-        return () if made is None else tuple(made.tensors)
+        conversion = self.conversions.get(self.tied.get(parameter, parameter))
+        return () if conversion is None else tuple(conversion.tensors)
 
     def whole(self, parameter: str) -> str | None:
         """The tensor that a parameter is as a whole, with the same values; None if it is made in another way."""
-        made = self.made.get(parameter)
-        return next(iter(made.tensors)) if made is not None and made.converter is None else None
+        conversion = self.conversions.get(parameter)
+        return next(iter(conversion.tensors)) if conversion is not None and conversion.converter is None else None
 
     def read(self, parameter: str) -> Tensor:
         """Read a parameter on the CPU, in the dtype of the checkpoint. Raises CheckpointError."""
         parameter = self.tied.get(parameter, parameter)
-        made = self.made.get(parameter)
-        if made is None:
+        conversion = self.conversions.get(parameter)
+        if conversion is None:
             raise CheckpointError(
                 f"{self.checkpoint.folder} has no tensor for '{parameter}', which its config.json calls for; the "
                 "checkpoint is incomplete or belongs to another configuration: download it again"
             )
-        if made.converter is None:
-            return self.checkpoint.read(next(iter(made.tensors)))
-        return self._converted(made, {name: self.checkpoint.read(name) for name in made.tensors})[parameter]
+        if conversion.converter is None:
+            return self.checkpoint.read(next(iter(conversion.tensors)))
+        return self._converted(conversion, {name: self.checkpoint.read(name) for name in conversion.tensors})[parameter]
 
     def read_all(self, parameters: Iterable[str]) -> dict[str, Tensor]:
         """Read parameters; what one conversion makes is converted once."""
@@ -88,11 +91,13 @@ class Sources:
         for name in wanted:
             if name in read:
                 continue
-            made = self.made.get(name)
-            if made is None or made.converter is None:
+            conversion = self.conversions.get(name)
+            if conversion is None or conversion.converter is None:
                 read[name] = self.read(name)
             else:
-                together = self._converted(made, {tensor: self.checkpoint.read(tensor) for tensor in made.tensors})
+                together = self._converted(
+                    conversion, {tensor: self.checkpoint.read(tensor) for tensor in conversion.tensors}
+                )
                 read |= {other: tensor for other, tensor in together.items() if other in wanted}
         return read
 
@@ -102,28 +107,28 @@ class Sources:
         A matrix is a tensor, or an expert in a tensor [E, ., .]; orders of rows and columns are as the checkpoint has
         them. Matrices that are not found again, row by row, are left out.
         """
-        made = self.made[parameter]
-        if made.converter is None:
-            (tensor,) = made.tensors
+        conversion = self.conversions[parameter]
+        if conversion.converter is None:
+            (tensor,) = conversion.tensors
             return _as_stored(parameter, tensor, self.checkpoint.entry(tensor).shape)
-        return self._numbered[made.target]
+        return self._numbered[conversion.target]
 
     @cached_property
     def _numbered(self) -> "_Numbered":
         return _Numbered(self)
 
-    def _converted(self, made: Made, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _converted(self, conversion: Conversion, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Make parameters of tensors. Raises CheckpointError if they do not go together."""
-        converter = deepcopy(made.converter)
+        converter = deepcopy(conversion.converter)
         for name, tensor in tensors.items():
             # it takes tensors as well as futures, because transformers also saves models with it
-            converter.add_tensor(made.target, name, made.tensors[name], tensor)
+            converter.add_tensor(conversion.target, name, conversion.tensors[name], tensor)
         try:
-            result = converter.convert(made.target, model=self.model, config=self.model.config)
+            result = converter.convert(conversion.target, model=self.model, config=self.model.config)
         except Exception as error:  # an operation may raise anything, for instance for experts that differ in shape
             raise CheckpointError(
-                f"{self.checkpoint.folder}: the tensors of {made.target} do not go together: {error}; download the "
-                "checkpoint again"
+                f"{self.checkpoint.folder}: the tensors of {conversion.target} do not go together: {error}; download "
+                "the checkpoint again"
             ) from error
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in result.items()}
 
@@ -136,58 +141,76 @@ class _Numbered(dict[str, dict[tuple[str, int | None], tuple[Place, ...]]]):
         self.sources = sources
 
     def __missing__(self, target: str) -> dict[tuple[str, int | None], tuple[Place, ...]]:
-        self[target] = _found_again(self.sources, self.sources.made[target])
+        self[target] = _found_again(self.sources, self.sources.conversions[target])
         return self[target]
 
 
-def _found_again(sources: Sources, made: Made) -> dict[tuple[str, int | None], tuple[Place, ...]]:
-    entry, firsts, numbers = sources.checkpoint.entry, dict[int, tuple[str, int | None, int]](), dict[str, Tensor]()
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of the checkpoint whose rows are numbered from ``first`` on."""
+
+    first: int
+    tensor: str
+    expert: int | None
+    rows: int
+
+
+def _found_again(sources: Sources, conversion: Conversion) -> dict[tuple[str, int | None], tuple[Place, ...]]:
+    """Number the rows of all tensors of a conversion, convert the numbers, and look where they have gone."""
+    matrices, numbers = list[_Matrix](), dict[str, Tensor]()
     count = 0
-    for name in made.tensors:
-        *experts, rows, _ = shape = entry(name).shape if len(entry(name).shape) > 1 else (0, 0)
-        if len(shape) > 3 or not rows:
+    for name in conversion.tensors:
+        shape = sources.checkpoint.entry(name).shape
+        if not MATRIX <= len(shape) <= STACK:
             return {}
+        *experts, rows, _ = shape
         for expert in range(experts[0]) if experts else (None,):
-            firsts[count + rows * (expert or 0)] = (name, expert, rows)
-        total = rows * (experts[0] if experts else 1)
-        column = torch.arange(count, count + total, dtype=torch.int64).reshape(*experts, rows, 1)
+            matrices.append(_Matrix(count, name, expert, rows))
+            count += rows
+        column = torch.arange(matrices[-1].first + rows - prod(shape[:-1]), count).reshape(*shape[:-1], 1)
         numbers[name] = torch.cat([column * COLUMNS + c for c in range(COLUMNS)], -1)
-        count += total
     try:
-        converted = sources._converted(made, numbers)
+        converted = sources._converted(conversion, numbers)
     except CheckpointError:
         return {}
-    homes = torch.full((count,), -1, dtype=torch.int64)
-    homes[list(firsts)] = torch.arange(len(firsts))
-    homes = homes.cummax(0).values  # the matrix that each row number belongs to
-    every, found = list(firsts.values()), dict[tuple[str, int | None], list[tuple[int, Place]]]()
+    starts = torch.tensor([matrix.first for matrix in matrices])
+    places: dict[int, dict[int, Place]] = {}
     for parameter, values in converted.items():
-        for index in range(len(values)) if values.dim() == 3 else (None,):
-            matrix = values if index is None else values[index]
-            if matrix.dim() != 2 or COLUMNS not in matrix.shape:
+        for index in range(len(values)) if values.dim() == STACK else (None,):
+            own = _in_matrix(parameter, index, values if index is None else values[index], starts)
+            if own is None:
                 return {}
-            transposed = matrix.shape[1] != COLUMNS or int(matrix[0, -1] - matrix[0, 0]) != 1
-            ids = (matrix.T if transposed else matrix)[:, 0] // COLUMNS
-            for home in homes[ids].unique_consecutive().tolist() if homes[ids].unique().numel() < len(ids) else []:
-                name, expert, rows = every[home]
-                at = (homes[ids] == home).nonzero().flatten()
-                step = int(at[1] - at[0]) if len(at) > 1 else 1
-                numbered = ids[at] - ids[at].min()
-                in_order = bool((numbered == torch.arange(len(at))).all()) and bool((at.diff() == step).all())
-                if not in_order:
-                    return {}
-                start = int(at[0])
-                place = Place(parameter, index, (start, start + (len(at) - 1) * step + 1, step), transposed)
-                first = int(ids[at[0]]) - list(firsts)[home]
-                places = found.setdefault((name, expert), [])
-                if (first, place) not in places:
-                    places.append((first, place))
+            for home, first, place in own:
+                places.setdefault(home, {})[first] = place
     complete = {}
-    for (name, expert), placed in found.items():
-        placed.sort(key=lambda pair: pair[0])
-        if sum(len(range(*place.rows)) for _, place in placed) == entry(name).shape[-2]:
-            complete[name, expert] = tuple(place for _, place in placed)
+    for home, placed in places.items():
+        matrix = matrices[home]
+        if sum(len(range(*place.rows)) for place in placed.values()) == matrix.rows:
+            complete[matrix.tensor, matrix.expert] = tuple(placed[first] for first in sorted(placed))
     return complete
+
+
+def _in_matrix(
+    parameter: str, index: int | None, matrix: Tensor, starts: Tensor
+) -> list[tuple[int, int, Place]] | None:
+    """The places in a matrix of row numbers: (matrix of the checkpoint, its row there, place).
+
+    None if rows are not in their order, or columns are missing.
+    """
+    if matrix.dim() != MATRIX or COLUMNS not in matrix.shape:
+        return None
+    transposed = matrix.shape[1] != COLUMNS or int(matrix[0, -1] - matrix[0, 0]) != 1
+    rows = (matrix.T if transposed else matrix)[:, 0] // COLUMNS
+    homes = torch.searchsorted(starts, rows, right=True) - 1
+    places = []
+    for home in homes.unique().tolist():
+        at = (homes == home).nonzero().flatten()
+        step = int(at[1] - at[0]) if len(at) > 1 else 1
+        if not (bool((at.diff() == step).all()) and bool((rows[at].diff() == 1).all())):
+            return None
+        here = (int(at[0]), int(at[-1]) + 1, step)
+        places.append((home, int(rows[at[0]] - starts[home]), Place(parameter, index, here, transposed)))
+    return places
 
 
 def _as_stored(parameter: str, tensor: str, shape: tuple[int, ...]) -> dict[tuple[str, int | None], tuple[Place, ...]]:

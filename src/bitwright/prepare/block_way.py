@@ -204,10 +204,10 @@ def _family(subject: Subject) -> Family | None:
     classes, widths = set[str](), set[int]()
     for block in subject.anatomy.blocks:
         module = subject.skeleton.model.get_submodule(block.path)
-        found = [part for part in module.modules() if hasattr(part, "config") and hasattr(part, "scaling")]
-        width = getattr(found[0], "head_dim", None) if len(found) == 1 else None
+        attention = [part for part in module.modules() if hasattr(part, "config") and hasattr(part, "scaling")]
+        width = getattr(attention[0], "head_dim", None) if len(attention) == 1 else None
         if not isinstance(width, int):
             return None
-        classes.add(type(found[0]).__name__)
+        classes.add(type(attention[0]).__name__)
         widths.add(width)
     return Family(classes.pop(), widths.pop()) if len(classes) == len(widths) == 1 else None

@@ -8,69 +8,37 @@ need not be known. All is computed in float64, so a site that is none shows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bitwright.core.block import Layout, LinearGroup, Side, Site
 from bitwright.core.weight import starred
 from bitwright.model.calls import Call
-from bitwright.model.recording import Recording, record
+from bitwright.model.laboratory import (
+    Laboratory,
+    Readers,
+    Run,
+    close,
+    index_of,
+    laboratory,
+    proven,
+    readers_of,
+    scales,
+    site_of,
+)
 from bitwright.steps.transform import apply_site
 
-CLOSE, EXACT = 1e-4, 1e-5
-"""Relative differences: of equal values, although a part of the block may compute in float32; and of ratios."""
-ROUNDS = 4
-"""Products that hang on others' outcome, such as an expert on its router, are made good for one round later."""
 OFFSETS = (0.0, 1.0)
 """What a norm adds to its weight: Gemma's have 1."""
-
-
-@dataclass(frozen=True)
-class _Laboratory:
-    """A block that is run in float64 with changed tensors; ``rows`` are the inputs of its products, in their order."""
-
-    module: nn.Module
-    layout: Layout
-    call: Call
-    parameters: Mapping[str, Tensor]
-    owners: Mapping[tuple[str, int | None], tuple[str, ...]]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return self.layout.tensors(self.parameters)
-
-    def run(self, tensors: Mapping[str, Tensor]) -> "_Run":
-        changed = self.layout.parameters(tensors, self.parameters)
-        return _Run.of(record(self.module, self.call, {**self.parameters, **changed}), self.owners)
-
-
-@dataclass(frozen=True)
-class _Run:
-    output: Tensor
-    products: tuple[tuple[tuple[str, ...], Tensor], ...]
-
-    @classmethod
-    def of(cls, recording: Recording, owners: Mapping[tuple[str, int | None], tuple[str, ...]]) -> "_Run":
-        products = list[tuple[tuple[str, ...], Tensor]]()
-        for product in recording.products:
-            factor, x = product.factor, product.inputs
-            indices = range(len(x)) if factor.index is None and x.dim() == 3 and (factor.parameter, 0) in owners else ()
-            for index in indices or (factor.index,):
-                products.append((owners.get((factor.parameter, index), ()), x[index] if indices else x))
-        return cls(recording.output, tuple(products))
-
-
-Readers = dict[str, tuple[int, ...]]
-"""The scale of each input channel of a linear, by the linear's name; -1 for none."""
 
 
 @torch.no_grad()
 def find_sites(module: nn.Module, layout: Layout, groups: Sequence[LinearGroup], call: Call) -> tuple[Site, ...]:
     """Find the sites of a block, in the order in which data flows. ``call`` is one that it was given."""
     try:
-        lab = _laboratory(module, layout, call)
+        lab = laboratory(module, layout, call)
         base = lab.run(lab.tensors)
     except (RuntimeError, TypeError, ValueError):  # a block that computes in one dtype only
         return ()
@@ -83,21 +51,7 @@ def find_sites(module: nn.Module, layout: Layout, groups: Sequence[LinearGroup],
     return _named(sites)
 
 
-def _laboratory(module: nn.Module, layout: Layout, call: Call) -> _Laboratory:
-    parameters = {name: p.detach().double() for name, p in module.named_parameters()}
-    owners: dict[tuple[str, int | None], list[str]] = {}
-    for name, parameter in layout.names.items():
-        if name.endswith(".weight"):
-            owners.setdefault((parameter, None), []).append(name.removesuffix(".weight"))
-    for linear, places in layout.linears.items():
-        for place in places:
-            owners.setdefault((place.parameter, place.index), []).append(linear)
-    known = {key: tuple(dict.fromkeys(names)) for key, names in owners.items()}
-    double = call.map(lambda t: t.double() if t.is_floating_point() else t)
-    return _Laboratory(module, layout, double, parameters, known)
-
-
-def _behind_norms(lab: _Laboratory, base: _Run) -> Iterator[Site]:
+def _behind_norms(lab: Laboratory, base: Run) -> Iterator[Site]:
     for name, part in lab.module.named_modules():
         weight = dict(part.named_parameters(recurse=False)).get("weight")
         producer = _named_in_block(lab.layout, f"{name}.weight")
@@ -105,13 +59,13 @@ def _behind_norms(lab: _Laboratory, base: _Run) -> Iterator[Site]:
             continue
         for offset in OFFSETS:
             side = Side(producer, offset=offset)
-            readers = _readers(lab, base, (side,), len(weight))
+            readers = readers_of(lab, base, (side,), len(weight))
             if readers:
-                yield _site((side,), readers, len(weight))
+                yield site_of((side,), readers, len(weight))
                 break
 
 
-def _behind_linears(lab: _Laboratory, base: _Run, groups: Sequence[LinearGroup]) -> Iterator[Site]:
+def _behind_linears(lab: Laboratory, base: Run, groups: Sequence[LinearGroup]) -> Iterator[Site]:
     stages: dict[str, list[str]] = {}
     for group in groups:
         for name in group.linears:
@@ -122,13 +76,13 @@ def _behind_linears(lab: _Laboratory, base: _Run, groups: Sequence[LinearGroup])
         if any(shapes[f"{name}.weight"][0] != rows for name in names):
             continue
         for chosen in _subsets(lab, base, names, rows):
-            readers = _readers(lab, base, _sides(names, chosen, rows), len(chosen))
+            readers = readers_of(lab, base, _sides(names, chosen, rows), len(chosen))
             if readers:
                 yield from _one_each(names, chosen, rows, readers)
                 break
 
 
-def _subsets(lab: _Laboratory, base: _Run, names: list[str], rows: int) -> Iterator[list[int]]:
+def _subsets(lab: Laboratory, base: Run, names: list[str], rows: int) -> Iterator[list[int]]:
     """Rows of a linear that may be a producer: all, those that token 0 shows, or one half beside a gate."""
     every = list(range(rows))
     yield every
@@ -139,18 +93,18 @@ def _subsets(lab: _Laboratory, base: _Run, names: list[str], rows: int) -> Itera
         yield from (every[rows // 2 :], every[: rows // 2], every[1::2], every[::2])
 
 
-def _values_in(lab: _Laboratory, base: _Run, name: str, rows: int) -> Iterator[list[int]]:
+def _values_in(lab: Laboratory, base: Run, name: str, rows: int) -> Iterator[list[int]]:
     """The rows of values in a linear that makes queries and keys too.
 
     The first token attends to itself alone, so what leaves attention there is its value, whatever its query and key.
     """
-    scale = _scales(rows, 1)
+    scale = scales(rows, 1)
     run = lab.run(apply_site(lab.tensors, Site("", (Side(name),), (), rows), scale))
     tokens = lab.call.hidden.shape[-2]
     for (linears, x0), (_, x1) in zip(base.products, run.products, strict=False):
         if name not in linears and x0.shape == x1.shape and x0.numel() % (tokens * x0.shape[-1]) == 0:
             before, after = (x.reshape(-1, tokens, x.shape[-1])[:, 0] for x in (x0, x1))
-            index = None if _close(before, after) else _index(before, after, scale)
+            index = None if close(before, after) else index_of(before, after, scale)
             if index is not None and -1 not in index and len(set(index)) < rows:
                 yield sorted(set(index))
                 return
@@ -171,100 +125,21 @@ def _one_each(names: Sequence[str], chosen: Sequence[int], rows: int, readers: R
             readers if len(names) == 1 else {r: index for r, index in readers.items() if _numbers(r) == _numbers(name)}
         )
         if own:
-            yield _site(_sides([name], chosen, rows), own, len(chosen))
+            yield site_of(_sides([name], chosen, rows), own, len(chosen))
 
 
 def _numbers(name: str) -> list[str]:
     return [part for part in name.split(".") if part.isdecimal()]
 
 
-def _site(producers: tuple[Side, ...], readers: Readers, channels: int) -> Site:
-    identity = tuple(range(channels))
-    consumers = tuple(Side(name, None if index == identity else index) for name, index in readers.items())
-    return Site("", producers, consumers, channels)
-
-
-def _readers(lab: _Laboratory, base: _Run, producers: tuple[Side, ...], channels: int) -> Readers | None:
-    """What reads the channels of producers, and nothing else does; None if there is no such thing."""
-    scale, readers = _scales(channels, 2), Readers()
-    for _ in range(ROUNDS):
-        run = lab.run(apply_site(lab.tensors, _site(producers, readers, channels), scale))
-        fresh = _fresh_readers(base, run, readers, scale)
-        if fresh is None:
-            return None
-        if not fresh:
-            return readers if readers and _proven(lab, base, _site(producers, readers, channels)) else None
-        readers |= _with_unreached(fresh, lab)
-    return None
-
-
-def _with_unreached(readers: Readers, lab: _Laboratory) -> Readers:
-    """Readers, and the experts beside them that no token reached."""
-    stars = {starred(f"{name}."): index for name, index in readers.items()}
-    names = dict.fromkeys(name for owned in lab.owners.values() for name in owned)
-    return readers | {name: stars[star] for name in names if (star := starred(f"{name}.")) in stars and "*" in star}
-
-
-def _fresh_readers(base: _Run, run: _Run, readers: Readers, scale: Tensor) -> Readers | None:
-    """Products whose inputs have changed by the scales; None if others have changed, and none of these."""
-    fresh, others_changed = Readers(), False
-    for (linears, x0), (now, x1) in zip(base.products, run.products, strict=False):
-        if linears != now or x0.shape != x1.shape:
-            others_changed = True
-            break
-        if (linears and linears[0] in readers) or _close(x0, x1):
-            continue
-        index = _index(x0, x1, scale) if linears else None
-        if index is None:
-            others_changed = True
-        else:
-            fresh |= dict.fromkeys(linears, index)
-    return None if others_changed and not fresh else fresh
-
-
-def _index(x0: Tensor, x1: Tensor, scale: Tensor) -> tuple[int, ...] | None:
-    """The scale by which each channel was divided, -1 for none; None if one was changed in another way."""
-    x0, x1 = x0.reshape(-1, x0.shape[-1]), x1.reshape(-1, x1.shape[-1])
-    if not len(x0):
-        return None
-    size = x0.abs().amax(0)
-    alive = size > 1e-9 * size.max()
-    ratio = (x0 * x0).sum(0) / (x0 * x1).sum(0)
-    fits = ((x1 * ratio - x0).abs().amax(0) <= CLOSE * size) | ~alive
-    if not bool(fits.all()):
-        return None
-    known, order = torch.cat([scale, scale.new_ones(1)]).sort()
-    ratio = torch.where(alive & (ratio > 0), ratio, 1.0)
-    above = torch.searchsorted(known, ratio).clamp(max=len(known) - 1)
-    below = (above - 1).clamp(min=0)
-    near = torch.where((known[above] - ratio).abs() < (known[below] - ratio).abs(), above, below)
-    if not bool((((known[near] / ratio) - 1).abs() <= EXACT)[alive].all()):
-        return None
-    index = order[near]
-    index = torch.where(index == len(scale), -1, index)
-    if not bool(alive.all()):
-        identity = torch.arange(len(index))
-        if len(index) != len(scale) or not bool((index == identity)[alive].all()):
-            return None
-        index = identity
-    return tuple(index.tolist())
-
-
-def _proven(lab: _Laboratory, base: _Run, site: Site, shift: Tensor | None = None) -> bool:
-    """Whether the block's output stays what it is under other scales, or under a shift."""
-    scale = _scales(site.channels, 3) if shift is None else torch.ones(site.channels, dtype=torch.float64)
-    run = lab.run(apply_site(lab.tensors, replace(site, shift=True), scale, shift))
-    return _close(base.output, run.output)
-
-
-def _takes_shift(lab: _Laboratory, base: _Run, site: Site) -> bool:
+def _takes_shift(lab: Laboratory, base: Run, site: Site) -> bool:
     tensors = lab.tensors
     if not site.consumers or not all(f"{s.module}.bias" in tensors for s in (*site.producers, *site.consumers)):
         return False
-    return _proven(lab, base, site, 0.1 * _scales(site.channels, 4))
+    return proven(lab, base, site, 0.1 * scales(site.channels, 4))
 
 
-def _queries_and_keys(lab: _Laboratory, base: _Run, groups: Sequence[LinearGroup]) -> Iterator[Site]:
+def _queries_and_keys(lab: Laboratory, base: Run, groups: Sequence[LinearGroup]) -> Iterator[Site]:
     """Sites between queries and keys: a head's product does not change if one is divided by what the other gains."""
     heads = (getattr(part, "head_dim", None) for part in lab.module.modules())
     widths = {width for width in heads if isinstance(width, int)}
@@ -278,7 +153,7 @@ def _queries_and_keys(lab: _Laboratory, base: _Run, groups: Sequence[LinearGroup
             rows = [shapes[f"{name}.weight"][0] for name in (queries, keys)]
             for offset in OFFSETS if names is together[-1] else (0.0,):
                 proposed = (s for width in sorted(widths) for s in _tied_pairs(queries, keys, rows, width, offset))
-                site = next((site for site in proposed if _proven(lab, base, site)), None)
+                site = next((site for site in proposed if proven(lab, base, site)), None)
                 if site is not None:
                     yield site
                     break
@@ -346,15 +221,3 @@ def _leaf(name: str) -> str:
 def _named_in_block(layout: Layout, parameter: str) -> str | None:
     name = next((name for name, place in layout.names.items() if place == parameter), None)
     return None if name is None or not name.endswith(".weight") else name.removesuffix(".weight")
-
-
-def _scales(channels: int, seed: int) -> Tensor:
-    """Scales from a half to two, all different, in a random order."""
-    order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
-    return torch.exp2(torch.linspace(-1, 1, channels, dtype=torch.float64)[order] * (0.97 if channels > 1 else 1))
-
-
-def _close(left: Tensor, right: Tensor) -> bool:
-    if left.shape != right.shape or not left.numel():
-        return left.shape == right.shape
-    return bool((left - right).abs().max() <= CLOSE * left.abs().max())

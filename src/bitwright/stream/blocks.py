@@ -20,7 +20,8 @@ from bitwright.core.progress import Listener, Progress
 from bitwright.core.scheme import Allocation
 from bitwright.core.training import Training
 from bitwright.core.weight import Weight
-from bitwright.model.anatomy import BlockAnatomy, linears_of
+from bitwright.model.anatomy import BlockAnatomy
+from bitwright.model.linears import linears_of
 from bitwright.steps.apply import Folded, fold, require_held, weights_of
 from bitwright.steps.outliers import bounds_of
 from bitwright.stream.activations import Stream, StreamErrors, advance, enter, replay

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from bitwright.core.block import Block, Layout, LinearGroup, Topology
 from bitwright.core.scheme import Allocation
 from bitwright.core.weight import Weight
-from bitwright.model.anatomy import Anatomy, BlockAnatomy, linears_of
+from bitwright.model.anatomy import Anatomy, BlockAnatomy
+from bitwright.model.linears import linears_of
 from bitwright.model.skeleton import Skeleton
 
 

@@ -24,6 +24,7 @@ from bitwright.formats import refuse_engine_file
 from bitwright.model.config import model_config, text_config_of
 from bitwright.model.fitting import require_fitting
 from bitwright.model.plain_config import plain_decoder
+from bitwright.model.quantized_original import DequantizedCheckpoint, as_dense
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Source:
-    """A full-precision model on disk.
+    """A model on disk, in full precision or read as if it were.
 
     ``family`` is None for an architecture without a description. ``config`` is transformers'; it is None for such an
     architecture, and if there is a ``decoder``, which was read from a plain config.json without transformers.
@@ -54,12 +55,7 @@ class Source:
         If no model will be built (``to_build``), transformers does not read a plain config.json. Without ``tokenizer``,
         the folder need not have a tokenizer.
         """
-        checkpoint = open_checkpoint(folder)
-        quantized = checkpoint.config.get("quantization_config")
-        if quantized is not None:
-            unknown = "an unknown method"
-            method = quantized.get("quant_method", unknown) if isinstance(quantized, dict) else unknown
-            raise CheckpointError(f"{folder} is quantized already ({method}); start from the full-precision model")
+        checkpoint = open_original(folder)
         model_type = _model_type(checkpoint)
         if tokenizer:
             require_tokenizer(folder)
@@ -91,6 +87,11 @@ class Source:
                 "--calibration, quantize its matrices one by one"
             )
         return config
+
+    @property
+    def note(self) -> str | None:
+        """How the original was quantized; None if it was not."""
+        return self.checkpoint.note if isinstance(self.checkpoint, DequantizedCheckpoint) else None
 
     @property
     def longest(self) -> int | None:
@@ -151,6 +152,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Open the checkpoint in a local folder, its headers checked. Raises CheckpointError."""
     require_folder(folder)
     return Checkpoint.open(folder)
+
+
+def open_original(folder: Path) -> Checkpoint:
+    """Open an original; if it is quantized, its weights are dequantized as they are read. Raises CheckpointError."""
+    return as_dense(open_checkpoint(folder))
 
 
 def require_folder(folder: Path) -> None:
@@ -249,7 +255,9 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
     """The dtype of a name; ``auto`` is float32 on a CPU, and the checkpoint's dtype elsewhere. Raises UserError."""
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else stored
+        if device.type == "cpu":
+            return torch.float32
+        return stored if stored in DTYPES.values() else torch.bfloat16  # FP8 is stored, not computed in
     if name not in DTYPES:
         raise UserError(f"there is no dtype '{name}'; {nearest(name, [*DTYPES, 'auto'])}")
     return DTYPES[name]

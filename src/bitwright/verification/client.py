@@ -16,6 +16,7 @@ from bitwright.core.errors import CheckpointError, UserError
 from bitwright.evaluation.loading import load_as_named, load_codes
 from bitwright.formats import CONFIG, QuantizedFolder, is_made_dense
 from bitwright.model.loadable import Faults, config_in, faults
+from bitwright.model.quantized_original import DequantizedCheckpoint
 from bitwright.model.view import ModelView, with_stacks
 from bitwright.verification.findings import Check
 from bitwright.verification.random_tokens import cannot_run, random_tokens
@@ -56,6 +57,8 @@ def _faults_of(original: Checkpoint) -> Faults:
     config = config_in(original.folder)
     if config is None or is_made_dense(original):
         return Faults(frozenset(), frozenset())
+    if isinstance(original, DequantizedCheckpoint):
+        del config.quantization_config
     return faults(config, original.names, _files(original))
 
 
@@ -82,7 +85,7 @@ def _fault_when_run(model: QuantizedFolder, original: Checkpoint, by_itself: boo
     if cannot_run(model.config) is not None:
         return None
     fault = _fault_of_logits(loaded, model.folder)
-    if fault is None or CONFIG in original.config:
+    if fault is None or CONFIG in original.config or isinstance(original, DequantizedCheckpoint):
         return fault
     try:
         return fault if _fault_of_logits(load_as_named(original.folder), original.folder) is None else None

@@ -17,6 +17,7 @@ from torch import Tensor
 import bitwright
 from bitwright import Recipe
 from bitwright.core.errors import CheckpointError
+from bitwright.model.quantized_original import DequantizedCheckpoint
 from bitwright.model.source import Source, open_original
 
 WEIGHTS, CONFIG = "model.safetensors", "quantization_config"
@@ -155,6 +156,7 @@ def test_scales_without_blocks(scales: str, float8: tuple[Path, Path], tiny: Che
         tensors.update({UP: codes, f"{UP}_scale": stored, f"{UP.removesuffix('weight')}input_scale": torch.ones(())})
 
     checkpoint = open_original(changed(float8[0], change, weight_block_size=None))
+    assert isinstance(checkpoint, DequantizedCheckpoint) and checkpoint.note.endswith("their scales are left out")
     assert torch.equal(checkpoint.read(UP), dense) and checkpoint.entry(UP).dtype == torch.bfloat16
     assert torch.equal(checkpoint.read_slice(UP, 100, 107), dense[100:107])
     assert not any(name.endswith(("scale", "scale_inv")) for name in checkpoint.names)

@@ -198,7 +198,9 @@ def _of_float8(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Dequantized
     sizes = f", blocks of {block[0]} x {block[1]}" if has_blocks(config) else ""
     note = f"the original is quantized already ({_method(config)}{sizes}): weights are dequantized to {_name(DENSE)}"
     if describes_activations(checkpoint, config):
-        note += "; activations are not quantized as the original's are, and scales for them are left out"
+        note += "; activations are not quantized as the original's are"
+    if len(scales) > len(weights):
+        note += ", and their scales are left out"
     return DequantizedCheckpoint(checkpoint, weights, passed, note)
 
 

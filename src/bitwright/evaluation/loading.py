@@ -68,6 +68,7 @@ def load_with_loader(folder: Path, *, device: str = "auto", dtype: str = "auto")
     Raises CheckpointError for a folder that cannot be loaded.
     """
     where, checkpoint = pick_device(device), open_checkpoint(folder)
+    folder = checkpoint.folder
     if is_made_dense(checkpoint):
         return _load_decoded(folder, device, dtype)
     if is_float8(checkpoint.config.get(CONFIG)):

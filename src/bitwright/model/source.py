@@ -21,6 +21,7 @@ from bitwright.core.errors import CheckpointError, RecipeError, UserError, in_sh
 from bitwright.core.registry import architecture_of
 from bitwright.core.small_files import parse_object
 from bitwright.formats import refuse_engine_file
+from bitwright.model import hub
 from bitwright.model.config import model_config, text_config_of
 from bitwright.model.fitting import require_fitting
 from bitwright.model.plain_config import plain_decoder
@@ -56,7 +57,7 @@ class Source:
         the folder need not have a tokenizer.
         """
         checkpoint = open_original(folder)
-        model_type = _model_type(checkpoint)
+        folder, model_type = checkpoint.folder, _model_type(checkpoint)
         if tokenizer:
             require_tokenizer(folder)
         require_fitting(checkpoint)
@@ -149,9 +150,8 @@ def _check_blocks(checkpoint: Checkpoint, blocks: int) -> None:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open the checkpoint in a local folder, its headers checked. Raises CheckpointError."""
-    require_folder(folder)
-    return Checkpoint.open(folder)
+    """Open the checkpoint in a folder (``find_folder``), its headers checked. Raises CheckpointError."""
+    return Checkpoint.open(find_folder(folder))
 
 
 def open_original(folder: Path) -> Checkpoint:
@@ -159,10 +159,11 @@ def open_original(folder: Path) -> Checkpoint:
     return as_dense(open_checkpoint(folder))
 
 
-def require_folder(folder: Path) -> None:
-    """Raise CheckpointError for a path that is no folder, and for a file or folder that only an engine reads.
+def find_folder(folder: Path) -> Path:
+    """The folder of a model: this one, or, if there is none and it is a name, that model in the hub's local cache.
 
-    The message for a name on the hub says how to download it.
+    Nothing is downloaded. Raises CheckpointError for a path that cannot be a folder, for a file or folder that only an
+    engine reads, and for a name that the cache lacks.
     """
     try:
         missing = not folder.exists()
@@ -170,11 +171,17 @@ def require_folder(folder: Path) -> None:
         refuse_engine_file(folder)
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle
         raise CheckpointError(f"{folder}: cannot be the folder of a model: {error}; check the path") from None
-    if missing and len(folder.parts) <= 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..", "~"):
-        raise CheckpointError(
-            f"there is no folder {folder}; Bitwright reads local folders. If that is a model of the Hugging Face hub, "
-            f"download it first: hf download {in_shell(folder)} --local-dir {in_shell(folder.name)}"
-        )
+    if not missing or len(folder.parts) > 2 or folder.is_absolute() or folder.parts[0] in (".", "..", "~"):
+        return folder
+    by_hand = f"hf download {in_shell(folder)} --local-dir {in_shell(folder.name)}"
+    if not hub.is_name(folder):
+        raise CheckpointError(f"there is no folder {folder}. If that is a model of the hub, download it: {by_hand}")
+    if (snapshot := hub.cached(folder.as_posix())) is not None:
+        return snapshot
+    raise CheckpointError(
+        f"there is no folder {folder}, and no whole model of that name in the cache of the Hugging Face hub. If it is "
+        f"a model of the hub, --download fetches it (in Python: bitwright.download); or do so yourself: {by_hand}"
+    )
 
 
 def require_tokenizer(folder: Path) -> None:

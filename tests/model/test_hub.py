@@ -21,7 +21,7 @@ from bitwright.model.source import find_folder
 
 NAME = "Somebody/Tiny-1B"
 WEIGHTS = "model.safetensors"
-Keep = Callable[[Path], Path]
+Keep = Callable[..., Path]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def keep(home: Path) -> Keep:
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever opens a connection fails."""
 
-    def refuse(*_: Any, **__: Any) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)

@@ -162,6 +162,30 @@ def test_scales_without_blocks(scales: str, float8: tuple[Path, Path], tiny: Che
     assert not any(name.endswith(("scale", "scale_inv")) for name in checkpoint.names)
 
 
+@pytest.mark.parametrize(("block", "weights"), [
+    ((1, 64), {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    ((128, 128), {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}),
+])  # fmt: skip
+def test_float8_of_compressed_tensors(
+    block: tuple[int, int], weights: dict[str, Any], float8: tuple[Path, Path], tiny: Checkpoints
+) -> None:
+    codes, scale, dense = in_float8(load_file(tiny() / WEIGHTS)[UP], block)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in linears(tensors):
+            del tensors[f"{name}_scale_inv"]
+            tensors[name] = tensors[name].to(torch.bfloat16)
+        tensors.update({UP: codes, f"{UP}_scale": scale.to(torch.bfloat16)})
+
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8, "dynamic": True}}
+    described = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+    folder = changed(float8[0], change, **described, weight_block_size=None)
+    checkpoint = open_original(folder)
+    assert isinstance(checkpoint, DequantizedCheckpoint)
+    assert "(compressed-tensors float-quantized" in checkpoint.note and "activations are not" in checkpoint.note
+    assert torch.allclose(checkpoint.read(UP).float(), dense.float(), rtol=0.01)
+
+
 def test_fused_experts_are_read_one_by_one(float8: tuple[Path, Path]) -> None:
     stack = torch.randn(3, 48, 40, generator=torch.Generator().manual_seed(0))
     parts = [in_float8(expert, (32, 32)) for expert in stack]

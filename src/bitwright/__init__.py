@@ -19,11 +19,11 @@ from bitwright.core.recipe import Recipe
 from bitwright.plugin.hook import register_when_imported
 
 if TYPE_CHECKING:
-    from bitwright.api import evaluate, export, inspect, load, plan, quantize, verify
+    from bitwright.api import download, evaluate, export, inspect, load, plan, quantize, verify
 
 register_when_imported()
 
-__all__ = ["Recipe", "UserError", "evaluate", "export", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = ["Recipe", "UserError", "download", "evaluate", "export", "inspect", "load", "plan", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -154,12 +154,6 @@ def test_a_damaged_weight_is_named(value: float, says: str, tiny: Checkpoints, t
     assert "'model.layers.1.mlp.up_proj.weight'" in message and says in message
 
 
-def test_a_quantized_folder_is_not_quantized_again(tiny: Checkpoints, tmp_path: Path) -> None:
-    bitwright.quantize(Recipe(model=str(tiny()), scheme="W4A16"), tmp_path / "once")
-    message = refused(CheckpointError, Recipe(model=str(tmp_path / "once"), scheme="W2A16"), tmp_path / "twice")
-    assert "quantized already (compressed-tensors)" in message
-
-
 @pytest.mark.parametrize(("place", "says"), [
     ("", "around/model: the model that is read, .*, is there, and would be replaced"),
     ("..", "around: the model that is read, .*, is there, and would be replaced"),

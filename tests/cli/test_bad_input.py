@@ -95,14 +95,20 @@ class TestFolder:
         assert "save_pretrained(" in message
 
     def test_quantized_already(self, quantize: Refused, model: Path) -> None:
-        change_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+        change_config(model, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
         message = quantize()
-        assert "quantized already (gptq)" in message and "full-precision" in message
+        assert "quantized already (bitsandbytes)" in message and "full-precision" in message
 
-    def test_our_own_result(self, run: Run, refused: Refused, model: Path, tmp_path: Path) -> None:
+    def test_quantized_only_by_its_own_account(self, quantize: Refused, model: Path) -> None:
+        change_config(model, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
+        assert "quantized already (gptq), and no weight is" in quantize()
+
+    def test_our_own_result(self, run: Run, model: Path, tmp_path: Path) -> None:
+        """It is read, and the summary says what that costs."""
         assert run("quantize", model, "--scheme", SCHEME, "-o", tmp_path / "once").code == 0
-        message = refused("quantize", tmp_path / "once", "--scheme", SCHEME, "-o", tmp_path / "twice")
-        assert "quantized already (compressed-tensors)" in message
+        ran = run("quantize", tmp_path / "once", "--scheme", SCHEME, "-o", tmp_path / "twice")
+        assert ran.code == 0 and "quantized already (compressed-tensors pack-quantized, 4 bits)" in ran.out
+        assert "lose twice" in " ".join(ran.out.split())
 
     def test_a_quantization_config_of_null_is_none(self, run: Run, model: Path, tmp_path: Path) -> None:
         change_config(model, quantization_config=None)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tests.cli.conftest import SCHEME, TEXT, Ran, Run, change_config, change_tensors, tree
 from tests.conftest import contents
 
@@ -372,3 +373,17 @@ def test_the_module_runs_as_a_program() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "'quantize'" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_download_is_asked_for_each_model_that_is_named(
+    model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is here is not downloaded; what is not, is not downloaded if the network is out of bounds."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert run("quantize", model, "--scheme", "W8A16", "-o", tmp_path / "out", "--download").code == 0
+    for command in (["inspect", "no/body"], ["verify", tmp_path / "out", "--against", "no/body"],
+                    ["evaluate", tmp_path / "out", "--reference", "no/body"],
+                    ["quantize", "no/body", "--scheme", "W8A16", "--dry-run"]):  # fmt: skip
+        ran = run(*command, "--download")
+        assert ran.code == 2 and "HF_HUB_OFFLINE forbids to download it" in ran.error

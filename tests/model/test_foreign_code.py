@@ -92,7 +92,7 @@ def test_no_kernel_is_fetched() -> None:
     assert hub_kernels.get_kernel is original
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "eetq", "a/b", ["gptq"]])
+@pytest.mark.parametrize("method", ["fbgemm_fp8", "mxfp4", "eetq", "a/b", ["gptq"]])
 def test_methods_that_fetch_later(method: Any, changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused only where the package is installed by which transformers fetches."""
     folder = changed(quantization_config={"quant_method": method})

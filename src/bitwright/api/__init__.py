@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bitwright.api.benching import bench as bench
     from bitwright.api.demonstrating import Demonstration as Demonstration
     from bitwright.api.demonstrating import demo as demo
+    from bitwright.api.downloading import download as download
     from bitwright.api.evaluating import Evaluation as Evaluation
     from bitwright.api.evaluating import evaluate as evaluate
     from bitwright.api.exporting import Exported as Exported
@@ -40,6 +41,7 @@ _HOMES = {
         "Demonstration",
         "demo",
     ),
+    "bitwright.api.downloading": ("download",),
     "bitwright.api.evaluating": (
         "Evaluation",
         "evaluate",

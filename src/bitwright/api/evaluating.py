@@ -138,11 +138,12 @@ class _Pair:
     def open(cls, folder: Path, reference: Path | None, device: str, dtype: str) -> "_Pair":
         """Check both folders before the text is read. Raises UserError for what cannot be loaded."""
         checkpoint = open_checkpoint(folder)
+        folder = checkpoint.folder
         config = text_config(checkpoint)
         where = pick_device(device)
         arithmetic = pick_dtype(dtype, where, checkpoint.dtype_of_weights)
         if reference is not None:
-            _check_reference(reference, config.vocab_size)
+            reference = _checked_reference(reference, config.vocab_size)
         return cls(folder, reference, where, arithmetic)
 
     @property
@@ -202,11 +203,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_reference(folder: Path, vocabulary: int) -> None:
-    """Refuse a reference that cannot be the original, before the text is read and a model is loaded."""
-    size = text_config(open_checkpoint(folder)).vocab_size
+def _checked_reference(folder: Path, vocabulary: int) -> Path:
+    """The reference's folder, refused if it cannot be the original, before the text is read and a model is loaded."""
+    checkpoint = open_checkpoint(folder)
+    size = text_config(checkpoint).vocab_size
     if size != vocabulary:
         raise UserError(
             f"the reference {folder} has a vocabulary of {size}, the model one of {vocabulary}; "
             "the reference must be the model that was quantized"
         )
+    return checkpoint.folder

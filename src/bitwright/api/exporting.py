@@ -19,6 +19,7 @@ from bitwright.core.quantized import Difference
 from bitwright.core.recipe import SHARD_SIZE, size_in_bytes
 from bitwright.formats import QuantizedFolder
 from bitwright.model.fitting import require_fitting
+from bitwright.model.source import find_folder
 from bitwright.prepare.format_choice import refuse_idle, target
 from bitwright.prepare.resources import refuse_output
 from bitwright.stream.memory import peak_memory
@@ -80,7 +81,7 @@ def export(
     formats that are a file (``core.format.WriteOptions``). After a kill, the same call continues if the format is a
     folder of tensors, and begins anew if it is a file.
     """
-    start, folder, output, to = monotonic(), Path(folder), Path(output), target(format)
+    start, folder, output, to = monotonic(), find_folder(Path(folder)), Path(output), target(format)
     single = isinstance(to, FileFormat) and to.single
     refuse_output(folder, output, overwrite, single)
     model, shard_bytes = QuantizedFolder.open(folder), size_in_bytes(shard_size, "shard size")

@@ -82,6 +82,7 @@ def inspect(path: Path | str, *, sites: bool = False) -> Inspection:
 
 def _inspected(folder: Path) -> Inspection:
     checkpoint = open_checkpoint(folder)
+    folder = checkpoint.folder
     model = _quantized(checkpoint)
     packed = [] if model is None else [_packed(model, name) for name in (*model.linears, *model.stacks)]
     names = set(checkpoint.names if model is None else model.passed)

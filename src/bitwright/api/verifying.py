@@ -4,6 +4,7 @@ from pathlib import Path
 
 from bitwright.core.progress import Listener, silent
 from bitwright.formats import file_format_of
+from bitwright.model.source import find_folder
 from bitwright.verification.file import verify_file
 from bitwright.verification.findings import Verification
 from bitwright.verification.folder import verify_folder
@@ -24,7 +25,7 @@ def verify(
 
     Raises CheckpointError for a folder or a file that cannot be read at all, and for an original of another model.
     """
-    original = None if against is None else Path(against)
+    original = None if against is None else find_folder(Path(against))
     if (format := file_format_of(Path(folder))) is not None:
         return verify_file(format, Path(folder), original, logits, listener)
-    return verify_folder(Path(folder), original, logits, listener)
+    return verify_folder(find_folder(Path(folder)), original, logits, listener)

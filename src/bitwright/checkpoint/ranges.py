@@ -126,8 +126,13 @@ def require_finite(header: Header, entry: TensorEntry, state: "blake2b | None" =
     for chunk in _chunks(header, entry):
         nans += int(chunk.isnan().sum())
         infinities += int(chunk.isinf().sum())
-    raise CheckpointError(
-        f"{header.path}: tensor {shown(entry.name)} {list(entry.shape)} has {nans} NaN and {infinities} infinite of "
+    raise not_finite(header.path, entry, nans, infinities)
+
+
+def not_finite(path: Path, entry: TensorEntry, nans: int, infinities: int) -> CheckpointError:
+    """The error for a tensor with values that are no numbers."""
+    return CheckpointError(
+        f"{path}: tensor {shown(entry.name)} {list(entry.shape)} has {nans} NaN and {infinities} infinite of "
         f"its {entry.elements} values; the checkpoint is damaged, or was saved from a training run that had diverged: "
         "download it again"
     )

@@ -3,8 +3,9 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from hashlib import blake2b
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ class Checkpoint:
         """The file that holds a tensor."""
         return self._header(name).path
 
+    def parts_of(self, tensors: Mapping[str, str]) -> tuple[dict[str, Header], dict[str, str]]:
+        """Headers by file name, and the files of some tensors, which get new names; `tensors` are the old by the new.
+
+        For a checkpoint that shows the same files in another way.
+        """
+        return self._headers, {new: self._homes[old] for new, old in tensors.items()}
+
     def nbytes(self, name: str) -> int:
         """The size of a tensor's data in bytes."""
         return self.entry(name).nbytes
@@ -112,8 +120,8 @@ class Checkpoint:
     def read_slice(self, name: str, start_row: int, stop_row: int, memory: torch.Tensor | None = None) -> torch.Tensor:
         """Read rows [start_row, stop_row) of a tensor [rows, ...], and nothing else.
 
-        If `memory` (uint8, [bytes], on the CPU) is large enough, the rows are read into it, and the result is a view of
-        it. Raises ValueError for rows that the tensor does not have.
+        If `memory` (uint8, [bytes], on the CPU) is large enough, the rows may be read into it, and the result be a view
+        of it. Raises ValueError for rows that the tensor does not have.
         """
         shape = self.entry(name).shape
         if not shape or not 0 <= start_row <= stop_row <= shape[0]:
@@ -175,12 +183,12 @@ class Checkpoint:
         Raises CheckpointError for the first floating tensor with a NaN or infinity. `progress` is called with (bytes
         checked, bytes in all) after each tensor.
         """
-        done, total, state = 0, self.total_bytes, new_digest()
+        done, total, state = 0, sum(map(self.nbytes, self.names)), new_digest()
         for name in sorted(self.names, key=lambda name: (self._homes[name], self.entry(name).start)):
             entry = self.entry(name)
             state.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
             if entry.dtype.is_floating_point:
-                require_finite(self._header(name), entry, state)
+                self._require_finite(name, state)
             else:
                 state.update(memory_of(self.read(name)))
             done += entry.nbytes
@@ -190,13 +198,16 @@ class Checkpoint:
 
     def check_finite_tensor(self, name: str) -> None:
         """Read one tensor, 64 MiB at a time. Raises CheckpointError if it is floating and has a NaN or infinity."""
-        entry = self.entry(name)
-        if entry.dtype.is_floating_point:
-            require_finite(self._header(name), entry)
+        if self.entry(name).dtype.is_floating_point:
+            self._require_finite(name)
 
     def is_finite(self, name: str) -> bool:
         """Whether a floating tensor, read 64 MiB at a time, is finite."""
         return is_finite_tensor(self._header(name), self.entry(name))
+
+    def _require_finite(self, name: str, state: "blake2b | None" = None) -> None:
+        """Raise CheckpointError if a floating tensor has a NaN or infinity; its bytes go into the digest too."""
+        require_finite(self._header(name), self.entry(name), state)
 
     def _read(
         self, name: str, shape: tuple[int, ...], skipped_rows: int, memory: torch.Tensor | None = None

@@ -12,6 +12,25 @@ from bitwright.core.small_files import parse_object
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 AGAIN = "copy it from the original repository again"
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "*processor_config.json",
+    "image_processor*",
+    "feature_extractor*",
+    "LICENSE*",
+    "USE_POLICY*",
+    "NOTICE*",
+)
+"""The sidecar files that are copied, as file name patterns."""
 
 _ADDED = Keys({"id": WHOLE, "content": TEXT, "special": FLAG}, needs=("id", "content"))
 _SPECIAL = Either((TEXT, Keys({"content": TEXT}, needs=("content",))))

@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from bitwright.cli.console import err, out, show
-from bitwright.cli.options import FORMATS, MEASURED_ENGINES, SHARDS, Base, Described, Device, Embeddings, Json
+from bitwright.cli.options import FORMATS, MEASURED_ENGINES, SHARDS, Base, Described, Device, Download, Embeddings, Json
 from bitwright.cli.quantize import quantize
 from bitwright.cli.settings import WithSettings
+from bitwright.core.progress import Listener
 from bitwright.report import engines_screen, screens
 from bitwright.report.progress import ProgressReport
 
@@ -40,9 +41,18 @@ def _root(
 app.command(cls=WithSettings)(quantize)
 
 
+def _fetch(asked: bool, listener: Listener, *models: Path | None) -> None:
+    """Download the models that are named as on the hub and are not here, if that is asked."""
+    from bitwright import api
+
+    for model in models if asked else ():
+        if model is not None:
+            api.download(model, listener=listener)
+
+
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized; or its name on the hub.")],
     text: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +102,7 @@ def evaluate(
         ),
     ] = "auto",
     device: Device = "auto",
+    download: Download = False,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, divergence from the original, and accuracy on tasks.
@@ -101,6 +112,7 @@ def evaluate(
     from bitwright import api
 
     with ProgressReport(err) as listener:
+        _fetch(download, listener, folder, reference)
         numbers = api.evaluate(
             folder,
             text,
@@ -125,7 +137,7 @@ def evaluate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized.")],
+    path: Annotated[Path, typer.Argument(help="Folder of a model, original or quantized; or its name on the hub.")],
     linears: Annotated[bool, typer.Option("--linears", help="List every linear.")] = False,
     sites: Annotated[
         bool,
@@ -135,11 +147,14 @@ def inspect(
             "channels can be scaled, and which matrices stay as they are.",
         ),
     ] = False,
+    download: Download = False,
     as_json: Json = False,
 ) -> None:
     """Show what a folder holds: architecture, blocks, linears, sizes, bits per weight."""
     from bitwright import api
 
+    with ProgressReport(err) as listener:
+        _fetch(download, listener, path)
     result = api.inspect(path, sites=sites)
     show(result, lambda console, result: screens.inspection(console, result, linears), as_json)
 
@@ -215,6 +230,7 @@ def verify(
             help="Also run the model in transformers. A .gguf file or a folder of MLC-LLM needs --against for that.",
         ),
     ] = True,
+    download: Download = False,
     as_json: Json = False,
 ) -> None:
     """Check that a quantized folder or file is what it claims to be.
@@ -225,6 +241,7 @@ def verify(
     from bitwright import api
 
     with ProgressReport(err) as listener:
+        _fetch(download, listener, folder, against)
         result = api.verify(folder, against, logits=logits, listener=listener)
     show(result, screens.verification, as_json)
     if not result.passed:

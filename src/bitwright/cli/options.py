@@ -25,6 +25,12 @@ Base = Annotated[
         "mlc-chat-config.json of the same architecture, or its folder, for the conversation template."
     ),
 ]
+Download = Annotated[
+    bool,
+    typer.Option(
+        "--download", help="Fetch the model from the Hugging Face hub if it is named so and is not in the local cache."
+    ),
+]
 SHARDS = "Size limit of a weight file; not for gguf and mlc."
 Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1 ...")]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bitwright.cli.console import err, show
-from bitwright.cli.options import BESIDE, ENGINES, FORMATS, SHARDS, Base, Device, Embeddings, Json
+from bitwright.cli.options import BESIDE, ENGINES, FORMATS, SHARDS, Base, Device, Download, Embeddings, Json
 from bitwright.cli.settings import SETTINGS, WORKERS
 from bitwright.core.errors import RecipeError
 from bitwright.core.recipe import Recipe
@@ -22,7 +22,9 @@ ALONE = "Only without calibration data."
 
 def quantize(
     context: typer.Context,
-    model: Annotated[Path | None, typer.Argument(help="Folder of the full-precision model.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of the original model, or its name on the Hugging Face hub.")
+    ] = None,
     scheme: Annotated[
         str | None, typer.Option(help=f"Bits of weights, activations and KV cache, and groups: {GRAMMAR}")
     ] = None,
@@ -119,6 +121,7 @@ def quantize(
     ] = None,
     embeddings: Embeddings = None,
     base: Base = None,
+    download: Download = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model folder. If the command is interrupted, repeat it to go on."""
@@ -132,6 +135,9 @@ def quantize(
     if asked.get("model") is None:
         raise RecipeError("which model? Name its folder: bitwright quantize MODEL, or the key 'model' in the recipe")
     wanted = Recipe.from_mapping(asked)
+    if download:
+        with ProgressReport(err) as listener:
+            api.download(wanted.model, listener=listener)
     if dry_run:
         planned = api.plan(wanted, device, workers, max_memory)
         if api.speaks():

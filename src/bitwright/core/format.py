@@ -23,6 +23,10 @@ from bitwright.core.quantized import Described, Difference, WrittenModel
 from bitwright.core.scheme import Scheme
 
 Shape = tuple[int, ...]
+ReadTensor = Callable[[str], Tensor]
+"""A function that reads a tensor by its name."""
+ReadRows = Callable[[str, int, int], Tensor]
+"""A function that reads rows [start, stop) of a tensor."""
 
 
 class QuantizedModel(Protocol):
@@ -179,6 +183,8 @@ class Reader:
     the tensor's name. ``read`` makes the QTensor of one linear from its tensors. If only shapes and dtypes are wanted,
     the tensors are on the meta device, without data; then ``read`` must not look at values. ``read_stacked`` makes the
     QTensors of a weight that is fused over experts, one for each expert; it is None if such weights are not read.
+    ``cut`` gives the tensors of such a weight with one expert alone, from the names of all, the weight's name, the
+    expert's number, and what reads a tensor or rows of it; None if all have to be read.
     ``codes_may_be_weight``: a tensor X.weight may hold codes.
     """
 
@@ -186,6 +192,7 @@ class Reader:
     shape: Callable[[Callable[[str], Shape], Callable[[str], Tensor], Grid], Shape]
     read: Callable[[Mapping[str, Tensor], str, Described], QTensor]
     read_stacked: Callable[[Mapping[str, Tensor], str, Grid], list[QTensor]] | None = None
+    cut: Callable[[Collection[str], str, int, ReadTensor, ReadRows], dict[str, Tensor]] | None = None
     codes_may_be_weight: Callable[[Described], bool] = _never
 
 

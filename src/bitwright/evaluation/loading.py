@@ -1,7 +1,7 @@
 """Load a folder as a transformers model, as its users do: offline, without remote code.
 
 Transformers alone cannot load gptq and awq, for which it needs gptqmodel. Such folders are read by Bitwright, and their
-weights are dequantized.
+weights are dequantized. So are those of originals in FP8.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,6 +32,8 @@ from bitwright.core.scheme import Scheme
 from bitwright.formats import CONFIG, QuantizedFolder, is_made_dense, is_read
 from bitwright.model.config import read_config, text_config_of, without_hub_kernels
 from bitwright.model.fitting import built_within, require_fitting
+from bitwright.model.float8 import DENSE, is_float8
+from bitwright.model.quantized_original import as_dense
 from bitwright.model.source import open_checkpoint, pick_device, pick_dtype
 from bitwright.model.view import ModelView, class_of, with_stacks
 from bitwright.steps.activations import quantize_activations, quantize_attention, quantize_inputs
@@ -66,8 +68,11 @@ def load_with_loader(folder: Path, *, device: str = "auto", dtype: str = "auto")
     Raises CheckpointError for a folder that cannot be loaded.
     """
     where, checkpoint = pick_device(device), open_checkpoint(folder)
+    folder = checkpoint.folder
     if is_made_dense(checkpoint):
         return _load_decoded(folder, device, dtype)
+    if is_float8(checkpoint.config.get(CONFIG)):
+        return _load_float8(checkpoint, pick_dtype(dtype, where, DENSE), where)
     _refuse_kernels(checkpoint)
     model = load_model(folder, pick_dtype(dtype, where, checkpoint.dtype_of_weights), where)
     queries = left_out(folder)
@@ -85,6 +90,13 @@ def _refuse_kernels(checkpoint: Checkpoint) -> None:
             f"with the package {KERNELS} and run it; do without that package here, or use the command bitwright, which "
             "does not look at it"
         )
+
+
+def _load_float8(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Loaded:
+    """Load an original in FP8 with its weights dequantized, whatever the device. Raises CheckpointError."""
+    original = as_dense(checkpoint)
+    tensors = {name: original.read(name) for name in original.names}
+    return Loaded(load_model(checkpoint.folder, dtype, device, tensors), BITWRIGHT)
 
 
 def _load_decoded(folder: Path, device: str, dtype: str) -> Loaded:

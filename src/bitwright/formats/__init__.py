@@ -113,6 +113,17 @@ class QuantizedFolder:
         """A weight that is fused over experts, slice by slice. Raises CheckpointError as ``read`` does."""
         return self._slices(stack, self._tensors(stack))
 
+    def expert(self, stack: str, number: int) -> QTensor:
+        """One slice of a weight that is fused over experts, read alone if the format can. Raises CheckpointError."""
+        reader, _ = self._quantized()
+        if reader.cut is None:
+            return self.slices(stack)[number]
+        try:
+            tensors = reader.cut(self.stored(stack), stack, number, self.checkpoint.read, self.checkpoint.read_slice)
+        except (*_DAMAGE, KeyError) as error:
+            raise _damaged(self.folder, stack, self._tensors(stack), error) from error
+        return self._slices(stack, tensors)[0]
+
     def outline_slices(self, stack: str) -> list[QTensor]:
         """The slices of a weight that is fused over experts, as ``outline``."""
         return self._slices(stack, {name: self._outlined(name) for name in self.stored(stack)})

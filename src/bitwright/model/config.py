@@ -28,6 +28,7 @@ DIMENSIONS = (
     "head_dim",
 )
 """Keys of config.json that tell one model from another."""
+QUANTIZATION = "quantization_config"
 IMPLEMENTATIONS = {
     "_attn_implementation": ("eager", "sdpa", "flex_attention"),
     "_experts_implementation": ("eager", "batched_mm", "grouped_mm"),
@@ -54,6 +55,8 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
         raise CheckpointError(
             f"{folder}/config.json: transformers cannot read it: {error}. Compare it with the original repository's"
         ) from error
+    if checkpoint.config.get(QUANTIZATION) is None and hasattr(config, QUANTIZATION):
+        delattr(config, QUANTIZATION)  # the checkpoint shows its weights dequantized
     return config
 
 

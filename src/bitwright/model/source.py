@@ -22,9 +22,11 @@ from bitwright.core.errors import CheckpointError, RecipeError, UserError, in_sh
 from bitwright.core.registry import architecture_of
 from bitwright.core.small_files import parse_object
 from bitwright.formats import refuse_engine_file
+from bitwright.model import hub
 from bitwright.model.config import model_config, text_config_of
 from bitwright.model.fitting import require_fitting
 from bitwright.model.plain_config import plain_decoder
+from bitwright.model.quantized_original import DequantizedCheckpoint, as_dense
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Source:
-    """A full-precision model on disk.
+    """A model on disk, in full precision or read as if it were.
 
     ``family`` is None for an architecture without a description. ``config`` is transformers'; it is None for such an
     architecture, and if there is a ``decoder``, which was read from a plain config.json without transformers.
@@ -55,13 +57,8 @@ class Source:
         If no model will be built (``to_build``), transformers does not read a plain config.json. Without ``tokenizer``,
         the folder need not have a tokenizer.
         """
-        checkpoint = open_checkpoint(folder)
-        quantized = checkpoint.config.get("quantization_config")
-        if quantized is not None:
-            unknown = "an unknown method"
-            method = quantized.get("quant_method", unknown) if isinstance(quantized, dict) else unknown
-            raise CheckpointError(f"{folder} is quantized already ({method}); start from the full-precision model")
-        model_type = _model_type(checkpoint)
+        checkpoint = open_original(folder)
+        folder, model_type = checkpoint.folder, _model_type(checkpoint)
         if tokenizer:
             require_tokenizer(folder)
         require_fitting(checkpoint)
@@ -92,6 +89,11 @@ class Source:
                 "--calibration, quantize its matrices one by one"
             )
         return config
+
+    @property
+    def note(self) -> str | None:
+        """How the original was quantized; None if it was not."""
+        return self.checkpoint.note if isinstance(self.checkpoint, DequantizedCheckpoint) else None
 
     @property
     def longest(self) -> int | None:
@@ -149,15 +151,20 @@ def _check_blocks(checkpoint: Checkpoint, blocks: int) -> None:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open the checkpoint in a local folder, its headers checked. Raises CheckpointError."""
-    require_folder(folder)
-    return Checkpoint.open(folder)
+    """Open the checkpoint in a folder (``find_folder``), its headers checked. Raises CheckpointError."""
+    return Checkpoint.open(find_folder(folder))
 
 
-def require_folder(folder: Path) -> None:
-    """Raise CheckpointError for a path that is no folder, and for a file or folder that only an engine reads.
+def open_original(folder: Path) -> Checkpoint:
+    """Open an original; if it is quantized, its weights are dequantized as they are read. Raises CheckpointError."""
+    return as_dense(open_checkpoint(folder))
 
-    The message for a name on the hub says how to download it.
+
+def find_folder(folder: Path) -> Path:
+    """The folder of a model: this one, or, if there is none and it is a name, that model in the hub's local cache.
+
+    Nothing is downloaded. Raises CheckpointError for a path that cannot be a folder, for a file or folder that only an
+    engine reads, and for a name that the cache lacks.
     """
     try:
         missing = not folder.exists()
@@ -165,11 +172,17 @@ def require_folder(folder: Path) -> None:
         refuse_engine_file(folder)
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle
         raise CheckpointError(f"{folder}: cannot be the folder of a model: {error}; check the path") from None
-    if missing and len(folder.parts) <= 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..", "~"):
-        raise CheckpointError(
-            f"there is no folder {folder}; Bitwright reads local folders. If that is a model of the Hugging Face hub, "
-            f"download it first: hf download {in_shell(folder)} --local-dir {in_shell(folder.name)}"
-        )
+    if not missing or len(folder.parts) > 2 or folder.is_absolute() or folder.parts[0] in (".", "..", "~"):
+        return folder
+    by_hand = f"hf download {in_shell(folder)} --local-dir {in_shell(folder.name)}"
+    if not hub.is_name(folder):
+        raise CheckpointError(f"there is no folder {folder}. If that is a model of the hub, download it: {by_hand}")
+    if (snapshot := hub.cached(folder.as_posix())) is not None:
+        return snapshot
+    raise CheckpointError(
+        f"there is no folder {folder}, and no whole model of that name in the cache of the Hugging Face hub. If it is "
+        f"a model of the hub, --download fetches it (in Python: bitwright.download); or do so yourself: {by_hand}"
+    )
 
 
 def require_tokenizer(folder: Path) -> None:
@@ -241,7 +254,9 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
     """The dtype of a name; ``auto`` is float32 on a CPU, and the checkpoint's dtype elsewhere. Raises UserError."""
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else stored
+        if device.type == "cpu":
+            return torch.float32
+        return stored if stored in DTYPES.values() else torch.bfloat16  # FP8 is stored, not computed in
     if name not in DTYPES:
         raise UserError(f"there is no dtype '{name}'; {nearest(name, [*DTYPES, 'auto'])}")
     return DTYPES[name]

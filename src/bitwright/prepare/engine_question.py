@@ -13,7 +13,7 @@ from bitwright.core.engine import Engine, Way, Workload
 from bitwright.core.errors import RecipeError, SchemeError
 from bitwright.core.mixing import Schemes
 from bitwright.core.scheme import Allocation
-from bitwright.model.source import open_checkpoint, require_folder
+from bitwright.model.source import open_checkpoint
 from bitwright.prepare.checks import check_shapes
 from bitwright.prepare.format_choice import WIDELY_LOADED, not_widely_loaded, target
 from bitwright.prepare.prepared import opened
@@ -111,9 +111,7 @@ def formats_of(ways: Sequence[Way]) -> list[str]:
 
 def _workload(question: Question, limits: ModelLimits) -> Workload:
     """What an engine sees of the model that a recipe makes."""
-    folder = Path(question.recipe.model)
-    require_folder(folder)
-    model_type = str(open_checkpoint(folder).config.get("model_type"))
+    model_type = str(open_checkpoint(Path(question.recipe.model)).config.get("model_type"))
     allocation = limits.inventory.allocation(question) if question.rules.mixed else Allocation(question.rules.default)
     scheme = allocation.default
     settled = question.composition.settled(question.recipe.training, scheme, question.recipe.settings)

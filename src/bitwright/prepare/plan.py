@@ -88,6 +88,8 @@ def plan_of(run: Prepared, workers: Workers) -> Plan:
 
 def notes_of(run: Prepared, workers: Workers) -> Iterator[str]:
     """What a user should know before the run."""
+    if run.source.note is not None:
+        yield run.source.note
     if workers.note is not None:
         yield workers.note
     if run.note is not None:

@@ -10,7 +10,7 @@ from bitwright.core.errors import OutputError, RecipeError, shown
 from bitwright.core.format import FileFormat
 from bitwright.core.machine import usable_cores
 from bitwright.core.recipe import size_in_bytes
-from bitwright.model.source import require_folder
+from bitwright.model.source import find_folder
 from bitwright.prepare.learned_parameters import saved_for
 from bitwright.prepare.prepared import Prepared
 from bitwright.stream.memory import RUNTIME_BYTES
@@ -28,7 +28,7 @@ def place_to_save(run: Prepared, path: Path, output: Path) -> Path:
     """
     if not run.configuration.learns:
         raise RecipeError(f"{run.method} learns nothing, so --save-parameters {path} would stay empty; leave it out")
-    _refuse_within(Path(run.recipe.model), path)
+    _refuse_within(run.source.checkpoint.folder, path)
     if work_folder(output.resolve()).exists() and saved_for(path) == run.belonging:
         return path
     if path.exists() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
@@ -39,7 +39,7 @@ def place_to_save(run: Prepared, path: Path, output: Path) -> Path:
 
 def refuse_output(model: Path, output: Path, overwrite: bool, single: bool = False) -> None:
     """Refuse an output, a folder or a ``single`` file, that its path alone rules out. Raises OutputError."""
-    require_folder(model)
+    model = find_folder(model)
     try:
         refuse_overlap(model, output)
         _refuse_within(model, output)

@@ -19,6 +19,7 @@ from bitwright.formats import CONFIG, QuantizedFolder, is_made_dense
 from bitwright.model.buildable import unseen
 from bitwright.model.config import code_from_elsewhere
 from bitwright.model.loadable import Faults, MissingPackageError, config_in, faults
+from bitwright.model.quantized_original import DequantizedCheckpoint
 from bitwright.model.view import ModelView, with_stacks
 from bitwright.verification.findings import Check
 from bitwright.verification.random_tokens import cannot_run, random_tokens
@@ -91,6 +92,8 @@ def _faults_of(original: Checkpoint) -> Faults:
     config, quantized = config_in(original.folder), CONFIG in original.config
     if config is None or is_made_dense(original):
         return NONE
+    if isinstance(original, DequantizedCheckpoint):
+        del config.quantization_config
     try:
         of_original = faults(config, original.names, _files(original))
     except MissingPackageError:
@@ -136,7 +139,7 @@ def _fault_when_run(model: QuantizedFolder, by_itself: bool) -> str | None:
 
 def _fault_of_original(original: Checkpoint, small: bool) -> str | None:
     """What goes wrong when the original is loaded and computes logits, if it is small and not quantized itself."""
-    if not small or CONFIG in original.config:
+    if not small or CONFIG in original.config or isinstance(original, DequantizedCheckpoint):
         return None
     try:
         loaded = load_as_named(original.folder)

@@ -5,12 +5,15 @@ from pathlib import Path
 from torch import Tensor
 
 from bitwright.checkpoint.account_file import is_made_of, read_account
+from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, UserError
 from bitwright.core.progress import Listener
 from bitwright.evaluation.loading import load, load_codes
 from bitwright.formats import CONFIG, QuantizedFolder, is_made_dense
 from bitwright.model.buildable import is_at_odds, misnamed
 from bitwright.model.config import code_from_elsewhere
+from bitwright.model.float8 import is_float8
+from bitwright.model.quantized_original import as_dense
 from bitwright.model.source import open_checkpoint
 from bitwright.verification.beside_original import Beside
 from bitwright.verification.completeness import is_another, require_same_model, settings
@@ -30,7 +33,7 @@ def verify_folder(folder: Path, against: Path | None, logits: bool, listener: Li
     model = QuantizedFolder.open(folder)
     if model.format is None:
         raise CheckpointError(f"{folder} is not quantized: its config.json has no quantization_config")
-    original = None if against is None else open_checkpoint(against)
+    original = None if against is None else _original(against, model)
     if original is not None:
         require_same_model(model, original)
     checks, bits = structure(model, None if original is None else original.shapes, listener)
@@ -66,6 +69,13 @@ def verify_folder(folder: Path, against: Path | None, logits: bool, listener: Li
         largest_in=None if beside is None else beside.worst,
         mean_error=None if beside is None else beside.mean,
     )
+
+
+def _original(against: Path, model: QuantizedFolder) -> Checkpoint:
+    """Open the original, dequantized if its weights are FP8, or if the folder was made of these very codes."""
+    checkpoint = open_checkpoint(against)
+    dense = is_float8(checkpoint.config.get(CONFIG)) or is_made_of(read_account(model.folder), checkpoint)
+    return as_dense(checkpoint) if dense else checkpoint
 
 
 def _why_alone(model: QuantizedFolder) -> str:

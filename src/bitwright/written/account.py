@@ -67,7 +67,8 @@ def account_of(
 ) -> Account:
     """The account of a finished folder; ``config`` is its quantization_config, ``verified`` what was read back."""
     rows = [row for block in blocks for row in block.linears]
-    notes = (run.note, run.left_out(format), run.allocated_in_part, _many_outliers(rows), _lost(run, rows))
+    known = (run.source.note, run.note, run.left_out(format), run.allocated_in_part)
+    notes = (*known, _many_outliers(rows), _lost(run, rows))
     return Account(
         bitwright=version("bitwright"),
         recipe=run.recipe.as_dict(),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.checkpoint.ranges import file_digest
+from bitwright.checkpoint.sidecar_files import COPIED
 from bitwright.checkpoint.writer import copy_file, write_json
 from bitwright.core.errors import CheckpointError
 from bitwright.core.format import TensorFormat
@@ -12,25 +13,6 @@ from bitwright.core.quantized import WrittenModel
 from bitwright.core.scheme import Allocation
 
 CONFIG, ALLOCATION = "config.json", "allocation.json"
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "*processor_config.json",
-    "image_processor*",
-    "feature_extractor*",
-    "LICENSE*",
-    "USE_POLICY*",
-    "NOTICE*",
-)
-"""The sidecar files that are copied, as file name patterns."""
 
 
 def write_config(

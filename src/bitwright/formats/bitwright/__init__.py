@@ -15,7 +15,7 @@ A weight that is fused over experts, N [E, A, B], is E such linears [A, B], thei
 ending ``.weight``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import ceil, prod
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitwright.core.format import Reader, TensorFormat
+from bitwright.core.format import Reader, ReadRows, ReadTensor, TensorFormat
 from bitwright.core.grid import Grid, Tile, Zero
 from bitwright.core.packing import WORD_BITS, pack, pack_down, unpack, unpack_down
 from bitwright.core.qtensor import OUTLIER_INDEX_BITS, QTensor, packed_bits
@@ -150,6 +150,24 @@ def read_stacked(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> list[Q
     return [_read(part, x, grid) for part in _slices(tensors, x)]
 
 
+def cut(names: Collection[str], name: str, number: int, read: ReadTensor, rows: ReadRows) -> dict[str, Tensor]:
+    """The tensors of a weight [1, A, B]: one expert of a weight [E, A, B], without reading the others."""
+    x, counted = stem(name), f"{stem(name)}.outlier_count"
+    counts = read(counted) if counted in names else torch.zeros(number + 1, dtype=torch.int64)
+    first, last = int(counts[:number].sum()), int(counts[: number + 1].sum())
+    tensors = dict[str, Tensor]()
+    for leaf in (leaf for leaf in LEAVES if f"{x}.{leaf}" in names):
+        if leaf in STACKED:
+            tensors[f"{x}.{leaf}"] = rows(f"{x}.{leaf}", number, number + 1)
+        elif leaf in CHAINED:
+            tensors[f"{x}.{leaf}"] = rows(f"{x}.{leaf}", first, last)
+        else:
+            tensors[f"{x}.{leaf}"] = read(f"{x}.{leaf}")
+    shape = tensors[f"{x}.weight_shape"]
+    tensors[f"{x}.weight_shape"] = torch.cat([shape.new_ones(1), shape[1:]])
+    return tensors | ({counted: counts[number : number + 1]} if counted in names else {})
+
+
 def stem(name: str) -> str:
     """The name that the tensors of a weight are called after: its own, without an ending ``.weight``."""
     return name.removesuffix(".weight")
@@ -246,6 +264,6 @@ FORMAT = TensorFormat(
     decode_stacked=decode_stacked,
     decode=decode,
     config=quantization_config,
-    reader=Reader(described=described, shape=shape, read=read, read_stacked=read_stacked),
+    reader=Reader(described=described, shape=shape, read=read, read_stacked=read_stacked, cut=cut),
     loaded_by_transformers=True,
 )

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from bitwright.checkpoint.merge import merge_shards
 from bitwright.checkpoint.output import OutputFolder
+from bitwright.checkpoint.sidecar_files import COPIED
 from bitwright.checkpoint.writer import copy_file, write_tensors
 from bitwright.core.block import Site
 from bitwright.model.source import Source
 from bitwright.prepare.block_way import subject_of
 from bitwright.steps.transform import apply_site
-from bitwright.written.beside_weights import COPIED
 
 FACTORS = (16.0, 32.0, 64.0, 128.0)
 SHARD_BYTES = 5 * 10**9

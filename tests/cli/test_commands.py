@@ -332,7 +332,7 @@ class TestExitCodes:
         """``inspect(error)``: a command in which that error comes up."""
 
         def call(error: BaseException) -> Ran:
-            def failing(_: Path) -> NoReturn:
+            def failing(_: Path, **__: object) -> NoReturn:
                 raise error
 
             monkeypatch.setattr(api, "inspect", failing)

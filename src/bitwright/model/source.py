@@ -18,7 +18,7 @@ from bitwright.checkpoint.sidecar_files import AGAIN, TOKENIZER, read_tokenizer_
 from bitwright.checkpoint.untied import TIED
 from bitwright.core.block import Family
 from bitwright.core.decoder import Decoder, OddConfigError
-from bitwright.core.errors import CheckpointError, RecipeError, UserError, in_shell, nearest
+from bitwright.core.errors import CheckpointError, RecipeError, UserError, in_shell, nearest, shown
 from bitwright.core.registry import architecture_of
 from bitwright.core.small_files import parse_object
 from bitwright.formats import refuse_engine_file
@@ -70,6 +70,8 @@ class Source:
         known = architecture is not None and architecture.family is not None
         if not (known or to_build):
             return cls(checkpoint, model_type, None, None)
+        if to_build:
+            _require_known(checkpoint, model_type)
         config = model_config(checkpoint)
         if checkpoint.config.get(TIED) is False:  # also if the weights say so, and config.json does not
             config.tie_word_embeddings = False
@@ -138,6 +140,22 @@ def _model_type(checkpoint: Checkpoint) -> str:
             f"{model_type!r}; is it the config.json of a transformers model?"
         )
     return model_type
+
+
+def _require_known(checkpoint: Checkpoint, model_type: str) -> None:
+    """Raise RecipeError for an architecture that the installed transformers has no code for."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type in CONFIG_MAPPING:
+        return
+    written = checkpoint.config.get("transformers_version")
+    newer = f" (config.json was written with {shown(written)[1:-1]})" if isinstance(written, str) else ""
+    raise RecipeError(
+        f"{checkpoint.folder}: transformers {transformers.__version__} has no architecture {shown(model_type)}{newer}: "
+        "update transformers, or correct model_type. Code from the model's folder is not run. Methods that need no "
+        "model quantize any checkpoint: --method rtn or --method easyquant, without --calibration"
+    )
 
 
 def _check_blocks(checkpoint: Checkpoint, blocks: int) -> None:

@@ -17,7 +17,7 @@ from bitwright.core.settings import known_settings
 
 LEAST: dict[str, Any] = {"model": "m", "scheme": "W4A16"}
 KEYS = (
-    *("model", "scheme", "method", "format", "calibration", "text_field", "samples", "seqlen", "seed"),
+    *("model", "scheme", "method", "format", "calibration", "text_field", "all_experts", "samples", "seqlen", "seed"),
     *(
         "quantize_lm_head",
         "shard_size",
@@ -124,7 +124,7 @@ def test_a_recipe_survives_as_plain_values() -> None:
     settings |= {"norm": 3.0, "alignment": 2.0}
     recipe = Recipe("m", "W2A16g64", "rtn", "dense", "t.txt", 3, 64, 7, True, "12MB", "paper", **settings)
     recipe = replace(recipe, include="a", exclude="b", scheme_for={"c": "W8A16"}, allocation="a.json")
-    recipe = replace(recipe, load_parameters="p.safetensors", text_field="body")
+    recipe = replace(recipe, load_parameters="p.safetensors", text_field="body", all_experts=True)
     recipe = replace(recipe, engines="vllm", embeddings="f16", base="b.gguf")
     plain, least = Recipe("", "W4A16").as_dict(), recipe.as_dict()
     assert all(plain[key] != least[key] for key in Recipe.keys())  # noqa: SIM118

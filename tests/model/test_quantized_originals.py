@@ -253,7 +253,7 @@ def test_values_that_are_no_numbers_are_found(float8: tuple[Path, Path], tmp_pat
     (lambda t: t, {"quant_method": "mxfp4"}, r"quantized already \(mxfp4\); start from the full"),
     (lambda t: t, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
      r"quantized already \(compressed-tensors nvfp4-pack-quantized\); start from the full"),
-], ids=str)  # fmt: skip
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_what_cannot_be_read_is_refused_before_the_work(
     change: Callable[[dict[str, Tensor]], object],
     config: dict[str, Any],

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,10 +151,13 @@ def _require_known(checkpoint: Checkpoint, model_type: str) -> None:
     if model_type in CONFIG_MAPPING:
         return
     written = checkpoint.config.get("transformers_version")
+    close = get_close_matches(model_type, list(CONFIG_MAPPING), n=1)
+    meant = f"; did you mean {close[0]}?" if close else "."
     newer = f" (config.json was written with {shown(written)[1:-1]})" if isinstance(written, str) else ""
+    what = f"transformers {transformers.__version__} has no architecture {shown(model_type)}{newer}{meant}"
     raise RecipeError(
-        f"{checkpoint.folder}: transformers {transformers.__version__} has no architecture {shown(model_type)}{newer}: "
-        "update transformers, or correct model_type. Code from the model's folder is not run. Methods that need no "
+        f"{checkpoint.folder}: {what} "
+        "Update transformers, or correct model_type. Code from the model's folder is not run. Methods that need no "
         "model quantize any checkpoint: --method rtn or --method easyquant, without --calibration"
     )
 

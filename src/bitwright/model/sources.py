@@ -49,7 +49,7 @@ class Sources:
         self.checkpoint, self.model = checkpoint, model
         self.conversions: dict[str, Conversion] = {}
         targets: dict[str, dict[str, str | None]] = {}
-        names = _Names(model)
+        names = Names(model)
         for tensor in sorted(checkpoint.names, key=_naturally):
             target, pattern = names.renamed(tensor)
             if target in names.state:
@@ -219,7 +219,7 @@ def _as_stored(parameter: str, tensor: str, shape: tuple[int, ...]) -> dict[tupl
     return {(tensor, None): (Place(parameter, None, (0, shape[0], 1)),)} if len(shape) == 2 else {}
 
 
-class _Names:
+class Names:
     """The names that transformers gives to tensors as it loads them."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
@@ -247,6 +247,11 @@ class _Names:
         if place not in self.state and name in self.state:  # a name of the model that a rule for old names fits too
             place, pattern = rename_source_key(name, [], [], self.prefix, self.state)
         return place, pattern
+
+    def destination(self, name: str) -> tuple[str, str | None, tuple[str, ...]]:
+        """The parameter that a tensor goes to, the pattern of its converter, and all parameters that this one makes."""
+        place, pattern = self.renamed(name)
+        return place, pattern, self.all_targets(place, None if pattern is None else self.by_pattern[pattern])
 
     def all_targets(self, target: str, converter: Any) -> tuple[str, ...]:
         """All parameters that a conversion makes."""

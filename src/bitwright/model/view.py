@@ -1,6 +1,6 @@
 """Transformers' view of a checkpoint: which tensors become linears, and under which names. It reads no weight."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from bitwright.core.block import Outline
 from bitwright.core.errors import CheckpointError
 from bitwright.model.config import read_config, without_hub_kernels
 from bitwright.model.fitting import built_within, require_possible
+from bitwright.model.sources import Names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,8 +105,8 @@ class ModelView:
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         special = getattr(model.config, "is_encoder_decoder", False)  # T5 looks at a linear's weight before it uses it
         ordinary = frozenset(name for name, module in linears.items() if type(module) is nn.Linear and not special)
-        rename = _renaming(model)
-        renamed = {name: rename(name) for name in names}
+        naming = Names(model)
+        renamed = {name: naming.destination(name) for name in names}
         tied = frozenset(getattr(model, "all_tied_weights_keys", None) or ())
         return cls(
             linears=frozenset(linears),
@@ -130,39 +131,9 @@ def class_of(config: Any) -> Any:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    named = getattr(transformers, str((getattr(config, "architectures", None) or [""])[0]), None)
+    classes = getattr(config, "architectures", None)
+    named = getattr(transformers, str(classes[0]), None) if isinstance(classes, list) and classes else None
     own: Any = getattr(named, "config_class", None)
     if own is not None and own.__module__.rpartition(".")[0] == type(config).__module__.rpartition(".")[0]:
         return named
     return AutoModelForCausalLM._model_mapping[type(config)]
-
-
-def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, str | None, tuple[str, ...]]]:
-    """The function by which transformers renames tensors as it loads them.
-
-    It returns the new name, the pattern of the converter that changes the values, if any, and all parameters that this
-    converter makes. If a transformers does
-    not offer such a function, names stay unchanged.
-    """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:
-        return lambda name: (name, None, ())
-    conversions = get_model_conversion_mapping(model)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    state = dict(model.state_dict())
-
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-
-    def rename(name: str) -> tuple[str, str | None, tuple[str, ...]]:
-        place, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if place not in state and name in state:  # a name of the model that a rule for old names fits too
-            place, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
-        if pattern is None:
-            return place, None, (place,)
-        first, *_ = targets = by_pattern[pattern].target_patterns
-        return place, pattern, tuple(place.replace(first, target) for target in targets)
-
-    return rename

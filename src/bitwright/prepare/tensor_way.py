@@ -23,8 +23,8 @@ from bitwright.model.chosen_weights import LEFT_OUT, Patterns, by_rules, chosen
 from bitwright.model.config import model_config, text_config_of, without_hub_kernels
 from bitwright.model.fitting import built_within
 from bitwright.model.skeleton import Skeleton
-from bitwright.model.source import Source, pick_device, sequence_length
-from bitwright.model.view import ModelView
+from bitwright.model.source import Source, blaming_the_config, pick_device, sequence_length
+from bitwright.model.view import ModelView, class_of
 from bitwright.prepare.block_way import ALL_LEFT_OUT, OTHER
 from bitwright.prepare.question import Question
 from bitwright.prepare.way import HEAD, Inventory, kept_linears, loaded_by_us
@@ -124,6 +124,9 @@ def _inventory(
 def _known(source: Source, recipe: Recipe) -> tuple[ModelView, Division, bool]:
     """The linears of a decoder like Llama's."""
     assert source.decoder is not None
+    if source.config is not None:  # no ordinary config.json: whether it describes a model, only transformers can say
+        with blaming_the_config(source.checkpoint.folder), built_within(source.checkpoint), torch.device("meta"):
+            class_of(source.config)._from_config(source.config)
     outline = Outline.of(source.decoder)
     source.checkpoint.require_complete(outline)
     view = ModelView.of_outline(outline, source.checkpoint)

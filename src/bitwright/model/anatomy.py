@@ -5,7 +5,8 @@ linear is, and what it reads, is seen in one recorded call of each kind of block
 arithmetic (``sites.py``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,13 +68,20 @@ def dissect(skeleton: Skeleton, vocabulary: int, *, sites: bool = True) -> Anato
         return _dissected(skeleton, vocabulary, sites, all_run=True)
 
 
+@contextmanager
+def seeded() -> Iterator[None]:
+    """A context in which torch draws the same random numbers each time; its own go on behind it as if nothing were."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        yield
+
+
 @torch.no_grad()
 def _dissected(skeleton: Skeleton, vocabulary: int, sites: bool, all_run: bool) -> Anatomy:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(min(100, vocabulary // 2), vocabulary, (SEGMENTS, TOKENS), generator=generator)
     blocks, kinds = dict[str, BlockAnatomy](), dict[object, tuple[Kind, BlockAnatomy]]()
-    with skeleton.walk(tokens, random=True) as walk, torch.random.fork_rng([]):
-        torch.manual_seed(0)
+    with seeded(), skeleton.walk(tokens, random=True) as walk:
         while walk.name is not None and walk.name != skeleton.head:
             path = walk.name
             module = skeleton.parts[path]

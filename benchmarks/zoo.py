@@ -101,6 +101,8 @@ def _measured(model: Path, name: str) -> Row:
             result = bitwright.quantize(bitwright.Recipe(str(model), **asked), f"{scratch}/out")
         except UserError as error:
             return {"refused": str(error)}
+        except Exception as error:  # a fault of ours: it has its place in the table
+            return {"failed": f"{type(error).__name__}: {error}"[:300]}
         inside = {why: share for why, share in result.left_alone.items() if why not in ("embedding", "output layer")}
         verified = bitwright.verify(f"{scratch}/out", model).passed
         loaded, original = _load(Path(scratch) / "out"), _load(model)
@@ -131,7 +133,9 @@ def _divergence(model: Any, original: Any, tokens: torch.Tensor) -> float:
 def _cells(model: str, rows: Sequence[Row]) -> list[str]:
     inside, *measured = rows
     left = next((row["left_alone"] for row in measured if "left_alone" in row), {})
-    cells = ["refused" if row.get("refused") else _figure(row) for row in measured]
+    cells = [
+        "refused" if row.get("refused") else "**failed**" if row.get("failed") else _figure(row) for row in measured
+    ]
     return [model, f"{1 - sum(left.values()):.3f}", ", ".join(inside["sites"]) or "none", *cells]
 
 

@@ -83,11 +83,15 @@ def test_a_hostile_tokenizer_is_refused(
     change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounded_tokenizer, "TO_LOAD", 3)
+    before = resource.getrusage(
+        resource.RUSAGE_CHILDREN
+    ).ru_maxrss  # of all children that ever were, of other tests too
     with pytest.raises(CheckpointError, match=r"the tokenizer in .* original repository again") as refusal:
         calibrate(changed(tmp_path / "model", change))
     assert len(str(refusal.value)) < 1000
     assert ("takes more than" in str(refusal.value)) == ("{60000}" in str(change))
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1.3 * 2**20, "KiB of the largest process"
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert largest < max(1.3 * 2**20, before + 1), "KiB of the largest process"
 
 
 @pytest.mark.parametrize("use", [measure, answer])

@@ -142,3 +142,16 @@ def test_attention_over_many_tokens_is_left_in_place(
     assert (found - wanted).norm() < 0.02 * wanted.norm()
     with written_out_attention(block, torch.float32):
         assert config._attn_implementation == before  # float32 has the fused one
+
+
+def test_an_attention_of_the_models_own_is_left_alone(block: Block, streamed: Streamed) -> None:
+    """Eager attention is in no list of transformers: it may have sinks, caps or compressed keys."""
+    config = streamed[0].skeleton.model.config
+    before, call = config._attn_implementation, streamed[1].quantized.call([0], block)
+    config._attn_implementation = "eager"
+    try:
+        with torch.no_grad(), written_out_attention(block, SHORT):
+            assert config._attn_implementation == "eager"
+            assert forward(block, {}, call).isfinite().all()
+    finally:
+        config._attn_implementation = before

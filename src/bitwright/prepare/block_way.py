@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -201,13 +202,16 @@ def _richness(topology: Topology) -> tuple[bool, int]:
 
 def _family(subject: Subject) -> Family | None:
     """What formats ask about an architecture whose activations are quantized; None if attention is not certain."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     classes, widths = set[str](), set[int]()
     for block in subject.anatomy.blocks:
         module = subject.skeleton.model.get_submodule(block.path)
         attention = [part for part in module.modules() if hasattr(part, "config") and hasattr(part, "scaling")]
         width = getattr(attention[0], "head_dim", None) if len(attention) == 1 else None
-        if not isinstance(width, int):
-            return None
+        config: Any = attention[0].config if attention else None
+        if not isinstance(width, int) or config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
+            return None  # eager is the model's own function: its queries, keys and values are out of reach
         classes.add(type(attention[0]).__name__)
         widths.add(width)
     return Family(classes.pop(), widths.pop()) if len(classes) == len(widths) == 1 else None

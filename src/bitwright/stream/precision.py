@@ -71,6 +71,9 @@ def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[Non
     config: Any = attention[0].config
     original = config._attn_implementation
     fused: Any = ALL_ATTENTION_FUNCTIONS.get(original)
+    if fused is None:  # eager: the model has a function of its own, with whatever its attention has besides
+        yield
+        return
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]

@@ -3,6 +3,7 @@
 The driver names no method and no format: it is handed callables.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from bitwright.core.account import BlockReport
 from bitwright.core.block import Block
 from bitwright.core.configuration import Configured
 from bitwright.core.decisions import BlockDecisions
+from bitwright.core.grid import Tile
 from bitwright.core.method import Closed, Context, Learned, WeightContext
 from bitwright.core.progress import Listener, Progress
 from bitwright.core.scheme import Allocation
@@ -163,7 +165,9 @@ class _Run:
         if stream is not None:
             inputs = stream.inputs(anatomy.joins)
             data = StreamedBlock(block, inputs, allocation, plan.scales, plan.all_experts)
-        decisions, learned = _decide(block, plan, allocation, data, inside)
+        whole = {name: self.subject.weight_of(block, name) for name in block.topology.linears}
+        stacks = {name: stack for name, stack in whole.items() if name != stack}
+        decisions, learned = _decide(block, plan, allocation, data, stacks, inside)
         folded = fold(block.tensors, block.topology, decisions, allocation, plan.scales)
         folded = replace(folded, moved={**folded.moved, **self._left_out(block, anatomy, folded)})
         for name, quantized in folded.linears.items():
@@ -214,11 +218,13 @@ def _decide(
     plan: RunPlan,
     allocation: Allocation,
     data: StreamedBlock | None,
+    stacks: Mapping[str, str],
     inside: Callable[[float, str], None],
 ) -> tuple[BlockDecisions, dict[str, Tensor]]:
     """Run all methods in order, neighbouring learned ones together; return the decisions and what was learned.
 
-    The output layer has no stream: learned methods are skipped there.
+    The output layer has no stream: learned methods are skipped there. ``stacks`` are the parameters [E, ., .] of
+    linears that are experts in one.
     """
     context = Context(plan.training or Training(), allocation, plan.scales, plan.seed, data)
     decisions, learned = BlockDecisions(), dict[str, Tensor]()
@@ -228,7 +234,7 @@ def _decide(
         methods = list(group)
         if not trained:
             for configured in methods:
-                decisions = _decided(configured, block, context, decisions)
+                decisions = _alike(_decided(configured, block, context, decisions, stacks), stacks)
         elif data is not None:
             learnables = learnables_of(methods, block, context, decisions)
             objective = data.objective(context.settings)
@@ -238,8 +244,23 @@ def _decide(
     return decisions, learned
 
 
+def _alike(decisions: BlockDecisions, stacks: Mapping[str, str]) -> BlockDecisions:
+    """The decisions, experts in one parameter with one tile: that of most of them."""
+    tiles: dict[str, Counter[Tile | None]] = {}
+    for linear, stack in stacks.items():
+        tiles.setdefault(stack, Counter())[decisions.linear(linear).tile] += 1
+    usual = {stack: counts.most_common(1)[0][0] for stack, counts in tiles.items() if len(counts) > 1}
+    unlike = {linear: stack for linear, stack in stacks.items() if stack in usual}
+    changed = {linear: replace(decisions.linear(linear), tile=usual[stack]) for linear, stack in unlike.items()}
+    return decisions.with_linears(changed)
+
+
 def _decided(
-    configured: Configured, block: Block, context: Context[Training], decisions: BlockDecisions
+    configured: Configured,
+    block: Block,
+    context: Context[Training],
+    decisions: BlockDecisions,
+    stacks: Mapping[str, str],
 ) -> BlockDecisions:
     """The decisions after one method that is not trained."""
     method = configured.method
@@ -251,6 +272,7 @@ def _decided(
         scheme = context.scheme(name)
         settings, freedom = configured.settings(scheme), configured.freedom(scheme)
         outliers = bounds_of(weight, scheme.tile, freedom.outliers)
-        alone = WeightContext(settings, scheme, context.scale_dtype, freedom.tiles, outliers)
+        tiles = () if name in stacks and freedom.compared else freedom.tiles  # experts in one parameter share a tile
+        alone = WeightContext(settings, scheme, context.scale_dtype, tiles, outliers)
         decided[name] = method.decide(weight, alone, decisions.linear(name))
     return decisions.with_linears(decided)

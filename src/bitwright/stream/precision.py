@@ -80,7 +80,8 @@ def written_out_attention(block: Block, arithmetic: torch.dtype) -> Iterator[Non
         plain = mask is None and q.shape[2] == k.shape[2] and getattr(module, "is_causal", False)
         if not plain or scores > MOST_SCORES or any(kwargs.get(name) is not None for name in MORE_THAN_PLAIN):
             return fused(module, q, k, v, mask, **kwargs)
-        return causal_attention(q.to(arithmetic), k.to(arithmetic), v.to(arithmetic), module.scaling), None
+        read = causal_attention(q.to(arithmetic), k.to(arithmetic), v.to(arithmetic), module.scaling)
+        return read.contiguous(), None  # as transformers' own functions return it
 
     ALL_ATTENTION_FUNCTIONS.register(WRITTEN_OUT, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(WRITTEN_OUT, ALL_MASK_ATTENTION_FUNCTIONS[original])

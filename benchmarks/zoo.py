@@ -40,6 +40,7 @@ METHODS: dict[str, Row] = {
     "W8A8": {"method": "rtn", "scheme": "W8A8"},
 }
 WITHOUT_DATA = ("rtn", "easyquant")
+NOT_IN_BLOCKS = ("outside of the blocks", "of vision or audio")
 COLUMNS = ("architecture", "in the blocks", "sites", *METHODS)
 
 
@@ -133,6 +134,7 @@ def _divergence(model: Any, original: Any, tokens: torch.Tensor) -> float:
 def _cells(model: str, rows: Sequence[Row]) -> list[str]:
     inside, *measured = rows
     left = next((row["left_alone"] for row in measured if "left_alone" in row), {})
+    left = {why: share for why, share in left.items() if why not in NOT_IN_BLOCKS}
     cells = [
         "refused" if row.get("refused") else "**failed**" if row.get("failed") else _figure(row) for row in measured
     ]

@@ -16,7 +16,7 @@ from torch.nn.modules import module as registration
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.core.errors import CheckpointError, shown
-from bitwright.model.possible_values import require_possible_values
+from bitwright.model.possible_values import UNREAD, numbers, require_possible_values
 
 HIDDEN, LAYERS = ("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "n_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -33,8 +33,6 @@ SIZE = re.compile(r"size|(^|_)n(um)?_|dim|layers|heads|hidden")
 NO_SIZES = re.compile(
     r"(_ids?|_index|_idx|seed|theta|base|version|dtype|factor|scale|scaling|_start|_end|_token)$|rope"
 )
-UNREAD = ("quantization_config", "id2label", "label2id", "task_specific_params")
-"""Parts of a config.json whose numbers are no sizes of the model."""
 MOST_NUMBER, MOST_LENGTH = 2**53, 2**26
 """The largest number of any kind, and the most positions; the longest context that is known is 10,485,760."""
 SMALL, SMALL_LAYERS, SMALL_EXPERTS = 2**16, 256, 1024
@@ -70,7 +68,7 @@ def require_possible(checkpoint: Checkpoint) -> None:
 def _possible(checkpoint: Checkpoint) -> "_Known":
     config, known = checkpoint.config, _Known(checkpoint)
     require_possible_values(config, f"{checkpoint.folder}/config.json")
-    for place, key, value in _numbers(config):
+    for place, key, value in _whole_numbers(config):
         if why := known.objection(key, value):
             raise _unfit(checkpoint, place, value, why)
     for place, count in _lengths(config):
@@ -162,18 +160,10 @@ def _unfit(checkpoint: Checkpoint, key: str, value: Any, why: str) -> Checkpoint
     return CheckpointError(f"{checkpoint.folder}/config.json says {stated} for {key}, {why}; {_COMPARE}")
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
-    """Yield place, key and value of each whole number; a number in a list has the key of the list."""
-    waiting: list[tuple[str, str, Any]] = [(str(key), str(key), value) for key, value in config.items()]
-    while waiting:
-        place, key, value = waiting.pop()
-        if key in UNREAD:
-            continue
-        if isinstance(value, dict):
-            waiting += [(f"{place}.{inner}", str(inner), item) for inner, item in value.items()]
-        elif isinstance(value, list):
-            waiting += [(place, key, item) for item in value]
-        elif type(value) is int or (isinstance(value, float) and value.is_integer() and abs(value) > MOST_NUMBER):
+def _whole_numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """Yield place, key and value of each whole number, and of floats too large to be anything else."""
+    for place, key, value in numbers(config):
+        if isinstance(value, int) or (value.is_integer() and abs(value) > MOST_NUMBER):
             yield place, key, int(value)
 
 

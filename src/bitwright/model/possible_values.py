@@ -22,11 +22,12 @@ LENGTH = "original_max_position_embeddings"
 MAY_BE_INFINITE = re.compile(r"limit|range|clip|clamp|(^|_)(min|max)(_|$)")
 """Bounds: an infinite one bounds nothing."""
 UNREAD = ("quantization_config", "id2label", "label2id", "task_specific_params")
+"""Parts of a config.json whose numbers are no sizes or constants of the model."""
 
 
 def require_possible_values(config: Mapping[str, Any], where: str) -> None:
     """Raise CheckpointError for a value of a config.json, named ``where``, that no model can compute with."""
-    for place, key, value in _numbers(config):
+    for place, key, value in numbers(config):
         if why := _objection(place, key, value):
             raise CheckpointError(
                 f"{where} says {shown(value)} for {place}, and {why}; compare it with the original repository's, or "
@@ -50,7 +51,7 @@ def _objection(place: str, key: str, value: float) -> str | None:
     return None
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+def numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Yield place, key and value of each number; one in a list has the key of the list."""
     waiting: list[tuple[str, str, Any]] = [(str(key), str(key), value) for key, value in config.items()]
     while waiting:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.calibration.segments import Segments, calibration_segments
 from bitwright.core.block import Family, Outline, Topology
@@ -204,7 +204,7 @@ def _family(subject: Subject) -> Family | None:
     """What formats ask about an architecture whose activations are quantized; None if attention is not certain."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    classes, widths = set[str](), set[int]()
+    classes, widths, linears = set[str](), set[int](), set[frozenset[str]]()
     for block in subject.anatomy.blocks:
         module = subject.skeleton.model.get_submodule(block.path)
         attention = [part for part in module.modules() if hasattr(part, "config") and hasattr(part, "scaling")]
@@ -214,4 +214,6 @@ def _family(subject: Subject) -> Family | None:
             return None  # eager is the model's own function: its queries, keys and values are out of reach
         classes.add(type(attention[0]).__name__)
         widths.add(width)
-    return Family(classes.pop(), widths.pop()) if len(classes) == len(widths) == 1 else None
+        linears.add(frozenset(name for name, part in attention[0].named_modules() if isinstance(part, nn.Linear)))
+    # blocks without keys of their own read another block's, which no client quantizes there
+    return Family(classes.pop(), widths.pop()) if len(classes) == len(widths) == len(linears) == 1 else None
